@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs
+
+.PHONY: help install demo test lint types check clean
+
+help: ## say what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+install: $(VENV)/installed ## make .venv and install the tested versions
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install ## draw the shapes data set, train a detector on it, print its COCO table and say where the pictures are (6 minutes)
+	$(BIN)/diffperception shapes --output data/shapes
+	$(BIN)/diffperception train --config configs/detection/shapes.yaml --output $(RUN)/shapes --overwrite true
+
+test: lint types ## lint, types and the fast tests
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+clean: ## remove the environment (runs and data stay)
+	rm -rf $(VENV)

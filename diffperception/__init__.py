@@ -1,0 +1,3 @@
+"""Perception with diffusion models."""
+
+__version__ = "0.1.0.dev0"
