@@ -1,0 +1,92 @@
+"""COCO annotation files as compact columns."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SECTIONS = ("images", "annotations", "categories")
+ADVICE = "`diffperception check` lists every problem of the file"
+
+
+@dataclass(frozen=True)
+class CocoTable:
+    """The parts of a COCO file that detection needs, one array a column; I images, A annotations, K categories.
+
+    The parsed JSON of a large file takes gigabytes of small Python objects, and every worker process that reads one
+    copies its page because of the reference count. Arrays have neither cost.
+    """
+
+    image_ids: np.ndarray  # (I,) int64
+    file_names: list[str]
+    sizes: np.ndarray  # (I, 2) int64: width, height
+    category_ids: np.ndarray  # (K,) int64, as listed in the file
+    category_names: list[str]
+    annotation_ids: np.ndarray  # (A,) int64
+    annotation_images: np.ndarray  # (A,) int64 image ids
+    annotation_categories: np.ndarray  # (A,) int64 category ids
+    boxes: np.ndarray  # (A, 4) float64 x, y, width, height in pixels
+    areas: np.ndarray  # (A,) float64
+    iscrowd: np.ndarray  # (A,) bool
+
+
+def read_coco(path: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """Parse a COCO file; segmentations are dropped while parsing, as they are most of its size.
+
+    Raises FileNotFoundError or ValueError, in one sentence, where there is no such file, where it is not JSON, or where
+    it does not hold the lists "images", "annotations" and "categories".
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no annotation file {path}")
+    content = path.read_bytes()
+    if not content.strip():
+        raise ValueError(f"{path} is empty: it should hold COCO annotations as JSON")
+    try:
+        data = json.loads(content, object_hook=_without_segmentation)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): it may be cut off or not an annotation file") from None
+    missing = [name for name in SECTIONS if not isinstance(data, dict) or not _is_list_of_dicts(data.get(name))]
+    if missing:
+        raise ValueError(f"{path} is not a COCO file: it has no list of objects named {' or '.join(missing)}")
+    return {name: data[name] for name in SECTIONS}
+
+
+def tabulate(data: dict[str, list[dict[str, Any]]], source: str | Path) -> CocoTable:
+    """Columns of a parsed COCO file; raises ValueError naming `source` where a key is missing or has a wrong type."""
+    images, annotations, categories = (data[name] for name in SECTIONS)
+    try:
+        boxes = np.array([entry["bbox"] for entry in annotations], dtype=np.float64).reshape(len(annotations), 4)
+        areas = [entry.get("area", box[2] * box[3]) for entry, box in zip(annotations, boxes, strict=True)]
+        return CocoTable(
+            image_ids=_integers(images, "id"),
+            file_names=[str(entry["file_name"]) for entry in images],
+            sizes=np.stack([_integers(images, "width"), _integers(images, "height")], axis=1),
+            category_ids=_integers(categories, "id"),
+            category_names=[str(entry["name"]) for entry in categories],
+            annotation_ids=np.array([entry.get("id", -1) for entry in annotations], dtype=np.int64),
+            annotation_images=_integers(annotations, "image_id"),
+            annotation_categories=_integers(annotations, "category_id"),
+            boxes=boxes,
+            areas=np.array(areas, dtype=np.float64),
+            iscrowd=np.array([bool(entry.get("iscrowd", 0)) for entry in annotations], dtype=bool),
+        )
+    except KeyError as error:
+        raise ValueError(f"{source}: an entry has no key {error}; {ADVICE}") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{source}: an entry has a value of a wrong type ({error}); {ADVICE}") from None
+
+
+def _integers(entries: list[dict[str, Any]], key: str) -> np.ndarray:
+    return np.array([entry[key] for entry in entries], dtype=np.int64)
+
+
+def _is_list_of_dicts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)
+    return entry

@@ -1,0 +1,152 @@
+"""COCO detection data sets."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from diffperception.data.annotations import ADVICE, CocoTable, read_coco, tabulate
+from diffperception.data.images import BrokenImageError, read_image
+
+Target = dict[str, Any]
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target]]):
+    """Images and boxes of a COCO annotation file.
+
+    Sample i is `(image, target)`: image float32 (3, H, W), RGB, 0..1; target a dict of
+    - boxes (n, 4) float32, x1 y1 x2 y2 in pixels, clipped to the image;
+    - labels (n,) int64 in 0..K-1: label k is `category_ids[k]` of the file and `classes[k]` by name;
+    - image_id int; iscrowd (n,) int64; area (n,) float32, the file's area in pixels of the stored image.
+
+    Boxes without area inside the image are left out and counted in `boxes_dropped`. Crowd regions (one box around many
+    objects) stay in the target because pictures and evaluation need them; `TrainingTransforms` removes them, as a
+    detector must not learn a crowd as one object.
+
+    Args:
+        annotations: the COCO JSON file; class count and names are read from it.
+        images: the folder that the file names in it are relative to.
+        transforms: called as `transforms(image, target)` with a uint8 `tv_tensors.Image` and `tv_tensors.BoundingBoxes`
+            for the boxes, so torchvision's v2 transforms fit; conversion to float comes after it.
+        on_broken: "stop" raises BrokenImageError on an image that is missing, unreadable or of another size than the
+            file says; "skip" warns once for each such image and returns the next readable sample in its place.
+    """
+
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        transforms: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None,
+        on_broken: Literal["stop", "skip"] = "stop",
+    ):
+        self.annotations = Path(annotations)
+        self.images = Path(images)
+        self.transforms = transforms
+        self.on_broken = on_broken
+        table = tabulate(read_coco(annotations), annotations)
+        _require_sound(table, self.annotations)
+        if not self.images.is_dir():
+            raise FileNotFoundError(f"there is no image folder {images}")
+
+        order = np.argsort(table.category_ids)
+        self.category_ids: list[int] = table.category_ids[order].tolist()
+        self.classes: list[str] = [table.category_names[k] for k in order]
+        self.image_ids: list[int] = table.image_ids.tolist()
+        self.file_names = table.file_names
+        self.sizes = table.sizes
+        self._index_boxes(table)
+        self._warned: set[int] = set()
+
+    def _index_boxes(self, table: CocoTable) -> None:
+        """Sort the boxes by image: those of image i are rows offsets[i]..offsets[i+1]."""
+        by_id = np.argsort(table.image_ids)
+        image = by_id[np.searchsorted(table.image_ids, table.annotation_images, sorter=by_id)]
+        boxes = clip_boxes(table.boxes, table.sizes[image])
+        kept = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
+        kept = kept[np.argsort(image[kept], kind="stable")]
+
+        self.boxes_dropped = len(boxes) - len(kept)
+        self.offsets = np.searchsorted(image[kept], np.arange(len(table.image_ids) + 1))
+        self.boxes = boxes[kept]
+        self.labels = np.searchsorted(self.category_ids, table.annotation_categories[kept])
+        self.iscrowd = table.iscrowd[kept].astype(np.int64)
+        self.areas = table.areas[kept].astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        image, index = self._read_from(index)
+        target = self.target(index)
+        if self.transforms is not None:
+            image, target = self.transforms(tv_tensors.Image(image), target)
+        image = F.to_dtype(image, torch.float32, scale=True)
+        return image.as_subclass(Tensor), target | {"boxes": target["boxes"].as_subclass(Tensor)}
+
+    def target(self, index: int) -> Target:
+        """The target of sample `index`, without opening its image."""
+        width, height = self.sizes[index].tolist()
+        rows = slice(self.offsets[index], self.offsets[index + 1])
+        boxes = torch.from_numpy(self.boxes[rows].copy())
+        return {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            "labels": torch.from_numpy(self.labels[rows].copy()),
+            "image_id": self.image_ids[index],
+            "iscrowd": torch.from_numpy(self.iscrowd[rows].copy()),
+            "area": torch.from_numpy(self.areas[rows].copy()),
+        }
+
+    def _read_from(self, index: int) -> tuple[Tensor, int]:
+        """The image at `index` or, when broken ones are skipped, the next readable one; and its index."""
+        if self.on_broken == "stop":
+            return self._read(index), index
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            try:
+                return self._read(candidate), candidate
+            except BrokenImageError as error:
+                if candidate not in self._warned:
+                    self._warned.add(candidate)
+                    warnings.warn(f"{error}; it is skipped", stacklevel=2)
+        raise ValueError(f"no image of {self.annotations} can be read from {self.images}")
+
+    def _read(self, index: int) -> Tensor:
+        path = self.images / self.file_names[index]
+        image = read_image(path)
+        width, height = self.sizes[index].tolist()
+        if image.shape[1:] != (height, width):
+            raise BrokenImageError(
+                f"the image {path} is {image.shape[2]}x{image.shape[1]} pixels, but {self.annotations} says"
+                f" {width}x{height}, so its boxes would be misplaced"
+            )
+        return image
+
+
+def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes (n, 4) x y width height -> float32 x1 y1 x2 y2 inside images of `sizes` (n, 2) width height."""
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    limits = np.concatenate([sizes, sizes], axis=1)
+    return np.clip(corners, 0, limits).astype(np.float32)
+
+
+def _require_sound(table: CocoTable, path: Path) -> None:
+    """Raise ValueError on what would make samples wrong or ambiguous."""
+    problems = (
+        (len(table.image_ids) == 0, "it lists no images"),
+        (len(table.category_ids) == 0, "it lists no categories"),
+        (len(np.unique(table.image_ids)) < len(table.image_ids), "two images have the same id"),
+        (len(np.unique(table.category_ids)) < len(table.category_ids), "two categories have the same id"),
+        (not np.isin(table.annotation_images, table.image_ids).all(), "an annotation names an unknown image id"),
+        (not np.isin(table.annotation_categories, table.category_ids).all(), "one names an unknown category id"),
+        (not np.isfinite(table.boxes).all(), "a box holds a number that is not finite"),
+    )
+    for found, sentence in problems:
+        if found:
+            raise ValueError(f"{path} cannot be used: {sentence} ({ADVICE})")
