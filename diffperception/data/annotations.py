@@ -1,13 +1,11 @@
 """COCO annotation files as compact columns."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SECTIONS = ("images", "annotations", "categories")
 ADVICE = "`diffperception check` lists every problem of the file"
 
 
@@ -32,31 +30,9 @@ class CocoTable:
     iscrowd: np.ndarray  # (A,) bool
 
 
-def read_coco(path: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """Parse a COCO file; segmentations are dropped while parsing, as they are most of its size.
-
-    Raises FileNotFoundError or ValueError, in one sentence, where there is no such file, where it is not JSON, or where
-    it does not hold the lists "images", "annotations" and "categories".
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no annotation file {path}")
-    content = path.read_bytes()
-    if not content.strip():
-        raise ValueError(f"{path} is empty: it should hold COCO annotations as JSON")
-    try:
-        data = json.loads(content, object_hook=_without_segmentation)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): it may be cut off or not an annotation file") from None
-    missing = [name for name in SECTIONS if not isinstance(data, dict) or not _is_list_of_dicts(data.get(name))]
-    if missing:
-        raise ValueError(f"{path} is not a COCO file: it has no list of objects named {' or '.join(missing)}")
-    return {name: data[name] for name in SECTIONS}
-
-
-def tabulate(data: dict[str, list[dict[str, Any]]], source: str | Path) -> CocoTable:
+def tabulate(content: dict[str, Any], source: str | Path) -> CocoTable:
     """Columns of a parsed COCO file; raises ValueError naming `source` where a key is missing or has a wrong type."""
-    images, annotations, categories = (data[name] for name in SECTIONS)
+    images, annotations, categories = (content[name] for name in ("images", "annotations", "categories"))
     try:
         boxes = np.array([entry["bbox"] for entry in annotations], dtype=np.float64).reshape(len(annotations), 4)
         areas = [entry.get("area", box[2] * box[3]) for entry, box in zip(annotations, boxes, strict=True)]
@@ -81,12 +57,3 @@ def tabulate(data: dict[str, list[dict[str, Any]]], source: str | Path) -> CocoT
 
 def _integers(entries: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([entry[key] for entry in entries], dtype=np.int64)
-
-
-def _is_list_of_dicts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
-
-
-def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
-    entry.pop("segmentation", None)
-    return entry

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.annotations import ADVICE, CocoTable, read_coco, tabulate
+from diffperception.coco import labels_of, read_coco
+from diffperception.data.annotations import ADVICE, CocoTable, tabulate
 from diffperception.data.images import BrokenImageError, read_image
 
 Target = dict[str, Any]
@@ -50,14 +51,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.images = Path(images)
         self.transforms = transforms
         self.on_broken = on_broken
-        table = tabulate(read_coco(annotations), annotations)
+        content = read_coco(annotations)
+        table = tabulate(content, annotations)
         _require_sound(table, self.annotations)
         if not self.images.is_dir():
             raise FileNotFoundError(f"there is no image folder {images}")
 
-        order = np.argsort(table.category_ids)
-        self.category_ids: list[int] = table.category_ids[order].tolist()
-        self.classes: list[str] = [table.category_names[k] for k in order]
+        self.category_ids, self.classes = labels_of(content["categories"])
         self.image_ids: list[int] = table.image_ids.tolist()
         self.file_names = table.file_names
         self.sizes = table.sizes
