@@ -1,0 +1,95 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffperception.diffusion import (
+    DiscreteSchedule,
+    StraightPath,
+    VarianceExploding,
+    add_noise,
+    cosine_schedule,
+    linear_schedule,
+)
+
+
+@pytest.mark.parametrize("schedule", [linear_schedule(), cosine_schedule(), linear_schedule(250), cosine_schedule(50)])
+def test_discrete_paths_preserve_variance_and_lose_signal(schedule: DiscreteSchedule) -> None:
+    t = torch.arange(-1, schedule.num_timesteps)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    assert torch.allclose(alpha.square() + sigma.square(), torch.ones_like(alpha), atol=1e-14)
+    assert (alpha.diff() < 0).all()
+    assert (sigma.diff() > 0).all()
+    assert (alpha[0], sigma[0]) == (1, 0)
+
+
+def test_linear_schedule_is_the_papers() -> None:
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    assert np.allclose(linear_schedule().alpha(torch.arange(1000)).square(), alpha_bar, rtol=1e-12)
+
+
+def test_cosine_schedule_is_the_papers() -> None:
+    def f(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    schedule = cosine_schedule()
+    assert schedule.alpha(499).square().item() == pytest.approx(f(0.5) / f(0), rel=1e-12)
+    # The last step would lose everything; the bound on beta keeps one thousandth of the step before it.
+    assert schedule.alpha(999).square().item() == pytest.approx(f(0.999) / f(0) * 1e-3, rel=1e-9)
+    assert schedule.alpha(999).square().item() == pytest.approx(2.43e-9, rel=1e-2)
+
+
+@pytest.mark.parametrize("t", [7, torch.tensor(7), torch.tensor([3, 9]), torch.tensor([[0, -1, 5]])])
+def test_values_are_float64_of_the_shape_of_t(t: int | torch.Tensor) -> None:
+    for schedule in (linear_schedule(), VarianceExploding(), StraightPath()):
+        for value in (schedule.alpha(t), schedule.sigma(t)):
+            assert value.dtype == torch.float64
+            assert value.shape == torch.as_tensor(t).shape
+
+
+def test_values_follow_the_device_of_t() -> None:
+    assert cosine_schedule().alpha(torch.zeros(2, dtype=torch.int64, device="meta")).device.type == "meta"
+
+
+def test_casting_a_model_leaves_its_schedule_alone() -> None:
+    model = torch.nn.Linear(1, 1)
+    model.schedule = cosine_schedule()
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    assert torch.equal(model.schedule.alpha(999), cosine_schedule().alpha(999))
+
+
+@pytest.mark.parametrize("t", [-2, 1000, torch.tensor([5, -2])])
+def test_times_off_the_schedule_are_refused(t: int | torch.Tensor) -> None:
+    with pytest.raises(IndexError):
+        linear_schedule().alpha(t)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, float("nan")])
+def test_impossible_betas_are_refused(beta: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        DiscreteSchedule(torch.tensor([0.1, beta]))
+
+
+def test_continuous_paths() -> None:
+    t = torch.tensor([0.0, 0.25, 1.0])
+    assert VarianceExploding().alpha(t).tolist() == [1, 1, 1]
+    assert VarianceExploding().sigma(t).tolist() == [0, 0.25, 1]
+    assert StraightPath().alpha(t).tolist() == [1, 0.75, 0]
+    assert StraightPath().sigma(t).tolist() == [0, 0.25, 1]
+
+
+def test_noised_samples_have_the_paths_mean_and_spread() -> None:
+    schedule, generator = cosine_schedule(), torch.Generator().manual_seed(0)
+    x0, noise = torch.full((2, 100_000), 3.0), torch.randn(2, 100_000, generator=generator)
+    t = torch.tensor([300, -1])
+    x_t = add_noise(schedule, x0, t, noise)
+    assert torch.allclose(x_t.mean(1).double(), 3 * schedule.alpha(t), atol=0.01)
+    assert torch.allclose(x_t.std(1).double(), schedule.sigma(t), atol=0.01)
+    assert torch.equal(x_t[1], x0[1])
+
+
+def test_noising_keeps_the_dtype_of_the_signal() -> None:
+    x0 = torch.randn(2, 3, dtype=torch.bfloat16)
+    assert add_noise(cosine_schedule(), x0, 500, torch.randn_like(x0)).dtype == torch.bfloat16
