@@ -1,0 +1,336 @@
+"""COCO's average precision on pycocotools, for any number of detections and for predictions spread over processes."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from math import isnan, nan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from diffperception.coco import labels_of, read_coco
+
+NEARLY_ZERO = 5e-4  # an AP that a table with three digits shows as 0
+
+
+@dataclass(frozen=True)
+class CocoResult:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: AP, AP50, AP75, APs, APm, APl, AR1, AR10 and AR<max_dets>, each in 0..1, or nan where the file has no
+            object to find (of that size).
+        per_class: AP of each class; nan for a class without objects.
+        objects: number of objects of each class, crowds not counted.
+        detections: the predictions as rows of a COCO results file: image_id, category_id, bbox (xywh, pixels), score.
+        notes: what was left out of the evaluation or is missing from it, a sentence each.
+        explanation: why AP is 0 or undefined, in one sentence; None where there is nothing to explain.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, float]
+    objects: dict[str, int]
+    detections: list[dict[str, Any]]
+    notes: list[str]
+    explanation: str | None
+
+    def table(self) -> str:
+        """The metrics, the AP of each class, and the notes, as lines of text."""
+        summary = [f"{name:>6}" for name in self.metrics], [_number(value) for value in self.metrics.values()]
+        width = max([len(name) for name in self.per_class] + [len("class")])
+        classes = [f"{name:<{width}}  {_number(ap)}  {self.objects[name]:>7}" for name, ap in self.per_class.items()]
+        lines = ["  ".join(row) for row in summary] + ["", f"{'class':<{width}}  {'AP':>6}  objects", *classes]
+        remarks = [*self.notes, *([self.explanation] if self.explanation else [])]
+        return "\n".join(lines + (["", *remarks] if remarks else []))
+
+
+class CocoEvaluator:
+    """Collects predictions image by image and scores them against a COCO annotation file.
+
+    Every image of the file counts, whether it was predicted or not. Boxes without area are left out, in the file and
+    among the predictions: nothing can overlap them, so they could only lower the best score that is possible.
+
+    Args:
+        annotations: COCO JSON file.
+        max_dets: how many detections of a class count in an image, the best scores first (COCO: 100).
+        image_ids: evaluate these images of the file only.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or is no COCO annotation file, or `max_dets` is below 1.
+    """
+
+    def __init__(self, annotations: str | Path, max_dets: int = 100, image_ids: Iterable[int] | None = None) -> None:
+        if max_dets < 1:
+            raise ValueError(f"max_dets is {max_dets}: at least 1 detection an image must count")
+        self._truth = _GroundTruth(annotations, image_ids)
+        self.max_dets = max_dets
+        self.reset()
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the labels 0..K-1."""
+        return self._truth.classes
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Category ids of the labels 0..K-1."""
+        return self._truth.category_ids
+
+    def reset(self) -> None:
+        """Forget the predictions; the annotations stay."""
+        self._predictions: dict[int, dict[str, Tensor]] = {}
+
+    def update(self, image_ids: Sequence[int], predictions: Sequence[dict[str, Tensor]]) -> None:
+        """Take the predictions of some images; an image that was taken before is ignored.
+
+        Args:
+            image_ids: ids in the annotation file.
+            predictions: for each image `boxes` (n, 4) xyxy in pixels of the original image, `scores` (n,) and `labels`
+                (n,) in 0..K-1.
+        """
+        for image_id, prediction in zip(image_ids, predictions, strict=True):
+            kept = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
+            self._predictions.setdefault(int(image_id), kept)
+
+    def gather(self) -> None:
+        """Give every process the predictions of all, each image once; does nothing in a single process."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, self._predictions)
+        # Lower ranks win, so that every process keeps the same copy of an image that a sampler has handed out twice.
+        self._predictions = {image_id: kept for part in reversed(parts) for image_id, kept in part.items()}
+
+    def compute(self) -> CocoResult:
+        """Score the predictions taken so far. The order in which they came does not matter."""
+        ids = sorted(self._predictions)
+        result = _score(self._truth, _stack(ids, [self._predictions[i] for i in ids]), ids, self.max_dets)
+        absent = len(self._truth.image_ids - self._predictions.keys())
+        if absent:
+            total = len(self._truth.image_ids)
+            result.notes.append(f"{absent} of {total} images were not predicted: their objects count as missed.")
+        return result
+
+
+def evaluate_results(annotations: str | Path, results: str | Path, max_dets: int = 100) -> CocoResult:
+    """Score a COCO results file: a JSON list of rows with image_id, category_id, bbox (xywh in pixels) and score.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or is not what it should be.
+    """
+    truth = _GroundTruth(annotations, None)
+    rows = _read_results(Path(results))
+    label = {category_id: k for k, category_id in enumerate(truth.category_ids)}
+    xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
+    detections = _Detections(
+        image_ids=np.array([row["image_id"] for row in rows], dtype=np.int64),
+        labels=np.array([label.get(row["category_id"], -1) for row in rows], dtype=np.int64),
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        scores=np.array([row["score"] for row in rows], dtype=np.float64),
+    )
+    return _score(truth, detections, np.unique(detections.image_ids).tolist(), max_dets)
+
+
+class _Detections(NamedTuple):
+    image_ids: np.ndarray  # (n,)
+    labels: np.ndarray  # (n,)
+    boxes: np.ndarray  # (n, 4) xyxy
+    scores: np.ndarray  # (n,)
+
+    def where(self, mask: np.ndarray) -> "_Detections":
+        return _Detections._make(column[mask] for column in self)
+
+
+class _GroundTruth:
+    """The objects of an annotation file as COCOeval takes them, with `count` objects to find."""
+
+    def __init__(self, path: str | Path, image_ids: Iterable[int] | None) -> None:
+        content = read_coco(path)
+        self.name = Path(path).name
+        self.category_ids, self.classes = labels_of(content["categories"])
+        known = {image["id"] for image in content["images"]}
+        self.image_ids = known if image_ids is None else known & set(image_ids)
+        found = [a for a in content["annotations"] if a["image_id"] in self.image_ids]
+        kept = [_object(i, a) for i, a in enumerate(found, 1) if _has_area(a)]
+        self.without_area = len(found) - len(kept)
+        self.coco = _coco(self.image_ids, self.category_ids, kept)
+        counts = Counter(o["category_id"] for o in kept if not o["iscrowd"])
+        self.objects = {name: counts[c] for c, name in zip(self.category_ids, self.classes, strict=True)}
+        self.count = sum(self.objects.values())
+        self.extent = max((sum(o["bbox"][i::2]) for o in kept for i in (0, 1)), default=0.0)
+
+
+def _has_area(annotation: dict[str, Any]) -> bool:
+    box = annotation.get("bbox") or []
+    return len(box) == 4 and box[2] > 0 and box[3] > 0
+
+
+def _object(number: int, annotation: dict[str, Any]) -> dict[str, Any]:
+    box = annotation["bbox"]
+    return {
+        "id": number,  # COCOeval takes a match with id 0 for no match
+        "image_id": annotation["image_id"],
+        "category_id": annotation["category_id"],
+        "bbox": box,
+        "area": annotation.get("area", box[2] * box[3]),
+        "iscrowd": annotation.get("iscrowd", 0),
+    }
+
+
+def _coco(image_ids: Iterable[int], category_ids: Iterable[int], annotations: list[dict[str, Any]]) -> COCO:
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i} for i in image_ids],
+        "categories": [{"id": i} for i in category_ids],
+        "annotations": annotations,
+    }
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _stack(ids: list[int], predictions: list[dict[str, Tensor]]) -> _Detections:
+    def column(key: str, empty: Tensor) -> np.ndarray:
+        return torch.cat([empty, *(p[key] for p in predictions)]).numpy()
+
+    return _Detections(
+        image_ids=np.repeat(np.array(ids, dtype=np.int64), [len(p["scores"]) for p in predictions]),
+        labels=column("labels", torch.zeros(0, dtype=torch.int64)),
+        boxes=column("boxes", torch.zeros(0, 4, dtype=torch.float64)),
+        scores=column("scores", torch.zeros(0, dtype=torch.float64)),
+    )
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no results file {path}")
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
+    keys = {"image_id", "category_id", "bbox", "score"}
+    if isinstance(rows, list) and all(
+        isinstance(row, dict) and keys <= row.keys() and len(row["bbox"]) == 4 for row in rows
+    ):
+        return rows
+    raise ValueError(f"{path} is not a COCO results file: it must be a list of rows with {', '.join(sorted(keys))}")
+
+
+def _score(truth: _GroundTruth, detections: _Detections, seen: Sequence[int], max_dets: int) -> CocoResult:
+    usable = _usable(truth, detections)
+    rows = _rows(detections.where(usable), truth.category_ids)
+    limits = sorted({1, 10, max_dets})
+    evaluation = _run(truth, rows, limits)
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]  # (T, R, K, A, M) and (T, K, A, M)
+    best = precision[..., limits.index(max_dets)]  # (T, R, K, A); -1 where there is no object
+    metrics = {"AP": _mean(best[..., 0]), "AP50": _mean(best[0, ..., 0]), "AP75": _mean(best[5, ..., 0])}
+    metrics |= {name: _mean(best[..., area]) for name, area in (("APs", 1), ("APm", 2), ("APl", 3))}
+    metrics |= {f"AR{limit}": _mean(recall[:, :, 0, m]) for m, limit in enumerate(limits)}
+    return CocoResult(
+        metrics=metrics,
+        per_class={name: _mean(best[:, :, k, 0]) for k, name in enumerate(truth.classes)},
+        objects=truth.objects,
+        detections=rows,
+        notes=_notes(truth, usable),
+        explanation=None if metrics["AP"] >= NEARLY_ZERO else _explain(truth, detections, seen, evaluation),
+    )
+
+
+def _sizes(boxes: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # infinite boxes are left out, not warned about
+        return boxes[:, 2:] - boxes[:, :2]
+
+
+def _usable(truth: _GroundTruth, detections: _Detections) -> np.ndarray:
+    known = np.isin(detections.image_ids, list(truth.image_ids))
+    labelled = (detections.labels >= 0) & (detections.labels < len(truth.classes))
+    finite = np.isfinite(detections.boxes).all(axis=1) & np.isfinite(detections.scores)
+    return known & labelled & finite & (_sizes(detections.boxes) > 0).all(axis=1)
+
+
+def _rows(detections: _Detections, category_ids: list[int]) -> list[dict[str, Any]]:
+    boxes = detections.boxes.astype(np.float64)
+    xywh = np.concatenate([boxes[:, :2], _sizes(boxes)], axis=1).round(4)  # float32 carries no more, and JSON is short
+    columns = (
+        detections.image_ids.tolist(),
+        np.array(category_ids, dtype=np.int64)[detections.labels].tolist(),
+        xywh.tolist(),
+        detections.scores.tolist(),
+    )
+    return [
+        dict(zip(("image_id", "category_id", "bbox", "score"), row, strict=True)) for row in zip(*columns, strict=True)
+    ]
+
+
+def _run(truth: _GroundTruth, rows: list[dict[str, Any]], limits: list[int]) -> COCOeval:
+    found = [
+        row | {"id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        for number, row in enumerate(rows, 1)
+    ]
+    with redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(truth.coco, _coco(truth.image_ids, truth.category_ids, found), "bbox")
+        evaluation.params.maxDets = limits
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean over what is defined; rounded, as COCOeval divides by tp + fp + 2e-16 and so gives 1 - 2e-16 for 1."""
+    defined = values[values > -1]
+    return round(float(defined.mean()), 12) if defined.size else nan
+
+
+def _number(value: float) -> str:
+    return f"{'-' if isnan(value) else format(value, '.3f'):>6}"
+
+
+def _notes(truth: _GroundTruth, usable: np.ndarray) -> list[str]:
+    notes = []
+    if truth.without_area:
+        notes.append(f"{truth.without_area} objects of {truth.name} have no area and are left out.")
+    if not usable.all():
+        left_out = np.count_nonzero(~usable)
+        notes.append(
+            f"{left_out} of {usable.size} predicted boxes are left out: "
+            "their image or class is unknown, or they are not finite or have no area."
+        )
+    return notes
+
+
+def _explain(truth: _GroundTruth, detections: _Detections, seen: Sequence[int], evaluation: COCOeval) -> str:
+    """The first reason for an AP of 0 that the data show."""
+    boxes, labels, classes = detections.boxes, detections.labels, len(truth.classes)
+    if not truth.count:
+        return f"AP is undefined: {truth.name} has no object to find in the {len(truth.image_ids)} images evaluated."
+    if not seen:
+        return "AP is 0 because no image was predicted."
+    if truth.image_ids.isdisjoint(seen):
+        example = f"{min(seen)} is predicted, {min(truth.image_ids)} is in the file"
+        return f"AP is 0 because none of the predicted image ids is in {truth.name} ({example})."
+    if not len(boxes):
+        return f"AP is 0 because no box was predicted in any of the {len(seen)} images."
+    if not np.isfinite(boxes).all():
+        return "AP is 0 and predicted boxes are not finite: the model has diverged."
+    if ((labels < 0) | (labels >= classes)).mean() > 0.1:
+        return (
+            f"AP is 0 and predicted classes are not those of {truth.name}: "
+            f"labels count its {classes} categories, in the order of their ids, from 0 to {classes - 1}."
+        )
+    if np.abs(boxes).max() <= 2 < truth.extent:
+        return "AP is 0 and the predicted boxes look normalised to 0..1: give them in pixels of the original image."
+    if (_sizes(boxes) <= 0).any(axis=1).mean() > 0.25:
+        return "AP is 0 and many predicted boxes end before they begin: give x1, y1, x2, y2, not width and height."
+    overlap = max((iou.max() for iou in evaluation.ious.values() if np.size(iou)), default=0.0)
+    return (
+        f"AP is 0 because the predicted boxes miss the objects (the best IoU within a class is {overlap:.2f}): "
+        "the model has learnt too little, or the boxes are in pixels of another size."
+    )
