@@ -1,0 +1,14 @@
+"""The commands: `diffperception NAME` and `tools/NAME.py` are the same function."""
+
+import os
+
+
+def first_process() -> bool:
+    """Whether this is the only process, or the one of several (torchrun's, or Lightning's) that prints and writes."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK"))
+
+
+def say(text: str) -> None:
+    """Print `text` for the user, once for all processes. Commands print through this function only."""
+    if first_process():
+        print(text, flush=True)

@@ -1,0 +1,105 @@
+"""From a command's signature to a parser, and from a parser's complaint to one sentence."""
+
+import difflib
+import importlib
+import inspect
+import re
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
+
+from jsonargparse import ArgumentParser, Namespace
+
+Command = Callable[..., int | None]
+
+
+def call(command: Command, arguments: Sequence[str]) -> int:
+    """Call `command` with the options that the arguments give it; returns its exit code, 0 for None.
+
+    A command with a parameter `resolved` is given all its options there as YAML, fit to be a `--config` again.
+
+    Raises:
+        ArgumentError: an option is unknown, missing or of a wrong type.
+    """
+    parser = build_parser(command)
+    options = parse(parser, command, arguments)
+    names = inspect.signature(command).parameters
+    values = {name: value for name, value in vars(parser.instantiate(options)).items() if name in names}
+    if "resolved" in names:
+        values["resolved"] = parser.dump(options)
+    return command(**values) or 0
+
+
+def build_parser(command: Command) -> ArgumentParser:
+    """The parser whose options are the parameters of `command` and whose help is its docstring."""
+    parser = ArgumentParser(
+        prog=f"diffperception {command.__name__}",
+        description=re.split(r"\n\n(?:Args|Returns|Raises):", inspect.getdoc(command) or "")[0],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with options; several may be given, each states only what it changes, and the later one wins",
+    )
+    parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
+    parser.add_function_arguments(command, as_group=False, fail_untyped=True, skip={"resolved"})
+    switches = {p.name for p in inspect.signature(command).parameters.values() if p.annotation is bool}
+    for action in parser._actions:
+        if action.dest in switches:
+            action.nargs, action.const = "?", True  # `--overwrite` alone means `--overwrite true`
+    return parser
+
+
+def parse(parser: ArgumentParser, command: Command, arguments: Sequence[str]) -> Namespace:
+    """The options that the arguments give; ArgumentError, naming the nearest option there is, for an unknown one."""
+    try:
+        options = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ArgumentError(None, sentence(error) + _suggestion(parser, str(error))) from None
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(parameter.annotation) and not isinstance(options[name], Namespace):
+            raise ArgumentError(None, f"option {name}: expected a group of options, got {options[name]}")
+    return options
+
+
+def sentence(error: Exception) -> str:
+    """What was wrong, in one line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and re.match(r"Caught \w+ in DataLoader worker process", lines[0]):
+        return lines[-1].partition(": ")[2]
+    return _plain(" ".join(lines))
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's nested complaint without its Python types: `option a.b: expected int, got x`."""
+    keys = re.findall(r'Parser key "([^"]+)":', message)
+    message = re.sub(r'Parser key "[^"]+":\s*', "", message)
+    message = re.sub(r"Type \S.*? expects a function or a callable class: ", "", message)
+    message = re.sub(r"\.* Got value: Namespace\(.*", "", message)
+    message = re.sub(r"Problem with given class_path '([^']+)':\s*", r"\1: ", message)
+    message = re.sub(
+        r"Expected an? (?:<class '([\w.]+)'>|typing\.(\S.*?))\. Got value:", r"expected \1\2, got", message
+    )
+    return f"option {'.'.join(keys)}: {message}" if keys else message
+
+
+def _suggestion(parser: ArgumentParser, message: str) -> str:
+    unknown = re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: --([\w.]+)", message)
+    if not unknown:
+        return ""
+    near = difflib.get_close_matches(unknown[1] or unknown[2], list(_known(parser, message)), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _known(parser: ArgumentParser, message: str) -> Iterator[str]:
+    """The names of the parser's options and of the parameters of the class that the message speaks of."""
+    for name in parser.get_defaults().keys(branches=True):
+        yield name
+        yield name.rpartition(".")[2]
+    found = re.search(r"class_path[ =]'(\w[\w.]*)\.(\w+)'", message)
+    if found:
+        yield from inspect.signature(getattr(importlib.import_module(found[1]), found[2])).parameters
