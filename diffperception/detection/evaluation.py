@@ -320,7 +320,7 @@ def _explain(truth: _GroundTruth, detections: _Detections, seen: Sequence[int], 
         return f"AP is 0 because no box was predicted in any of the {len(seen)} images."
     if not np.isfinite(boxes).all():
         return "AP is 0 and predicted boxes are not finite: the model has diverged."
-    if ((labels < 0) | (labels >= classes)).mean() > 0.1:
+    if ((labels < 0) | (labels >= classes)).any():
         return (
             f"AP is 0 and predicted classes are not those of {truth.name}: "
             f"labels count its {classes} categories, in the order of their ids, from 0 to {classes - 1}."

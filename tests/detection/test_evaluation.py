@@ -227,6 +227,14 @@ def test_says_why_ap_is_zero(tmp_path, image_id, prediction, words):
     assert result.explanation in result.table()
 
 
+def test_says_that_labels_are_counted_from_one(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, c, 100, 90, 40, 30) for c in range(1, 21)], 1, list(range(1, 21)))
+    image_ids, predictions = as_predictions(path)
+    predictions[0]["labels"] += 1
+    predictions[0]["boxes"] += 200 * predictions[0]["labels"][:, None]
+    assert "from 0 to 19" in score(path, image_ids, predictions).explanation
+
+
 def test_says_why_ap_is_undefined(tmp_path):
     path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 9, 9, iscrowd=1)], 1, [1])
     result = score(path, [0], [boxes((0, 0, 10, 10))])
