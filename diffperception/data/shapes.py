@@ -1,0 +1,217 @@
+"""Scenes of simple shapes drawn from a seed: a small data set with exact boxes and class masks."""
+
+import colorsys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+MIN_VISIBLE = 0.4  # of an object's whole area, also where it leaves the image
+MIN_SIDE = 10  # pixels of an object's visible box
+MAX_ATTEMPTS = 30
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is in it; object i has boxes[i], labels[i] and the pixels where `owner` is i."""
+
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    owner: np.ndarray  # (H, W) int64: the visible object at a pixel, -1 for background
+    boxes: np.ndarray  # (n, 4) int64 x1 y1 x2 y2: bounds of the visible pixels, ends excluded
+    labels: np.ndarray  # (n,) int64, index of CLASSES
+
+    @property
+    def class_mask(self) -> np.ndarray:
+        """(H, W) uint8: 0 for background, label + 1 elsewhere."""
+        return np.append(self.labels + 1, 0).astype(np.uint8)[self.owner]
+
+
+def draw_scene(
+    rng: np.random.Generator, min_side: int = 96, max_side: int = 160, max_objects: int = 8, min_size: int = 18
+) -> Scene:
+    """Draw one scene of 1..max_objects shapes; later shapes cover earlier ones.
+
+    A shape that would leave an earlier one with less than MIN_VISIBLE of its area, or itself be cut so far by the
+    border, is placed anew: every object in the picture is thus annotated and can be recognised.
+
+    Args:
+        rng: the only source of randomness.
+        min_side, max_side: bounds of the picture's height and of its width, in pixels.
+        max_objects: most objects in a picture; fewer where there is no room.
+        min_size: smallest length of a shape in pixels; the largest is 0.6 of the picture's shorter side.
+    """
+    height, width = rng.integers(min_side, max_side + 1, size=2)
+    image = _background(rng, height, width)
+    scenery = image.mean(axis=(0, 1))
+    owner = np.full((height, width), -1)
+    areas: list[float] = []
+    labels: list[int] = []
+    for _ in range(rng.integers(1, max_objects + 1)):
+        label = int(rng.integers(len(CLASSES)))
+        for _ in range(MAX_ATTEMPTS):
+            shape = _Shape.random(rng, label, height, width, min_size)
+            distance = shape.distance(height, width)
+            covered = np.where(distance < 0, len(areas), owner)
+            if _all_visible(covered, [*areas, shape.area()]):
+                owner = covered
+                areas.append(shape.area())
+                labels.append(label)
+                _paint(rng, image, distance, scenery)
+                break
+    image += rng.normal(scale=rng.uniform(0, 0.04), size=image.shape)
+    pixels = np.round(255 * image.clip(0, 1)).astype(np.uint8)
+    return Scene(pixels, owner, _bounds(owner, len(areas)), np.array(labels, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A shape of CLASSES[label], turned and stretched; `radii` are its half axes in pixels."""
+
+    label: int
+    centre: np.ndarray  # (2,) x y
+    radii: np.ndarray  # (2,)
+    angle: float
+
+    @classmethod
+    def random(cls, rng: np.random.Generator, label: int, height: int, width: int, min_size: int) -> "_Shape":
+        size = np.exp(rng.uniform(np.log(min_size), np.log(0.6 * min(height, width))))
+        return cls(
+            label=label,
+            centre=rng.uniform(size=2) * (width, height),
+            radii=size / 2 * np.array([1, rng.uniform(0.6, 1)]),
+            angle=rng.uniform(0, 2 * np.pi),
+        )
+
+    def distance(self, height: int, width: int) -> np.ndarray:
+        """(H, W) about the signed distance in pixels from the outline to pixel centres, negative inside."""
+        x = np.arange(width) + 0.5 - self.centre[0]
+        y = np.arange(height)[:, None] + 0.5 - self.centre[1]
+        cos, sin = np.cos(self.angle), np.sin(self.angle)
+        u, v = (cos * x + sin * y) / self.radii[0], (cos * y - sin * x) / self.radii[1]
+        return OUTLINES[CLASSES[self.label]](u, v) * self.radii.min()
+
+    def area(self) -> float:
+        """Area in pixels where nothing covers or cuts the shape."""
+        return UNIT_AREAS[CLASSES[self.label]] * float(self.radii.prod())
+
+
+def _ellipse(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.hypot(u, v) - 1
+
+
+def _rectangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(abs(u), abs(v)) - 0.85
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    slanted = np.sqrt(3) / 2 * abs(u) - v / 2
+    return np.maximum(slanted, v) - 0.5
+
+
+def _star(u: np.ndarray, v: np.ndarray, points: int = 5, inner: float = 0.42) -> np.ndarray:
+    """Folded to one half of a point, where the outline is the line from its valley (inner, 0) to its tip."""
+    half = np.pi / points
+    radius, angle = np.hypot(u, v), abs(np.arctan2(v, u) % (2 * half) - half)
+    tip = np.array([np.cos(half), np.sin(half)])
+    normal = np.array([tip[1], inner - tip[0]]) / np.hypot(tip[0] - inner, tip[1])
+    return normal[0] * (radius * np.cos(angle) - inner) + normal[1] * radius * np.sin(angle)
+
+
+def _cross(u: np.ndarray, v: np.ndarray, arm: float = 0.32) -> np.ndarray:
+    u, v = abs(u), abs(v)
+    return np.minimum(np.maximum(u - 0.95, v - arm), np.maximum(u - arm, v - 0.95))
+
+
+def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return abs(np.hypot(u, v) - 0.72) - 0.28
+
+
+# Each maps points (u, v) to the signed distance from the outline of a shape of radius about 1 at the origin.
+OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "ellipse": _ellipse,
+    "rectangle": _rectangle,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": _ring,
+}
+CLASSES = tuple(OUTLINES)
+UNIT_AREAS = {
+    "ellipse": np.pi,
+    "rectangle": 1.7**2,
+    "triangle": 3 * np.sqrt(3) / 4,
+    "star": 5 * 0.42 * np.sin(np.pi / 5),
+    "cross": 4 * (2 * 0.95 * 0.32 - 0.32**2),
+    "ring": np.pi * (1 - 0.44**2),
+}
+
+
+def _all_visible(owner: np.ndarray, areas: list[float]) -> bool:
+    visible = np.bincount(owner.ravel() + 1, minlength=len(areas) + 1)[1:]
+    if (visible < MIN_VISIBLE * np.array(areas)).any():
+        return False
+    boxes = _bounds(owner, len(areas))
+    return bool((boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all())
+
+
+def _bounds(owner: np.ndarray, count: int) -> np.ndarray:
+    """(count, 4) x1 y1 x2 y2 of each object's pixels, ends excluded; each has at least one."""
+    slices = ndimage.find_objects(owner + 1, max_label=count)
+    return np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices], dtype=np.int64).reshape(count, 4)
+
+
+def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, scenery: np.ndarray) -> None:
+    """Blend a shape into the image in place, its edge smoothed over one pixel."""
+    colour = _colour(rng, unlike=scenery)
+    strength = rng.uniform(0.3, 0.65)
+    shade = max(strength * colour, 1 - strength * (1 - colour), key=lambda tone: np.linalg.norm(tone - scenery))
+    fill = colour + _pattern(rng, *distance.shape)[..., None] * (shade - colour)
+    if rng.uniform() < 0.3:
+        outline = (distance + 2.5).clip(0, 1)[..., None]
+        fill += outline * (0.3 * colour - fill)
+    coverage = (0.5 - distance).clip(0, 1)[..., None]
+    image += coverage * (fill - image)
+
+
+def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W) in 0..1: how far each pixel goes from the first colour to the second."""
+    angle = rng.uniform(0, 2 * np.pi)
+    x, y = np.arange(width), np.arange(height)[:, None]
+    along = x * np.cos(angle) + y * np.sin(angle)
+    across = y * np.cos(angle) - x * np.sin(angle)
+    period = rng.uniform(5, 12)
+    kind = rng.choice(["plain", "gradient", "stripes", "checks", "blotches"], p=[0.3, 0.25, 0.2, 0.1, 0.15])
+    if kind == "plain":
+        return np.zeros((height, width))
+    if kind == "gradient":
+        return (along - along.min()) / np.ptp(along)
+    if kind == "blotches":
+        return _blotches(rng, height, width, cell=6)
+    wave = np.sin(2 * np.pi * along / period)
+    if kind == "checks":
+        wave = wave * np.sin(2 * np.pi * across / period)
+    return (0.5 + 2 * wave).clip(0, 1)
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) a muted colour that drifts into another, with soft blotches."""
+    hue, value = rng.uniform(), rng.uniform(0.15, 0.9)
+    first = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0, 0.4), value))
+    second = (first + rng.uniform(-0.2, 0.2, size=3)).clip(0, 1)
+    pattern = 0.5 * _pattern(rng, height, width) + 0.5 * _blotches(rng, height, width, cell=24)
+    return first + pattern[..., None] * (second - first)
+
+
+def _blotches(rng: np.random.Generator, height: int, width: int, cell: int) -> np.ndarray:
+    coarse = rng.uniform(size=(height // cell + 2, width // cell + 2)).astype(np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+
+
+def _colour(rng: np.random.Generator, unlike: np.ndarray) -> np.ndarray:
+    """A strong colour at some distance from the given one."""
+    while True:
+        colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.4, 1), rng.uniform(0.3, 1)))
+        if np.linalg.norm(colour - unlike) > 0.45:
+            return colour
