@@ -1,0 +1,328 @@
+"""Detectors: what training, evaluation and users call."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from diffperception import weights
+from diffperception.detection.boxes import decode_boxes, encode_boxes, give_area
+from diffperception.detection.criterion import LossWeights, set_losses
+from diffperception.detection.head import DynamicHead
+from diffperception.detection.matcher import PaddedTargets, match
+from diffperception.detection.pooling import FeaturePyramid
+from diffperception.detection.sampler import SamplerOptions, Step, sample_boxes, select_detections
+from diffperception.diffusion import add_noise, cosine_schedule
+from diffperception.models import FPN, TimmBackbone, pad_images
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PAD_MULTIPLE = 32
+
+
+class Detector(nn.Module, ABC):
+    """What every detector offers, ours or a user's.
+
+    Args:
+        classes: names of the classes; label k is `classes[k]`.
+        min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
+        max_size: but the long side is at most this.
+    """
+
+    arguments: dict[str, Any]  # of the constructor; JSON-able; `save` writes them beside the weights
+
+    def __init__(self, classes: Sequence[str], min_size: int | None = None, max_size: int | None = None):
+        super().__init__()
+        if not classes:
+            raise ValueError("a detector needs at least one class; the annotation file names none")
+        self.classes = list(classes)
+        self.min_size = min_size
+        self.max_size = max_size
+
+    @abstractmethod
+    def loss(
+        self, images: list[Tensor], targets: list[dict], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted terms of the training loss; their sum is what to minimise.
+
+        Args:
+            images: float32 (3, H, W), RGB, 0..1, of any sizes; not resized.
+            targets: a dict an image with `boxes` (n, 4) xyxy pixels and `labels` (n,) int64; objects marked in
+                `iscrowd` (n,) are left out.
+            generator: of the training noise, on the CPU; torch's global one by default.
+        """
+
+    @abstractmethod
+    def predict(self, images: list[Tensor], seeds: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
+        """Detections of each image, best first: `boxes` (n, 4) xyxy in pixels of the image, `scores`, `labels` (n,).
+
+        Args:
+            images: as in `loss`, of any sizes.
+            seeds: of each image's noise, for detectors that draw some; 0 by default.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, constructor arguments and class names to one safetensors file."""
+        weights.save_model(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Detector":
+        """Read what `save` wrote; the file names the class, which must be this one or a subclass of it."""
+        model = weights.load_model(path)
+        if not isinstance(model, cls):
+            raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model.eval()
+
+    def resize(self, image: Tensor) -> Tensor:
+        """The image as prediction sees it: (3, H, W) -> (3, H', W')."""
+        if self.min_size is None:
+            return image
+        height, width = image.shape[-2:]
+        factor = self.min_size / min(height, width)
+        if self.max_size is not None:
+            factor = min(factor, self.max_size / max(height, width))
+        size = [max(1, round(height * factor)), max(1, round(width * factor))]
+        return TF.resize(image, size, antialias=True)
+
+
+class DiffusionDet(Detector):
+    """Noise-to-box detection (arXiv 2211.09788): a backbone with FPN, and a head that denoises boxes.
+
+    Args:
+        classes: names of the classes; label k is `classes[k]`.
+        backbone: timm model name.
+        pretrained: start from timm's ImageNet weights (needs the network once).
+        freeze_norm: batch norm of the backbone with fixed statistics; leave it off when training from scratch.
+        strides: of the pyramid's levels, finest first, each twice the one before.
+        width: channels of the pyramid and of a box's feature.
+        fpn_norm: batch norm in the pyramid; helps training from scratch.
+        stages: refinements a pass through the head.
+        pool_size: bins a side that a box is pooled to.
+        dynamic_width: inner channels of the dynamic convolution.
+        ffn_width: inner channels of the feed-forward network.
+        num_heads: heads of the attention between boxes.
+        box_layers: depth of the box tower.
+        num_boxes: boxes in training, and in prediction unless it asks for another number.
+        steps: passes through the head in prediction, unless it asks for another number.
+        signal_scale: size of the signal beside the unit noise.
+        num_timesteps: T of the cosine schedule.
+        matching: `dynamic_k` (several boxes an object) or `hungarian` (one).
+        min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
+        max_size: but the long side is at most this.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        backbone: str = "resnet50",
+        pretrained: bool = False,
+        freeze_norm: bool = False,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        width: int = 256,
+        fpn_norm: bool = False,
+        stages: int = 6,
+        pool_size: int = 7,
+        dynamic_width: int = 64,
+        ffn_width: int = 2048,
+        num_heads: int = 8,
+        box_layers: int = 3,
+        num_boxes: int = 300,
+        steps: int = 1,
+        signal_scale: float = 2.0,
+        num_timesteps: int = 1000,
+        matching: Literal["dynamic_k", "hungarian"] = "dynamic_k",
+        min_size: int | None = 800,
+        max_size: int | None = 1333,
+    ):
+        # Loading brings its own weights, so `pretrained` is not kept.
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")} | {"pretrained": False}
+        super().__init__(classes, min_size, max_size)
+        self.arguments = arguments
+        self.num_boxes = num_boxes
+        self.steps = steps
+        self.signal_scale = signal_scale
+        self.num_timesteps = num_timesteps
+        self.matching = matching
+        self.loss_weights = LossWeights()
+        self.schedule = cosine_schedule(num_timesteps)
+        self.backbone = FPN(TimmBackbone(backbone, strides, pretrained, freeze_norm), width, fpn_norm)
+        self.head = DynamicHead(
+            len(self.classes), stages, width, pool_size, dynamic_width, ffn_width, num_heads, box_layers
+        )
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.warned_of_crowds = False
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: list[Tensor], boxes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass: classify and refine noisy boxes, at every stage.
+
+        Args:
+            images: float32 (3, H, W), RGB, 0..1; any sizes, padded together and not resized.
+            boxes: (B, N, 4) xyxy in pixels.
+            t: (B,) diffusion time.
+
+        Returns: logits (S, B, N, K) and boxes (S, B, N, 4; xyxy pixels).
+        """
+        return self.head(self.features(images), boxes, t)
+
+    def features(self, images: list[Tensor]) -> FeaturePyramid:
+        """The pyramid of images padded together."""
+        batch = pad_images(images, self.mean, self.std, PAD_MULTIPLE)
+        return FeaturePyramid.from_maps(self.backbone(batch), self.backbone.strides)
+
+    def loss(
+        self, images: list[Tensor], targets: list[dict], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """See `Detector.loss`. Terms: `classification`, `l1`, `giou`, each summed over the stages."""
+        sizes = image_sizes(images, self.device)
+        padded = self._limit(PaddedTargets.collate(targets, sizes), generator)
+        t = torch.randint(self.num_timesteps, (len(images),), generator=generator).to(self.device)
+        boxes = self._noisy_boxes(padded, t, generator)
+        logits, refined = self(images, boxes, t)
+        rows = padded.repeat(len(logits))
+        matches = match(logits.flatten(0, 1), refined.flatten(0, 1), rows, self.matching).view(logits.shape[:3])
+        losses = set_losses(logits, refined, padded, matches)
+        return {name: getattr(self.loss_weights, name) * value.sum() for name, value in losses.items()}
+
+    def _limit(self, targets: PaddedTargets, generator: torch.Generator | None) -> PaddedTargets:
+        """At most `num_boxes` objects an image, chosen at random each time, the rest neither noised nor matched."""
+        most = targets.valid.shape[1]
+        if most > self.num_boxes and not self.warned_of_crowds:
+            self.warned_of_crowds = True
+            warnings.warn(
+                f"an image has {most} objects, more than num_boxes={self.num_boxes}: a random part is learned "
+                "each time; raise num_boxes to learn all",
+                stacklevel=3,
+            )
+        return targets.limit(self.num_boxes, generator)
+
+    def _noisy_boxes(self, targets: PaddedTargets, t: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Objects, padded with random boxes to N, at noise level t: (B, N, 4) xyxy in pixels."""
+        x0 = encode_boxes(self._padded_objects(targets, generator), targets.image_sizes, self.signal_scale)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        z = add_noise(self.schedule, x0, t, noise)
+        return give_area(decode_boxes(z, targets.image_sizes, self.signal_scale))
+
+    def _padded_objects(self, targets: PaddedTargets, generator: torch.Generator | None) -> Tensor:
+        """Each image's objects first, then boxes from N(1/2, (1/6)^2) in cxcywh of the image: (B, N, 4) xyxy pixels."""
+        shape = (len(targets.boxes), self.num_boxes, 4)
+        normalised = 0.5 + torch.randn(shape, generator=generator).to(targets.boxes) / 6
+        normalised[..., 2:].clamp_(min=1e-4)
+        # An image with no object noises one box around the whole of it.
+        empty = ~targets.valid.any(1)
+        normalised[empty, 0] = normalised.new_tensor([0.5, 0.5, 1.0, 1.0])
+        boxes = decode_boxes(2 * normalised - 1, targets.image_sizes, scale=1.0)
+        count = min(targets.valid.shape[1], self.num_boxes)
+        first = targets.valid.int().argsort(stable=True, dim=1, descending=True)[:, :count]
+        objects = targets.boxes.gather(1, first[..., None].expand(-1, -1, 4))
+        is_object = targets.valid.gather(1, first)[..., None]
+        boxes[:, :count] = torch.where(is_object, objects, boxes[:, :count])
+        return boxes
+
+    @torch.no_grad()
+    def predict(
+        self,
+        images: list[Tensor],
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        num_boxes: int | None = None,
+        options: SamplerOptions | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """See `Detector.predict`. An image's detections do not depend on the other images of the list.
+
+        Args:
+            steps, num_boxes: instead of the model's own.
+            options: all settings of the sampler; `steps` and `num_boxes` override it.
+        """
+        options = self.sampler_options(steps, num_boxes, options)
+        resized = [self.resize(image) for image in images]
+        sampled = self._sample(resized, seeds, options)
+        detections = select_detections(sampled, options)
+        return [
+            _to_image(detection, small.shape, image.shape)
+            for detection, small, image in zip(detections, resized, images, strict=True)
+        ]
+
+    @torch.no_grad()
+    def trace(self, image: Tensor, steps: int = 4, num_boxes: int | None = None, seed: int = 0) -> list[dict]:
+        """How noise turned into the boxes of one image: a dict a step, the noisiest first.
+
+        Each has the time `t`, the noisy `boxes` (N, 4) that entered, and the `predicted` (N, 4), `scores` (N,) and
+        `labels` (N,) that came out; boxes are xyxy in pixels of the image.
+        """
+        small = self.resize(image)
+        sampled = self._sample([small], [seed], self.sampler_options(steps, num_boxes))
+        factor = image.shape[-1] / small.shape[-1], image.shape[-2] / small.shape[-2]
+        scale = torch.tensor(factor * 2, device=self.device)
+        trace = []
+        for step in sampled:
+            scores, labels = step.logits[0].sigmoid().max(-1)
+            boxes, predicted = step.noisy_boxes[0] * scale, step.boxes[0] * scale
+            trace.append({"t": step.t, "boxes": boxes, "predicted": predicted, "scores": scores, "labels": labels})
+        return trace
+
+    def sampler_options(
+        self, steps: int | None = None, num_boxes: int | None = None, options: SamplerOptions | None = None
+    ) -> SamplerOptions:
+        """`options`, or the model's own, with what is given replaced."""
+        options = options or SamplerOptions(steps=self.steps, num_boxes=self.num_boxes)
+        return replace(options, steps=steps or options.steps, num_boxes=num_boxes or options.num_boxes)
+
+    def _sample(self, images: list[Tensor], seeds: Sequence[int] | None, options: SamplerOptions) -> list[Step]:
+        pyramid = self._separate_features(images)
+
+        def denoise(boxes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            logits, refined = self.head(pyramid, boxes, t, last_only=True)
+            return logits[-1].float(), refined[-1]
+
+        return sample_boxes(
+            denoise,
+            self.schedule,
+            image_sizes(images, self.device),
+            seeds if seeds is not None else [0] * len(images),
+            options,
+            self.num_timesteps,
+            self.signal_scale,
+        )
+
+    def _separate_features(self, images: list[Tensor]) -> FeaturePyramid:
+        """The pyramid of images padded one by one, so that none depends on its neighbours' sizes.
+
+        Convolutions see beyond an image's border into its padding. Only images that pad to one shape share a batch.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(tuple(-(-side // PAD_MULTIPLE) for side in image.shape[-2:]), []).append(i)
+        pyramids = [self.features([images[i] for i in members]) for members in groups.values()]
+        position = [i for members in groups.values() for i in members]
+        return FeaturePyramid.join(pyramids, sorted(range(len(images)), key=position.__getitem__))
+
+
+def image_sizes(images: Sequence[Tensor], device: torch.device) -> Tensor:
+    """(B, 4) width, height, width, height in pixels."""
+    return torch.tensor([[*image.shape[-2:]][::-1] * 2 for image in images], dtype=torch.float32, device=device)
+
+
+def _to_image(detection: dict[str, Tensor], seen: torch.Size, shape: torch.Size) -> dict[str, Tensor]:
+    """From pixels of the resized image to pixels of the original, clipped to it; boxes without area are dropped."""
+    height, width = shape[-2:]
+    scale = detection["boxes"].new_tensor([width / seen[-1], height / seen[-2]] * 2)
+    boxes = detection["boxes"] * scale
+    boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], -1).flatten(1)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return {"boxes": boxes[keep], "scores": detection["scores"][keep], "labels": detection["labels"][keep]}

@@ -1,0 +1,102 @@
+"""torchvision's FCOS (arXiv 1904.01355) behind our interface: the baseline that DiffusionDet is measured against."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torchvision.models.detection import fcos
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
+
+from diffperception.detection.detector import IMAGENET_MEAN, IMAGENET_STD, PAD_MULTIPLE, Detector, _to_image
+from diffperception.models import TimmBackbone
+
+
+class FCOS(Detector):
+    """FCOS on a timm backbone with FPN levels P3 to P7.
+
+    Args:
+        classes: names of the classes; label k is `classes[k]`.
+        backbone: timm model name.
+        pretrained: start from timm's ImageNet weights (needs the network once).
+        freeze_norm: batch norm of the backbone with fixed statistics.
+        strides: of the backbone's maps that the pyramid uses, finest first; two coarser levels are added.
+        width: channels of the pyramid.
+        fpn_norm: batch norm in the pyramid.
+        max_detections: an image.
+        min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
+        max_size: but the long side is at most this.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        backbone: str = "resnet50",
+        pretrained: bool = False,
+        freeze_norm: bool = False,
+        strides: Sequence[int] = (8, 16, 32),
+        width: int = 256,
+        fpn_norm: bool = False,
+        max_detections: int = 100,
+        min_size: int | None = 800,
+        max_size: int | None = 1333,
+    ):
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")} | {"pretrained": False}
+        super().__init__(classes, min_size, max_size)
+        self.arguments = arguments
+        pyramid = _Pyramid(TimmBackbone(backbone, strides, pretrained, freeze_norm), width, fpn_norm)
+        levels = [strides[0] * 2**i for i in range(len(strides) + 2)]
+        self.model = fcos.FCOS(
+            pyramid,
+            num_classes=len(self.classes),
+            anchor_generator=AnchorGenerator(tuple((s,) for s in levels), ((1.0,),) * len(levels)),
+            image_mean=list(IMAGENET_MEAN),
+            image_std=list(IMAGENET_STD),
+            detections_per_img=max_detections,
+            size_divisible=PAD_MULTIPLE,
+            _skip_resize=True,
+        )
+
+    def loss(
+        self, images: list[Tensor], targets: list[dict], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """See `Detector.loss`. Terms: `classification`, `bbox_regression`, `bbox_ctrness`."""
+        training = self.model.training
+        self.model.train()  # torchvision returns losses in training mode only
+        objects = [_without_crowds(target, self.device) for target in targets]
+        losses = self.model([image.to(self.device) for image in images], objects)
+        self.model.train(training)
+        return losses
+
+    @torch.no_grad()
+    def predict(self, images: list[Tensor], seeds: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
+        """See `Detector.predict`; there is no noise to seed. Images go through one by one, for the same reason."""
+        resized = [self.resize(image.to(self.device)) for image in images]
+        detections = [self.model([image])[0] for image in resized]
+        return [
+            _to_image(detection, small.shape, image.shape)
+            for detection, small, image in zip(detections, resized, images, strict=True)
+        ]
+
+
+class _Pyramid(nn.Module):
+    """P3 to P7 as torchvision's detectors want them: an ordered dict of maps, and `out_channels`."""
+
+    def __init__(self, backbone: TimmBackbone, width: int, norm: bool):
+        super().__init__()
+        self.backbone = backbone
+        self.out_channels = width
+        self.fpn = FeaturePyramidNetwork(
+            backbone.channels, width, LastLevelP6P7(width, width), nn.BatchNorm2d if norm else None
+        )
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        maps = self.backbone(images)
+        return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
+
+
+def _without_crowds(target: dict, device: torch.device) -> dict[str, Tensor]:
+    keep = ~target["iscrowd"].bool() if "iscrowd" in target else slice(None)
+    return {name: target[name][keep].to(device) for name in ("boxes", "labels")}

@@ -1,0 +1,107 @@
+"""RoIAlign over all pyramid levels and all images in one gather."""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CANONICAL_LEVEL = 4  # the level that pools a box of CANONICAL_SIZE pixels (arXiv 1612.03144, eq. 1): stride 16
+CANONICAL_SIZE = 224
+SAMPLES = 2  # sampling points a bin and axis
+
+
+class FeaturePyramid:
+    """Feature maps of all levels and images, laid out as one table with a row a position, to gather from many times.
+
+    Bilinear interpolation and averaging are linear, so a pooled bin is a weighted sum of 16 rows: `embedding_bag`. On a
+    CPU this is an order of magnitude faster than torchvision's `roi_align`, forward and backward, with equal results.
+    Images may differ in size: each has its own place in the table.
+
+    Args:
+        rows: (R, C), the table.
+        start, height, width: (B, L) int64, where each image's level begins in the table, and its size in cells.
+        strides: pixels a cell, one a level; powers of two, each twice the one before.
+    """
+
+    def __init__(self, rows: Tensor, start: Tensor, height: Tensor, width: Tensor, strides: list[int]):
+        self.rows, self.start, self.height, self.width, self.strides = rows, start, height, width, strides
+
+    @classmethod
+    def from_maps(cls, maps: list[Tensor], strides: list[int]) -> "FeaturePyramid":
+        """From one (B, C, H_l, W_l) tensor a level, finest first."""
+        batch, device = len(maps[0]), maps[0].device
+        height, width = torch.tensor([m.shape[-2:] for m in maps]).unbind(-1)
+        cells = height * width
+        start = (cells.cumsum(0) - cells) * batch + torch.arange(batch)[:, None] * cells
+        rows = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
+        start, height, width = (x.expand(batch, -1).to(device) for x in (start, height, width))
+        return cls(rows, start, height, width, strides)
+
+    @classmethod
+    def join(cls, pyramids: "list[FeaturePyramid]", order: list[int]) -> "FeaturePyramid":
+        """One table for the images of several; image i of the result is image order[i] of the concatenation."""
+        offsets = itertools.accumulate((len(p.rows) for p in pyramids), initial=0)
+        start = torch.cat([p.start + offset for p, offset in zip(pyramids, offsets, strict=False)])
+        height, width = torch.cat([p.height for p in pyramids]), torch.cat([p.width for p in pyramids])
+        rows = torch.cat([p.rows for p in pyramids])
+        return cls(rows, start[order], height[order], width[order], pyramids[0].strides)
+
+    def assign_levels(self, boxes: Tensor) -> Tensor:
+        """Index of the level that pools each box, by its size (..., 4) -> (...)."""
+        area = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+        level = torch.floor(CANONICAL_LEVEL + torch.log2(area.sqrt() / CANONICAL_SIZE + 1e-8))
+        return (level - math.log2(self.strides[0])).clamp(0, len(self.strides) - 1).long()
+
+    def pool(self, boxes: Tensor, size: int) -> Tensor:
+        """RoIAlign (arXiv 1703.06870; aligned, 2 x 2 samples a bin).
+
+        Args:
+            boxes: (B, N, 4) xyxy in pixels.
+            size: bins a side.
+
+        Returns: (B, N, size * size, C), bins row by row.
+        """
+        batch, count = boxes.shape[:2]
+        boxes = boxes.detach().float()
+        level = self.assign_levels(boxes)
+        stride = self.strides[0] * 2.0**level
+        x1, y1, x2, y2 = (boxes / stride[..., None] - 0.5).unbind(-1)  # a cell's value sits at its centre
+        start, height, width = (x.gather(1, level) for x in (self.start, self.height, self.width))
+        rows, row_weights = _bilinear_taps(y1, y2, size, height)
+        columns, column_weights = _bilinear_taps(x1, x2, size, width)
+        taps = 2 * SAMPLES
+        # (B, N, size, 1, taps, 1) against (B, N, 1, size, 1, taps): every pair of a row tap and a column tap
+        index = (rows * width[..., None, None] + start[..., None, None])[:, :, :, None, :, None]
+        index = index + columns[:, :, None, :, None, :]
+        weight = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None, :]
+        pooled = F.embedding_bag(
+            index.reshape(-1, taps * taps),
+            self.rows,
+            per_sample_weights=weight.reshape(-1, taps * taps).to(self.rows.dtype),
+            mode="sum",
+        )
+        return pooled.view(batch, count, size * size, -1)
+
+
+def _bilinear_taps(start: Tensor, end: Tensor, bins: int, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Cells and weights that interpolate and average one axis.
+
+    Args:
+        start, end: (B, N) of each box, in cells.
+        cells: (B, N) length of the axis; points beyond it by more than a cell count as zero.
+
+    Returns: cell indices (int64) and weights, both (B, N, bins, 2 * SAMPLES).
+    """
+    offsets = (torch.arange(bins * SAMPLES, device=start.device) + 0.5) / SAMPLES
+    points = start[..., None] + offsets * ((end - start) / bins)[..., None]
+    last = cells[..., None] - 1
+    inside = (points >= -1) & (points <= cells[..., None])
+    points = torch.minimum(points.clamp(min=0), last)
+    low = points.floor()
+    fraction = points - low
+    index = torch.stack([low, torch.minimum(low + 1, last)], dim=-1).long()
+    weight = torch.stack([1 - fraction, fraction], dim=-1) * inside[..., None] / SAMPLES
+    shape = (*start.shape, bins, 2 * SAMPLES)
+    return index.view(shape), weight.view(shape)

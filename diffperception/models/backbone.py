@@ -1,0 +1,83 @@
+"""Feature pyramids for detection: any timm backbone by name, and FPN on top."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor
+from torchvision.ops import FeaturePyramidNetwork
+
+
+class TimmBackbone(nn.Module):
+    """The feature maps of a timm model.
+
+    Args:
+        name: timm model name, for example `resnet50` or `swin_base_patch4_window7_224`.
+        strides: strides of the maps to return, finest first; the model must offer them.
+        pretrained: load timm's weights (needs the network once).
+        freeze_norm: use batch norm with fixed statistics and weights, as fine-tuning with small batches does.
+
+    Raises:
+        ValueError: no such model, or it has no feature map at one of the strides.
+    """
+
+    def __init__(self, name: str, strides: Sequence[int], pretrained: bool = False, freeze_norm: bool = False):
+        super().__init__()
+        if not timm.is_model(name):
+            raise ValueError(f"timm has no model {name!r}: {_suggest(name)}")
+        # Transformers are built for one image size unless told otherwise.
+        any_size: dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
+        with torch.device("meta"):
+            probe: Any = timm.create_model(name, features_only=True, **any_size)
+        offered = probe.feature_info.reduction()
+        missing = [stride for stride in strides if stride not in offered]
+        if missing:
+            raise ValueError(f"backbone {name} has feature maps at strides {offered}, not at {missing}")
+        keep = [offered.index(stride) for stride in strides]
+        model: Any = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=keep, **any_size)
+        self.body: nn.Module = freeze_batch_norm_2d(model) if freeze_norm else model
+        self.channels = model.feature_info.channels()
+        self.strides = list(strides)
+        self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W), normalised -> one (B, channels[l], H / strides[l], W / strides[l]) a level."""
+        maps = self.body(images)
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps
+
+
+class FPN(nn.Module):
+    """Lateral 1x1 convolutions, top-down sums, 3x3 convolutions (arXiv 1612.03144) over a backbone's maps."""
+
+    def __init__(self, backbone: TimmBackbone, width: int = 256, norm: bool = False):
+        super().__init__()
+        self.backbone = backbone
+        self.strides = backbone.strides
+        self.width = width
+        self.fpn = FeaturePyramidNetwork(backbone.channels, width, norm_layer=nn.BatchNorm2d if norm else None)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one (B, width, H / strides[l], W / strides[l]) a level, finest first."""
+        maps = self.backbone(images)
+        return list(self.fpn({str(i): m for i, m in enumerate(maps)}).values())
+
+
+def pad_images(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int) -> Tensor:
+    """Normalise images (3, H, W; 0..1) of any sizes and pad them with zeros, right and below, into one batch.
+
+    Returns: (B, 3, H, W) in channels-last memory, H and W multiples of `multiple`.
+    """
+    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+    height, width = (-(-side // multiple) * multiple for side in (height, width))
+    batch = mean.new_zeros(len(images), 3, height, width)
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[-2], : image.shape[-1]] = (image.to(mean) - mean) / std
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def _suggest(name: str) -> str:
+    near = timm.list_models(f"*{name.split('_')[0][:6]}*")[:5]
+    return f"near it are {', '.join(near)}" if near else "`timm.list_models()` names all"

@@ -1,0 +1,70 @@
+"""Models on disk: safetensors with the constructor's arguments in the header. Loading never runs code from a file."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FORMAT = "diffperception-1"
+
+
+def save_model(model: nn.Module, path: str | Path) -> None:
+    """Write a model with an `arguments` attribute (its constructor's, JSON-able) to one file.
+
+    The file is written beside and renamed, so that an interruption leaves the old one.
+    """
+    path = Path(path)
+    kind = type(model)
+    header = {
+        "format": FORMAT,
+        "class": f"{kind.__module__}:{kind.__qualname__}",
+        "arguments": json.dumps(model.arguments),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, beside, header)
+    os.replace(beside, path)
+
+
+def load_model(path: str | Path, allow: tuple[str, ...] = ("diffperception",)) -> nn.Module:
+    """Build the model that a file describes and give it the file's weights, in evaluation mode on the CPU.
+
+    Args:
+        allow: packages that the file may name its class from; name yours to load your own classes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a model file, cut short, or its class lies outside `allow`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no model file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or export it again") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was not written by diffperception: `diffperception convert` reads foreign checkpoints"
+        )
+    model = _resolve(header["class"], path, allow)(**json.loads(header["arguments"]))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the {type(model).__name__} it describes: {error}") from None
+    return model.eval()
+
+
+def _resolve(name: str, path: str | Path, allow: tuple[str, ...]) -> type[nn.Module]:
+    module, _, attribute = name.partition(":")
+    if module.split(".")[0] not in allow:
+        raise ValueError(f"{path} names the class {name}: pass allow=({module.split('.')[0]!r},) if you trust it")
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"{path} names {name}, which is not a model of this version")
+    return found
