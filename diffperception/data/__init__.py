@@ -1,6 +1,16 @@
-"""Data sets, transforms and their checks."""
+"""Data sets, transforms, sampling and checks."""
 
 from diffperception.data.coco import CocoDetection
+from diffperception.data.sampling import SeededSamples, StepBatchSampler, collate
 from diffperception.data.shapes_dataset import ShapesSettings, write_shapes
+from diffperception.data.transforms import TrainingTransforms
 
-__all__ = ["CocoDetection", "ShapesSettings", "write_shapes"]
+__all__ = [
+    "CocoDetection",
+    "SeededSamples",
+    "ShapesSettings",
+    "StepBatchSampler",
+    "TrainingTransforms",
+    "collate",
+    "write_shapes",
+]

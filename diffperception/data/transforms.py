@@ -1,0 +1,109 @@
+"""Random changes of training images and their boxes, composed of torchvision's v2 transforms."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+Target = dict[str, Any]
+PER_BOX = ("boxes", "labels", "iscrowd", "area")
+
+
+class TrainingTransforms:
+    """Flips, crops, resizing and colour changes of one training sample; the defaults are the reference's COCO recipe.
+
+    All draws come from torch's global generator (see `SeededSamples`). Called with a uint8 `tv_tensors.Image` and a
+    target whose boxes are `tv_tensors.BoundingBoxes`, it returns both changed. Boxes are clipped to the new image;
+    those with a side below `min_box_side`, and crowd regions, leave the target with their labels, iscrowd and area.
+
+    Args:
+        horizontal_flip: share of samples mirrored left to right.
+        vertical_flip: share of samples mirrored top to bottom; for scenes without an up and a down.
+        photometric: share of samples whose brightness, contrast, saturation and hue are changed.
+        zoom_out: share of samples put into a grey canvas up to twice as wide, so that objects become smaller.
+        iou_crop: share of samples cut as in SSD: a random part that contains some box to a random extent. Useful,
+            with zoom_out, on small data sets.
+        crop: share of samples that are first resized to a short side of `crop_short_sides` and then cut to a part with
+            width and height drawn from `crop_sides`, its two bounds.
+        crop_short_sides: see crop.
+        crop_sides: see crop.
+        short_sides: at last the short side is resized to one of these, in pixels; none: sizes are left as they are.
+        max_long_side: in pixels; where the long side would exceed it, the short side becomes smaller.
+        min_box_side: in pixels of the changed image.
+    """
+
+    def __init__(
+        self,
+        horizontal_flip: float = 0.5,
+        vertical_flip: float = 0.0,
+        photometric: float = 0.0,
+        zoom_out: float = 0.0,
+        iou_crop: float = 0.0,
+        crop: float = 0.5,
+        crop_short_sides: Sequence[int] = (400, 500, 600),
+        crop_sides: tuple[int, int] = (384, 600),
+        short_sides: Sequence[int] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+        max_long_side: int = 1333,
+        min_box_side: float = 1.0,
+    ):
+        shares = (horizontal_flip, vertical_flip, photometric, zoom_out, iou_crop, crop)
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"the shares of changed samples must lie in 0..1, not {shares}")
+        self.min_box_side = min_box_side
+        steps: list[torch.nn.Module] = [
+            v2.RandomHorizontalFlip(horizontal_flip),
+            v2.RandomVerticalFlip(vertical_flip),
+            _sometimes(photometric, v2.RandomPhotometricDistort(p=0.5)),
+            v2.RandomZoomOut(fill=127, side_range=(1, 2), p=zoom_out),
+            _sometimes(iou_crop, v2.RandomIoUCrop()),
+            _sometimes(crop, v2.RandomShortestSize(list(crop_short_sides)), RandomSizeCrop(*crop_sides)),
+        ]
+        if short_sides:
+            steps.append(v2.RandomShortestSize(list(short_sides), max_size=max_long_side))
+        self.steps = v2.Compose(steps)
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        image, target = self.steps(image, target)
+        return image, clean(target, self.min_box_side)
+
+
+class RandomSizeCrop(v2.Transform):
+    """Cut a part whose height and width are drawn from min_side..max_side, or less where the image is smaller."""
+
+    def __init__(self, min_side: int, max_side: int):
+        super().__init__()
+        if not 1 <= min_side <= max_side:
+            raise ValueError(f"a crop needs 1 <= min_side <= max_side, not {min_side} and {max_side}")
+        self.min_side = min_side
+        self.max_side = max_side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(next(x for x in flat_inputs if isinstance(x, tv_tensors.Image)))
+        top, height = self._draw(height)
+        left, width = self._draw(width)
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def _draw(self, side: int) -> tuple[int, int]:
+        """Where a part of a side begins, and its length."""
+        low, high = min(self.min_side, side), min(self.max_side, side)
+        length = int(torch.randint(low, high + 1, ()))
+        return int(torch.randint(0, side - length + 1, ())), length
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+def clean(target: Target, min_box_side: float) -> Target:
+    """Clip boxes to the image; leave out crowd regions and boxes with a side below `min_box_side` pixels."""
+    boxes = v2.functional.clamp_bounding_boxes(target["boxes"])
+    sides = boxes[:, 2:] - boxes[:, :2]
+    kept = (sides >= min_box_side).all(dim=1) & (target["iscrowd"] == 0)
+    target = target | {"boxes": boxes}
+    return target | {key: tv_tensors.wrap(target[key][kept], like=target[key]) for key in PER_BOX}
+
+
+def _sometimes(share: float, *steps: torch.nn.Module) -> torch.nn.Module:
+    return v2.RandomApply(list(steps), p=share)
