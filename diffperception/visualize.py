@@ -1,0 +1,357 @@
+"""Pictures: detections, predictions beside the ground truth, noise turning into boxes, and the curves of a run.
+
+Images come in as float32 (3, H, W), RGB, 0..1, and boxes as xyxy in their pixels; pictures come out as PIL images.
+"""
+
+import colorsys
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.ops import box_iou
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Colour = tuple[int, int, int]
+Box = tuple[float, float, float, float]
+
+LEAST_SIDE = 480  # smaller pictures are enlarged to have a side of at least this many pixels
+STRIP_SIDE = 360  # long side of the pictures of a strip
+THRESHOLD = 0.4  # detections with lower scores are not drawn
+MATCH_IOU = 0.5
+WRONG: Colour = (235, 30, 30)  # no class has a red like this
+GREY: Colour = (150, 150, 150)
+INK: Colour = (25, 25, 25)
+PAPER: Colour = (255, 255, 255)
+
+
+class Mark(NamedTuple):
+    """A box to draw: xyxy in pixels, with a text beside it unless that is empty."""
+
+    box: Box
+    colour: Colour
+    text: str = ""
+    opacity: float = 1.0
+    dashed: bool = False
+
+
+def save_png(picture: Image.Image, path: str | Path) -> None:
+    """Write a picture beside `path` and rename it, so that `path` is never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    picture.save(part, format="png")
+    os.replace(part, path)
+
+
+def draw_detections(
+    image: Tensor, detections: Mapping[str, Any], classes: Sequence[str], threshold: float = THRESHOLD
+) -> Image.Image:
+    """The image with its boxes, class names and, for predictions, scores.
+
+    Args:
+        image: (3, H, W).
+        detections: `boxes` (n, 4), `labels` (n,), and `scores` (n,) for predictions but not for ground truth.
+        threshold: predictions with lower scores are left out.
+    """
+    return paint(image, _marks(detections, classes, threshold))
+
+
+def side_by_side(
+    image: Tensor,
+    target: Mapping[str, Any],
+    prediction: Mapping[str, Any],
+    classes: Sequence[str],
+    threshold: float = THRESHOLD,
+) -> Image.Image:
+    """Ground truth on the left, prediction on the right; missed objects and wrong predictions are dashed and red.
+
+    A prediction is right if it is the best-scored one to overlap an object of its class with IoU 0.5. Crowds are grey.
+    """
+    shown = _above(prediction, threshold)
+    crowd = torch.as_tensor(target.get("iscrowd", torch.zeros(len(target["labels"])))).cpu().bool()
+    found, right = match(target, shown, crowd)
+    objects = [
+        _judged(box, k, text, bool(good), "missed") if not is_crowd else Mark(box, GREY, f"{text} (crowd)")
+        for (box, k, text), good, is_crowd in zip(_read(target, classes), found, crowd, strict=True)
+    ]
+    boxes = [
+        _judged(box, k, text, bool(good), "wrong")
+        for (box, k, text), good in zip(_read(shown, classes), right, strict=True)
+    ]
+    number, missed = int((~crowd).sum()), int((~found & ~crowd).sum())
+    left = f"ground truth: {number} objects, {missed} missed"
+    return row(
+        [
+            titled(paint(image, objects), left),
+            titled(paint(image, boxes), f"prediction: {len(right)} boxes, {int((~right).sum())} wrong"),
+        ]
+    )
+
+
+def trajectory_strip(
+    image: Tensor,
+    trace: Sequence[Mapping[str, Any]],
+    detections: Mapping[str, Any],
+    classes: Sequence[str],
+    threshold: float = THRESHOLD,
+    columns: int = 6,
+) -> Image.Image:
+    """Noise turning into boxes: the noisy boxes before some of the steps, the boxes after the last, the detections.
+
+    Args:
+        image: (3, H, W).
+        trace: a dict a step, noisiest first: `t`, noisy `boxes` (N, 4), `predicted` (N, 4), `scores` (N,) and `labels`
+            (N,). A box has the colour of the class it becomes in that step, and is the fainter the lower its score.
+        detections: `boxes`, `labels` and `scores` after the last step.
+        columns: at most this many pictures, at least 3.
+    """
+    count = min(len(trace), columns - 2)
+    steps = [trace[round(i)] for i in np.linspace(0, len(trace) - 1, count)] if count > 1 else [trace[0]]
+    pictures = [titled(_faint(image, step["boxes"], step), f"t = {step['t']}") for step in steps]
+    pictures[0] = titled(_faint(image, steps[0]["boxes"], steps[0]), f"t = {steps[0]['t']}: noise")
+    pictures.append(titled(_faint(image, trace[-1]["predicted"], trace[-1]), f"all {len(trace[-1]['boxes'])} boxes"))
+    last = paint(image, _marks(detections, classes, threshold), STRIP_SIDE)
+    return row([*pictures, titled(last, f"detections, score {threshold:g} and more")])
+
+
+def curves(csv_path: str | Path) -> Image.Image:
+    """Losses and validation AP over the steps of a run, from the `metrics.csv` of Lightning's CSVLogger.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no `train/` or `val/` column in it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    series = read_metrics(csv_path)
+    losses = {name: points for name, points in series.items() if name.startswith("train/loss")}
+    scores = {name: points for name, points in series.items() if name.startswith("val/AP")}
+    panels = [(kind, lines) for kind, lines in (("training loss", losses), ("validation AP", scores)) if lines]
+    if not panels:
+        raise ValueError(f"{csv_path} has no column train/loss... or val/AP...: nothing was logged yet")
+    figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (kind, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _plot(axes, kind, lines)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def read_metrics(csv_path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
+    """The steps and values of each column of a metrics.csv that has numbers; columns are sparse."""
+    if not Path(csv_path).is_file():
+        raise FileNotFoundError(f"there is no log {csv_path}")
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    with open(csv_path, newline="") as file:
+        for line in csv.DictReader(file):
+            for name, value in line.items():
+                if name not in ("step", "epoch") and value and math.isfinite(float(value)):
+                    steps, values = series.setdefault(name, ([], []))
+                    steps.append(int(line["step"]))
+                    values.append(float(value))
+    return series
+
+
+def class_colour(k: int) -> Colour:
+    """A colour for class k: hues by the golden ratio, far apart for neighbours, none of them red."""
+    hue = 0.10 + 0.82 * ((0.55 + k * 0.61803398875) % 1)
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, (1.0, 0.8)[k // 8 % 2])
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def match(target: Mapping[str, Any], prediction: Mapping[str, Any], crowd: Tensor) -> tuple[Tensor, Tensor]:
+    """Which objects are found (n,) and which predictions are right (m,): greedily, the best score first."""
+    overlap = box_iou(target["boxes"].cpu().float(), prediction["boxes"].cpu().float())
+    overlap[target["labels"].cpu()[:, None] != prediction["labels"].cpu()] = 0
+    overlap[crowd] = 0
+    found = torch.zeros(overlap.shape[0], dtype=torch.bool)
+    right = torch.zeros(overlap.shape[1], dtype=torch.bool)
+    for j in prediction["scores"].argsort(descending=True).tolist():
+        free = overlap[:, j].masked_fill(found, 0)
+        if len(free) and free.max() >= MATCH_IOU:
+            found[free.argmax()] = right[j] = True
+    return found, right
+
+
+def row(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """The pictures from left to right."""
+    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
+    whole = Image.new("RGB", (width, max(p.height for p in pictures)), PAPER)
+    x = 0
+    for picture in pictures:
+        whole.paste(picture, (x, 0))
+        x += picture.width + gap
+    return whole
+
+
+def column(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """The pictures from top to bottom."""
+    height = sum(p.height for p in pictures) + gap * (len(pictures) - 1)
+    whole = Image.new("RGB", (max(p.width for p in pictures), height), PAPER)
+    y = 0
+    for picture in pictures:
+        whole.paste(picture, (0, y))
+        y += picture.height + gap
+    return whole
+
+
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """The picture with a line of text above it."""
+    font = _font(18)
+    width = max(picture.width, math.ceil(font.getlength(title)) + 8)
+    whole = Image.new("RGB", (width, picture.height + 28), PAPER)
+    whole.paste(picture, (0, 28))
+    ImageDraw.Draw(whole).text((4, 3), title, fill=INK, font=font)
+    return whole
+
+
+def paint(image: Tensor, marks: Sequence[Mark], side: int | None = None) -> Image.Image:
+    """The image with marks: first the boxes, then the texts above them all.
+
+    Args:
+        image: (3, H, W).
+        marks: the most important last.
+        side: resize the long side to this many pixels; by default small images are enlarged by a whole factor.
+    """
+    picture = to_picture(image)
+    long = max(picture.size)
+    factor = side / long if side else max(1, math.ceil(LEAST_SIDE / long))
+    size = round(picture.width * factor), round(picture.height * factor)
+    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    scaled = [mark._replace(box=_scaled(mark.box, factor)) for mark in marks]
+    draw = ImageDraw.Draw(picture, "RGBA")
+    width = max(2, round(max(picture.size) / 320))
+    for mark in scaled:
+        _draw_box(draw, mark, width)
+    taken: list[Box] = []
+    for mark in reversed(scaled):  # the best is drawn last, so it chooses the place of its text first
+        if mark.text:
+            _draw_text(draw, mark, picture.size, taken)
+    return picture
+
+
+def _scaled(box: Box, factor: float) -> Box:
+    return box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Float (3, H, W) in 0..1 -> PIL image."""
+    pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _above(detections: Mapping[str, Any], threshold: float) -> dict[str, Any]:
+    """The detections with at least this score, the best last; all of them where there are no scores."""
+    if "scores" not in detections:
+        return dict(detections)
+    order = detections["scores"].argsort()
+    order = order[detections["scores"][order] >= threshold]
+    return {key: detections[key][order] for key in ("boxes", "scores", "labels")}
+
+
+def _read(detections: Mapping[str, Any], classes: Sequence[str]) -> list[tuple[Box, int, str]]:
+    """Box, label and text of each detection."""
+    labels = detections["labels"].tolist()
+    scores = [f" {s:.2f}" for s in detections["scores"].tolist()] if "scores" in detections else [""] * len(labels)
+    boxes = [tuple(box) for box in detections["boxes"].tolist()]
+    return [(box, k, f"{classes[k]}{s}") for box, k, s in zip(boxes, labels, scores, strict=True)]
+
+
+def _marks(detections: Mapping[str, Any], classes: Sequence[str], threshold: float) -> list[Mark]:
+    return [Mark(box, class_colour(k), text) for box, k, text in _read(_above(detections, threshold), classes)]
+
+
+def _judged(box: Box, k: int, text: str, good: bool, verdict: str) -> Mark:
+    return Mark(box, class_colour(k), text) if good else Mark(box, WRONG, f"{verdict}: {text}", dashed=True)
+
+
+def _faint(image: Tensor, boxes: Tensor, step: Mapping[str, Any]) -> Image.Image:
+    """All boxes of a step on the darkened image, the lower their scores the fainter."""
+    order = step["scores"].argsort().tolist()
+    scores, labels, corners = step["scores"].tolist(), step["labels"].tolist(), boxes.tolist()
+    marks = [Mark(tuple(corners[i]), class_colour(labels[i]), "", 0.12 + 0.88 * scores[i]) for i in order]
+    return paint(0.5 * image, marks, STRIP_SIDE)
+
+
+def _draw_box(draw: ImageDraw.ImageDraw, mark: Mark, width: int) -> None:
+    x1, y1, x2, y2 = mark.box
+    fill = (*mark.colour, round(255 * mark.opacity))
+    if not mark.dashed:
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=fill, width=width)
+        return
+    for a, b, level in ((x1, x2, y1), (x1, x2, y2)):
+        for start, end in _dashes(a, b, 4 * width):
+            draw.line((start, level, end, level), fill=fill, width=width)
+    for a, b, level in ((y1, y2, x1), (y1, y2, x2)):
+        for start, end in _dashes(a, b, 4 * width):
+            draw.line((level, start, level, end), fill=fill, width=width)
+
+
+def _dashes(start: float, end: float, length: float) -> list[tuple[float, float]]:
+    return [(a, min(a + length, end)) for a in np.arange(start, end, 1.7 * length).tolist()]
+
+
+def _draw_text(draw: ImageDraw.ImageDraw, mark: Mark, size: tuple[int, int], taken: list[Box]) -> None:
+    font = _font(14)
+    width, height = math.ceil(font.getlength(mark.text)) + 6, 18
+    box = _place(mark.box, width, height, size, taken)
+    taken.append(box)
+    draw.rectangle(box, fill=(*mark.colour, 225))
+    dark = 0.299 * mark.colour[0] + 0.587 * mark.colour[1] + 0.114 * mark.colour[2] > 140
+    draw.text((box[0] + 3, box[1]), mark.text, fill=INK if dark else PAPER, font=font)
+
+
+def _place(box: Box, width: int, height: int, size: tuple[int, int], taken: list[Box]) -> Box:
+    """Where the text of a box goes: above, inside at the top, inside at the bottom or below, the first that is free."""
+    x1, y1, x2, y2 = box
+    places = []
+    for y in (y1 - height, y1, y2 - height, y2):
+        for x in (x1, x2 - width):
+            left, top = max(0, min(x, size[0] - width)), max(0, min(y, size[1] - height))
+            places.append((left, top, left + width, top + height))
+    return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
+
+
+def _overlap(a: Box, b: Box) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # a size asks for the scalable font
+    return font
+
+
+def _plot(axes: "Axes", title: str, lines: Mapping[str, tuple[list[int], list[float]]]) -> None:
+    for name, (steps, values) in lines.items():
+        label = name.partition("/")[2]
+        if title == "training loss":
+            line = axes.plot(steps, _smooth(values), label=label, linewidth=2 if label == "loss" else 1.2)[0]
+            axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
+        else:
+            axes.plot(steps, values, label=f"{label} {values[-1]:.3f}", marker="o", markersize=3)
+    axes.set(title=title, xlabel="step")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Mean over a window of a twentieth of the run, shorter at its ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    half = len(values) // 40
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
