@@ -128,7 +128,8 @@ def _write_split(
     annotations: list[dict[str, Any]] = []
     for image, objects in pool.map(partial(_write_scene, folder, split, settings), range(count), chunksize=16):
         images.append(image)
-        annotations.extend(entry | {"id": len(annotations) + k} for k, entry in enumerate(objects, start=1))
+        for entry in objects:
+            annotations.append(entry | {"id": len(annotations) + 1})
         if on_image is not None:
             on_image()
     content = {
