@@ -1,0 +1,44 @@
+"""`diffperception shapes`: draw the shapes data set."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from diffperception.cli import say
+from diffperception.data import ShapesSettings, write_shapes
+
+
+def shapes(
+    output: Path,
+    train: int = ShapesSettings.train,
+    val: int = ShapesSettings.val,
+    seed: int = ShapesSettings.seed,
+    min_side: int = ShapesSettings.min_side,
+    max_side: int = ShapesSettings.max_side,
+    max_objects: int = ShapesSettings.max_objects,
+    min_size: int = ShapesSettings.min_size,
+    workers: int | None = None,
+) -> None:
+    """Draw a data set of ellipses, rectangles, triangles, stars, crosses and rings to try the other commands on.
+
+    Writes pictures (train/, val/), COCO annotations (annotations/instances_train.json and instances_val.json) and
+    class masks (masks/) below the output folder. The same options give the same pictures on every machine.
+
+    Args:
+        output: folder to write; one that holds the same data set is left as it is, one with anything else is refused.
+        train: number of pictures to train on.
+        val: number of pictures to measure with.
+        seed: another seed gives other pictures.
+        min_side: smallest height and width of a picture, in pixels.
+        max_side: largest height and width of a picture, in pixels.
+        max_objects: most objects in a picture.
+        min_size: smallest length of an object, in pixels.
+        workers: processes that draw; null: one for each core.
+    """
+    settings = ShapesSettings(train, val, seed, min_side, max_side, max_objects, min_size)
+    with tqdm(total=train + val, desc="draw", unit="image", leave=False, disable=None) as bar:
+        drawn = write_shapes(output, settings, workers, on_image=bar.update)
+    if drawn:
+        say(f"{train} pictures to train on and {val} to measure with are in {output}")
+    else:
+        say(f"{output} already holds these pictures: nothing to draw")

@@ -1,0 +1,7 @@
+"""`python tools/check_data.py ...` is `diffperception check ...`."""
+
+import sys
+
+from diffperception.cli.main import main
+
+sys.exit(main(["check", *sys.argv[1:]]))
