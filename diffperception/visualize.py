@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
+Points = tuple[list[int], list[float]]  # steps and values
 
-LEAST_SIDE = 480  # smaller pictures are enlarged to have a side of at least this many pixels
+LEAST_SIDE, MOST_SIDE = 480, 1600  # of the long side of pictures in pixels: text is legible, files stay small
 STRIP_SIDE = 360  # long side of the pictures of a strip
 THRESHOLD = 0.4  # detections with lower scores are not drawn
 MATCH_IOU = 0.5
@@ -125,20 +126,23 @@ def trajectory_strip(
 
 
 def curves(csv_path: str | Path) -> Image.Image:
-    """Losses and validation AP over the steps of a run, from the `metrics.csv` of Lightning's CSVLogger.
+    """Losses and AP over the steps of a run, from its `metrics.csv`.
+
+    Columns AP, AP50 and AP75 are the AP, `lr` and what else an evaluation gives are left out, all others are losses; a
+    prefix such as `train/` is dropped.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or no `train/` or `val/` column in it.
+        FileNotFoundError, ValueError: there is no such file, or no number in it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     series = read_metrics(csv_path)
-    losses = {name: points for name, points in series.items() if name.startswith("train/loss")}
-    scores = {name: points for name, points in series.items() if name.startswith("val/AP")}
+    losses = {name: points for name, points in series.items() if name != "lr" and not name.startswith(("AP", "AR"))}
+    scores: dict[str, Points] = {name: series[name] for name in ("AP", "AP50", "AP75") if name in series}
     panels = [(kind, lines) for kind, lines in (("training loss", losses), ("validation AP", scores)) if lines]
     if not panels:
-        raise ValueError(f"{csv_path} has no column train/loss... or val/AP...: nothing was logged yet")
+        raise ValueError(f"{csv_path} has no loss and no AP: nothing was logged yet")
     figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axes, (kind, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -147,16 +151,16 @@ def curves(csv_path: str | Path) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def read_metrics(csv_path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
-    """The steps and values of each column of a metrics.csv that has numbers; columns are sparse."""
+def read_metrics(csv_path: str | Path) -> dict[str, Points]:
+    """The steps and finite values of each column of a metrics.csv, whose cells may be empty."""
     if not Path(csv_path).is_file():
         raise FileNotFoundError(f"there is no log {csv_path}")
-    series: dict[str, tuple[list[int], list[float]]] = {}
+    series: dict[str, Points] = {}
     with open(csv_path, newline="") as file:
         for line in csv.DictReader(file):
             for name, value in line.items():
                 if name not in ("step", "epoch") and value and math.isfinite(float(value)):
-                    steps, values = series.setdefault(name, ([], []))
+                    steps, values = series.setdefault(name.rpartition("/")[2], ([], []))
                     steps.append(int(line["step"]))
                     values.append(float(value))
     return series
@@ -221,11 +225,12 @@ def paint(image: Tensor, marks: Sequence[Mark], side: int | None = None) -> Imag
     Args:
         image: (3, H, W).
         marks: the most important last.
-        side: resize the long side to this many pixels; by default small images are enlarged by a whole factor.
+        side: resize the long side to this many pixels; by default small images are enlarged by a whole factor, and
+            large ones are made smaller.
     """
     picture = to_picture(image)
     long = max(picture.size)
-    factor = side / long if side else max(1, math.ceil(LEAST_SIDE / long))
+    factor = (side or min(long * math.ceil(LEAST_SIDE / long), MOST_SIDE)) / long
     size = round(picture.width * factor), round(picture.height * factor)
     picture = picture.resize(size, Image.Resampling.BICUBIC)
     scaled = [mark._replace(box=_scaled(mark.box, factor)) for mark in marks]
@@ -334,14 +339,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _plot(axes: "Axes", title: str, lines: Mapping[str, tuple[list[int], list[float]]]) -> None:
+def _plot(axes: "Axes", title: str, lines: Mapping[str, Points]) -> None:
     for name, (steps, values) in lines.items():
-        label = name.partition("/")[2]
         if title == "training loss":
-            line = axes.plot(steps, _smooth(values), label=label, linewidth=2 if label == "loss" else 1.2)[0]
+            line = axes.plot(steps, _smooth(values), label=name, linewidth=2 if name == "loss" else 1.2)[0]
             axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
         else:
-            axes.plot(steps, values, label=f"{label} {values[-1]:.3f}", marker="o", markersize=3)
+            axes.plot(steps, values, label=f"{name} {values[-1]:.3f}", marker="o", markersize=3)
     axes.set(title=title, xlabel="step")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

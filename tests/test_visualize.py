@@ -46,6 +46,12 @@ def test_small_images_are_enlarged_with_their_boxes():
     assert picture.getpixel((150, 100)) == class_colour(0)
 
 
+def test_large_images_are_made_smaller():
+    picture = visualize.draw_detections(torch.zeros(3, 1000, 3200), detections((400, 400, 1200, 1000)), CLASSES)
+    assert picture.size == (1600, 500)
+    assert picture.getpixel((400, 200)) == class_colour(0)
+
+
 def test_class_colours_differ_and_none_looks_wrong():
     colours = np.array([class_colour(k) for k in range(20)])
     assert len(np.unique(colours, axis=0)) == 20
@@ -126,23 +132,23 @@ def test_pictures_are_stacked_without_cutting():
 def test_curves_read_sparse_columns(tmp_path):
     log = tmp_path / "metrics.csv"
     log.write_text(
-        "epoch,step,train/loss,train/loss_l1,val/AP\n0,0,4.0,1.0,\n0,10,2.0,nan,\n0,10,,,0.25\n1,20,1.0,0.5,\n1,20,,,0.5\n"
+        "epoch,step,loss,train/l1,val/AP\n0,0,4.0,1.0,\n0,10,2.0,nan,\n0,10,,,0.25\n1,20,1.0,0.5,\n1,20,,,0.5\n"
     )
     assert visualize.read_metrics(log) == {
-        "train/loss": ([0, 10, 20], [4.0, 2.0, 1.0]),
-        "train/loss_l1": ([0, 20], [1.0, 0.5]),
-        "val/AP": ([10, 20], [0.25, 0.5]),
+        "loss": ([0, 10, 20], [4.0, 2.0, 1.0]),
+        "l1": ([0, 20], [1.0, 0.5]),
+        "AP": ([10, 20], [0.25, 0.5]),
     }
     both = visualize.curves(log)
     assert np.asarray(both).std() > 10
-    log.write_text("epoch,step,train/loss\n0,0,4.0\n")
+    log.write_text("step,loss,lr,AR100\n0,4.0,0.1,\n5,,,0.3\n")
     assert visualize.curves(log).width * 2 == both.width
 
 
 def test_curves_without_data_say_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metrics\.csv"):
         visualize.curves(tmp_path / "metrics.csv")
-    (tmp_path / "metrics.csv").write_text("epoch,step,lr\n0,0,0.1\n")
+    (tmp_path / "metrics.csv").write_text("step,lr\n0,0.1\n")
     with pytest.raises(ValueError, match="nothing was logged"):
         visualize.curves(tmp_path / "metrics.csv")
 
