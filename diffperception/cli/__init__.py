@@ -1,14 +1,20 @@
 """The commands: `diffperception NAME` and `tools/NAME.py` are the same function."""
 
 import os
+import sys
+
+from tqdm import tqdm
+
+PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
 def first_process() -> bool:
     """Whether this is the only process, or the one of several (torchrun's, or Lightning's) that prints and writes."""
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK"))
+    return all(int(os.environ.get(name, 0)) == 0 for name in PROCESS_NUMBERS)
 
 
 def say(text: str) -> None:
     """Print `text` for the user, once for all processes. Commands print through this function only."""
     if first_process():
-        print(text, flush=True)
+        tqdm.write(text)  # above a progress bar, if there is one
+        sys.stdout.flush()

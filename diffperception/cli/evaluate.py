@@ -1,0 +1,108 @@
+"""`diffperception evaluate`."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from diffperception.cli import first_process, say
+from diffperception.cli.report import draw_pictures, write_scores
+from diffperception.data import CocoDetection
+from diffperception.detection import Detector
+from diffperception.detection.evaluation import CocoResult, evaluate_results
+from diffperception.tasks.evaluation import evaluate_detector, join_processes
+from diffperception.weights import load_model
+
+
+def evaluate(
+    annotations: Path,
+    images: Path | None = None,
+    model: Path | None = None,
+    results: Path | None = None,
+    output: Path | None = None,
+    steps: int | None = None,
+    num_boxes: int | None = None,
+    max_dets: int = 100,
+    batch_size: int = 8,
+    workers: int = 2,
+    seed: int = 0,
+    device: str = "auto",
+    pictures: int = 8,
+    trust: str | None = None,
+) -> None:
+    """Score a detector, or a COCO results file, on a COCO data set.
+
+    Prints the COCO table and the AP of each class. AP depends neither on the batch size nor on the number of processes;
+    to use several, start the command with `torchrun --nproc_per_node=N -m diffperception evaluate ...`.
+
+    Args:
+        annotations: COCO JSON file with the ground truth.
+        images: the folder that its file names are relative to; needed with a model.
+        model: the detector, a model.safetensors file.
+        results: score this COCO results file instead of a model.
+        output: folder for metrics.json, detections.json and pictures; nothing is written without it.
+        steps: passes from noise to boxes; by default what the model was made with.
+        num_boxes: boxes to start from; by default what the model was made with.
+        max_dets: how many detections of a class count in an image, the best first (COCO: 100).
+        batch_size: images in one prediction.
+        workers: processes that read images, for each process that predicts.
+        seed: of the noise; the noise of an image depends on this and on its id alone.
+        device: cpu, cuda, cuda:1, ... or auto.
+        pictures: how many images are drawn with predictions beside ground truth.
+        trust: a Python package of your own whose model classes the model file may name.
+    """
+    if (model is None) == (results is None):
+        raise ValueError("give either --model (and --images) or --results")
+    if results is not None:
+        finish(evaluate_results(annotations, results, max_dets), output)
+        return
+    if model is None or images is None:
+        raise ValueError("give --images, the folder with the images that the model shall be scored on")
+    join_processes()
+    detector = load_detector(model, trust).to(pick_device(device))
+    dataset = CocoDetection(annotations, images)
+    options = {name: value for name, value in (("steps", steps), ("num_boxes", num_boxes)) if value is not None}
+    result = evaluate_detector(
+        detector, dataset, None, batch_size, workers, max_dets=max_dets, seed=seed, options=options
+    )
+    finish(result, output)
+    if output is not None and first_process():
+        draw_pictures(detector, dataset, output / "pictures", pictures, seed, options)
+        say(f"{output / 'pictures'}: predictions beside ground truth")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def finish(result: CocoResult, output: Path | None) -> None:
+    """Print the table and write the numbers."""
+    say(result.table())
+    if output is not None and first_process():
+        write_scores(result, output)
+        say(f"\n{output / 'metrics.json'}: these numbers\n{output / 'detections.json'}: every predicted box")
+
+
+def load_detector(path: Path, trust: str | None = None) -> Detector:
+    """The detector that a model file holds, in evaluation mode on the CPU; ValueError if it is none."""
+    model = load_model(path, allow=("diffperception", *([trust] if trust else [])))
+    if not isinstance(model, Detector):
+        raise ValueError(f"{path} holds a {type(model).__name__}, which is not a detector")
+    return model
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for `auto` this process's GPU, if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch asserts that it was built for the device
+        raise ValueError(f"there is no device {name!r} here: use cpu or auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

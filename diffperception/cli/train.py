@@ -1,0 +1,157 @@
+"""`diffperception train`."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from diffperception.cli import first_process, say
+from diffperception.cli.evaluate import finish, load_detector
+from diffperception.cli.report import draw_pictures, write_text
+from diffperception.data import CocoDetection
+from diffperception.detection import Detector
+from diffperception.detection.evaluation import CocoResult
+from diffperception.tasks.data import TrainingData
+from diffperception.tasks.detection import DetectionTask
+from diffperception.tasks.evaluation import evaluate_detector, require_classes
+from diffperception.tasks.fitting import CHECKPOINT, fit
+from diffperception.tasks.log import RunLog
+from diffperception.tasks.options import DataOptions, EvaluationOptions, OptimizerOptions, TrainerOptions
+from diffperception.visualize import curves, save_png
+
+WEIGHTS = "model.safetensors"
+WRITTEN = ("config.yaml", CHECKPOINT, WEIGHTS, "metrics.csv", "metrics.json", "detections.json")
+WRITTEN_FOLDERS = ("pictures", "tensorboard")
+
+
+def train(
+    model: Callable[[list[str]], Detector],
+    data: DataOptions,
+    output: Path,
+    optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 (the defaults are not changed)
+    trainer: TrainerOptions = TrainerOptions(),  # noqa: B008
+    evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
+    task: type[DetectionTask] = DetectionTask,
+    init: Path | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    resolved: str = "",
+) -> int:
+    """Train a detector, score it and draw its predictions.
+
+    Everything is written to one folder: config.yaml (all options; use it as --config to repeat the run), metrics.csv
+    and tensorboard/ (losses and AP over the steps), last.ckpt (to go on from with --resume), model.safetensors (the
+    trained detector, for `evaluate` and `predict`), metrics.json, detections.json and pictures/.
+
+    Ctrl-C ends the run after the step in hand and leaves a checkpoint. To use several processes or machines, start the
+    command with `torchrun --nproc_per_node=N -m diffperception train ...`; the learning rate follows the number of
+    images a step.
+
+    Args:
+        model: the detector's class and its arguments, all but the classes, which come from the annotations.
+        data: what it learns from and is scored on.
+        output: the folder for everything that the run writes.
+        optimizer: how the weights are updated.
+        trainer: how long, on what, and how often it reports.
+        evaluation: how it is scored.
+        task: the training step; a class of your own may change it.
+        init: start from the weights in this model.safetensors file, of the same model and classes.
+        seed: of the weights, the order of images, their changes and the noise.
+        resume: go on from last.ckpt in the output folder, or begin if there is none.
+        overwrite: replace the run that the output folder holds.
+    """
+    if first_process():
+        prepare_folder(output, resume, overwrite, resolved)
+    train_set, val_set = data.open()
+    torch.manual_seed(seed)
+    detector = model(train_set.classes)
+    if init is not None:
+        start_from(detector, init, val_set)
+    parameters = sum(parameter.numel() for parameter in detector.parameters())
+    say(
+        f"{type(detector).__name__} with {parameters / 1e6:.1f} M parameters learns {len(train_set.classes)} classes"
+        f" from {len(train_set)} images and is scored on {len(val_set)}"
+    )
+
+    def score(detector: Detector, images: int | None = evaluation.images) -> CocoResult:
+        return evaluate_detector(
+            detector, val_set, images, evaluation.batch_size, data.workers, evaluation.max_dets, seed
+        )
+
+    outcome = fit(
+        task(detector, optimizer, seed),
+        TrainingData(train_set, data.batch_size, data.workers, seed),
+        output,
+        trainer,
+        lambda detector: score(detector).metrics,
+        evaluation.every,
+        resume and (output / CHECKPOINT).exists(),
+        say,
+    )
+    if outcome.signal is not None:
+        say(f"stopped after step {outcome.step}; the same command with --resume goes on from {output / CHECKPOINT}")
+        return 128 + outcome.signal
+    trained = outcome.detector.to(outcome.device).eval()
+    if first_process():
+        trained.save(output / WEIGHTS)
+    result = score(trained, images=None)
+    finish(result, output)
+    if first_process():
+        log = RunLog(output, after=outcome.step)
+        log.write(outcome.step, {f"val/{name}": value for name, value in result.metrics.items()})
+        log.close()
+        draw_pictures(trained, val_set, output / "pictures", evaluation.pictures, seed)
+        save_png(curves(output / "metrics.csv"), output / "pictures" / "curves.png")
+    say_where(output)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def prepare_folder(output: Path, resume: bool, overwrite: bool, resolved: str) -> None:
+    """Make the output folder and write the options to it.
+
+    Raises:
+        ValueError: it holds a run, and the user has not said what shall become of it.
+    """
+    if resume and overwrite:
+        raise ValueError("give either --resume, to go on with the run, or --overwrite, to replace it")
+    found = [name for name in (*WRITTEN, *WRITTEN_FOLDERS) if (output / name).exists()]
+    if found and not (resume or overwrite):
+        raise ValueError(
+            f"{output} already holds a run ({', '.join(found)}): go on with it with --resume, replace it with"
+            " --overwrite, or choose another --output"
+        )
+    if overwrite:
+        for name in WRITTEN:
+            (output / name).unlink(missing_ok=True)
+        for name in WRITTEN_FOLDERS:
+            shutil.rmtree(output / name, ignore_errors=True)
+    settings = yaml.safe_load(resolved) or {}
+    kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
+    write_text(output / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
+
+
+def start_from(detector: Detector, path: Path, dataset: CocoDetection) -> None:
+    """Give `detector` the weights of a model file; ValueError if its classes or its layers differ."""
+    source = load_detector(path, trust=type(detector).__module__.split(".")[0])
+    require_classes(source.classes, dataset)
+    try:
+        detector.load_state_dict(source.state_dict())
+    except RuntimeError:
+        raise ValueError(f"{path} holds a {type(source).__name__} of another shape than the configured model") from None
+
+
+def say_where(output: Path) -> None:
+    """Name the files of a finished run."""
+    files = {
+        WEIGHTS: "the trained detector, for `diffperception evaluate` and `predict`",
+        "pictures": "predictions beside ground truth, noise turning into boxes, curves.png",
+        "metrics.csv": "losses and AP over the steps; also `tensorboard --logdir " + str(output) + "`",
+        "config.yaml": "all options; use it as --config to repeat the run",
+    }
+    say("\n".join(f"{output / name}: {text}" for name, text in files.items()))

@@ -1,0 +1,239 @@
+"""What happens after the steps of training: averaging, logging, checkpoints, evaluation."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+from tqdm import tqdm
+
+from diffperception.detection import Detector
+from diffperception.tasks.detection import DetectionTask, NonFiniteLossError
+from diffperception.tasks.log import RunLog
+
+
+class Averaging(WeightAveraging):
+    """Exponential moving average of weights and statistics.
+
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that a short run does not average its first steps in.
+    """
+
+    def __init__(self, decay: float):
+        super().__init__(multi_avg_fn=self._blend)
+        self.decay = decay
+
+    def _blend(self, averages: list[Tensor], values: list[Tensor], updates: Tensor) -> None:
+        n = int(updates)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n))
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, weight)
+            else:  # counters
+                average.copy_(value)
+
+    @property
+    def detector(self) -> Detector:
+        """The detector with averaged weights."""
+        assert self._average_model is not None
+        return self._average_model.module.detector  # type: ignore[return-value]
+
+
+class Reporter(Callback):
+    """Progress with the time left, and a row of numbers every so many steps.
+
+    Args:
+        log: where the numbers go; None in all processes but the first.
+        every: steps between rows.
+        say: prints a line; used where there is no terminal for a bar.
+    """
+
+    def __init__(self, log: RunLog | None, every: int, say: Callable[[str], None]):
+        self.log = log
+        self.every = every
+        self.say = say
+        self.terms: list[dict[str, Tensor]] = []
+        self.busy = 0.0
+
+    def on_train_start(self, trainer: Trainer, task: DetectionTask) -> None:  # type: ignore[override]
+        options = task.options
+        self.say(
+            f"{task.images_per_step} images a step, so the learning rate is {options.lr:g} x {task.images_per_step}"
+            f" / {options.base_batch_size} = {task.lr:g}"
+        )
+        self.first = self.last = trainer.global_step
+        self.began = time.monotonic()
+        hidden = None if self.log else True  # None: where there is no terminal
+        self.bar = tqdm(total=trainer.max_steps, initial=self.first, desc="train", disable=hidden)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.batch_began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, task: DetectionTask, *_: Any) -> None:  # type: ignore[override]
+        self.busy += time.perf_counter() - self.batch_began
+        self.terms.append(task.terms)
+        step = trainer.global_step
+        if step == self.last:  # gradients are being accumulated
+            return
+        self.last = step
+        self.bar.update()
+        if step % self.every == 0 or step == trainer.max_steps:
+            self._report(trainer, step)
+
+    def _report(self, trainer: Trainer, step: int) -> None:
+        names = list(self.terms[0])
+        means = torch.stack([torch.stack([terms[name] for terms in self.terms]).mean() for name in names])
+        means = trainer.strategy.reduce(means, reduce_op="mean")
+        self.terms = []
+        if self.log is None:
+            return
+        loss, rate = float(means.sum()), max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        terms = {f"train/loss_{name}": mean for name, mean in zip(names, means.tolist(), strict=True)}
+        waiting = self.waiting(trainer)
+        self.log.write(step, {"train/loss": loss, **terms, "train/lr": rate, "train/waiting": waiting})
+        self.bar.set_postfix_str(f"loss {loss:.3f}")
+        if self.bar.disable:
+            elapsed = time.monotonic() - self.began
+            left = elapsed / (step - self.first) * (trainer.max_steps - step)
+            self.say(f"step {step}/{trainer.max_steps}  loss {loss:.3f}  {clock(elapsed)} so far, {clock(left)} left")
+
+    def waiting(self, trainer: Trainer) -> float:
+        """The share of training time, evaluations and checkpoints apart, that was spent waiting for data."""
+        waited = trainer.datamodule.loader.waited  # type: ignore[attr-defined]
+        return waited / (waited + self.busy)
+
+    def on_train_end(self, trainer: Trainer, task: DetectionTask) -> None:  # type: ignore[override]
+        self.bar.close()
+        if self.busy:
+            self.say(f"waiting for data took {100 * self.waiting(trainer):.1f} % of the training time")
+
+    def on_exception(self, *_: Any) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+class Checkpoints(Callback):
+    """Writes last.ckpt every so many steps, at the end, and when training is told to stop.
+
+    Ctrl-C, SIGTERM and the time limit stop training after the step in hand, so what is saved is never half a step; a
+    second signal stops at once. Gradients that are being accumulated are completed first.
+
+    Args:
+        path: of the checkpoint; a new one is written beside and then renamed.
+        every: steps between checkpoints.
+        max_minutes: stop after these.
+    """
+
+    def __init__(self, path: Path, every: int, max_minutes: float | None):
+        self.path = path
+        self.every = every
+        self.seconds = float("inf") if max_minutes is None else max_minutes * 60
+        self.signal: int | None = None
+        self.saved = 0
+
+    def on_train_start(self, trainer: Trainer, task: DetectionTask) -> None:  # type: ignore[override]
+        self.saved = trainer.global_step
+        self.began = time.monotonic()
+        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, task: DetectionTask, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        told = self.signal is not None or time.monotonic() - self.began > self.seconds
+        stop = trainer.strategy.reduce_boolean_decision(told, all=False)
+        if stop or step % self.every == 0 or step == trainer.max_steps:
+            self._save(trainer)
+        trainer.should_stop = trainer.should_stop or stop
+
+    def _save(self, trainer: Trainer) -> None:
+        beside = self.path.with_name(self.path.name + ".part")
+        trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            os.replace(beside, self.path)
+        self.saved = trainer.global_step
+
+    def on_exception(self, trainer: Trainer, task: DetectionTask, exception: BaseException) -> None:  # type: ignore[override]
+        """Keep the steps done, if this process can tell that they are whole and sound."""
+        between_steps = (
+            trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches == 0
+        )
+        sound = isinstance(exception, Exception) and not isinstance(exception, NonFiniteLossError)
+        if trainer.world_size == 1 and between_steps and sound and trainer.global_step > self.saved:
+            self._save(trainer)
+
+
+class Evaluations(Callback):
+    """Scores the detector every so many steps; a resumed run makes up for the one it was interrupted in.
+
+    Args:
+        score: gives the COCO metrics of a detector.
+        averaging: what holds the averaged detector; None scores the one in training.
+        log: where the metrics go; None in all processes but the first.
+        every: steps between evaluations; None for none. There is none after the last step, as the caller makes it.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[Detector], dict[str, float]],
+        averaging: Averaging | None,
+        log: RunLog | None,
+        every: int | None,
+        say: Callable[[str], None],
+    ):
+        self.score = score
+        self.averaging = averaging
+        self.log = log
+        self.every = every
+        self.say = say
+        self.scored = 0
+
+    def on_train_start(self, trainer: Trainer, task: DetectionTask) -> None:  # type: ignore[override]
+        self._score_if_due(trainer, task)
+
+    def on_train_batch_end(self, trainer: Trainer, task: DetectionTask, *_: Any) -> None:  # type: ignore[override]
+        self._score_if_due(trainer, task)
+
+    def _score_if_due(self, trainer: Trainer, task: DetectionTask) -> None:
+        step = trainer.global_step
+        if not self.every or step % self.every or step in (0, self.scored, trainer.max_steps) or trainer.should_stop:
+            return
+        self.scored = step
+        detector = self.averaging.detector if self.averaging else task.detector
+        training = detector.training
+        _share_buffers(detector)
+        with trainer.strategy.precision_plugin.val_step_context():
+            metrics = self.score(detector)
+        detector.train(training)
+        if self.log is not None:
+            self.log.write(step, {f"val/{name}": value for name, value in metrics.items()})
+        self.say(f"step {step}: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+
+
+def _share_buffers(detector: Detector) -> None:
+    """Give all processes the first one's batch statistics, so that they score the same detector."""
+    if dist.is_initialized():
+        for buffer in detector.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def clock(seconds: float) -> str:
+    """12:34 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

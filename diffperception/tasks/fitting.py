@@ -1,0 +1,128 @@
+"""One training run: from a detector, data and options to trained weights, resumable at any step."""
+
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from diffperception.detection import Detector
+from diffperception.tasks.callbacks import Averaging, Checkpoints, Evaluations, Reporter
+from diffperception.tasks.data import TrainingData
+from diffperception.tasks.detection import DetectionTask
+from diffperception.tasks.log import RunLog
+from diffperception.tasks.options import TrainerOptions
+
+CHECKPOINT = "last.ckpt"
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        detector: with the averaged weights if there is an average.
+        step: updates of the weights made, in all.
+        signal: the signal that stopped it early, if one did.
+        device: that it was trained on.
+    """
+
+    detector: Detector
+    step: int
+    signal: int | None
+    device: torch.device
+
+
+def fit(
+    task: DetectionTask,
+    data: TrainingData,
+    folder: Path,
+    options: TrainerOptions,
+    score: Callable[[Detector], dict[str, float]],
+    score_every: int | None,
+    resume: bool,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Train, writing last.ckpt, metrics.csv and tensorboard/ to `folder`.
+
+    Args:
+        score: gives the metrics of a detector; all processes call it every `score_every` steps.
+        resume: go on from last.ckpt in `folder`.
+        say: prints a line.
+
+    Raises:
+        NonFiniteLossError: the loss is infinite or no number.
+        ValueError: the checkpoint cannot be read or belongs to another model.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    checkpoint = folder / CHECKPOINT
+    first = checkpoint_step(checkpoint) if resume else 0
+    log = RunLog(folder, after=first) if rank_zero_only.rank == 0 else None  # type: ignore[attr-defined]
+    decay = task.options.ema_decay
+    averaging = None if decay is None else Averaging(decay)
+    checkpoints = Checkpoints(checkpoint, options.checkpoint_every, options.max_minutes)
+    callbacks = [  # called in this order after each step
+        *([averaging] if averaging else []),
+        Reporter(log, options.log_every, say),
+        checkpoints,
+        Evaluations(score, averaging, log, score_every, say),
+    ]
+    devices, nodes = machines(options)
+    trainer = Trainer(
+        max_steps=options.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=task.options.clip_norm,
+        precision=options.precision,
+        accelerator=options.accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=options.strategy,
+        callbacks=callbacks,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint if resume else None, weights_only=True)
+    except RuntimeError as error:
+        if resume and "loading state_dict" in str(error):
+            raise ValueError(f"{checkpoint} was written by another model than the one configured now") from None
+        raise
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # lightning turns Ctrl-C into exit code 1
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if log:
+            log.close()
+    trained = averaging.detector if averaging else task.detector
+    return Outcome(trained, trainer.global_step, checkpoints.signal, trainer.strategy.root_device)
+
+
+def machines(options: TrainerOptions) -> tuple[int | str, int]:
+    """Processes on this machine and number of machines: what torchrun says, where it started us, else the options."""
+    if not torch.distributed.is_torchelastic_launched():
+        return options.devices, options.num_nodes
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    return local, int(os.environ["WORLD_SIZE"]) // local
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint was written after; ValueError if it is not whole."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+        raise ValueError(
+            f"{path} is cut short or no checkpoint of ours: start again without --resume and with --overwrite, or fetch"
+            " a whole copy"
+        ) from None
