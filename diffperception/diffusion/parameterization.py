@@ -52,6 +52,14 @@ def to_eps(kind: Prediction, prediction: Tensor, x_t: Tensor, alpha: Tensor, sig
     return scale(alpha / determinant, prediction) - scale(a / determinant, x_t)
 
 
+def x0_gain(kind: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """How much the implied x0 moves with the prediction: d x0 / d prediction, of alpha's shape."""
+    if kind == "x0":
+        return torch.ones_like(alpha)
+    a, b = _mixture(kind, alpha, sigma)
+    return -sigma / (alpha * b - sigma * a)
+
+
 def scale(coefficient: Tensor, x: Tensor) -> Tensor:
     """``coefficient * x`` with one coefficient, or one per sample: () or (B,) times (B, ...), at least in float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from diffperception.diffusion.parameterization import scale
-from diffperception.diffusion.schedule import Schedule, Time
+from diffperception.diffusion.posterior import posterior_std
+from diffperception.diffusion.schedule import DiscreteSchedule, Schedule, Time
 
 Spacing = Literal["leading", "trailing", "linspace", "diffusiondet"]
 
@@ -38,6 +39,35 @@ def timestep_grid(num_timesteps: int, steps: int, spacing: Spacing) -> Tensor:
     else:
         raise ValueError(f"A spacing is one of leading, trailing, linspace, diffusiondet, not {spacing!r}.")
     return torch.tensor([*times[::-1].astype(int), -1])
+
+
+def noise_level_grid(steps: int, lowest: float = 0.002, highest: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Noise levels from ``highest`` to ``lowest``, then 0, for :class:`VarianceExploding` (arXiv 2206.00364, eq. 5).
+
+    Returns:
+        (steps + 1,) float64, descending, on the CPU.
+    """
+    levels = torch.linspace(highest ** (1 / rho), lowest ** (1 / rho), steps, dtype=torch.float64) ** rho
+    return torch.cat([levels, levels.new_zeros(1)])
+
+
+def nearest_times(schedule: DiscreteSchedule, levels: Tensor) -> Tensor:
+    """The times of a discrete schedule whose sigma / alpha comes nearest to each level, and -1 for level 0.
+
+    Second-order samplers want steps that change evenly in noise level, not in time: a grid of ``noise_level_grid``,
+    or of any other levels, serves them better than :func:`timestep_grid`.
+
+    Args:
+        levels: (steps + 1,) descending.
+
+    Returns:
+        int64, descending, on the CPU; times that would come twice are kept once.
+    """
+    times = torch.arange(-1, schedule.num_timesteps)
+    ratio = schedule.sigma(times) / schedule.alpha(times)
+    # Compared as angles, in which clean and pure noise are equally far from the middle.
+    distance = (levels.to("cpu", torch.float64).atan()[:, None] - ratio.atan()[None, :]).abs()
+    return times[distance.argmin(1)].unique().flip(0)
 
 
 def add_noise(schedule: Schedule, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
@@ -90,8 +120,40 @@ def ddim_step(
     return x_s.to(x_t.dtype)
 
 
-def posterior_std(schedule: Schedule, t: Time, s: Time) -> Tensor:
-    """Standard deviation of q(x_s | x_t, x0), of the shape of ``t``; 0 where ``s`` is the clean end."""
+def second_order_x0(schedule: Schedule, x0: Tensor, x0_before: Tensor, before: Time, t: Time, s: Time) -> Tensor:
+    """The signal that makes a DDIM step from ``t`` to ``s`` one of DPM-Solver++(2M) (arXiv 2211.01095, eq. 21).
+
+    Args:
+        x0: (B, ...) signal predicted at ``t``.
+        x0_before: (B, ...) signal predicted at ``before``, where the last step began.
+        before, t, s: times, () or (B,), ever cleaner. A step to the clean end stays first order.
+    """
+    ratio = (_log_snr(schedule, s) - _log_snr(schedule, t)) / (_log_snr(schedule, t) - _log_snr(schedule, before))
+    ahead = torch.where(ratio.isfinite(), ratio / 2, 0)
+    return scale(1 + ahead, x0) - scale(ahead, x0_before)
+
+
+def heun_step(schedule: Schedule, x_t: Tensor, x0_t: Tensor, x_s: Tensor, x0_s: Tensor, t: Time, s: Time) -> Tensor:
+    """From ``t`` to ``s`` with the mean of the slopes at both (Heun; arXiv 2206.00364, algorithm 1).
+
+    Divided by alpha + sigma every Gaussian path is the straight one, whose slope ``eps - x0`` is finite everywhere,
+    pure noise included; there the two slopes are averaged.
+
+    Args:
+        x_t: (B, ...) sample at ``t``.
+        x0_t: (B, ...) signal predicted from it.
+        x_s: (B, ...) sample at ``s`` after a DDIM step.
+        x0_s: (B, ...) signal predicted from that one.
+        t, s: times, () or (B,); ``s`` is cleaner, but not the clean end.
+    """
     sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
-    added = sigma_t.square() - (schedule.alpha(t) / schedule.alpha(s) * sigma_s).square()
-    return sigma_s / sigma_t * added.clamp(min=0).sqrt()
+    total_t, total_s = schedule.alpha(t) + sigma_t, schedule.alpha(s) + sigma_s
+    half = (sigma_s / total_s - sigma_t / total_t) / 2
+    slopes = scale(1 / sigma_t, x_t) - scale(total_t / sigma_t, x0_t)
+    slopes = slopes + scale(1 / sigma_s, x_s) - scale(total_s / sigma_s, x0_s)
+    return (scale(total_s / total_t, x_t) + scale(total_s * half, slopes)).to(x_t.dtype)
+
+
+def _log_snr(schedule: Schedule, t: Time) -> Tensor:
+    """log(alpha / sigma): half the log signal-to-noise ratio, the time of arXiv 2211.01095."""
+    return (schedule.alpha(t) / schedule.sigma(t)).log()

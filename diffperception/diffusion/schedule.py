@@ -24,6 +24,10 @@ class Schedule(ABC):
     def sigma(self, t: Time) -> Tensor:
         """Standard deviation of the noise."""
 
+    def conditioning(self, t: Tensor) -> Tensor:
+        """The time as a network is told it, about 0 to 1000 whatever the path's own unit."""
+        return t
+
 
 class DiscreteSchedule(Schedule):
     """A variance-preserving path on integers 0..T-1 (DDPM, arXiv 2006.11239); ``t = -1`` is the clean end.
@@ -78,6 +82,9 @@ class StraightPath(Schedule):
 
     def sigma(self, t: Time) -> Tensor:
         return _float64(t)
+
+    def conditioning(self, t: Tensor) -> Tensor:
+        return 1000 * t
 
 
 def linear_schedule(T: int = 1000) -> DiscreteSchedule:

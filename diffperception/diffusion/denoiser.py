@@ -1,0 +1,68 @@
+"""Denoisers: what samplers and guidance work on, and the adapter that makes one of a network."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffperception.diffusion.parameterization import Prediction, to_x0
+from diffperception.diffusion.schedule import Schedule
+
+
+class Estimate(NamedTuple):
+    """What a denoiser makes of a noisy sample.
+
+    Attributes:
+        x0: (B, ...) expected signal.
+        variance_range: (B, ...) learned place of the log variance between its bounds, -1..1, or None.
+    """
+
+    x0: Tensor
+    variance_range: Tensor | None = None
+
+
+Network = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, Tensor], Estimate]
+
+
+class NetworkDenoiser:
+    """A network and a schedule as a denoiser: (x_t (B, C, ...), t (B,)) -> :class:`Estimate`.
+
+    Args:
+        network: (x_t, ``schedule.conditioning(t)``) -> prediction (B, C, ...), or (B, 2C, ...) with a learned range.
+        schedule: the path the network was trained on.
+        prediction: what the network predicts.
+        learned_range: whether the second half of the network's channels is the variance's place between its bounds.
+    """
+
+    def __init__(
+        self, network: Network, schedule: Schedule, prediction: Prediction = "eps", learned_range: bool = False
+    ) -> None:
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        self.learned_range = learned_range
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Estimate:
+        output = self.network(x_t, self.schedule.conditioning(t))
+        prediction, variance_range = split_range(output, self.learned_range)
+        x0 = to_x0(self.prediction, prediction, x_t, self.schedule.alpha(t), self.schedule.sigma(t))
+        return Estimate(x0, variance_range)
+
+
+def split_range(output: Tensor, learned_range: bool) -> tuple[Tensor, Tensor | None]:
+    """A network's output as prediction and learned range: two (B, C, ...) of (B, 2C, ...), or all of it and None."""
+    if not learned_range:
+        return output, None
+    prediction, variance_range = output.chunk(2, dim=1)
+    return prediction, variance_range
+
+
+def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
+    """The denoiser with every signal kept in ``low``..``high``; goes around guidance, not inside it."""
+
+    def clipped(x_t: Tensor, t: Tensor) -> Estimate:
+        estimate = denoiser(x_t, t)
+        return estimate._replace(x0=estimate.x0.clamp(low, high))
+
+    return clipped

@@ -1,0 +1,196 @@
+"""Training losses, and the timesteps at which they are taken."""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffperception.diffusion.denoiser import Estimate, Network, split_range
+from diffperception.diffusion.parameterization import Prediction, scale, target, to_x0, x0_gain
+from diffperception.diffusion.posterior import learned_log_variance, posterior_log_variance, posterior_mean
+from diffperception.diffusion.sampling import add_noise
+from diffperception.diffusion.schedule import DiscreteSchedule, Schedule
+
+
+class Objective:
+    """The loss of one noised batch; ``prediction="flow"`` on a :class:`StraightPath` is flow matching.
+
+    Args:
+        schedule: the path from signal to noise.
+        prediction: what the network predicts.
+        learned_range: the network's output has twice the channels, the second half placing the log variance between
+            its bounds; the variational bound trains that half alone (the hybrid of arXiv 2102.09672, eq. 16).
+        min_snr: weigh the loss of x0 by the signal-to-noise ratio, at most this (arXiv 2303.09556; 5 there), instead
+            of weighing the loss of the prediction by 1.
+
+    Raises:
+        ValueError: if a learned range is asked for on a path without discrete steps.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction: Prediction = "eps",
+        learned_range: bool = False,
+        min_snr: float | None = None,
+    ) -> None:
+        if learned_range and not isinstance(schedule, DiscreteSchedule):
+            raise ValueError("A learned range needs a schedule of discrete steps, such as linear or cosine.")
+        self.schedule = schedule
+        self.prediction = prediction
+        self.learned_range = learned_range
+        self.min_snr = min_snr
+
+    def __call__(self, network: Network, x0: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Terms whose sum is the loss of each sample.
+
+        Args:
+            network: (x_t (B, C, ...), time (B,)) -> (B, C, ...), or (B, 2C, ...) with a learned range.
+            x0: (B, C, ...) signal, -1..1.
+            t: (B,) times.
+            noise: standard normal, of x0's shape.
+
+        Returns:
+            ``mse`` (B,) and, with a learned range, ``vlb`` (B,), the bound in bits a dimension times T / 1000.
+        """
+        x_t = add_noise(self.schedule, x0, t, noise)
+        output = network(x_t, self.schedule.conditioning(t))
+        # Under autocast the output is in half precision; losses are not.
+        prediction, variance_range = split_range(output.to(x0.dtype), self.learned_range)
+        losses = {"mse": self._weighted_mse(prediction, x0, t, noise)}
+        if isinstance(self.schedule, DiscreteSchedule) and variance_range is not None:
+            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+            estimate = Estimate(to_x0(self.prediction, prediction.detach(), x_t, alpha, sigma), variance_range)
+            bound = variational_bound(self.schedule, x0, x_t, t, estimate)
+            losses["vlb"] = bound * (self.schedule.num_timesteps / 1000)
+        return losses
+
+    def _weighted_mse(self, prediction: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        goal = target(self.prediction, x0, noise, alpha, sigma)
+        mse = (prediction - goal).square().flatten(1).mean(1)
+        if self.min_snr is None:
+            return mse
+        snr = (alpha / sigma).square()
+        return scale(snr.clamp(max=self.min_snr) * x0_gain(self.prediction, alpha, sigma).square(), mse)
+
+
+def variational_bound(schedule: DiscreteSchedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Estimate) -> Tensor:
+    """The term of the variational bound at ``t``, in bits a dimension, (B,) (Improved DDPM, arXiv 2102.09672, eq. 4-7).
+
+    Args:
+        x0: (B, C, ...) signal of 8 bits, -1..1.
+        x_t: (B, C, ...) its noised sample.
+        t: (B,) times.
+        estimate: what the denoiser makes of ``x_t``, with a variance range.
+    """
+    assert estimate.variance_range is not None
+    s = t - 1
+    mean = posterior_mean(schedule, x_t, estimate.x0, t, s)
+    log_variance = learned_log_variance(schedule, estimate.variance_range, t, s)
+    true_mean = posterior_mean(schedule, x_t, x0, t, s)
+    true_log_variance = scale(posterior_log_variance(schedule, t, s), torch.ones_like(x0))
+    divergence = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+    decoder = -discretized_log_likelihood(x0, mean, log_variance / 2)
+    nats = torch.where(t == 0, decoder.flatten(1).mean(1), divergence.flatten(1).mean(1))
+    return nats / math.log(2)
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(other)) elementwise, in nats."""
+    ratio = log_variance - other_log_variance
+    return (ratio.exp() - 1 - ratio + (mean - other_mean).square() * (-other_log_variance).exp()) / 2
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log probability that a Gaussian falls in the bin of ``x``, one of 256 in -1..1, elementwise, in nats.
+
+    The outermost bins reach to infinity (DDPM, arXiv 2006.11239, eq. 13).
+    """
+    upper = _normal_cdf((x - mean + 1 / 255) * (-log_std).exp())
+    lower = _normal_cdf((x - mean - 1 / 255) * (-log_std).exp())
+    upper = torch.where(x > 0.999, 1, upper)
+    lower = torch.where(x < -0.999, 0, lower)
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    # The tanh approximation, as in the published models' losses; within 2e-4 of the error function's.
+    return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+class TimeSampler(Protocol):
+    """Chooses the times at which a batch is noised."""
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Times (batch,) and the weights (batch,) that keep the loss's mean as if times were uniform."""
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Learn from the losses (N,) found at times (N,); give those of every process."""
+
+
+class UniformTimesteps:
+    """Integers 0..num_timesteps-1, each as likely."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        t = torch.randint(self.num_timesteps, (batch,), generator=generator, device=generator.device)
+        return t, torch.ones_like(t, dtype=torch.float32)
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        pass
+
+
+class UniformTimes:
+    """Real times in 0..1, for the straight path."""
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        t = torch.rand(batch, generator=generator, device=generator.device)
+        return t, torch.ones_like(t)
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        pass
+
+
+class LossSecondMoment(nn.Module):
+    """Timesteps in proportion to the root of their mean squared loss (Improved DDPM, arXiv 2102.09672, section 3.3).
+
+    Until every timestep has been seen ``history`` times they are uniform. A module, so that a checkpoint holds what
+    it has learned.
+
+    Args:
+        num_timesteps: T.
+        history: how many losses of each timestep are remembered.
+        uniform: share of the probability that stays uniform.
+    """
+
+    losses: Tensor
+    seen: Tensor
+
+    def __init__(self, num_timesteps: int, history: int = 10, uniform: float = 0.001) -> None:
+        super().__init__()
+        self.uniform = uniform
+        self.register_buffer("losses", torch.zeros(num_timesteps, history))
+        self.register_buffer("seen", torch.zeros(num_timesteps, dtype=torch.int64))
+
+    def probabilities(self) -> Tensor:
+        """(T,) probability of each timestep."""
+        root = self.losses.square().mean(1).sqrt()
+        flat = torch.full_like(root, 1 / len(root))
+        learned = torch.lerp(root / root.sum(), flat, self.uniform)
+        return torch.where((self.seen >= self.losses.shape[1]).all(), learned, flat)
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        probabilities = self.probabilities()
+        uniform = torch.rand(batch, generator=generator, device=generator.device).to(probabilities.device)
+        t = torch.searchsorted(probabilities.cumsum(0), uniform).clamp(max=len(probabilities) - 1)
+        return t, 1 / (len(probabilities) * probabilities[t])
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        # A timestep that comes more than once in the batch fills as many places of its ring.
+        earlier = (t[:, None] == t[None, :]).tril(-1).sum(1)
+        self.losses[t, (self.seen[t] + earlier) % self.losses.shape[1]] = losses.detach().to(self.losses.dtype)
+        self.seen.index_add_(0, t, torch.ones_like(t))

@@ -1,0 +1,86 @@
+from functools import partial
+
+import pytest
+import torch
+from gaussian_mixture import Mixture
+from torch import Tensor
+
+from diffperception.diffusion import (
+    Denoiser,
+    Estimate,
+    Schedule,
+    StraightPath,
+    VarianceExploding,
+    classifier_free_guidance,
+    classifier_guidance,
+    clip,
+    cosine_schedule,
+    nearest_times,
+    noise_level_grid,
+    sample_heun,
+)
+
+PATHS = [
+    (cosine_schedule(), torch.tensor([10, 400, 800])),
+    (VarianceExploding(), torch.tensor([0.1, 1.0, 5.0])),
+    (StraightPath(), torch.tensor([0.1, 0.5, 0.9])),
+]
+
+
+def component(mixture: Mixture, k: int) -> Mixture:
+    return Mixture(mixture.means[k : k + 1], mixture.stds[k : k + 1], torch.ones(1, dtype=torch.float64))
+
+
+def log_class(mixture: Mixture, schedule: Schedule, k: int, x: Tensor, t: Tensor) -> Tensor:
+    return mixture.log_joint(schedule, x, t).log_softmax(1)[:, k]
+
+
+@pytest.mark.parametrize(("schedule", "t"), PATHS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_true_classifier_makes_the_denoiser_of_its_class(
+    mixture: Mixture, schedule: Schedule, t: Tensor, mode: type
+) -> None:
+    """Bayes: the score of p(x | y) is that of p(x) plus that of p(y | x)."""
+    with mode():
+        x = torch.randn(3, 1, dtype=torch.float64)
+        guided = classifier_guidance(
+            partial(mixture.denoise, schedule), partial(log_class, mixture, schedule, 2), schedule, 1.0
+        )
+        expected = component(mixture, 2).denoise(schedule, x, t).x0
+        assert torch.allclose(guided(x, t).x0, expected, atol=1e-8)
+
+
+def test_guided_samples_are_of_the_class(mixture: Mixture) -> None:
+    schedule = cosine_schedule()
+    grid = nearest_times(schedule, noise_level_grid(40, lowest=0.01))
+    guided = classifier_guidance(
+        partial(mixture.denoise, schedule), partial(log_class, mixture, schedule, 0), schedule, 1.0
+    )
+    samples = sample_heun(guided, schedule, component(mixture, 0).start(schedule, grid[0], 5000), grid)
+    assert component(mixture, 0).distance(samples) < 0.03
+
+
+@pytest.mark.parametrize(("schedule", "t"), PATHS)
+def test_both_guidances_are_one_at_the_true_classifier(mixture: Mixture, schedule: Schedule, t: Tensor) -> None:
+    x, weight = torch.randn(3, 1, dtype=torch.float64), 2.5
+    unconditional: Denoiser = partial(mixture.denoise, schedule)
+    free = classifier_free_guidance(partial(component(mixture, 1).denoise, schedule), unconditional, weight)
+    classified = classifier_guidance(unconditional, partial(log_class, mixture, schedule, 1), schedule, weight)
+    assert torch.allclose(free(x, t).x0, classified(x, t).x0, atol=1e-8)
+
+
+def test_weights_of_zero_and_one_choose_a_denoiser() -> None:
+    yes, no = torch.randn(2, 2, 3)
+    learned = torch.zeros(2, 3)
+    for weight, expected in ((0.0, no), (1.0, yes)):
+        guided = classifier_free_guidance(lambda x, t: Estimate(yes, learned), lambda x, t: Estimate(no), weight)
+        estimate = guided(yes, torch.zeros(2))
+        assert torch.equal(estimate.x0, expected)
+        assert estimate.variance_range is learned
+
+
+def test_clipping_keeps_the_signal_in_range() -> None:
+    clipped = clip(lambda x, t: Estimate(x, x), -0.5, 0.7)(torch.tensor([[-2.0, 0.1, 2.0]]), torch.zeros(1))
+    assert torch.equal(clipped.x0, torch.tensor([[-0.5, 0.1, 0.7]]))
+    assert clipped.variance_range is not None
+    assert clipped.variance_range.max() == 2

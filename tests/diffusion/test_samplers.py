@@ -1,0 +1,174 @@
+from collections.abc import Callable
+from functools import partial
+
+import diffusers
+import pytest
+import torch
+from gaussian_mixture import Mixture
+from torch import Tensor
+
+from diffperception.diffusion import (
+    Denoiser,
+    Estimate,
+    Schedule,
+    StraightPath,
+    VarianceExploding,
+    cosine_schedule,
+    linear_schedule,
+    nearest_times,
+    noise_level_grid,
+    posterior_std,
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm_solver,
+    sample_heun,
+    timestep_grid,
+    to_x0,
+)
+
+Loop = Callable[[Denoiser, Schedule, Tensor, Tensor], Tensor]
+
+
+def straight_grid(steps: int) -> Tensor:
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+PATHS: list[tuple[Schedule, Callable[[int], Tensor]]] = [
+    (cosine_schedule(), lambda steps: nearest_times(cosine_schedule(), noise_level_grid(steps, lowest=0.01))),
+    (VarianceExploding(), noise_level_grid),
+    (StraightPath(), straight_grid),
+]
+PATH_NAMES = ["cosine", "exploding", "straight"]
+DETERMINISTIC: list[tuple[Loop, int]] = [(sample_ddim, 1), (sample_dpm_solver, 2), (sample_heun, 2)]
+
+
+@pytest.mark.parametrize(("schedule", "grid"), PATHS, ids=PATH_NAMES)
+@pytest.mark.parametrize(
+    ("loop", "steps"),
+    [
+        (sample_ddim, 100),
+        (partial(sample_ddim, eta=0.5), 200),
+        (partial(sample_ddim, eta=1.0), 200),
+        (sample_ddpm, 200),
+        (sample_dpm_solver, 25),
+        (sample_heun, 25),
+    ],
+    ids=["ddim", "eta-half", "eta-one", "ddpm", "dpm-solver", "heun"],
+)
+def test_every_sampler_reaches_the_distribution(
+    mixture: Mixture, schedule: Schedule, grid: Callable[[int], Tensor], loop: Loop, steps: int
+) -> None:
+    torch.manual_seed(0)
+    times, count = grid(steps), 10_000
+    start = mixture.start(schedule, times[0], count)
+    samples = loop(partial(mixture.denoise, schedule), schedule, start, times)
+    # A perfect sampler exceeds 0.022 once in ten thousand times; the rest is left to the finite number of steps.
+    assert mixture.distance(samples) < 0.03
+
+
+@pytest.mark.parametrize(("loop", "order"), DETERMINISTIC, ids=["ddim", "dpm-solver", "heun"])
+@pytest.mark.parametrize("path", [VarianceExploding(), StraightPath()], ids=PATH_NAMES[1:])
+def test_errors_fall_at_the_claimed_order(mixture: Mixture, path: Schedule, loop: Loop, order: int) -> None:
+    """Twice the steps, error / 2^order, against the same equation solved with many more."""
+
+    def grid(steps: int) -> Tensor:
+        # Ends before the clean end: a first-order last step there would hide the order of the others.
+        levels = noise_level_grid(steps + 1, lowest=0.02, highest=20)[:-1]
+        return levels if isinstance(path, VarianceExploding) else levels / (1 + levels)
+
+    denoiser = partial(mixture.denoise, path)
+    start = mixture.start(path, grid(1)[0], 300)
+    exact = sample_heun(denoiser, path, start, grid(1024))
+    errors = [(loop(denoiser, path, start, grid(n)) - exact).abs().mean().item() for n in (64, 128)]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
+
+
+def test_second_order_with_twenty_steps_is_as_good_as_first_order_with_a_hundred(mixture: Mixture) -> None:
+    schedule = linear_schedule()
+    denoiser = partial(mixture.denoise, schedule)
+    start = mixture.start(schedule, torch.tensor(999), 2000)
+    exact = sample_heun(denoiser, schedule, start, timestep_grid(1000, 1000, "trailing"))
+    # Steps nearly even in the logarithm of the noise level.
+    even = nearest_times(schedule, noise_level_grid(20, lowest=0.01, highest=157, rho=100))
+
+    def error(loop: Loop, grid: Tensor) -> Tensor:
+        return (loop(denoiser, schedule, start, grid) - exact).abs().mean()
+
+    first_order = error(sample_ddim, timestep_grid(1000, 100, "trailing"))
+    assert error(sample_dpm_solver, even) < first_order
+    assert error(sample_heun, even) < first_order
+
+
+def sine(x: Tensor, t: int) -> Tensor:
+    return torch.sin(3 * x) + t / 1000
+
+
+def test_dpm_solver_is_diffusers() -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="linear", solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(20)
+    grid = torch.cat([scheduler.timesteps, torch.tensor([-1])])
+    x = start = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    for t in scheduler.timesteps.tolist():
+        x = scheduler.step(sine(x, t), t, x).prev_sample
+    schedule = linear_schedule()
+
+    def denoiser(x: Tensor, t: Tensor) -> Estimate:
+        return Estimate(to_x0("eps", sine(x, int(t[0])), x, schedule.alpha(t), schedule.sigma(t)))
+
+    assert torch.allclose(sample_dpm_solver(denoiser, schedule, start, grid), x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("place", [-1.0, 0.3, 1.0])
+def test_learned_variance_is_what_ancestral_sampling_draws_with(place: float) -> None:
+    """Known signal, two steps of a chain: the spread of the first is the learned one, and the last adds none."""
+    schedule, grid = cosine_schedule(), torch.tensor([600, 400, -1])
+    seen: list[Tensor] = []
+
+    def denoiser(x: Tensor, t: Tensor) -> Estimate:
+        seen.append(x)
+        return Estimate(torch.full_like(x, 0.5), torch.full_like(x, place))
+
+    samples = sample_ddpm(denoiser, schedule, torch.zeros(100_000, 1), grid)
+    lower = posterior_std(schedule, 600, 400).square()
+    upper = 1 - (schedule.alpha(600) / schedule.alpha(400)).square()
+    expected = lower ** ((1 - place) / 2) * upper ** ((1 + place) / 2)
+    assert seen[1].var().item() == pytest.approx(expected.item(), rel=0.02)
+    assert torch.allclose(samples, torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("loop", [sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_samplers_keep_no_graph_and_take_few_steps(loop: Loop, steps: int) -> None:
+    weight = torch.ones(1, requires_grad=True)
+    grid = timestep_grid(1000, steps, "trailing")
+    x = loop(lambda x, t: Estimate(weight.expand_as(x)), cosine_schedule(), torch.randn(2, 3), grid)
+    assert not x.requires_grad
+    assert torch.equal(x, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("loop", [partial(sample_ddim, eta=1.0), sample_ddpm])
+def test_samples_of_own_noise_do_not_depend_on_the_batch(mixture: Mixture, loop: Callable[..., Tensor]) -> None:
+    schedule, grid = cosine_schedule(), timestep_grid(1000, 5, "trailing")
+    denoiser, start = partial(mixture.denoise, schedule), mixture.start(schedule, torch.tensor(999), 3)
+
+    def draw_from(seeds: list[int]) -> Callable[[Tensor], Tensor]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return lambda x: torch.stack([torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in generators])
+
+    together = loop(denoiser, schedule, start, grid, draw=draw_from([0, 1, 2]))
+    for i in range(3):
+        assert torch.equal(loop(denoiser, schedule, start[i : i + 1], grid, draw=draw_from([i])), together[i : i + 1])
+
+
+def test_noise_levels_are_the_papers() -> None:
+    grid = noise_level_grid(18)
+    assert grid[[0, -2, -1]].tolist() == pytest.approx([80, 0.002, 0])
+    assert (grid ** (1 / 7)).diff()[:-1].std() < 1e-12
+
+
+def test_nearest_times_find_the_schedules_own_levels() -> None:
+    schedule, times = linear_schedule(), torch.tensor([999, 640, 20, 0, -1])
+    assert torch.equal(nearest_times(schedule, schedule.sigma(times) / schedule.alpha(times)), times)
+    assert nearest_times(schedule, torch.tensor([1e9, 1e8, 0.0])).tolist() == [999, -1]
