@@ -1,0 +1,171 @@
+import math
+import warnings
+
+import pytest
+import torch
+
+from diffperception.detection import FCOS, Detector, DiffusionDet, SamplerOptions
+from diffperception.detection.detector import image_sizes
+from diffperception.detection.matcher import PaddedTargets
+from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
+
+IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2), random_image(64, 96, 3)]
+TARGETS = [random_target(n, *image.shape[1:], seed=n) for n, image in zip([3, 0, 5], IMAGES, strict=True)]
+
+
+def assert_same_detections(a: list[dict], b: list[dict]) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x["labels"], y["labels"])
+        torch.testing.assert_close(x["scores"], y["scores"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(x["boxes"], y["boxes"], atol=1e-2, rtol=1e-4)
+
+
+def test_forward_gives_every_stage():
+    detector = tiny_detector()
+    boxes = torch.stack([random_target(7, 50, 50, seed)["boxes"] for seed in range(3)])
+    logits, refined = detector(IMAGES, boxes, torch.tensor([0, 500, 999]))
+    assert logits.shape == (2, 3, 7, 3)
+    assert refined.shape == (2, 3, 7, 4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 63, 64, 255, 1300])
+def test_only_the_class_bias_starts_at_the_prior_whatever_the_number_of_classes(count):
+    detector = tiny_detector(classes=[str(i) for i in range(count)], width=64, num_heads=4)
+    prior = -math.log(99)
+    for stage in detector.head.stages:
+        assert (stage.class_logits.bias - prior).abs().max() < 1e-5
+    others = [v for k, v in detector.head.named_parameters() if v.dim() == 1 and not k.endswith("class_logits.bias")]
+    assert all((bias - prior).abs().min() > 1 for bias in others)
+    assert all(stage.box_deltas.bias.abs().max() < 0.5 for stage in detector.head.stages)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("renewal", [0.0099, None])
+@pytest.mark.parametrize("ensemble", [True, False])
+def test_a_batch_is_predicted_as_its_images_are(steps, renewal, ensemble):
+    detector = tiny_detector()
+    options = SamplerOptions(steps, num_boxes=15, renewal_threshold=renewal, ensemble=ensemble)
+    together = detector.predict(IMAGES, seeds=[5, 6, 7], options=options)
+    alone = [detector.predict([image], seeds=[5 + i], options=options)[0] for i, image in enumerate(IMAGES)]
+    assert_same_detections(together, alone)
+
+
+def test_noise_depends_on_the_seed_alone():
+    detector = tiny_detector()
+    first, again, other = (detector.predict(IMAGES[:1], seeds=[seed])[0] for seed in (1, 1, 2))
+    assert torch.equal(first["boxes"], again["boxes"])
+    assert not torch.equal(first["boxes"][:3], other["boxes"][:3])
+
+
+def test_ensemble_pools_every_step():
+    detector = tiny_detector()
+    options = {"num_boxes": 10, "nms_threshold": None}
+    for steps in (1, 2, 4):
+        pooled = detector.predict(IMAGES[:1], options=SamplerOptions(steps, **options))[0]
+        last = detector.predict(IMAGES[:1], options=SamplerOptions(steps, ensemble=False, **options))[0]
+        # Boxes that lie outside the image are dropped, so at most 10 a step.
+        assert len(last["scores"]) <= 10 < len(pooled["scores"]) <= 10 * steps or steps == 1
+        assert set(last["scores"].tolist()) <= set(pooled["scores"].tolist())
+
+
+def test_predictions_are_in_pixels_of_the_given_image():
+    detector = tiny_detector(min_size=32, max_size=40)
+    image = random_image(64, 96)
+    assert detector.resize(image).shape == (3, 27, 40)
+    small = DiffusionDet.predict(tiny_detector(), [detector.resize(image)])[0]
+    scaled = small["boxes"] * torch.tensor([96 / 40, 64 / 27] * 2)
+    torch.testing.assert_close(detector.predict([image])[0]["boxes"], scaled)
+    assert (scaled <= torch.tensor([96.0, 64, 96, 64]) + 1e-3).all()
+
+
+def test_training_noise_starts_at_the_objects_and_ends_far_from_them():
+    detector = tiny_detector(num_boxes=20)
+    padded = PaddedTargets.collate(TARGETS, image_sizes(IMAGES, detector.device))
+    clean = detector._noisy_boxes(padded, torch.zeros(3, dtype=torch.int64), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(clean[2, :5], TARGETS[2]["boxes"], atol=3.0, rtol=0)
+    assert (clean[1, 0] - torch.tensor([0.0, 0.0, 50.0, 70.0])).abs().max() < 3  # no object: the whole image
+    noisy = detector._noisy_boxes(padded, torch.full((3,), 999), torch.Generator().manual_seed(0))
+    assert (noisy[2, :5] - TARGETS[2]["boxes"]).abs().mean() > 10
+
+
+@pytest.mark.parametrize("t", [0, 300, 700, 999])
+def test_no_box_starts_without_area(t):
+    detector = tiny_detector(num_boxes=500)
+    padded = PaddedTargets.collate(TARGETS, image_sizes(IMAGES, detector.device))
+    boxes = detector._noisy_boxes(padded, torch.full((3,), t), None)
+    assert (boxes[..., 2:] - boxes[..., :2]).min() > 0.99
+    assert all((step["boxes"][:, 2:] - step["boxes"][:, :2]).min() > 0.99 for step in detector.trace(IMAGES[0], 4))
+
+
+def test_loss_is_a_function_of_the_generator():
+    detector = tiny_detector().train()
+    values = [detector.loss(IMAGES, TARGETS, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert set(values[0]) == {"classification", "l1", "giou"}
+    assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
+    assert values[0]["l1"] != values[2]["l1"]
+
+
+def test_more_objects_than_boxes_train_with_one_warning():
+    detector = tiny_detector(num_boxes=4).train()
+    crowd = [random_target(6, 64, 96)]
+    with pytest.warns(UserWarning, match="6 objects, more than num_boxes=4"):
+        detector.loss(IMAGES[:1], crowd)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector.loss(IMAGES[:1], crowd)
+
+
+def test_every_parameter_learns():
+    detector = tiny_detector().train()
+    sum(detector.loss(IMAGES, TARGETS).values()).backward()
+    assert [name for name, p in detector.named_parameters() if p.grad is None] == []
+
+
+def test_one_image_can_be_learned():
+    detector = tiny_detector(matching="hungarian").train()
+    optimizer = torch.optim.AdamW(detector.parameters(), 2e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(60):
+        loss = sum(detector.loss(IMAGES[:1] * 2, TARGETS[:1] * 2, generator).values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_bfloat16_leaves_boxes_in_float32():
+    detector = tiny_detector().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        boxes = detector(IMAGES, torch.stack([TARGETS[0]["boxes"]] * 3), torch.zeros(3))[1]
+        losses = detector.loss(IMAGES, TARGETS)
+    assert boxes.dtype == torch.float32
+    assert all(torch.isfinite(value) and value.dtype == torch.float32 for value in losses.values())
+
+
+@pytest.mark.parametrize("build", [tiny_detector, lambda: FCOS(CLASSES, "test_resnet", width=32, min_size=None)])
+def test_a_saved_detector_predicts_the_same(build, tmp_path):
+    detector = build().eval()
+    detector.save(tmp_path / "model.safetensors")
+    loaded = Detector.load(tmp_path / "model.safetensors")
+    assert type(loaded) is type(detector)
+    assert loaded.classes == CLASSES
+    assert_same_detections(loaded.predict(IMAGES), detector.predict(IMAGES))
+
+
+def test_fcos_learns_and_predicts_batches_as_single_images():
+    torch.manual_seed(0)
+    detector = FCOS(CLASSES, "test_resnet", width=32, min_size=48).train()
+    losses = detector.loss(IMAGES, TARGETS)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    detector.eval()
+    assert_same_detections(detector.predict(IMAGES), [detector.predict([image])[0] for image in IMAGES])
+
+
+def test_unknown_backbone_and_strides_are_named():
+    with pytest.raises(ValueError, match=r"no model 'resnet51'.*resnet50"):
+        tiny_detector(backbone="resnet51")
+    with pytest.raises(ValueError, match=r"not at \[3\]"):
+        tiny_detector(strides=(3, 8))

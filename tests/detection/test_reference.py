@@ -1,0 +1,78 @@
+"""Agreement with the reference DiffusionDet (ResNet-50, 80 classes) to 1e-4 of each array's spread."""
+
+import pytest
+import torch
+
+from diffperception.detection import DiffusionDet
+from diffperception.detection.boxes import decode_boxes
+from diffperception.detection.criterion import set_losses
+from diffperception.detection.detector import image_sizes
+from diffperception.detection.matcher import PaddedTargets, match
+from diffperception.detection.reference import rename
+from diffperception.models import pad_images
+from tests.parity import arrays, distance, filled_state
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def parity():
+    return arrays("diffusiondet_r50")
+
+
+@pytest.fixture(scope="module")
+def detector():
+    detector = DiffusionDet([str(i) for i in range(80)], freeze_norm=True).eval()
+    detector.load_state_dict(rename(filled_state("diffusiondet_r50")))
+    return detector
+
+
+@pytest.fixture(scope="module")
+def images(parity):
+    return [parity[f"image{i}"].float() / 255 for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def outputs(detector, images, parity):
+    with torch.no_grad():
+        return detector(images, parity["boxes_in"], parity["t"])
+
+
+@pytest.fixture(scope="module")
+def targets(parity):
+    objects = [{"boxes": parity[f"gt_boxes{i}"], "labels": parity[f"gt_labels{i}"]} for i in range(2)]
+    return PaddedTargets.collate(objects, parity["whwh"])
+
+
+def test_decoded_proposals(parity, images):
+    sizes = image_sizes(images, torch.device("cpu"))
+    assert torch.equal(sizes, parity["whwh"])
+    assert distance(decode_boxes(parity["noise"], sizes, scale=2.0), parity["boxes_in"]) < TOLERANCE
+
+
+def test_pyramid(detector, images, parity):
+    with torch.no_grad():
+        maps = detector.backbone(pad_images(images, detector.mean, detector.std, 32))
+    assert distance(maps[3], parity["p5"]) < TOLERANCE
+    assert distance(maps[0][:, :8], parity["p2_head"]) < TOLERANCE
+    for level, m in enumerate(maps):
+        assert distance(m.mean((2, 3)), parity[f"mean_p{level + 2}"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", range(6))
+def test_every_stage(outputs, parity, stage):
+    logits, boxes = outputs
+    assert distance(logits[stage], parity["logits"][stage]) < TOLERANCE
+    assert distance(boxes[stage], parity["boxes"][stage]) < TOLERANCE
+
+
+def test_matches_are_equal(outputs, targets, parity):
+    logits, boxes = (x.flatten(0, 1) for x in outputs)
+    assert torch.equal(match(logits, boxes, targets.repeat(6)).view(6, 2, -1), parity["matches"])
+
+
+def test_losses(outputs, targets, parity):
+    losses = set_losses(*outputs, targets, parity["matches"])
+    for ours, theirs in {"classification": "ce", "l1": "bbox", "giou": "giou"}.items():
+        stages = [parity[f"loss_{theirs}_{stage}"] for stage in range(5)] + [parity[f"loss_{theirs}"]]
+        torch.testing.assert_close(losses[ours], torch.stack(stages), rtol=TOLERANCE, atol=0)
