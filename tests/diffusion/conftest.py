@@ -1,5 +1,6 @@
 import pytest
-from gaussian_mixture import Mixture
+
+from tests.diffusion.gaussian_mixture import Mixture
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from functools import partial
 
 import pytest
 import torch
-from gaussian_mixture import Mixture
 from torch import Tensor
 
 from diffperception.diffusion import (
@@ -19,6 +18,7 @@ from diffperception.diffusion import (
     noise_level_grid,
     sample_heun,
 )
+from tests.diffusion.gaussian_mixture import Mixture
 
 PATHS = [
     (cosine_schedule(), torch.tensor([10, 400, 800])),

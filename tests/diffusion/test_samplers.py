@@ -4,7 +4,6 @@ from functools import partial
 import diffusers
 import pytest
 import torch
-from gaussian_mixture import Mixture
 from torch import Tensor
 
 from diffperception.diffusion import (
@@ -25,6 +24,7 @@ from diffperception.diffusion import (
     timestep_grid,
     to_x0,
 )
+from tests.diffusion.gaussian_mixture import Mixture
 
 Loop = Callable[[Denoiser, Schedule, Tensor, Tensor], Tensor]
 
