@@ -139,6 +139,13 @@ def evaluate_results(annotations: str | Path, results: str | Path, max_dets: int
     return _score(truth, detections, np.unique(detections.image_ids).tolist(), max_dets)
 
 
+def results_rows(
+    image_ids: Sequence[int], predictions: Sequence[dict[str, Tensor]], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Predictions as rows of a COCO results file; label k has the category id `category_ids[k]`."""
+    return _rows(_stack(image_ids, predictions), category_ids)
+
+
 class _Detections(NamedTuple):
     image_ids: np.ndarray  # (n,)
     labels: np.ndarray  # (n,)
@@ -197,9 +204,9 @@ def _coco(image_ids: Iterable[int], category_ids: Iterable[int], annotations: li
     return coco
 
 
-def _stack(ids: list[int], predictions: list[dict[str, Tensor]]) -> _Detections:
+def _stack(ids: Sequence[int], predictions: Sequence[dict[str, Tensor]]) -> _Detections:
     def column(key: str, empty: Tensor) -> np.ndarray:
-        return torch.cat([empty, *(p[key] for p in predictions)]).numpy()
+        return torch.cat([empty, *(p[key].cpu() for p in predictions)]).numpy()
 
     return _Detections(
         image_ids=np.repeat(np.array(ids, dtype=np.int64), [len(p["scores"]) for p in predictions]),
@@ -256,7 +263,7 @@ def _usable(truth: _GroundTruth, detections: _Detections) -> np.ndarray:
     return known & labelled & finite & (_sizes(detections.boxes) > 0).all(axis=1)
 
 
-def _rows(detections: _Detections, category_ids: list[int]) -> list[dict[str, Any]]:
+def _rows(detections: _Detections, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     boxes = detections.boxes.astype(np.float64)
     xywh = np.concatenate([boxes[:, :2], _sizes(boxes)], axis=1).round(4)  # float32 carries no more, and JSON is short
     columns = (

@@ -1,0 +1,171 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffperception.cli.main import main
+from diffperception.coco import labels_of
+from diffperception.detection import FCOS, DiffusionDet
+from diffperception.detection.evaluation import evaluate_results
+
+CLASSES = ["circle", "square", "star"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny detector with random weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    tiny = {"backbone": "resnet18", "width": 16, "stages": 2, "pool_size": 3, "dynamic_width": 8, "ffn_width": 16}
+    DiffusionDet(CLASSES, **tiny, num_heads=2, num_boxes=12, min_size=64, max_size=96).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Five images of different sizes and formats, one of them in a subfolder; one broken image; one text."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "b.jpg", "c.bmp", "d.png", "more/a.png")):
+        Image.effect_noise((60 + 10 * i, 80), 90).convert("RGB").save(folder / name)
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:900])
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def run(model: Path, images: Path | str, output: Path, *options: str) -> int:
+    where = ["--model", str(model), "--images", str(images), "--output", str(output)]
+    return main(["predict", *where, "--workers", "0", "--device", "cpu", *options])
+
+
+def read(output: Path) -> tuple[dict, list[dict]]:
+    return json.loads((output / "images.json").read_text()), json.loads((output / "predictions.json").read_text())
+
+
+def by_name(output: Path) -> dict[str, list]:
+    images, rows = read(output)
+    return {
+        image["file_name"]: [(r["category_id"], r["bbox"], r["score"]) for r in rows if r["image_id"] == image["id"]]
+        for image in images["images"]
+    }
+
+
+def test_a_folder_gives_results_pictures_and_strips(model, photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(model, photos, output, "--strips", "2", "--pictures", "3", "--score_threshold", "0") == 0
+    content, rows = read(output)
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "c.bmp", "d.png", "more/a.png"]
+    assert [image["width"] for image in content["images"]] == [60, 70, 80, 90, 100]
+    assert labels_of(content["categories"]) == ([1, 2, 3], CLASSES)
+    assert {row["image_id"] for row in rows} == {1, 2, 3, 4, 5}
+    for row in rows:
+        x, y, w, h = row["bbox"]
+        assert 0 <= x < x + w <= content["images"][row["image_id"] - 1]["width"] + 1e-3
+        assert 0 <= y < y + h <= 80 + 1e-3
+    pictures = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.png"))
+    drawn = ["a.png.png", "b.jpg.png", "c.bmp.png"]
+    assert pictures == [f"pictures/{name}" for name in drawn] + [f"strips/{name}" for name in drawn[:2]]
+    printed = capsys.readouterr().out
+    assert "1 images were left out" in printed
+    assert "broken.png" in printed
+
+
+def test_results_can_be_scored(model, photos, tmp_path):
+    output = tmp_path / "out"
+    assert run(model, photos, output, "--pictures", "0", "--strips", "0") == 0
+    content, rows = read(output)
+    best = max(rows, key=lambda row: row["score"])
+    content["annotations"] = [{"id": 1, **{key: best[key] for key in ("image_id", "category_id", "bbox")}}]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    assert evaluate_results(tmp_path / "truth.json", output / "predictions.json").metrics["AP"] == 1.0
+
+
+def test_batches_and_other_images_do_not_change_detections(model, photos, tmp_path):
+    plain = ("--pictures", "0", "--strips", "0", "--steps", "2")
+    assert run(model, photos, tmp_path / "one", *plain) == 0
+    assert run(model, photos, tmp_path / "three", *plain, "--batch_size", "3", "--workers", "1") == 0
+    assert run(model, photos / "b.jpg", tmp_path / "alone", *plain) == 0
+    assert run(model, photos / "b.jpg", tmp_path / "other", *plain, "--seed", "5") == 0
+    one, three = by_name(tmp_path / "one"), by_name(tmp_path / "three")
+    assert one.keys() == three.keys()
+    for name in one:
+        assert [row[0] for row in one[name]] == [row[0] for row in three[name]]
+        assert torch.allclose(*(torch.tensor([row[1] for row in x[name]]) for x in (one, three)), atol=0.01)
+    assert by_name(tmp_path / "alone")["b.jpg"] == one["b.jpg"]
+    assert by_name(tmp_path / "other")["b.jpg"] != one["b.jpg"]
+
+
+def test_steps_and_boxes_can_be_chosen(model, photos, tmp_path):
+    run(model, photos / "a.png", tmp_path / "few", "--num_boxes", "3")
+    run(model, photos / "a.png", tmp_path / "many", "--num_boxes", "40", "--steps", "2")
+    assert len(read(tmp_path / "few")[1]) <= 3 < len(read(tmp_path / "many")[1])
+
+
+def test_patterns_name_images(model, photos, tmp_path):
+    assert run(model, photos / "**" / "a.png", tmp_path / "out") == 0
+    assert list(by_name(tmp_path / "out")) == ["a.png", "more/a.png"]
+
+
+def test_pictures_of_an_earlier_run_are_not_taken_for_images(model, photos):
+    output = photos / "out"
+    assert run(model, photos, output) == 0
+    assert run(model, photos, output, "--overwrite") == 0
+    assert len(read(output)[0]["images"]) == 5
+
+
+def test_a_detector_without_noise_predicts_too(photos, tmp_path, capsys):
+    torch.manual_seed(0)
+    FCOS(CLASSES, backbone="resnet18", width=32, min_size=64, max_size=96).save(tmp_path / "fcos.safetensors")
+    assert run(tmp_path / "fcos.safetensors", photos / "a.png", tmp_path / "out") == 0
+    assert (tmp_path / "out/pictures/a.png.png").exists()
+    assert not (tmp_path / "out/strips").exists()
+    assert run(tmp_path / "fcos.safetensors", photos / "a.png", tmp_path / "steps", "--steps", "4") == 2
+    assert "steps" in capsys.readouterr().err
+
+
+def test_what_is_in_the_output_folder_stays(model, photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "predictions.json").write_text("precious")
+    assert run(model, photos, output) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert (output / "predictions.json").read_text() == "precious"
+    assert [path.name for path in output.iterdir()] == ["predictions.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda photos: ("nowhere", ()), "there is no image or folder nowhere"),
+        (lambda photos: (photos / "empty", ()), "has no images in it"),
+        (lambda photos: (photos / "broken.png", ()), "no image can be read"),
+        (lambda photos: (photos, ("--model", "none.safetensors")), "there is no model file none.safetensors"),
+        (lambda photos: (photos, ("--model", str(photos / "notes.txt"))), "not a whole safetensors file"),
+        (lambda photos: (photos, ("--device", "toaster")), "no device 'toaster'"),
+        (lambda photos: (photos, ("--steps", "0")), "steps"),
+        (lambda photos: (photos, ("--output", str(photos / "notes.txt"))), "is a file"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(model, photos, tmp_path, capsys, change, words):
+    (photos / "empty").mkdir()
+    images, options = change(photos)
+    assert run(model, images, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tool_is_the_command(model, photos, tmp_path, monkeypatch):
+    tool = Path(__file__).parents[2] / "tools" / "predict.py"
+    arguments = ["--model", str(model), "--images", str(photos / "a.png"), "--output", str(tmp_path / "tool")]
+    monkeypatch.setattr(sys, "argv", [str(tool), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert ended.value.code == 0
+    assert run(model, photos / "a.png", tmp_path / "command") == 0
+    assert by_name(tmp_path / "tool") == by_name(tmp_path / "command")
