@@ -109,6 +109,7 @@ class DiffusionDet(Detector):
         fpn_norm: batch norm in the pyramid; helps training from scratch.
         stages: refinements a pass through the head.
         pool_size: bins a side that a box is pooled to.
+        pool_samples: points a bin and axis that are averaged; 1 trains a little faster.
         dynamic_width: inner channels of the dynamic convolution.
         ffn_width: inner channels of the feed-forward network.
         num_heads: heads of the attention between boxes.
@@ -136,6 +137,7 @@ class DiffusionDet(Detector):
         fpn_norm: bool = False,
         stages: int = 6,
         pool_size: int = 7,
+        pool_samples: int = 2,
         dynamic_width: int = 64,
         ffn_width: int = 2048,
         num_heads: int = 8,
@@ -161,7 +163,15 @@ class DiffusionDet(Detector):
         self.schedule = cosine_schedule(num_timesteps)
         self.backbone = FPN(TimmBackbone(backbone, strides, pretrained, freeze_norm), width, fpn_norm)
         self.head = DynamicHead(
-            len(self.classes), stages, width, pool_size, dynamic_width, ffn_width, num_heads, box_layers
+            len(self.classes),
+            stages,
+            width,
+            pool_size,
+            pool_samples,
+            dynamic_width,
+            ffn_width,
+            num_heads,
+            box_layers,
         )
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)

@@ -21,6 +21,7 @@ class DynamicHead(nn.Module):
         stages: S.
         width: d, channels of the pyramid and of a proposal's feature.
         pool_size: bins a side of RoIAlign.
+        pool_samples: points a bin and axis of RoIAlign.
         dynamic_width: inner channels of the dynamic convolution.
         ffn_width: inner channels of the feed-forward network.
         num_heads: heads of the self-attention over proposals.
@@ -33,6 +34,7 @@ class DynamicHead(nn.Module):
         stages: int = 6,
         width: int = 256,
         pool_size: int = 7,
+        pool_samples: int = 2,
         dynamic_width: int = 64,
         ffn_width: int = 2048,
         num_heads: int = 8,
@@ -42,7 +44,8 @@ class DynamicHead(nn.Module):
         self.width = width
         self.time_embedding = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 4 * width))
         series = [
-            Stage(num_classes, width, pool_size, dynamic_width, ffn_width, num_heads, box_layers) for _ in range(stages)
+            Stage(num_classes, width, pool_size, pool_samples, dynamic_width, ffn_width, num_heads, box_layers)
+            for _ in range(stages)
         ]
         self.stages = nn.ModuleList(series)
         for parameter in self.parameters():
@@ -85,6 +88,7 @@ class Stage(nn.Module):
         num_classes: int,
         width: int,
         pool_size: int,
+        pool_samples: int,
         dynamic_width: int,
         ffn_width: int,
         num_heads: int,
@@ -92,6 +96,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.pool_size = pool_size
+        self.pool_samples = pool_samples
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.attention_norm = nn.LayerNorm(width)
         self.interaction = DynamicConv(width, dynamic_width, pool_size**2)
@@ -108,7 +113,7 @@ class Stage(nn.Module):
         self, pyramid: FeaturePyramid, boxes: Tensor, features: Tensor | None, time: Tensor, classify: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """boxes (B, N, 4), features (B, N, d) or None at the first stage, time (B, 4d) -> logits, boxes, features."""
-        rois = pyramid.pool(boxes, self.pool_size)  # (B, N, P, d)
+        rois = pyramid.pool(boxes, self.pool_size, self.pool_samples)  # (B, N, P, d)
         if features is None:
             features = rois.mean(2)
         attended = self.attention(features, features, features, need_weights=False)[0]

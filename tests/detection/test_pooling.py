@@ -20,21 +20,21 @@ def boxes_of_all_sizes(batch: int) -> torch.Tensor:
     return torch.cat([inside, inside / 20, beyond.expand(batch, -1, -1)], 1)
 
 
-def torchvision_pool(maps, boxes, level, size):
+def torchvision_pool(maps, boxes, level, size, samples=2):
     pooled = torch.zeros(*boxes.shape[:2], maps[0].shape[1], size, size, dtype=maps[0].dtype)
     for index, stride in enumerate(STRIDES):
         image, row = (level == index).nonzero(as_tuple=True)
         rois = torch.cat([image[:, None], boxes[image, row]], 1).to(maps[0].dtype)
-        pooled[image, row] = roi_align(maps[index], rois, size, 1 / stride, sampling_ratio=2, aligned=True)
+        pooled[image, row] = roi_align(maps[index], rois, size, 1 / stride, sampling_ratio=samples, aligned=True)
     return pooled.flatten(3).transpose(2, 3)
 
 
-@pytest.mark.parametrize("size", [1, 7])
-def test_pooling_equals_torchvision_also_beyond_the_border(size):
+@pytest.mark.parametrize(("size", "samples"), [(1, 2), (7, 2), (5, 1)])
+def test_pooling_equals_torchvision_also_beyond_the_border(size, samples):
     maps, boxes = random_maps(2, 512, 640), boxes_of_all_sizes(2)
     pyramid = FeaturePyramid.from_maps(maps, STRIDES)
-    expected = torchvision_pool(maps, boxes, pyramid.assign_levels(boxes), size)
-    torch.testing.assert_close(pyramid.pool(boxes, size), expected, atol=1e-4, rtol=1e-4)
+    expected = torchvision_pool(maps, boxes, pyramid.assign_levels(boxes), size, samples)
+    torch.testing.assert_close(pyramid.pool(boxes, size, samples), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_equal_torchvision():
