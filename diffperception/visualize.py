@@ -128,8 +128,8 @@ def trajectory_strip(
 def curves(csv_path: str | Path) -> Image.Image:
     """Losses and AP over the steps of a run, from its `metrics.csv`.
 
-    Columns AP, AP50 and AP75 are the AP, `lr` and what else an evaluation gives are left out, all others are losses; a
-    prefix such as `train/` is dropped.
+    Columns that begin with `loss` are losses, AP, AP50 and AP75 are drawn beside them; a prefix such as `train/` does
+    not count.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or no number in it.
@@ -138,7 +138,7 @@ def curves(csv_path: str | Path) -> Image.Image:
     from matplotlib.figure import Figure
 
     series = read_metrics(csv_path)
-    losses = {name: points for name, points in series.items() if name != "lr" and not name.startswith(("AP", "AR"))}
+    losses = {name: points for name, points in series.items() if name.startswith("loss")}
     scores: dict[str, Points] = {name: series[name] for name in ("AP", "AP50", "AP75") if name in series}
     panels = [(kind, lines) for kind, lines in (("training loss", losses), ("validation AP", scores)) if lines]
     if not panels:
@@ -342,7 +342,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def _plot(axes: "Axes", title: str, lines: Mapping[str, Points]) -> None:
     for name, (steps, values) in lines.items():
         if title == "training loss":
-            line = axes.plot(steps, _smooth(values), label=name, linewidth=2 if name == "loss" else 1.2)[0]
+            label, width = name.removeprefix("loss_"), 2 if name == "loss" else 1.2
+            line = axes.plot(steps, _smooth(values), label=label, linewidth=width)[0]
             axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
         else:
             axes.plot(steps, values, label=f"{name} {values[-1]:.3f}", marker="o", markersize=3)

@@ -132,16 +132,16 @@ def test_pictures_are_stacked_without_cutting():
 def test_curves_read_sparse_columns(tmp_path):
     log = tmp_path / "metrics.csv"
     log.write_text(
-        "epoch,step,loss,train/l1,val/AP\n0,0,4.0,1.0,\n0,10,2.0,nan,\n0,10,,,0.25\n1,20,1.0,0.5,\n1,20,,,0.5\n"
+        "epoch,step,loss,train/loss_l1,val/AP\n0,0,4.0,1.0,\n0,10,2.0,nan,\n0,10,,,0.25\n1,20,1.0,0.5,\n1,20,,,0.5\n"
     )
     assert visualize.read_metrics(log) == {
         "loss": ([0, 10, 20], [4.0, 2.0, 1.0]),
-        "l1": ([0, 20], [1.0, 0.5]),
+        "loss_l1": ([0, 20], [1.0, 0.5]),
         "AP": ([10, 20], [0.25, 0.5]),
     }
     both = visualize.curves(log)
     assert np.asarray(both).std() > 10
-    log.write_text("step,loss,lr,AR100\n0,4.0,0.1,\n5,,,0.3\n")
+    log.write_text("step,train/loss,train/lr,val/AR100\n0,4.0,0.1,\n5,,,0.3\n")
     assert visualize.curves(log).width * 2 == both.width
 
 
