@@ -26,8 +26,14 @@ class CocoTable:
     annotation_images: np.ndarray  # (A,) int64 image ids
     annotation_categories: np.ndarray  # (A,) int64 category ids
     boxes: np.ndarray  # (A, 4) float64 x, y, width, height in pixels
-    areas: np.ndarray  # (A,) float64
+    areas: np.ndarray  # (A,) float64; the box's area where the file gives none
     iscrowd: np.ndarray  # (A,) bool
+
+    def rows_of_images(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) the image row of each annotation whose image is listed, and (n,) the row of that annotation."""
+        known = np.flatnonzero(np.isin(self.annotation_images, self.image_ids))
+        order = np.argsort(self.image_ids, kind="stable")
+        return order[np.searchsorted(self.image_ids, self.annotation_images[known], sorter=order)], known
 
 
 def tabulate(content: dict[str, Any], source: str | Path) -> CocoTable:
@@ -35,7 +41,7 @@ def tabulate(content: dict[str, Any], source: str | Path) -> CocoTable:
     images, annotations, categories = (content[name] for name in ("images", "annotations", "categories"))
     try:
         boxes = np.array([entry["bbox"] for entry in annotations], dtype=np.float64).reshape(len(annotations), 4)
-        areas = [entry.get("area", box[2] * box[3]) for entry, box in zip(annotations, boxes, strict=True)]
+        areas = np.array([entry.get("area", np.nan) for entry in annotations], dtype=np.float64)
         return CocoTable(
             image_ids=_integers(images, "id"),
             file_names=[str(entry["file_name"]) for entry in images],
@@ -46,7 +52,7 @@ def tabulate(content: dict[str, Any], source: str | Path) -> CocoTable:
             annotation_images=_integers(annotations, "image_id"),
             annotation_categories=_integers(annotations, "category_id"),
             boxes=boxes,
-            areas=np.array(areas, dtype=np.float64),
+            areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
             iscrowd=np.array([bool(entry.get("iscrowd", 0)) for entry in annotations], dtype=bool),
         )
     except KeyError as error:

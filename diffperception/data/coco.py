@@ -66,8 +66,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def _index_boxes(self, table: CocoTable) -> None:
         """Sort the boxes by image: those of image i are rows offsets[i]..offsets[i+1]."""
-        by_id = np.argsort(table.image_ids)
-        image = by_id[np.searchsorted(table.image_ids, table.annotation_images, sorter=by_id)]
+        image, _ = table.rows_of_images()
         boxes = clip_boxes(table.boxes, table.sizes[image])
         kept = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
         kept = kept[np.argsort(image[kept], kind="stable")]

@@ -1,0 +1,270 @@
+"""Finding every problem of a COCO data set."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from diffperception.coco import read_coco
+from diffperception.data.annotations import CocoTable, tabulate
+from diffperception.data.images import BrokenImageError, read_image
+from diffperception.data.report import Problem, Report
+from diffperception.data.summary import summarize
+
+TOLERANCE = 1.0  # pixels by which a box may reach over the border: annotation tools round
+
+Entry = dict[str, Any]
+Progress = Callable[[int, int], object]
+
+
+def check_coco(
+    annotations: str | Path,
+    images: str | Path | None = None,
+    open_images: bool = True,
+    num_boxes: int | None = None,
+    on_image: Progress | None = None,
+) -> Report:
+    """Read a COCO data set and name every problem of it.
+
+    An entry with a missing key or a value of a wrong type is named and left out of what is checked after it.
+
+    Args:
+        annotations: COCO JSON file.
+        images: the folder of its images; None: files are not looked at.
+        open_images: whether each image is decoded and its size compared; otherwise only that its file exists.
+        num_boxes: proposals of the detector that will be trained: images with more objects are named.
+        on_image: called after each opened image with the number of opened images and of all, to show progress.
+    """
+    try:
+        content = read_coco(annotations)
+    except (OSError, ValueError) as error:
+        return Report([Problem("error", "unreadable file", str(error))], None)
+    sound, faults = sound_entries(content)
+    table = tabulate(sound, annotations)
+    del content, sound  # gigabytes, for a large file
+    problems = _found("error", "unusable entry", "an entry lacks a key or has a wrong value in it", faults)
+    problems += [*check_ids(table), *check_boxes(table), *check_counts(table, num_boxes)]
+    if images is not None:
+        problems += check_files(table, Path(images), open_images, on_image)
+    return Report(sorted(problems, key=lambda problem: problem.level), summarize(table))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+Rule = tuple[Callable[[Any], bool], str]
+ID: Rule = (_is_whole, "a whole number")
+TEXT: Rule = (_is_text, "a text")
+SIDE: Rule = (lambda value: _is_whole(value) and value > 0, "a whole number above 0")
+BOX: Rule = (_is_box, "four finite numbers")
+REQUIRED: dict[str, dict[str, Rule]] = {
+    "images": {"id": ID, "file_name": TEXT, "width": SIDE, "height": SIDE},
+    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX},
+    "categories": {"id": ID, "name": TEXT},
+}
+OPTIONAL: dict[str, Rule] = {
+    "area": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
+}
+
+
+def sound_entries(content: dict[str, list[Any]]) -> tuple[dict[str, list[Entry]], list[str]]:
+    """The entries that have all keys with values of the right type, and what is wrong with each of the others."""
+    sound: dict[str, list[Entry]] = {section: [] for section in REQUIRED}
+    faults = []
+    for section, entries in sound.items():
+        for index, entry in enumerate(content[section]):
+            found = _faults(section, entry)
+            faults += [f"{section}[{index}]{_called(entry)}: {fault}" for fault in found]
+            if not found:
+                entries.append(entry)
+    return sound, faults
+
+
+def _faults(section: str, entry: Any) -> list[str]:
+    if not isinstance(entry, dict):
+        return ["it is not an object with keys"]
+    missing = [f'no "{key}"' for key in REQUIRED[section] if key not in entry]
+    wrong = [
+        f'"{key}" is {entry[key]!r}, not {expected}'
+        for rules in (REQUIRED[section], OPTIONAL)
+        for key, (is_right, expected) in rules.items()
+        if key in entry and not is_right(entry[key])
+    ]
+    return missing + wrong
+
+
+def _called(entry: Any) -> str:
+    return f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
+
+
+def check_ids(table: CocoTable) -> Iterator[Problem]:
+    """Problems of entries that refer to one another: ids and names that occur twice or belong to nothing."""
+    for kind, ids in (
+        ("image", table.image_ids),
+        ("annotation", table.annotation_ids),
+        ("category", table.category_ids),
+    ):
+        yield from _found("error", f"double {kind} id", f"several entries have the same {kind} id", _repeated(ids))
+    names = np.array(table.category_names)
+    yield from _found("warning", "double category name", "several categories have the same name", _repeated(names))
+    yield from _found(
+        "warning", "double file name", "several images have the same file", _repeated(np.array(table.file_names))
+    )
+    for kind, ids, known in (
+        ("image", table.annotation_images, table.image_ids),
+        ("category", table.annotation_categories, table.category_ids),
+    ):
+        rows = np.flatnonzero(~np.isin(ids, known))
+        places = [f"annotation {a}: {kind} id {k}" for a, k in zip(table.annotation_ids[rows], ids[rows], strict=True)]
+        yield from _found("error", f"unknown {kind} id", f"an annotation names a {kind} that is not listed", places)
+
+
+def _repeated(values: np.ndarray) -> list[str]:
+    unique, counts = np.unique(values, return_counts=True)
+    return [f"{value}: {count} times" for value, count in zip(unique[counts > 1], counts[counts > 1], strict=True)]
+
+
+def check_boxes(table: CocoTable) -> Iterator[Problem]:
+    """Problems of boxes: no area, outside of their image, or written in another way than x, y, width, height."""
+    image, known = table.rows_of_images()
+    boxes, sizes = table.boxes[known], table.sizes[image]
+
+    flat = (boxes[:, 2:] <= 0).any(axis=1)
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    over = (low < -TOLERANCE).any(axis=1) | (high > sizes + TOLERANCE).any(axis=1)
+    outside = ((high <= 0) | (low >= sizes)).any(axis=1)
+
+    yield from _found(
+        "error",
+        "box without area",
+        "a box has a width or height of 0 or less, it is left out of training and measurement",
+        _box_places(table, known[flat]),
+    )
+    if _look_like_corners(boxes, sizes):
+        message = "the boxes seem to be written as x1, y1, x2, y2; COCO's are x, y, width, height"
+        yield Problem("error", "boxes as corners", f"{message}, and {over.sum()} of {len(boxes)} leave their image so")
+        return
+    if len(boxes) and boxes.max() <= 1:
+        yield Problem("error", "boxes as fractions", "all boxes lie in 0..1: they seem not to be in pixels")
+    yield from _found(
+        "error", "box outside", "a box lies wholly outside of its image", _box_places(table, known[outside & ~flat])
+    )
+    yield from _found(
+        "warning",
+        "box over the border",
+        "a box reaches out of its image, it is clipped in training",
+        _box_places(table, known[over & ~outside & ~flat]),
+    )
+
+
+def _look_like_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether nearly all boxes make sense as x1 y1 x2 y2, and many make none as x y width height.
+
+    Corners always have x2 > x1 and y2 > y1 inside the image, and read as widths and heights most of them reach far over
+    the border. Real widths and heights do so only by the odd pixel, and exceed x and y for large objects alone.
+    """
+    as_corners = (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sizes + TOLERANCE)
+    far_over = boxes[:, :2] + boxes[:, 2:] > 1.05 * sizes + TOLERANCE
+    return len(boxes) > 0 and as_corners.all(axis=1).mean() > 0.98 and far_over.any(axis=1).mean() > 0.2
+
+
+def _box_places(table: CocoTable, rows: np.ndarray) -> list[str]:
+    names = dict(zip(table.image_ids.tolist(), table.file_names, strict=True)) if len(rows) else {}
+    return [
+        f"annotation {a} in {names[i]}: box {', '.join(f'{number:g}' for number in box)}"
+        for a, i, box in zip(
+            table.annotation_ids[rows].tolist(),
+            table.annotation_images[rows].tolist(),
+            table.boxes[rows].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def check_counts(table: CocoTable, num_boxes: int | None) -> Iterator[Problem]:
+    """Problems of numbers: nothing to learn from, classes that do not occur, more objects than proposals."""
+    if not len(table.image_ids):
+        yield Problem("error", "no images", "the file lists no images")
+    if not len(table.category_ids):
+        yield Problem("error", "no categories", "the file lists no categories")
+    if not len(table.boxes):
+        yield Problem("error", "no annotations", "the file has no annotations: there is nothing to learn or to find")
+        return
+    absent = ~np.isin(table.category_ids, table.annotation_categories)
+    names = [
+        f"{name} (id {k})" for k, name, out in zip(table.category_ids, table.category_names, absent, strict=True) if out
+    ]
+    yield from _found("warning", "category without objects", "a category has no objects", names)
+    if num_boxes is not None:
+        ids, counts = np.unique(table.annotation_images[~table.iscrowd], return_counts=True)
+        crowded = counts > num_boxes
+        places = [f"image {i}: {count} objects" for i, count in zip(ids[crowded], counts[crowded], strict=True)]
+        message = f"an image has more objects than the detector's {num_boxes} proposals can find"
+        yield from _found("warning", "more objects than proposals", message, places)
+
+
+def _found(level: Literal["error", "warning"], kind: str, message: str, places: list[str]) -> list[Problem]:
+    """The problem, if it was found at any place."""
+    return [Problem(level, kind, message, places)] if places else []
+
+
+def check_files(table: CocoTable, folder: Path, open_images: bool, on_image: Progress | None) -> Iterator[Problem]:
+    """Problems of image files: missing, broken, or of another size than the annotations say."""
+    if not folder.is_dir():
+        yield Problem("error", "no image folder", f"there is no image folder {folder}")
+        return
+    paths = [folder / name for name in table.file_names]
+    exists = [path.is_file() for path in paths]
+    missing = [str(path) for path, there in zip(paths, exists, strict=True) if not there]
+    yield from _found("error", "missing image", "an image file is missing", missing)
+    if open_images:
+        sizes = [(width, height) for width, height in table.sizes.tolist()]
+        yield from _check_pixels(
+            [(path, size) for path, size, there in zip(paths, sizes, exists, strict=True) if there], on_image
+        )
+
+
+def _check_pixels(expected: list[tuple[Path, tuple[int, int]]], on_image: Progress | None) -> Iterator[Problem]:
+    """Decode the files, several at a time, and compare them with the expected widths and heights."""
+    broken, resized = [], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(_size_or_error, [path for path, _ in expected])
+        for done, ((path, size), found) in enumerate(zip(expected, results, strict=True), start=1):
+            if on_image is not None:
+                on_image(done, len(expected))
+            if isinstance(found, str):
+                broken.append(found)
+            elif found != size:
+                turned = ": does its EXIF orientation turn it?" if found == size[::-1] else ""
+                resized.append(f"{path} is {found[0]}x{found[1]}, not {size[0]}x{size[1]}{turned}")
+    yield from _found("error", "broken image", "an image file cannot be read", broken)
+    yield from _found(
+        "error", "image size", "an image is of another size than the file says, so boxes are off", resized
+    )
+
+
+def _size_or_error(path: Path) -> tuple[int, int] | str:
+    """Width and height of an image, or what is wrong with it."""
+    try:
+        _, height, width = read_image(path).shape
+    except BrokenImageError as error:
+        return str(error)
+    return width, height

@@ -1,0 +1,110 @@
+"""What a data set holds, in figures."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffperception.data.annotations import CocoTable
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """How often a class occurs."""
+
+    name: str
+    objects: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a data set holds; crowd regions count as objects.
+
+    Attributes:
+        images, objects, crowds: their numbers.
+        images_without_objects: their number.
+        classes: in the order of the labels.
+        objects_per_image: smallest, median and largest number.
+        box_width, box_height: 5 %, 50 % and 95 % quantiles in pixels, of the boxes with an area.
+        box_sizes: numbers of boxes that COCO calls small (below 32x32 pixels), medium and large (from 96x96).
+        image_sizes: smallest and largest "WxH", by area.
+    """
+
+    images: int
+    objects: int
+    crowds: int
+    images_without_objects: int
+    classes: list[ClassCount]
+    objects_per_image: tuple[float, float, float]
+    box_width: tuple[float, float, float]
+    box_height: tuple[float, float, float]
+    box_sizes: tuple[int, int, int]
+    image_sizes: tuple[str, str]
+
+    def text(self) -> str:
+        """A table of classes and the other figures, as lines."""
+        width = max([len(entry.name) for entry in self.classes] + [len("class")])
+        few, middle, many = (f"{number:g}" for number in self.objects_per_image)
+        small, medium, large = self.box_sizes
+        return "\n".join(
+            [
+                f"{'class':<{width}}  objects   images",
+                *(f"{entry.name:<{width}}  {entry.objects:>7}  {entry.images:>7}" for entry in self.classes),
+                f"{'all':<{width}}  {self.objects:>7}  {self.images:>7}",
+                "",
+                f"image sizes        {self.image_sizes[0]} to {self.image_sizes[1]}",
+                f"objects an image   {few} to {many}, {middle} in the middle; {self.images_without_objects} have none",
+                f"crowd regions      {self.crowds}",
+                f"box widths         {_quantiles(self.box_width)}",
+                f"box heights        {_quantiles(self.box_height)}",
+                f"boxes by area      {small} below 32x32, {medium} medium, {large} from 96x96 pixels",
+            ]
+        )
+
+
+def summarize(table: CocoTable) -> Summary:
+    """The figures of a COCO file; annotations of an unknown image or category count in the totals alone."""
+    image, of_image = table.rows_of_images()
+    counts = np.bincount(image, minlength=len(table.image_ids))
+    sides = table.boxes[(table.boxes[:, 2:] > 0).all(axis=1), 2:]
+    small, medium = (int((sides.prod(axis=1) < side**2).sum()) for side in (32, 96))
+    by_area = table.sizes[np.argsort(table.sizes.prod(axis=1), kind="stable")]
+    return Summary(
+        images=len(table.image_ids),
+        objects=len(table.boxes),
+        crowds=int(table.iscrowd.sum()),
+        images_without_objects=int((counts == 0).sum()),
+        classes=_count_classes(table, of_image, image),
+        objects_per_image=_three(counts, (0, 0.5, 1)),
+        box_width=_three(sides[:, 0], (0.05, 0.5, 0.95)),
+        box_height=_three(sides[:, 1], (0.05, 0.5, 0.95)),
+        box_sizes=(small, medium - small, len(sides) - medium),
+        image_sizes=(_size(by_area[:1]), _size(by_area[-1:])),
+    )
+
+
+def _count_classes(table: CocoTable, rows: np.ndarray, image: np.ndarray) -> list[ClassCount]:
+    """Objects and images of each class; `rows` are annotations and `image` the row of each one's image."""
+    order = np.argsort(table.category_ids, kind="stable")
+    names = [table.category_names[k] for k in order]
+    ids = table.category_ids[order]
+    known = np.isin(table.annotation_categories[rows], ids)
+    label = np.searchsorted(ids, table.annotation_categories[rows][known])
+    objects = np.bincount(label, minlength=len(ids))
+    pairs = np.unique(label * len(table.image_ids) + image[known])
+    images = np.bincount(pairs // max(1, len(table.image_ids)), minlength=len(ids))
+    return [ClassCount(name, int(n), int(m)) for name, n, m in zip(names, objects, images, strict=True)]
+
+
+def _three(values: np.ndarray, shares: tuple[float, float, float]) -> tuple[float, float, float]:
+    low, middle, high = np.quantile(values, shares).tolist() if len(values) else (0.0, 0.0, 0.0)
+    return low, middle, high
+
+
+def _size(sizes: np.ndarray) -> str:
+    return "x".join(str(side) for side in sizes.ravel())
+
+
+def _quantiles(values: tuple[float, float, float]) -> str:
+    low, middle, high = values
+    return f"{low:.0f} to {high:.0f} pixels for 90 % of the boxes, {middle:.0f} in the middle"
