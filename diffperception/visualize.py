@@ -91,12 +91,8 @@ def side_by_side(
     ]
     number, missed = int((~crowd).sum()), int((~found & ~crowd).sum())
     left = f"ground truth: {number} objects, {missed} missed"
-    return row(
-        [
-            titled(paint(image, objects), left),
-            titled(paint(image, boxes), f"prediction: {len(right)} boxes, {int((~right).sum())} wrong"),
-        ]
-    )
+    right_title = f"prediction (score from {threshold:g}): {len(right)} boxes, {int((~right).sum())} wrong"
+    return stack([titled(paint(image, objects), left), titled(paint(image, boxes), right_title)])
 
 
 def trajectory_strip(
@@ -122,7 +118,7 @@ def trajectory_strip(
     pictures[0] = titled(_faint(image, steps[0]["boxes"], steps[0]), f"t = {steps[0]['t']}: noise")
     pictures.append(titled(_faint(image, trace[-1]["predicted"], trace[-1]), f"all {len(trace[-1]['boxes'])} boxes"))
     last = paint(image, _marks(detections, classes, threshold), STRIP_SIDE)
-    return row([*pictures, titled(last, f"detections, score {threshold:g} and more")])
+    return stack([*pictures, titled(last, f"detections (score from {threshold:g})")])
 
 
 def curves(csv_path: str | Path) -> Image.Image:
@@ -187,25 +183,16 @@ def match(target: Mapping[str, Any], prediction: Mapping[str, Any], crowd: Tenso
     return found, right
 
 
-def row(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
-    """The pictures from left to right."""
-    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
-    whole = Image.new("RGB", (width, max(p.height for p in pictures)), PAPER)
-    x = 0
+def stack(pictures: Sequence[Image.Image], vertical: bool = False, gap: int = 8) -> Image.Image:
+    """The pictures from left to right, or from top to bottom."""
+    axis = int(vertical)
+    size = [max(picture.size[i] for picture in pictures) for i in (0, 1)]
+    size[axis] = sum(picture.size[axis] for picture in pictures) + gap * (len(pictures) - 1)
+    whole = Image.new("RGB", (size[0], size[1]), PAPER)
+    corner = [0, 0]
     for picture in pictures:
-        whole.paste(picture, (x, 0))
-        x += picture.width + gap
-    return whole
-
-
-def column(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
-    """The pictures from top to bottom."""
-    height = sum(p.height for p in pictures) + gap * (len(pictures) - 1)
-    whole = Image.new("RGB", (max(p.width for p in pictures), height), PAPER)
-    y = 0
-    for picture in pictures:
-        whole.paste(picture, (0, y))
-        y += picture.height + gap
+        whole.paste(picture, (corner[0], corner[1]))
+        corner[axis] += picture.size[axis] + gap
     return whole
 
 
@@ -294,11 +281,12 @@ def _draw_box(draw: ImageDraw.ImageDraw, mark: Mark, width: int) -> None:
     if not mark.dashed:
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=fill, width=width)
         return
-    for a, b, level in ((x1, x2, y1), (x1, x2, y2)):
-        for start, end in _dashes(a, b, 4 * width):
+    inset = width / 2  # a line is centred on its coordinates, an outline lies inside them
+    for level in (y1 + inset, y2 - inset):
+        for start, end in _dashes(x1, x2, 4 * width):
             draw.line((start, level, end, level), fill=fill, width=width)
-    for a, b, level in ((y1, y2, x1), (y1, y2, x2)):
-        for start, end in _dashes(a, b, 4 * width):
+    for level in (x1 + inset, x2 - inset):
+        for start, end in _dashes(y1, y2, 4 * width):
             draw.line((level, start, level, end), fill=fill, width=width)
 
 

@@ -84,6 +84,13 @@ def test_misses_and_wrong_boxes_are_red():
     assert left.getpixel((120, 50)) == right.getpixel((120, 50)) == class_colour(0)
 
 
+def test_dashes_at_the_border_of_the_image_are_seen():
+    picture = visualize.paint(GREY_IMAGE, [Mark((300, 200, 640, 480), visualize.WRONG, dashed=True)])
+    edges = np.asarray(picture)[300:400, 639], np.asarray(picture)[479, 400:500]
+    for edge in edges:
+        assert 0.4 < (edge == visualize.WRONG).all(axis=-1).mean() < 0.8
+
+
 def test_crowds_are_neither_found_nor_missed():
     target = detections((50, 50, 200, 200)) | {"iscrowd": torch.tensor([1])}
     picture = visualize.side_by_side(GREY_IMAGE, target, detections(scores=[]), CLASSES)
@@ -124,8 +131,8 @@ def test_texts_of_neighbours_keep_apart():
 
 def test_pictures_are_stacked_without_cutting():
     pictures = [Image.new("RGB", (30, 10), (1, 2, 3)), Image.new("RGB", (20, 40), (4, 5, 6))]
-    assert visualize.row(pictures, gap=5).size == (55, 40)
-    assert visualize.column(pictures, gap=5).size == (30, 55)
+    assert visualize.stack(pictures, gap=5).size == (55, 40)
+    assert visualize.stack(pictures, vertical=True, gap=5).size == (30, 55)
     assert visualize.titled(pictures[0], "a title longer than the picture").width > 200
 
 

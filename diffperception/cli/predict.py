@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,7 @@ def predict(
     require_options(detector, options)
     require_room(output, overwrite)
     results = Results(detector.classes)
+    picture_names = name_pictures([path.relative_to(root) for path in paths])
     for sample, detections in detect(detector, paths, options, seed, batch_size, workers):
         if sample.image is None:
             results.broken.append(sample.problem)
@@ -81,11 +83,11 @@ def predict(
         results.add(name, sample.image, detections)
         if len(results.images) <= pictures:
             picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
-            save_png(picture, output / "pictures" / f"{name}.png")
+            save_png(picture, output / "pictures" / picture_names[name])
         if len(results.images) <= strips and isinstance(detector, DiffusionDet):
             noise = noise_seed(seed, sample.path)
             strip = draw_strip(detector, sample.image, noise, steps or STRIP_STEPS, num_boxes, score_threshold)
-            save_png(strip, output / "strips" / f"{name}.png")
+            save_png(strip, output / "strips" / picture_names[name])
     results.write(output)
     say(results.summary(output))
 
@@ -122,6 +124,15 @@ def require_room(output: Path, overwrite: bool) -> None:
         raise ValueError(f"{output} is a file: name a folder for the results")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ValueError(f"the folder {output} is not empty: choose another, or allow to overwrite it with --overwrite")
+
+
+def name_pictures(names: list[Path]) -> dict[Path, Path]:
+    """A PNG's name for each image: a/b.jpg gives a/b.png, or a/b.jpg.png where there is an a/b.png too."""
+    doubled = Counter(name.with_suffix(".png") for name in names)
+    return {
+        name: name.with_suffix(".png") if doubled[name.with_suffix(".png")] == 1 else name.with_name(f"{name.name}.png")
+        for name in names
+    }
 
 
 class Sample(NamedTuple):

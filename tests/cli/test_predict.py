@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from diffperception.cli.main import main
+from diffperception.cli.predict import name_pictures
 from diffperception.coco import labels_of
 from diffperception.detection import FCOS, DiffusionDet
 from diffperception.detection.evaluation import evaluate_results
@@ -67,11 +68,16 @@ def test_a_folder_gives_results_pictures_and_strips(model, photos, tmp_path, cap
         assert 0 <= x < x + w <= content["images"][row["image_id"] - 1]["width"] + 1e-3
         assert 0 <= y < y + h <= 80 + 1e-3
     pictures = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.png"))
-    drawn = ["a.png.png", "b.jpg.png", "c.bmp.png"]
+    drawn = ["a.png", "b.png", "c.png"]
     assert pictures == [f"pictures/{name}" for name in drawn] + [f"strips/{name}" for name in drawn[:2]]
     printed = capsys.readouterr().out
     assert "1 images were left out" in printed
     assert "broken.png" in printed
+
+
+def test_pictures_of_images_that_differ_in_their_ending_stay_apart():
+    names = [Path("a.png"), Path("b.png"), Path("b.jpg"), Path("c/b.tif")]
+    assert [str(name) for name in name_pictures(names).values()] == ["a.png", "b.png.png", "b.jpg.png", "c/b.png"]
 
 
 def test_results_can_be_scored(model, photos, tmp_path):
@@ -121,7 +127,7 @@ def test_a_detector_without_noise_predicts_too(photos, tmp_path, capsys):
     torch.manual_seed(0)
     FCOS(CLASSES, backbone="resnet18", width=32, min_size=64, max_size=96).save(tmp_path / "fcos.safetensors")
     assert run(tmp_path / "fcos.safetensors", photos / "a.png", tmp_path / "out") == 0
-    assert (tmp_path / "out/pictures/a.png.png").exists()
+    assert (tmp_path / "out/pictures/a.png").exists()
     assert not (tmp_path / "out/strips").exists()
     assert run(tmp_path / "fcos.safetensors", photos / "a.png", tmp_path / "steps", "--steps", "4") == 2
     assert "steps" in capsys.readouterr().err
