@@ -37,7 +37,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         transforms: called as `transforms(image, target)` with a uint8 `tv_tensors.Image` and `tv_tensors.BoundingBoxes`
             for the boxes, so torchvision's v2 transforms fit; conversion to float comes after it.
         on_broken: "stop" raises BrokenImageError on an image that is missing, unreadable or of another size than the
-            file says; "skip" warns once for each such image and returns the next readable sample in its place.
+            file says; "skip" warns once in a process for each such image and returns the next readable sample instead.
     """
 
     def __init__(

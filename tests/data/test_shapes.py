@@ -95,6 +95,14 @@ def test_a_scene_is_a_function_of_its_seed():
     assert scene(3).image.shape != scene(4).image.shape or (scene(3).image != scene(4).image).any()
 
 
+def test_the_first_scene_is_the_same_on_every_machine():
+    drawn = scene(0)
+    assert drawn.owner.shape == (151, 137)
+    assert drawn.boxes.tolist() == [[100, 117, 137, 151], [50, 127, 105, 151], [91, 0, 137, 52]]
+    assert [CLASSES[label] for label in drawn.labels] == ["ring", "ellipse", "triangle"]
+    assert drawn.image.mean() == pytest.approx(75.4214, abs=0.01)
+
+
 def test_settings_are_kept_to():
     for index in range(20):
         drawn = scene(index, min_side=64, max_side=80, max_objects=2, min_size=30)
