@@ -6,13 +6,15 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 from torchvision.ops import FeaturePyramidNetwork
 
 
 class TimmBackbone(nn.Module):
-    """The feature maps of a timm model.
+    """The feature maps of a timm model; those of a Swin are layer-normalised, as its detectors do.
 
     Args:
         name: timm model name, for example `resnet50` or `swin_base_patch4_window7_224`.
@@ -28,8 +30,9 @@ class TimmBackbone(nn.Module):
         super().__init__()
         if not timm.is_model(name):
             raise ValueError(f"timm has no model {name!r}: {_suggest(name)}")
-        # Transformers are built for one image size unless told otherwise.
-        any_size: dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
+        # Swins are built for one image size unless told otherwise, and do not shift windows as large as its maps.
+        swin = name.startswith("swin")
+        any_size: dict[str, Any] = {"strict_img_size": False, "always_partition": True} if swin else {}
         with torch.device("meta"):
             probe: Any = timm.create_model(name, features_only=True, **any_size)
         offered = probe.feature_info.reduction()
@@ -42,11 +45,30 @@ class TimmBackbone(nn.Module):
         self.channels = model.feature_info.channels()
         self.strides = list(strides)
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        if self.channels_last:  # Swins, whose residual stream nothing has normalised yet
+            self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
+        for module in model.modules():
+            if isinstance(module, SwinTransformerBlock):
+                module.__class__ = PaddedSwinBlock
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W), normalised -> one (B, channels[l], H / strides[l], W / strides[l]) a level."""
         maps = self.body(images)
-        return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps
+        if not self.channels_last:
+            return maps
+        return [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps, strict=True)]
+
+
+class PaddedSwinBlock(SwinTransformerBlock):
+    """A Swin block that pads a map to whole windows before it shifts them, as the original does (arXiv 2103.14030).
+
+    timm shifts first, so that in maps of other sizes the padding comes to lie between neighbours.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]  # (B, H, W, C)
+        padded = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
+        return super()._attn(padded)[:, :height, :width]
 
 
 class FPN(nn.Module):
