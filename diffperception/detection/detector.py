@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from diffperception import weights
+from diffperception.detection import reference
 from diffperception.detection.boxes import decode_boxes, encode_boxes, give_area
 from diffperception.detection.criterion import LossWeights, set_losses
 from diffperception.detection.head import DynamicHead
@@ -179,6 +180,23 @@ class DiffusionDet(Detector):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.warned_of_crowds = False
         self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_reference(cls, state_dict: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> "DiffusionDet":
+        """The detector of a checkpoint of the reference DiffusionDet, in evaluation mode on the CPU.
+
+        Backbone (ResNet-50/101, Swin-T/S/B), classes, stages and widths follow from the tensors' names and shapes.
+
+        Args:
+            state_dict: tensors by the reference's names.
+            classes: names of labels 0..K-1; by default COCO's if K is 80, else the numbers.
+
+        Raises:
+            ValueError: it names the weights that are missing, left over or of another shape.
+        """
+        detector = cls(**reference.constructor_arguments(state_dict, classes))
+        detector.load_state_dict(reference.rename(state_dict, detector))
+        return detector.eval()
 
     def forward(self, images: list[Tensor], boxes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """One pass: classify and refine noisy boxes, at every stage.

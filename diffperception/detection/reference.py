@@ -1,52 +1,229 @@
-"""Checkpoints of the reference DiffusionDet (detectron2's names) under our names."""
+"""Checkpoints of the reference DiffusionDet: what their names and shapes say, and their weights under our names."""
 
+import fnmatch
 import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import isqrt
+from typing import Any
 
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-# (pattern, replacement) from the reference's names to ours, tried in order.
-_HEAD = [
-    (r"^head\.time_mlp\.1\.", "head.time_embedding.0."),
-    (r"^head\.time_mlp\.3\.", "head.time_embedding.2."),
-    (r"^head\.head_series\.(\d+)\.self_attn\.", r"head.stages.\1.attention."),
-    (r"^head\.head_series\.(\d+)\.norm1\.", r"head.stages.\1.attention_norm."),
-    (r"^head\.head_series\.(\d+)\.norm2\.", r"head.stages.\1.interaction_norm."),
-    (r"^head\.head_series\.(\d+)\.norm3\.", r"head.stages.\1.ffn_norm."),
-    (r"^head\.head_series\.(\d+)\.inst_interact\.dynamic_layer\.", r"head.stages.\1.interaction.generate."),
-    (r"^head\.head_series\.(\d+)\.inst_interact\.norm3\.", r"head.stages.\1.interaction.out_norm."),
-    (r"^head\.head_series\.(\d+)\.inst_interact\.out_layer\.", r"head.stages.\1.interaction.out."),
-    (r"^head\.head_series\.(\d+)\.inst_interact\.", r"head.stages.\1.interaction."),
-    (r"^head\.head_series\.(\d+)\.linear1\.", r"head.stages.\1.ffn.0."),
-    (r"^head\.head_series\.(\d+)\.linear2\.", r"head.stages.\1.ffn.2."),
-    (r"^head\.head_series\.(\d+)\.block_time_mlp\.", r"head.stages.\1.time_modulation."),
-    (r"^head\.head_series\.(\d+)\.cls_module\.", r"head.stages.\1.class_tower."),
-    (r"^head\.head_series\.(\d+)\.reg_module\.", r"head.stages.\1.box_tower."),
-    (r"^head\.head_series\.(\d+)\.class_logits\.", r"head.stages.\1.class_logits."),
-    (r"^head\.head_series\.(\d+)\.bboxes_delta\.", r"head.stages.\1.box_deltas."),
+from diffperception.diffusion import cosine_schedule
+
+_COCO_CATEGORIES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_CLASSES = [name for name in _COCO_CATEGORIES if name not in ("__background__", "N/A")]
+
+RESNETS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # by blocks a stage
+SWINS: dict[tuple[int, ...], str] = {  # by channels of the patches, side of a window, blocks a stage
+    (96, 7, 2, 2, 6, 2): "swin_tiny_patch4_window7_224",
+    (96, 7, 2, 2, 18, 2): "swin_small_patch4_window7_224",
+    (128, 7, 2, 2, 18, 2): "swin_base_patch4_window7_224",
+    (128, 12, 2, 2, 18, 2): "swin_base_patch4_window12_384",
+}
+
+# Beginnings of names: ours, then the reference's; {} is a number that both have. Names are detectron2's.
+_STAGE = [
+    ("attention.", "self_attn."),
+    ("attention_norm.", "norm1."),
+    ("interaction_norm.", "norm2."),
+    ("ffn_norm.", "norm3."),
+    ("interaction.generate.", "inst_interact.dynamic_layer."),
+    ("interaction.norm1.", "inst_interact.norm1."),
+    ("interaction.norm2.", "inst_interact.norm2."),
+    ("interaction.out.", "inst_interact.out_layer."),
+    ("interaction.out_norm.", "inst_interact.norm3."),
+    ("ffn.0.", "linear1."),
+    ("ffn.2.", "linear2."),
+    ("time_modulation.", "block_time_mlp."),
+    ("class_tower.", "cls_module."),
+    ("box_tower.", "reg_module."),
+    ("class_logits.", "class_logits."),
+    ("box_deltas.", "bboxes_delta."),
 ]
-_RESNET = [
-    (r"^backbone\.bottom_up\.stem\.conv1\.norm\.", "backbone.backbone.body.bn1."),
-    (r"^backbone\.bottom_up\.stem\.conv1\.", "backbone.backbone.body.conv1."),
-    (r"^backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.norm\.", r"backbone.backbone.body.layer\1.\2.downsample.1."),
-    (r"^backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.", r"backbone.backbone.body.layer\1.\2.downsample.0."),
-    (r"^backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.norm\.", r"backbone.backbone.body.layer\1.\2.bn\3."),
-    (r"^backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.", r"backbone.backbone.body.layer\1.\2.conv\3."),
+_RESNET_BLOCK = [
+    ("downsample.0.", "shortcut."),
+    ("downsample.1.", "shortcut.norm."),
+    *((f"conv{n}.", f"conv{n}.") for n in (1, 2, 3)),
+    *((f"bn{n}.", f"conv{n}.norm.") for n in (1, 2, 3)),
 ]
+_BODY = [
+    ("conv1.", "stem.conv1."),
+    ("bn1.", "stem.conv1.norm."),
+    # detectron2 counts a ResNet's stages from 2, timm from 1.
+    *((f"layer{n}.{{}}.{a}", f"res{n + 1}.{{}}.{b}") for n in (1, 2, 3, 4) for a, b in _RESNET_BLOCK),
+    ("patch_embed.", "patch_embed."),
+    ("layers_{}.blocks.", "layers.{}.blocks."),
+    # The original Swin downsamples at the end of a stage, timm at the beginning of the next.
+    *((f"layers_{n + 1}.downsample.", f"layers.{n}.downsample.") for n in (0, 1, 2)),
+]
+_NAMES = [
+    ("head.time_embedding.0.", "head.time_mlp.1."),
+    ("head.time_embedding.2.", "head.time_mlp.3."),
+    *((f"head.stages.{{}}.{a}", f"head.head_series.{{}}.{b}") for a, b in _STAGE),
+    *((f"backbone.fpn.inner_blocks.{n}.0.", f"backbone.fpn_lateral{n + 2}.") for n in range(4)),
+    *((f"backbone.fpn.layer_blocks.{n}.0.", f"backbone.fpn_output{n + 2}.") for n in range(4)),
+    *((f"backbone.backbone.body.{a}", f"backbone.bottom_up.{b}") for a, b in _BODY),
+    ("backbone.backbone.norms.{}.", "backbone.bottom_up.norm{}."),
+]
+_PATTERNS = [(re.compile(re.escape(ours).replace(r"\{\}", r"(\d+)")), theirs) for ours, theirs in _NAMES]
+
+# Constants that our model computes, and what only the reference's loss has.
+_NOT_WEIGHTS = re.compile(
+    r"betas|(sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod|alphas_cumprod_prev"
+    r"|posterior_\w+|pixel_mean|pixel_std|criterion\..+|.+\.relative_position_index"
+)
+_SHOWN = 8  # names in a message
 
 
-def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's state dict under our names; diffusion tables are left out, as the schedule brings them."""
-    return {_ours(name): value for name, value in state.items() if name.startswith(("head.", "backbone."))}
+def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> dict[str, Any]:
+    """The arguments of `DiffusionDet` that a checkpoint's names and shapes tell.
+
+    Each size is what most of the tensors that show it say, so that a single wrong one is found out later by its name.
+    Heads of the attention (8), the signal scale and the number of boxes leave no trace and keep their defaults.
+
+    Args:
+        state: tensors by the reference's names.
+        classes: names of labels 0..K-1; by default COCO's if K is 80, else the numbers.
+
+    Raises:
+        ValueError: the names are not DiffusionDet's, the backbone is unknown, or `classes` are not K.
+    """
+    width = _size(state, "head.head_series.?.norm?.*", 0)
+    num_classes = _size(state, "head.head_series.?.class_logits.*", 0)
+    if classes is not None and len(classes) != num_classes:
+        raise ValueError(f"{len(classes)} class names are given for a checkpoint with {num_classes} classes")
+    table = state.get("alphas_cumprod")
+    return {
+        "classes": list(classes) if classes is not None else class_names(num_classes),
+        "backbone": _backbone(state),
+        "freeze_norm": True,
+        "width": width,
+        "stages": _count(state, r"head\.head_series\.(\d+)\."),
+        "pool_size": isqrt(_size(state, "head.head_series.?.inst_interact.out_layer.weight", 1) // width),
+        "dynamic_width": _size(state, "head.head_series.?.inst_interact.norm1.*", 0),
+        "ffn_width": _size(state, "head.head_series.?.linear1.*", 0),
+        # The tower's modules are Linear, LayerNorm, ReLU in turn.
+        "box_layers": _count(state, r"head\.head_series\.\d+\.reg_module\.(\d+)\.") // 3 + 1,
+        "num_timesteps": 1000 if table is None else len(table),
+    }
 
 
-def _ours(name: str) -> str:
-    fpn = re.match(r"^backbone\.fpn_(lateral|output)(\d)\.(weight|bias)$", name)
-    if fpn:
-        block = {"lateral": "inner", "output": "layer"}[fpn[1]]
-        return f"backbone.fpn.{block}_blocks.{int(fpn[2]) - 2}.0.{fpn[3]}"
-    for pattern, replacement in _HEAD + _RESNET:
-        new, count = re.subn(pattern, replacement, name)
-        if count:
-            # detectron2 counts ResNet's stages from 2, timm from 1.
-            return re.sub(r"body\.layer(\d)", lambda m: f"body.layer{int(m[1]) - 1}", new)
-    return name
+def class_names(num_classes: int) -> list[str]:
+    """COCO's names for 80 classes, else the numbers from 0."""
+    return COCO_CLASSES if num_classes == len(COCO_CLASSES) else [str(label) for label in range(num_classes)]
+
+
+def rename(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights of `model` that a checkpoint holds, under the model's names.
+
+    Warns where the checkpoint's noise schedule or image normalisation is not the model's.
+
+    Args:
+        state: tensors by the reference's names.
+        model: a `DiffusionDet` of the checkpoint's sizes.
+
+    Raises:
+        ValueError: a weight is missing, left over or of another shape; it is named as the checkpoint would.
+    """
+    _warn_of_other_constants(state)
+    given = {name: value for name, value in state.items() if not _NOT_WEIGHTS.fullmatch(name)}
+    shapes = {reference_name(name): value.shape for name, value in model.state_dict().items()}
+    both = shapes.keys() & given.keys()
+    complaints = {
+        "missing": [name for name in shapes if name not in both],
+        "left over": [name for name in given if name not in both],
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)} instead of {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name in both and given[name].shape != shape
+        ],
+    }
+    if any(complaints.values()):
+        sentences = [f"{_listing(kind, names)}." for kind, names in complaints.items() if names]
+        raise ValueError(f"the checkpoint does not fit the model that most of its shapes tell. {' '.join(sentences)}")
+    return {name: given[reference_name(name)] for name in model.state_dict()}
+
+
+def reference_name(name: str) -> str:
+    """The reference's name of one of our weights."""
+    for pattern, theirs in _PATTERNS:
+        found = pattern.match(name)
+        if found:
+            return theirs.format(*found.groups()) + name[found.end() :]
+    raise ValueError(f"the reference has no weight like {name}")
+
+
+def _backbone(state: Mapping[str, Tensor]) -> str:
+    """timm's name of the backbone."""
+    depths = _depths(state, r"backbone\.bottom_up\.res(\d)\.(\d+)\.")
+    if depths:
+        return _known("ResNet with blocks", depths, RESNETS)
+    depths = _depths(state, r"backbone\.bottom_up\.layers\.(\d)\.blocks\.(\d+)\.")
+    if depths:
+        channels = _size(state, "backbone.bottom_up.patch_embed.*", 0)
+        offsets = _size(state, "*.relative_position_bias_table", 0)  # (2 * window - 1) ** 2
+        return _known("Swin with channels, window, blocks", (channels, (isqrt(offsets) + 1) // 2, *depths), SWINS)
+    raise ValueError(
+        "the checkpoint has neither a ResNet (backbone.bottom_up.res2 ...) nor a Swin (backbone.bottom_up.layers ...):"
+        " other backbones are not read"
+    )
+
+
+def _known(kind: str, sizes: tuple[int, ...], models: Mapping[tuple[int, ...], str]) -> str:
+    if sizes not in models:
+        choice = "; ".join(f"{', '.join(map(str, known))} ({name})" for known, name in models.items())
+        raise ValueError(f"the checkpoint's backbone is a {kind} {', '.join(map(str, sizes))}; known are {choice}")
+    return models[sizes]
+
+
+def _depths(state: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:
+    """Blocks in each stage, where `pattern` captures a stage and a block."""
+    depths: dict[str, int] = {}
+    for found in _matches(state, pattern):
+        depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
+    return tuple(depths[stage] for stage in sorted(depths))
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that `pattern` captures."""
+    return 1 + max((int(found[1]) for found in _matches(state, pattern)), default=-1)
+
+
+def _size(state: Mapping[str, Tensor], names: str, axis: int) -> int:
+    """The commonest length along `axis` of the tensors whose names fit a pattern with * and ?."""
+    tensors = [state[name] for name in fnmatch.filter(state, names)]
+    lengths = Counter(tensor.shape[axis] for tensor in tensors if tensor.dim() > axis)
+    if not lengths:
+        raise ValueError(f"this is no checkpoint of the reference DiffusionDet: it has no {names}")
+    return lengths.most_common(1)[0][0]
+
+
+def _matches(state: Mapping[str, Tensor], pattern: str) -> list[re.Match[str]]:
+    return [found for name in state if (found := re.match(pattern, name))]
+
+
+def _listing(kind: str, names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return f"{len(names)} {'name is' if len(names) == 1 else 'names are'} {kind}: {shown}"
+
+
+def _warn_of_other_constants(state: Mapping[str, Tensor]) -> None:
+    """Detections of a model that was trained with other constants than ours may be worse than it could do."""
+    expected = {
+        "pixel_mean": ("image normalisation", 255 * torch.tensor(IMAGENET_DEFAULT_MEAN)),
+        "pixel_std": ("image normalisation", 255 * torch.tensor(IMAGENET_DEFAULT_STD)),
+    }
+    if "alphas_cumprod" in state:
+        schedule = cosine_schedule(len(state["alphas_cumprod"]))
+        expected["alphas_cumprod"] = ("noise schedule", schedule.alpha(torch.arange(schedule.num_timesteps)) ** 2)
+    for name, (meaning, ours) in expected.items():
+        if name in state and not torch.allclose(state[name].flatten().double().cpu(), ours.double(), atol=1e-4):
+            warnings.warn(
+                f"{name} of the checkpoint is not DiffusionDet's {meaning}: expect worse detections", stacklevel=4
+            )

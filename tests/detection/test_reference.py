@@ -8,7 +8,6 @@ from diffperception.detection.boxes import decode_boxes
 from diffperception.detection.criterion import set_losses
 from diffperception.detection.detector import image_sizes
 from diffperception.detection.matcher import PaddedTargets, match
-from diffperception.detection.reference import rename
 from diffperception.models import pad_images
 from tests.parity import arrays, distance, filled_state
 
@@ -22,9 +21,7 @@ def parity():
 
 @pytest.fixture(scope="module")
 def detector():
-    detector = DiffusionDet([str(i) for i in range(80)], freeze_norm=True).eval()
-    detector.load_state_dict(rename(filled_state("diffusiondet_r50")))
-    return detector
+    return DiffusionDet.from_reference(filled_state("diffusiondet_r50"))
 
 
 @pytest.fixture(scope="module")
