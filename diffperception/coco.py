@@ -9,7 +9,7 @@ def read_coco(path: str | Path) -> dict[str, Any]:
     """The content of a COCO annotation file.
 
     Returns:
-        Its dictionary, with the lists `images`, `annotations` and `categories`.
+        Its dictionary, with the lists `images`, `annotations` and `categories`; outlines (`segmentation`) are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -19,7 +19,7 @@ def read_coco(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no annotation file {path}: give the path of a COCO JSON file")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_hook=_without_outline)
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
     keys = ("images", "annotations", "categories")
@@ -28,6 +28,12 @@ def read_coco(path: str | Path) -> dict[str, Any]:
             f"{path} is not a COCO annotation file: it must hold the lists images, annotations, categories"
         )
     return content
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    """Boxes are all that is used, and outlines are most of a large file: dropped while parsing, they take no memory."""
+    entry.pop("segmentation", None)
+    return entry
 
 
 def labels_of(categories: list[dict[str, Any]]) -> tuple[list[int], list[str]]:

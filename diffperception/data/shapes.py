@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-MIN_VISIBLE = 0.4  # of an object's whole area, also where it leaves the image
+MIN_VISIBLE = 0.6  # of an object's whole area, also where it leaves the image
 MIN_SIDE = 10  # pixels of an object's visible box
 MAX_ATTEMPTS = 30
 
@@ -29,9 +29,9 @@ class Scene:
 
 
 def draw_scene(
-    rng: np.random.Generator, min_side: int = 96, max_side: int = 160, max_objects: int = 8, min_size: int = 18
+    rng: np.random.Generator, min_side: int = 96, max_side: int = 160, max_objects: int = 8, min_size: int = 22
 ) -> Scene:
-    """Draw one scene of 1..max_objects shapes; later shapes cover earlier ones.
+    """Draw one scene of max_objects / 2 to max_objects shapes; later shapes cover earlier ones.
 
     A shape that would leave an earlier one with less than MIN_VISIBLE of its area, or itself be cut so far by the
     border, is placed anew: every object in the picture is thus annotated and can be recognised.
@@ -48,7 +48,7 @@ def draw_scene(
     owner = np.full((height, width), -1)
     areas: list[float] = []
     labels: list[int] = []
-    for _ in range(rng.integers(1, max_objects + 1)):
+    for _ in range(rng.integers((max_objects + 1) // 2, max_objects + 1)):
         label = int(rng.integers(len(CLASSES)))
         for _ in range(MAX_ATTEMPTS):
             shape = _Shape.random(rng, label, height, width, min_size)

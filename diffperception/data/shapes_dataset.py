@@ -29,7 +29,7 @@ class ShapesSettings:
         seed: another seed gives other pictures.
         min_side: smallest height and width of a picture in pixels.
         max_side: largest height and width of a picture in pixels.
-        max_objects: most objects in a picture; at least one is in each.
+        max_objects: most objects in a picture; half as many are the least, where there is room.
         min_size: smallest length of a shape in pixels; the largest is 0.6 of the picture's shorter side.
     """
 
@@ -39,7 +39,7 @@ class ShapesSettings:
     min_side: int = 96
     max_side: int = 160
     max_objects: int = 8
-    min_size: int = 18
+    min_size: int = 22
 
     def __post_init__(self) -> None:
         if min(self.train, self.val, self.seed) < 0 or self.train + self.val == 0:
