@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from diffperception.cli import first_process, say
@@ -107,8 +106,6 @@ def train(
         draw_pictures(trained, val_set, output / "pictures", evaluation.pictures, seed)
         save_png(curves(output / "metrics.csv"), output / "pictures" / "curves.png")
     say_where(output)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return 0
 
 

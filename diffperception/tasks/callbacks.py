@@ -50,13 +50,13 @@ class Reporter(Callback):
     """Progress with the time left, and a row of numbers every so many steps.
 
     Args:
-        log: where the numbers go; None in all processes but the first.
+        record: where the numbers go; None in all processes but the first.
         every: steps between rows.
         say: prints a line; used where there is no terminal for a bar.
     """
 
-    def __init__(self, log: RunLog | None, every: int, say: Callable[[str], None]):
-        self.log = log
+    def __init__(self, record: RunLog | None, every: int, say: Callable[[str], None]):
+        self.record = record
         self.every = every
         self.say = say
         self.terms: list[dict[str, Tensor]] = []
@@ -70,7 +70,7 @@ class Reporter(Callback):
         )
         self.first = self.last = trainer.global_step
         self.began = time.monotonic()
-        hidden = None if self.log else True  # None: where there is no terminal
+        hidden = None if self.record else True  # None: where there is no terminal
         self.bar = tqdm(total=trainer.max_steps, initial=self.first, desc="train", disable=hidden)
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -92,12 +92,12 @@ class Reporter(Callback):
         means = torch.stack([torch.stack([terms[name] for terms in self.terms]).mean() for name in names])
         means = trainer.strategy.reduce(means, reduce_op="mean")
         self.terms = []
-        if self.log is None:
+        if self.record is None:
             return
         loss, rate = float(means.sum()), max(group["lr"] for group in trainer.optimizers[0].param_groups)
         terms = {f"train/loss_{name}": mean for name, mean in zip(names, means.tolist(), strict=True)}
         waiting = self.waiting(trainer)
-        self.log.write(step, {"train/loss": loss, **terms, "train/lr": rate, "train/waiting": waiting})
+        self.record.write(step, {"train/loss": loss, **terms, "train/lr": rate, "train/waiting": waiting})
         self.bar.set_postfix_str(f"loss {loss:.3f}")
         if self.bar.disable:
             elapsed = time.monotonic() - self.began
@@ -183,7 +183,7 @@ class Evaluations(Callback):
     Args:
         score: gives the COCO metrics of a detector.
         averaging: what holds the averaged detector; None scores the one in training.
-        log: where the metrics go; None in all processes but the first.
+        record: where the metrics go; None in all processes but the first.
         every: steps between evaluations; None for none. There is none after the last step, as the caller makes it.
         say: prints a line.
     """
@@ -192,13 +192,13 @@ class Evaluations(Callback):
         self,
         score: Callable[[Detector], dict[str, float]],
         averaging: Averaging | None,
-        log: RunLog | None,
+        record: RunLog | None,
         every: int | None,
         say: Callable[[str], None],
     ):
         self.score = score
         self.averaging = averaging
-        self.log = log
+        self.record = record
         self.every = every
         self.say = say
         self.scored = 0
@@ -220,8 +220,8 @@ class Evaluations(Callback):
         with trainer.strategy.precision_plugin.val_step_context():
             metrics = self.score(detector)
         detector.train(training)
-        if self.log is not None:
-            self.log.write(step, {f"val/{name}": value for name, value in metrics.items()})
+        if self.record is not None:
+            self.record.write(step, {f"val/{name}": value for name, value in metrics.items()})
         self.say(f"step {step}: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")))
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,18 +60,20 @@ def fit(
         NonFiniteLossError: the loss is infinite or no number.
         ValueError: the checkpoint cannot be read or belongs to another model.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
     checkpoint = folder / CHECKPOINT
     first = checkpoint_step(checkpoint) if resume else 0
-    log = RunLog(folder, after=first) if rank_zero_only.rank == 0 else None  # type: ignore[attr-defined]
+    record = RunLog(folder, after=first) if rank_zero_only.rank == 0 else None  # type: ignore[attr-defined]
     decay = task.options.ema_decay
     averaging = None if decay is None else Averaging(decay)
     checkpoints = Checkpoints(checkpoint, options.checkpoint_every, options.max_minutes)
     callbacks = [  # called in this order after each step
         *([averaging] if averaging else []),
-        Reporter(log, options.log_every, say),
+        Reporter(record, options.log_every, say),
         checkpoints,
-        Evaluations(score, averaging, log, score_every, say),
+        Evaluations(score, averaging, record, score_every, say),
     ]
     devices, nodes = machines(options)
     trainer = Trainer(
@@ -103,8 +106,8 @@ def fit(
             raise KeyboardInterrupt from None
         raise
     finally:
-        if log:
-            log.close()
+        if record:
+            record.close()
     trained = averaging.detector if averaging else task.detector
     return Outcome(trained, trainer.global_step, checkpoints.signal, trainer.strategy.root_device)
 
