@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a detector",
     "evaluate": "score a detector, or a results file, on a COCO data set",
     "predict": "detect objects in images: COCO results and pictures",
+    "convert": "turn a checkpoint of the reference DiffusionDet into a model file",
 }
 USAGE = (
     "usage: diffperception COMMAND [--config FILE] [--option value] ...\n\n"
