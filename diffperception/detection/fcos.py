@@ -65,7 +65,7 @@ class FCOS(Detector):
         """See `Detector.loss`. Terms: `classification`, `bbox_regression`, `bbox_ctrness`."""
         training = self.model.training
         self.model.train()  # torchvision returns losses in training mode only
-        objects = [_without_crowds(target, self.device) for target in targets]
+        objects = [_objects(target, self.device) for target in targets]
         losses = self.model([image.to(self.device) for image in images], objects)
         self.model.train(training)
         return losses
@@ -97,6 +97,9 @@ class _Pyramid(nn.Module):
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
 
 
-def _without_crowds(target: dict, device: torch.device) -> dict[str, Tensor]:
-    keep = ~target["iscrowd"].bool() if "iscrowd" in target else slice(None)
+def _objects(target: dict, device: torch.device) -> dict[str, Tensor]:
+    """What torchvision takes as objects: no crowd regions, no boxes without area."""
+    keep = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(1)
+    if "iscrowd" in target:
+        keep = keep & ~target["iscrowd"].bool()
     return {name: target[name][keep].to(device) for name in ("boxes", "labels")}
