@@ -55,6 +55,7 @@ class DynamicHead(nn.Module):
         for stage in series:
             # By module, never by a dimension that equals K: other biases may have K entries too.
             nn.init.constant_(stage.class_logits.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+            nn.init.zeros_(stage.box_deltas.bias)
 
     def forward(
         self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False

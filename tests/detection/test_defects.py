@@ -1,0 +1,147 @@
+"""The eleven defects of existing implementations (spec: detection), each as a test that fails where it is present.
+
+Defect 7 (test-time augmentation with an average of the weights) has no counterpart here by construction: what is
+evaluated is a module with the averaged weights, and there is one way to predict.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+
+from diffperception.detection import SamplerOptions
+from diffperception.detection.detector import image_sizes
+from diffperception.detection.evaluation import CocoEvaluator
+from diffperception.detection.matcher import PaddedTargets
+from diffperception.detection.sampler import BoxNoise, image_seed, select_detections
+from tests.detection.scenes import CLASSES, random_boxes, random_image, random_target, tiny_detector
+
+IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2), random_image(96, 64, 3)]
+
+
+def same(a: dict, b: dict) -> bool:
+    return len(a["scores"]) == len(b["scores"]) and all(torch.allclose(a[k], b[k], atol=2e-2, rtol=1e-4) for k in a)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("renewal", [None, 0.0099])
+@pytest.mark.parametrize("ensemble", [True, False])
+def test_1_several_images_and_several_steps(steps, renewal, ensemble):
+    detector = tiny_detector()
+    options = SamplerOptions(steps, num_boxes=12, renewal_threshold=renewal, ensemble=ensemble)
+    together = detector.predict(IMAGES, seeds=[1, 2, 3], options=options)
+    alone = [detector.predict([image], seeds=[i + 1], options=options)[0] for i, image in enumerate(IMAGES)]
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_2_the_last_step_enters_the_ensemble(steps):
+    options = SamplerOptions(steps, num_boxes=6, nms_threshold=None, renewal_threshold=None)
+    with torch.no_grad():
+        sampled = tiny_detector()._sample(IMAGES[:1], [0], options)
+    pooled = select_detections(sampled, options)[0]
+    expected = torch.cat([step.logits[0].sigmoid().flatten().topk(6).values for step in sampled])
+    assert torch.equal(pooled["scores"], expected.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("count", [3, 4, 63, 64, 255, 256, 1300])
+def test_3_the_prior_is_in_the_class_bias_alone(count):
+    detector = tiny_detector(classes=[str(i) for i in range(count)], width=64, dynamic_width=64, ffn_width=256)
+    prior = -math.log(99)
+    touched = {
+        name
+        for name, value in detector.named_parameters()
+        if value.ndim == 1 and torch.isclose(value, torch.tensor(prior)).any()
+    }
+    assert touched == {f"head.stages.{i}.class_logits.bias" for i in range(2)}
+    assert all(torch.equal(stage.box_deltas.bias, torch.zeros(4)) for stage in detector.head.stages)
+
+
+def test_4_no_proposal_is_without_area():
+    detector = tiny_detector(num_boxes=2000)
+    sizes = [step["boxes"][:, 2:] - step["boxes"][:, :2] for step in detector.trace(IMAGES[0], 4, 2000)]
+    assert min(size.min() for size in sizes) >= 0.999
+    # The noise itself would clamp this share to zero: the test sees what it guards against.
+    z = BoxNoise([0], 2000, torch.device("cpu")).draw()
+    assert (z[..., 2:] <= -2).any(-1).float().mean() > 0.03
+
+
+@pytest.mark.parametrize(("boxes", "objects"), [(1, 1), (3, 2), (4, 9), (500, 600)])
+def test_5_few_proposals_and_many_objects(boxes, objects):
+    detector = tiny_detector(num_boxes=boxes, stages=1).train()
+    if objects > boxes:
+        with pytest.warns(UserWarning, match=f"{objects} objects, more than num_boxes={boxes}"):
+            losses = detector.loss(IMAGES[:1], [random_target(objects, 64, 96)])
+    else:
+        losses = detector.loss(IMAGES[:1], [random_target(objects, 64, 96)])
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
+def test_5_what_is_noised_is_what_is_matched():
+    detector = tiny_detector(num_boxes=4)
+    padded = PaddedTargets.collate([random_target(9, 64, 96)], image_sizes(IMAGES[:1], detector.device))
+    limited = padded.limit(4, torch.Generator().manual_seed(0))
+    noised = detector._padded_objects(limited, None)
+    assert torch.equal(noised[0], padded.boxes[limited.valid])
+
+
+@pytest.mark.parametrize("mode", ["ddim", "fixed_time", "fresh_boxes"])
+def test_6_several_steps_without_renewal(mode):
+    options = SamplerOptions(4, num_boxes=10, renewal_threshold=None, mode=mode)
+    assert len(tiny_detector().predict(IMAGES, options=options)) == 3
+
+
+def test_8_a_non_finite_prediction_gives_a_non_finite_loss_not_an_exception():
+    detector = tiny_detector().train()
+    with torch.no_grad():
+        detector.head.stages[0].class_logits.bias.fill_(torch.nan)
+    losses = detector.loss(IMAGES, [random_target(2, 64, 50, seed) for seed in range(3)])
+    assert losses["classification"].isnan()
+
+
+def test_9_the_noise_of_an_image_depends_on_seed_and_id_alone():
+    assert image_seed(0, 7) == image_seed(0, 7)
+    assert len({image_seed(seed, image) for seed in range(20) for image in range(-20, 20)}) == 800
+    detector = tiny_detector()
+    seeds = [image_seed(0, i) for i in (5, 6, 7)]
+    backwards = detector.predict(IMAGES[::-1], seeds=seeds[::-1])[::-1]
+    assert all(same(a, b) for a, b in zip(detector.predict(IMAGES, seeds=seeds), backwards, strict=True))
+
+
+def coco_file(folder, boxes):
+    rows = [
+        {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]]}
+        for i, box in enumerate(boxes.tolist())
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 400, "height": 400}],
+        "categories": [{"id": 1, "name": CLASSES[0]}],
+        "annotations": [row | {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for row in rows],
+    }
+    path = folder / "a.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def detections(boxes):
+    return {"boxes": boxes, "scores": torch.ones(len(boxes)), "labels": torch.zeros(len(boxes), dtype=torch.int64)}
+
+
+def test_10_ap_of_zero_has_a_reason(tmp_path):
+    evaluator = CocoEvaluator(coco_file(tmp_path, random_boxes(5, 400, 400)))
+    evaluator.update([1], [detections(torch.zeros(0, 4))])
+    result = evaluator.compute()
+    assert result.metrics["AP"] == 0
+    assert "no" in result.explanation
+
+
+@pytest.mark.parametrize(("max_dets", "recall"), [(100, 100 / 150), (150, 1.0)])
+def test_11_detections_beyond_the_hundredth_count_if_asked(tmp_path, max_dets, recall):
+    # 150 objects side by side, none near another
+    x = torch.arange(150)
+    corners = torch.stack([(x % 15) * 26, (x // 15) * 26], 1).float()
+    boxes = torch.cat([corners, corners + 20], 1)
+    evaluator = CocoEvaluator(coco_file(tmp_path, boxes), max_dets=max_dets)
+    evaluator.update([1], [detections(boxes)])
+    assert evaluator.compute().metrics[f"AR{max_dets}"] == pytest.approx(recall, abs=0.01)
