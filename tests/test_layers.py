@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"coco"},
     "tasks": {"data", "detection", "segmentation", "generation", "models", "diffusion", "weights", "visualize", "coco"},
 }
-ALLOWED["cli"] = {*ALLOWED["tasks"], "tasks"}
+ALLOWED["benchmarks"] = {"detection", "segmentation", "generation", "models", "diffusion"}
+ALLOWED["cli"] = {*ALLOWED["tasks"], "tasks", "benchmarks"}
 ALLOWED["integrations"] = {*ALLOWED["cli"], "cli"}
 CORE_LIBRARIES = {"torch", "numpy"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}

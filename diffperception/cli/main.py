@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "name every problem of a COCO data set",
     "train": "train a detector",
     "evaluate": "score a detector, or a results file, on a COCO data set",
+    "benchmark": "measure speeds as ratios to a well-known unit",
     "predict": "detect objects in images: COCO results and pictures",
     "convert": "turn a checkpoint of the reference DiffusionDet into a model file",
 }

@@ -27,7 +27,8 @@ def call(command: Command, arguments: Sequence[str]) -> int:
     values = {name: value for name, value in vars(parser.instantiate(options)).items() if name in names}
     if "resolved" in names:
         values["resolved"] = parser.dump(options)
-    return command(**values) or 0
+    positional = [values.pop(name) for name, p in names.items() if p.kind is p.POSITIONAL_ONLY]
+    return command(*positional, **values) or 0
 
 
 def build_parser(command: Command) -> ArgumentParser:
@@ -44,8 +45,12 @@ def build_parser(command: Command) -> ArgumentParser:
         help="YAML file with options; several may be given, each states only what it changes, and the later one wins",
     )
     parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
-    parser.add_function_arguments(command, as_group=False, fail_untyped=True, skip={"resolved"})
-    switches = {p.name for p in inspect.signature(command).parameters.values() if p.annotation is bool}
+    parameters = inspect.signature(command).parameters.values()
+    positionals = {p.name: p.annotation for p in parameters if p.kind is p.POSITIONAL_ONLY}
+    for name, kind in positionals.items():
+        parser.add_argument(name, type=kind)
+    parser.add_function_arguments(command, as_group=False, fail_untyped=True, skip={"resolved", *positionals})
+    switches = {p.name for p in parameters if p.annotation is bool}
     for action in parser._actions:
         if action.dest in switches:
             action.nargs, action.const = "?", True  # `--overwrite` alone means `--overwrite true`

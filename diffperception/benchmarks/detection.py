@@ -1,0 +1,81 @@
+"""DiffusionDet with ResNet-50 on 480 x 640 pixels, against torchvision's backbone in the same process."""
+
+from collections.abc import Callable
+
+import torch
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+from diffperception.benchmarks.timing import Row, best_seconds
+from diffperception.detection import DiffusionDet, SamplerOptions
+from diffperception.detection.detector import image_sizes
+from diffperception.detection.matcher import PaddedTargets, match
+from diffperception.detection.sampler import select_detections
+
+HEIGHT, WIDTH = 480, 640
+NUM_BOXES = 300
+NUM_CLASSES = 80
+OBJECTS = 10
+
+
+def measure(repeats: int, say: Callable[[Row], None]) -> tuple[Row, list[Row]]:
+    """The unit (one forward of torchvision's resnet50_fpn) and what our parts and calls take.
+
+    Args:
+        repeats: the best of so many runs counts.
+        say: is told each row when it is measured.
+    """
+    torch.manual_seed(0)
+    images = [torch.rand(3, HEIGHT, WIDTH) for _ in range(4)]
+    rows: list[Row] = []
+
+    def record(name: str, function: Callable[[], object], target: float | None = None) -> Row:
+        rows.append(Row(name, best_seconds(function, repeats), target))
+        say(rows[-1])
+        return rows[-1]
+
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=5).eval()
+    batch = torch.stack(images[:1])
+    with torch.no_grad():
+        unit = record("torchvision resnet50_fpn, one image (unit)", lambda: backbone(batch))
+    detector = DiffusionDet([str(i) for i in range(NUM_CLASSES)], freeze_norm=True, min_size=None).eval()
+    with torch.no_grad():
+        _measure_prediction(detector, images, record)
+    _measure_training(detector.train(), images[:2], record)
+    return unit, rows[1:]
+
+
+def _measure_prediction(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
+    options = {steps: SamplerOptions(steps, NUM_BOXES) for steps in (1, 4)}
+    pyramid = detector.features(images[:1])
+    boxes = _random_boxes(NUM_BOXES)[None]
+    sampled = detector._sample(images[:1], [0], options[4])
+    record("backbone, one image", lambda: detector.features(images[:1]))
+    record("head, one pass", lambda: detector.head(pyramid, boxes, torch.tensor([500]), last_only=True))
+    record("post-processing of four steps", lambda: select_detections(sampled, options[4]))
+    record("prediction, one step", lambda: detector.predict(images[:1], options=options[1]), target=1.8)
+    record("prediction, four steps", lambda: detector.predict(images[:1], options=options[4]), target=4.5)
+    record("prediction, four images, four steps", lambda: detector.predict(images, options=options[4]), target=14)
+
+
+def _measure_training(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
+    targets = [{"boxes": _random_boxes(OBJECTS), "labels": torch.arange(OBJECTS)} for _ in images]
+    padded = PaddedTargets.collate(targets, image_sizes(images, detector.device)).repeat(len(detector.head.stages))
+    rows = len(padded.boxes)
+    logits, boxes = torch.randn(rows, NUM_BOXES, NUM_CLASSES), _random_boxes(NUM_BOXES).expand(rows, -1, -1)
+    optimizer = torch.optim.AdamW(detector.parameters(), 1e-6, foreach=True)
+
+    def step() -> None:
+        torch.stack(list(detector.loss(images, targets).values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    record("matching, two images, six stages", lambda: match(logits, boxes, padded))
+    record("training step, two images", step, target=14)
+
+
+def _random_boxes(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    size = torch.tensor([WIDTH, HEIGHT])
+    extent = 20 + torch.rand(count, 2, generator=generator) * (size / 2 - 20)
+    low = torch.rand(count, 2, generator=generator) * (size - extent)
+    return torch.cat([low, low + extent], 1)
