@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs
 
-.PHONY: help install demo test lint types check clean
+.PHONY: help install demo test lint types clean
 
 help: ## say what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,7 +18,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install ## draw the shapes data set, train a detector on it, print its COCO table and say where the pictures are (6 minutes)
 	$(BIN)/diffperception shapes --output data/shapes
-	$(BIN)/diffperception train --config configs/detection/shapes.yaml --output $(RUN)/shapes --overwrite true
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train --config configs/detection/shapes.yaml \
+		--output $(RUN)/shapes --overwrite
 
 test: lint types ## lint, types and the fast tests
 	$(BIN)/python -m pytest
