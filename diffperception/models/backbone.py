@@ -1,5 +1,6 @@
 """Feature pyramids for detection: any timm backbone by name, and FPN on top."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,5 +102,5 @@ def pad_images(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: in
 
 
 def _suggest(name: str) -> str:
-    near = timm.list_models(f"*{name.split('_')[0][:6]}*")[:5]
-    return f"near it are {', '.join(near)}" if near else "`timm.list_models()` names all"
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "`timm.list_models()` names all"
