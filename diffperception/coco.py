@@ -10,6 +10,7 @@ def read_coco(path: str | Path) -> dict[str, Any]:
 
     Returns:
         Its dictionary, with the lists `images`, `annotations` and `categories`; outlines (`segmentation`) are left out.
+        Images have a `file_name` where LVIS names them by their URL: its last two parts, such as train2017/000001.jpg.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -27,6 +28,9 @@ def read_coco(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not a COCO annotation file: it must hold the lists images, annotations, categories"
         )
+    for image in content["images"]:
+        if isinstance(image, dict) and isinstance(image.get("coco_url"), str):
+            image.setdefault("file_name", "/".join(image["coco_url"].split("/")[-2:]))
     return content
 
 

@@ -102,6 +102,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             "area": torch.from_numpy(self.areas[rows].copy()),
         }
 
+    def labels_of_images(self) -> list[np.ndarray]:
+        """The labels of each image's boxes, one for each box; crowd regions are left out, as they are not learnt."""
+        learnt = np.flatnonzero(self.iscrowd == 0)
+        return np.split(self.labels[learnt], np.searchsorted(learnt, self.offsets[1:-1]))
+
     def _read_from(self, index: int) -> tuple[Tensor, int]:
         """The image at `index` or, when broken ones are skipped, the next readable one; and its index."""
         if self.on_broken == "stop":

@@ -1,4 +1,4 @@
-"""Which samples a training step sees, as a function of the seed and the step alone."""
+"""Which samples a training step sees, as a function of the seed and the step alone; and how often rare ones come."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -85,6 +85,30 @@ class StepBatchSampler(Sampler[list[Seeded]]):
         ends = np.floor(np.cumsum(self.weights[order]) + rng.uniform()).astype(np.int64)
         ends[-1] = self.epoch_length
         return rng.permutation(order.repeat(np.diff(ends, prepend=0)))
+
+
+def images_per_class(labels: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
+    """(K,) in how many images each class occurs; `labels` are those of each image's objects."""
+    occurring = [np.unique(of_image) for of_image in labels]
+    return np.bincount(np.concatenate([np.empty(0, np.int64), *occurring]), minlength=num_classes)
+
+
+def repeat_factors(labels: Sequence[np.ndarray], num_classes: int, threshold: float) -> np.ndarray:
+    """How often an epoch shows each image, on average, so that rare classes are seen more (LVIS, arXiv 1908.03195).
+
+    A class that is in a share f of the images asks for max(1, sqrt(threshold / f)); an image is shown as often as the
+    rarest of its classes asks for, and once if it has none.
+
+    Args:
+        labels: of each image's objects, in 0..num_classes-1.
+        num_classes: K.
+        threshold: classes in a smaller share of the images than this are repeated.
+
+    Returns: (images,) weights for `StepBatchSampler`.
+    """
+    shares = images_per_class(labels, num_classes).clip(min=1) / len(labels)
+    factors = np.maximum(1, np.sqrt(threshold / shares))
+    return np.array([factors[of_image].max(initial=1.0) for of_image in labels])
 
 
 class SeededSamples(Dataset[Any]):

@@ -1,4 +1,4 @@
-"""The set loss of DiffusionDet over all stages: focal, L1 and GIoU."""
+"""The set loss of DiffusionDet over all stages: focal, L1 and GIoU; and which classes count in it (federated loss)."""
 
 from dataclasses import dataclass
 
@@ -53,3 +53,27 @@ def set_losses(
         "l1": torch.where(matched, l1, 0).sum((1, 2)) / pairs,
         "giou": torch.where(matched, giou, 0).sum((1, 2)) / pairs,
     }
+
+
+def federated_classes(
+    labels: Tensor, frequencies: Tensor, count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """The classes that a batch's classification loss counts where annotations are not exhaustive (arXiv 2103.07461).
+
+    Those present are kept, and others are drawn without replacement, with probability proportional to the root of
+    their frequency, until there are `count`.
+
+    Args:
+        labels: (n,) int64, of all objects of the batch.
+        frequencies: (K,) number of training images with each class; only their ratios matter.
+        count: classes to keep; more if more are present, and at most K.
+        generator: on the CPU.
+
+    Returns: (K,) bool.
+    """
+    # Exponential clocks of rates p ring in the order of a draw without replacement with probabilities p.
+    clocks = torch.empty(len(frequencies)).exponential_(generator=generator)
+    rings = clocks.to(frequencies.device) / frequencies.sqrt()
+    present = torch.zeros_like(frequencies, dtype=torch.bool).index_fill(0, labels, True)
+    rank = rings.masked_fill(present, -1.0).argsort().argsort()
+    return present | (rank < count)

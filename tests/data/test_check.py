@@ -70,6 +70,18 @@ def test_a_missing_key_is_named(content, save, section, key):
     assert any(f'no "{key}"' in place for problem in report.errors for place in problem.places)
 
 
+def test_a_file_of_lvis_has_no_problems(content, save):
+    for image in content["images"]:
+        name = image.pop("file_name")
+        image |= {
+            "coco_url": f"http://images.cocodataset.org/train2017/{name}",
+            "neg_category_ids": [10],
+            "not_exhaustive_category_ids": [],
+        }
+    content["categories"] = [category | {"frequency": "r", "image_count": 1} for category in content["categories"]]
+    assert check_coco(save(content)).problems == []
+
+
 def test_an_entry_that_is_no_object_is_named(content, save):
     content["annotations"].insert(1, 5)
     (problem,) = check_coco(save(content)).problems

@@ -41,6 +41,26 @@ def test_boxes_are_clipped_and_those_without_area_are_dropped_and_counted(folder
     assert dataset[1][1]["labels"].tolist() == [1]
 
 
+def test_labels_of_images_leave_crowds_and_dropped_boxes_out(folder, content, save):
+    content["annotations"] += [
+        {"id": 4, "image_id": 3, "category_id": 20, "bbox": [2, 2, 5, 5], "area": 25},
+        {"id": 5, "image_id": 5, "category_id": 10, "bbox": [2, 2, 0, 5], "area": 0},
+    ]
+    labels = CocoDetection(save(content), folder).labels_of_images()
+    assert [of_image.tolist() for of_image in labels] == [[0], [1, 1], []]
+
+
+def test_images_that_lvis_names_by_their_url_are_found(folder, content, save):
+    for image in content["images"]:
+        path = folder / "train2017" / image.pop("file_name")
+        path.parent.mkdir(exist_ok=True)
+        (folder / path.name).rename(path)
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{path.name}"
+    dataset = CocoDetection(save(content), folder)
+    assert dataset.file_names == ["train2017/a.png", "train2017/b.png", "train2017/c.png"]
+    assert dataset[1][0].shape == (3, 50, 20)
+
+
 def test_transforms_get_uint8_and_the_sample_is_float(folder, content, save):
     def invert(image: torch.Tensor, target: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         assert image.dtype == torch.uint8

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from diffperception.data import SeededSamples, StepBatchSampler, collate
+from diffperception.data.sampling import images_per_class, repeat_factors
 
 
 class Noise(Dataset):
@@ -93,3 +94,19 @@ def test_collate_keeps_images_of_different_sizes():
     images, targets = collate(samples)
     assert [image.shape for image in images] == [(3, 4, 5), (3, 6, 2)]
     assert targets == [{"image_id": 1}, {"image_id": 2}]
+
+
+def test_repeat_factors_by_hand():
+    # Of 8 images class 0 is in 4, class 1 in 2 and class 2 in 1, though twice in that one; class 3 is in none.
+    labels = [np.array(of_image, dtype=np.int64) for of_image in ([0], [0, 1], [1], [0, 2, 2], [0], [], [], [])]
+    assert images_per_class(labels, 4).tolist() == [4, 2, 1, 0]
+    # sqrt(0.5 / (4/8)) = 1, sqrt(0.5 / (2/8)) = sqrt 2, sqrt(0.5 / (1/8)) = 2; the largest in an image counts.
+    expected = [1, 2**0.5, 2**0.5, 2, 1, 1, 1, 1]
+    np.testing.assert_allclose(repeat_factors(labels, 4, threshold=0.5), expected)
+    np.testing.assert_array_equal(repeat_factors(labels, 4, threshold=0.125), np.ones(8))
+
+
+def test_images_are_repeated_as_their_factors_say():
+    factors = repeat_factors([np.array([k]) for k in (0, 0, 0, 0, 0, 0, 0, 1)], 2, threshold=0.5)  # 7 times 1, once 2
+    seen = Counter(indices(StepBatchSampler(factors, batch_size=9, total_steps=20)))
+    assert seen == {**dict.fromkeys(range(7), 20), 7: 40}

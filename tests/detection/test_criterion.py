@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffperception.detection.criterion import set_losses
+from diffperception.detection.criterion import federated_classes, set_losses
 from diffperception.detection.matcher import PaddedTargets
 
 SIZE = torch.tensor([[100.0, 50.0, 100.0, 50.0]])
@@ -52,3 +52,42 @@ def test_masked_classes_add_nothing():
     mask = torch.tensor([[False, True, False]])
     value = set_losses(logits, boxes, TARGETS, torch.tensor([[[0]]]), mask)["classification"]
     assert value.item() == pytest.approx(0.25 * 0.25 * math.log(2), rel=1e-5)
+
+
+def draw(labels: list[int], frequencies: list[float], count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = federated_classes(torch.tensor(labels, dtype=torch.int64), torch.tensor(frequencies), count, generator)
+    assert chosen.shape == (len(frequencies),)
+    return chosen.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("frequencies", [[1.0] * 9, [0.0] * 9, [1e6, 0, 1, 1, 1, 1, 1, 0, 1]])
+@pytest.mark.parametrize(("labels", "count"), [([], 3), ([1, 7, 7], 3), ([1, 7], 2), ([1, 7], 20), ([1, 2, 3, 7], 2)])
+def test_present_classes_are_kept_and_filled_up_to_the_number(frequencies, labels, count):
+    chosen = draw(labels, frequencies, count)
+    assert set(labels) <= set(chosen)
+    assert len(chosen) == max(len(set(labels)), min(count, len(frequencies)))
+
+
+def test_other_classes_come_as_often_as_the_root_of_their_frequency_says():
+    # Two of the classes 1, 2, 3 with weights 1, 2, 3 are drawn beside class 0: an outcome is the pair drawn.
+    draws = 3000
+    left_out = [({1, 2, 3} - set(draw([0], [9.0, 1.0, 4.0, 9.0], 3, seed))).pop() for seed in range(draws)]
+    # P(k is not drawn) = sum over both orders of the two others.
+    expected = {1: 2 / 6 * 3 / 4 + 3 / 6 * 2 / 3, 2: 1 / 6 * 3 / 5 + 3 / 6 * 1 / 3, 3: 1 / 6 * 2 / 5 + 2 / 6 * 1 / 4}
+    chi_square = sum((left_out.count(k) - draws * p) ** 2 / (draws * p) for k, p in expected.items())
+    assert chi_square < 9.2  # two degrees of freedom, 1 %
+
+
+def test_the_draw_is_the_generators():
+    assert draw([3], [1.0] * 50, 10, seed=4) == draw([3], [1.0] * 50, 10, seed=4)
+    assert draw([3], [1.0] * 50, 10, seed=4) != draw([3], [1.0] * 50, 10, seed=5)
+
+
+def test_masked_classes_get_no_gradient():
+    logits = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.tensor([[True, True, False, False]])
+    matches = torch.tensor([[[0, -1, -1]], [[-1, 0, -1]]])
+    set_losses(logits, OBJECT.expand(2, 1, 3, 4), TARGETS, matches, mask)["classification"].sum().backward()
+    assert (logits.grad[..., ~mask[0]] == 0).all()
+    assert (logits.grad[..., mask[0]] != 0).all()
