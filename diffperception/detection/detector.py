@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +95,14 @@ class Detector(nn.Module, ABC):
             factor = min(factor, self.max_size / max(height, width))
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
         return TF.resize(image, size, antialias=True)
+
+
+@dataclass
+class Encoded:
+    """Images as prediction sees them: resized, and their pyramid."""
+
+    resized: list[Tensor]
+    pyramid: FeaturePyramid
 
 
 class DiffusionDet(Detector):
@@ -272,21 +280,28 @@ class DiffusionDet(Detector):
         steps: int | None = None,
         num_boxes: int | None = None,
         options: SamplerOptions | None = None,
+        encoded: Encoded | None = None,
     ) -> list[dict[str, Tensor]]:
         """See `Detector.predict`. An image's detections do not depend on the other images of the list.
 
         Args:
             steps, num_boxes: instead of the model's own.
             options: all settings of the sampler; `steps` and `num_boxes` override it.
+            encoded: what `encode` made of these images, for who predicts several times from them.
         """
         options = self.sampler_options(steps, num_boxes, options)
-        resized = [self.resize(image) for image in images]
-        sampled = self._sample(resized, seeds, options)
-        detections = select_detections(sampled, options)
+        encoded = encoded or self.encode(images)
+        detections = select_detections(self._sample(images, seeds, options, encoded), options)
         return [
             _to_image(detection, small.shape, image.shape)
-            for detection, small, image in zip(detections, resized, images, strict=True)
+            for detection, small, image in zip(detections, encoded.resized, images, strict=True)
         ]
+
+    @torch.no_grad()
+    def encode(self, images: list[Tensor]) -> Encoded:
+        """What prediction needs of the images, whatever the settings of the sampler: the work of the backbone."""
+        resized = [self.resize(image) for image in images]
+        return Encoded(resized, self._separate_features(resized))
 
     @torch.no_grad()
     def trace(self, image: Tensor, steps: int = 4, num_boxes: int | None = None, seed: int = 0) -> list[dict]:
@@ -295,10 +310,9 @@ class DiffusionDet(Detector):
         Each has the time `t`, the noisy `boxes` (N, 4) that entered, and the `predicted` (N, 4), `scores` (N,) and
         `labels` (N,) that came out; boxes are xyxy in pixels of the image.
         """
-        small = self.resize(image)
-        sampled = self._sample([small], [seed], self.sampler_options(steps, num_boxes))
-        factor = image.shape[-1] / small.shape[-1], image.shape[-2] / small.shape[-2]
-        scale = torch.tensor(factor * 2, device=self.device)
+        encoded = self.encode([image])
+        sampled = self._sample([image], [seed], self.sampler_options(steps, num_boxes), encoded)
+        scale = (image_sizes([image], self.device) / image_sizes(encoded.resized, self.device))[0]
         trace = []
         for step in sampled:
             scores, labels = step.logits[0].sigmoid().max(-1)
@@ -314,17 +328,23 @@ class DiffusionDet(Detector):
         given: dict[str, Any] = {"steps": steps, "num_boxes": num_boxes}
         return replace(options, **{name: value for name, value in given.items() if value is not None})
 
-    def _sample(self, images: list[Tensor], seeds: Sequence[int] | None, options: SamplerOptions) -> list[Step]:
-        pyramid = self._separate_features(images)
+    def _sample(
+        self,
+        images: list[Tensor],
+        seeds: Sequence[int] | None,
+        options: SamplerOptions,
+        encoded: Encoded | None = None,
+    ) -> list[Step]:
+        encoded = encoded or self.encode(images)
 
         def denoise(boxes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            logits, refined = self.head(pyramid, boxes, t, last_only=True)
+            logits, refined = self.head(encoded.pyramid, boxes, t, last_only=True)
             return logits[-1].float(), refined[-1]
 
         return sample_boxes(
             denoise,
             self.schedule,
-            image_sizes(images, self.device),
+            image_sizes(encoded.resized, self.device),
             seeds if seeds is not None else [0] * len(images),
             options,
             self.num_timesteps,

@@ -68,6 +68,16 @@ def test_ensemble_pools_every_step():
         assert set(last["scores"].tolist()) <= set(pooled["scores"].tolist())
 
 
+def test_images_are_encoded_once_for_several_predictions():
+    detector = tiny_detector(min_size=64)
+    encoded = detector.encode(IMAGES)
+    for options in (SamplerOptions(), SamplerOptions(3, 15), SamplerOptions(2, mode="fresh_boxes", ensemble=False)):
+        anew = detector.predict(IMAGES, seeds=[5, 6, 7], options=options)
+        reused = detector.predict(IMAGES, seeds=[5, 6, 7], options=options, encoded=encoded)
+        for one, other in zip(anew, reused, strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_predictions_are_in_pixels_of_the_given_image():
     detector = tiny_detector(min_size=32, max_size=40)
     image = random_image(64, 96)
