@@ -5,8 +5,9 @@ import importlib
 import inspect
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import is_dataclass
+from typing import Any, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -59,14 +60,41 @@ def build_parser(command: Command) -> ArgumentParser:
 
 def parse(parser: ArgumentParser, command: Command, arguments: Sequence[str]) -> Namespace:
     """The options that the arguments give; ArgumentError, naming the nearest option there is, for an unknown one."""
+    parameters = inspect.signature(command).parameters.values()
+    lists = {f"--{p.name}" for p in parameters if _takes_list(p.annotation)}
     try:
-        options = parser.parse_args(arguments)
+        options = parser.parse_args(spell_out(arguments, lists))
     except ArgumentError as error:
         raise ArgumentError(None, sentence(error) + _suggestion(parser, str(error))) from None
-    for name, parameter in inspect.signature(command).parameters.items():
-        if is_dataclass(parameter.annotation) and not isinstance(options[name], Namespace):
-            raise ArgumentError(None, f"option {name}: expected a group of options, got {options[name]}")
+    for parameter in parameters:
+        value = options.get(parameter.name)
+        if is_dataclass(parameter.annotation) and not isinstance(value, Namespace):
+            raise ArgumentError(None, f"option {parameter.name}: expected a group of options, got {value}")
     return options
+
+
+def spell_out(arguments: Sequence[str], lists: Container[str]) -> list[str]:
+    """Arguments as the parser takes them: `--num-boxes 100 300` is `--num_boxes=[100, 300]`.
+
+    Args:
+        lists: the options, spelled with underscores, that may have several values.
+    """
+    groups: list[list[str]] = [[]]  # an option with its values; the first has none
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            groups.append(["--" + name[2:].replace("-", "_") + equals + value])
+        else:
+            groups[-1].append(word)
+    for group in groups:
+        if len(group) > 2 and group[0] in lists:
+            group[:] = [f"{group[0]}=[{', '.join(group[1:])}]"]
+    return [word for group in groups for word in group]
+
+
+def _takes_list(annotation: Any) -> bool:
+    """Whether values of this type may be lists: list[int], or int | list[int]."""
+    return any(get_origin(kind) is list for kind in (annotation, *get_args(annotation)))
 
 
 def sentence(error: Exception) -> str:
@@ -89,7 +117,18 @@ def _plain(message: str) -> str:
     message = re.sub(
         r"Expected an? (?:<class '([\w.]+)'>|typing\.(\S.*?))\. Got value:", r"expected \1\2, got", message
     )
+    message = re.sub(r"Does not validate against any of the Union subtypes .*", _alternatives, message)
     return f"option {'.'.join(keys)}: {message}" if keys else message
+
+
+def _alternatives(complaint: re.Match[str]) -> str:
+    """`expected int or list[int], got x` for a value that is none of several types."""
+    found = re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)", complaint[0])
+    if not found:
+        return complaint[0]
+    kinds = re.sub(r"<class '([^']*)'>", r"\1", found[1]).replace(", NoneType", "")
+    kinds = re.sub(r"(?:\w+\.)+(\w+)", r"\1", kinds)
+    return f"expected {re.sub(r', (?![^[]*])', ' or ', kinds)}, got {found[2]}"
 
 
 def _suggestion(parser: ArgumentParser, message: str) -> str:

@@ -1,0 +1,93 @@
+"""How options may be written: several values, hyphens; and what is said of a value of none of several types."""
+
+from argparse import ArgumentError
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from jsonargparse.typing import PositiveInt
+
+from diffperception.cli.parsing import call, sentence
+
+
+@dataclass
+class DataOptions:
+    """What is read.
+
+    Args:
+        batch_size: how much at once.
+    """
+
+    batch_size: int = 1
+
+
+received: dict = {}
+
+
+def measure(
+    path_name: Path = Path("some-where"),
+    num_boxes: PositiveInt | list[PositiveInt] | None = None,
+    modes: str | list[str] = "ddim",
+    data: DataOptions = DataOptions(),  # noqa: B008
+    overwrite: bool = False,
+) -> None:
+    """Measure.
+
+    Args:
+        path_name: where.
+        num_boxes: how many.
+        modes: how.
+        data: what.
+        overwrite: whether to.
+    """
+    received.update(path_name=path_name, num_boxes=num_boxes, modes=modes, data=data, overwrite=overwrite)
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("--num_boxes 100", {"num_boxes": 100}),
+        ("--num_boxes 100 300 500", {"num_boxes": [100, 300, 500]}),
+        ("--num_boxes [100,300]", {"num_boxes": [100, 300]}),
+        ("--modes ddim fixed_time --num_boxes 1 2", {"modes": ["ddim", "fixed_time"], "num_boxes": [1, 2]}),
+        ("--num-boxes 3", {"num_boxes": 3}),
+        ("--num-boxes=3", {"num_boxes": 3}),
+        ("--num-boxes 3 4 --overwrite", {"num_boxes": [3, 4], "overwrite": True}),
+        ("--data.batch-size 3", {"data": DataOptions(3)}),
+        ("--path-name a-b --modes c-d", {"path_name": Path("a-b"), "modes": "c-d"}),
+        ("--path-name=a-b=c-d", {"path_name": Path("a-b=c-d")}),
+    ],
+)
+def test_lists_and_hyphens(words: str, values: dict) -> None:
+    call(measure, words.split())
+    assert {name: received[name] for name in values} == values
+
+
+@pytest.mark.parametrize(("yaml", "value"), [("num_boxes: 4", 4), ("num_boxes: [1, 2]", [1, 2]), ("{}", None)])
+def test_lists_in_a_file(tmp_path: Path, yaml: str, value: object) -> None:
+    (tmp_path / "options.yaml").write_text(yaml)
+    call(measure, ["--config", str(tmp_path / "options.yaml")])
+    assert received["num_boxes"] == value
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--num-boxes 0", "option num_boxes: expected PositiveInt or list[PositiveInt], got 0"),
+        ("--num-boxes 1 x", "option num_boxes: expected PositiveInt or list[PositiveInt], got [1, 'x']"),
+        ("--num-boxs 1", "unrecognized arguments: --num_boxs 1; did you mean num_boxes?"),
+        ("--data.batch-size 1 2", "unrecognized arguments: 2"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words: str, complaint: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        call(measure, words.split())
+    assert sentence(caught.value) == complaint
+
+
+def test_help_spells_options_one_way(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call(measure, ["--help"])
+    text = capsys.readouterr().out
+    assert "--num_boxes" in text
+    assert "--num-boxes" not in text
