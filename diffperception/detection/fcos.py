@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 from torchvision.models.detection import fcos
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
 from diffperception.detection.detector import IMAGENET_MEAN, IMAGENET_STD, PAD_MULTIPLE, Detector, _to_image
@@ -52,11 +53,14 @@ class FCOS(Detector):
             pyramid,
             num_classes=len(self.classes),
             anchor_generator=AnchorGenerator(tuple((s,) for s in levels), ((1.0,),) * len(levels)),
+            detections_per_img=max_detections,
+        )
+        self.model.transform = _NormaliseAndPad(
+            min_size=1,
+            max_size=1,
             image_mean=list(IMAGENET_MEAN),
             image_std=list(IMAGENET_STD),
-            detections_per_img=max_detections,
             size_divisible=PAD_MULTIPLE,
-            _skip_resize=True,
         )
 
     def loss(
@@ -79,6 +83,13 @@ class FCOS(Detector):
             _to_image(detection, small.shape, image.shape)
             for detection, small, image in zip(detections, resized, images, strict=True)
         ]
+
+
+class _NormaliseAndPad(GeneralizedRCNNTransform):
+    """torchvision's transform without its resizing, which our data transforms and `Detector.resize` do."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return image, target
 
 
 class _Pyramid(nn.Module):

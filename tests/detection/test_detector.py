@@ -154,7 +154,7 @@ def test_bfloat16_leaves_boxes_in_float32():
     assert all(torch.isfinite(value) and value.dtype == torch.float32 for value in losses.values())
 
 
-@pytest.mark.parametrize("build", [tiny_detector, lambda: FCOS(CLASSES, "test_resnet", width=32, min_size=None)])
+@pytest.mark.parametrize("build", [tiny_detector, lambda: FCOS(CLASSES, "test_resnet", width=64, min_size=None)])
 def test_a_saved_detector_predicts_the_same(build, tmp_path):
     detector = build().eval()
     detector.save(tmp_path / "model.safetensors")
@@ -166,12 +166,19 @@ def test_a_saved_detector_predicts_the_same(build, tmp_path):
 
 def test_fcos_learns_and_predicts_batches_as_single_images():
     torch.manual_seed(0)
-    detector = FCOS(CLASSES, "test_resnet", width=32, min_size=48).train()
+    detector = FCOS(CLASSES, "test_resnet", width=64, min_size=48).train()
     losses = detector.loss(IMAGES, TARGETS)
     sum(losses.values()).backward()
     assert all(torch.isfinite(value) for value in losses.values())
     detector.eval()
     assert_same_detections(detector.predict(IMAGES), [detector.predict([image])[0] for image in IMAGES])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fcos_predicts_at_the_size_it_was_trained_at(training):
+    detector = FCOS(CLASSES, "test_resnet", width=64, min_size=None).train(training)
+    seen = detector.model.transform(IMAGES)[0]
+    assert seen.image_sizes == [tuple(image.shape[1:]) for image in IMAGES]  # torchvision's own would resize to 800
 
 
 def test_unknown_backbone_and_strides_are_named():
