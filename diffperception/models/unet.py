@@ -1,0 +1,335 @@
+"""The ADM UNet (Diffusion Models Beat GANs, arXiv 2105.05233): the generator whose activations perception reads."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffperception import weights
+from diffperception.models import adm
+from diffperception.models.blocks import (
+    NORM_GROUPS,
+    Attention,
+    Downsample,
+    ResBlock,
+    Stage,
+    Upsample,
+    time_embedding,
+    zeroed,
+)
+from diffperception.models.normalization import group_norm
+
+Resampling = Literal["block", "conv", "pool"]
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """What a decoder block gives: its index, its channels, and how many input pixels wide one of its pixels is."""
+
+    index: int
+    channels: int
+    stride: int
+
+
+class UNet(nn.Module):
+    """Noisy images and times to a prediction, for any height and width that halve evenly between levels.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the prediction; those of the image if None, twice as many for a learned variance.
+        channels: width that the multipliers multiply.
+        multipliers: width of each level; between levels height and width halve.
+        depth: residual blocks a level of the encoder; the decoder has one more.
+        attention: downsampling factors, 1, 2, 4, ..., whose blocks are followed by attention.
+        heads: attention heads, the same at every width; if None, one for every ``head_channels``.
+        head_channels: channels of a head where ``heads`` is None.
+        num_classes: number of labels, None for a model without. Count the absent label of classifier-free guidance
+            as one more.
+        dropout: share of activations dropped in residual blocks.
+        scale_shift: time scales and shifts normalised activations (adaptive group norm); else it is added to them.
+        resampling: down- and upsampling by residual blocks, by convolutions, or without weights.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+
+    Attributes:
+        block_info: the decoder blocks there are, counted from the innermost as the reference's ``output_blocks``.
+
+    Raises:
+        ValueError: if a width is not a multiple of 32 or of its heads, or no level has a factor in ``attention``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        channels: int = 128,
+        multipliers: Sequence[float] = (1, 2, 2, 2),
+        depth: int = 2,
+        attention: Sequence[int] = (4, 8),
+        heads: int | None = None,
+        head_channels: int = 64,
+        num_classes: int | None = None,
+        dropout: float = 0.0,
+        scale_shift: bool = True,
+        resampling: Resampling = "block",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "channels": channels,
+            "multipliers": list(multipliers),
+            "depth": depth,
+            "attention": list(attention),
+            "heads": heads,
+            "head_channels": head_channels,
+            "num_classes": num_classes,
+            "dropout": dropout,
+            "scale_shift": scale_shift,
+            "resampling": resampling,
+            "checkpointing": checkpointing,
+        }
+        self.in_channels = in_channels
+        self.channels = channels
+        self.num_classes = num_classes
+        self.checkpointing = checkpointing
+        self.stride = 2 ** (len(multipliers) - 1)
+        embedding = 4 * channels
+        layers = _Layers(embedding, attention, heads, head_channels, dropout, scale_shift, resampling)
+        widths = _widths(channels, multipliers, attention)
+        self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.label_emb = None if num_classes is None else nn.Embedding(num_classes, embedding)
+        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.encoder, skips = _encoder(layers, widths, depth)
+        self.middle = layers.middle(widths[-1])
+        self.decoder, self.block_info = _decoder(layers, skips, widths, depth)
+        self.out_norm = nn.GroupNorm(NORM_GROUPS, widths[0])
+        self.out_conv = zeroed(nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1))
+
+    @classmethod
+    def from_reference(
+        cls,
+        state: Mapping[str, Tensor],
+        heads: int | None = None,
+        head_channels: int | None = None,
+        new_attention_order: bool = False,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> "UNet":
+        """The UNet of a guided-diffusion or improved-diffusion checkpoint, with its weights.
+
+        The arguments are what shapes cannot tell; those of the reference are named ``num_heads``,
+        ``num_head_channels`` and ``use_new_attention_order``. ADM's models have 64 channels a head.
+
+        Args:
+            state: the checkpoint's state dict; its tensors become the model's.
+            heads: attention heads at every width.
+            head_channels: channels of a head; this or ``heads``.
+            new_attention_order: q, k, v come before heads in the qkv weights.
+            dropout, checkpointing: as for :class:`UNet`.
+
+        Raises:
+            ValueError: if not one of ``heads`` and ``head_channels`` is given or it does not divide a width, or if
+                weights are missing, left over or of another shape.
+        """
+        if (heads is None) == (head_channels is None):
+            raise ValueError(
+                "Give either heads or head_channels (64 in ADM's models): a checkpoint does not tell them."
+            )
+        layout = adm.arguments_of(state) | {"dropout": dropout, "checkpointing": checkpointing}
+        with torch.device("meta"):
+            model = cls(heads=heads, head_channels=head_channels or 64, **layout)
+        renamed = adm.rename(state, heads, head_channels or 64, new_attention_order)
+        expected = {name: value.shape for name, value in model.state_dict().items()}
+        wrong = [
+            name for name in expected | renamed if name not in renamed or expected.get(name) != renamed[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"The checkpoint does not fit the UNet that its other weights describe ({layout}): "
+                f"{len(wrong)} weights are missing, left over or of another shape, such as {', '.join(wrong[:5])}."
+            )
+        model.load_state_dict(renamed, assign=True)
+        return model
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and constructor arguments to one safetensors file."""
+        weights.save_model(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "UNet":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds another model, or none.
+        """
+        model = weights.load_model(path)
+        if not isinstance(model, cls):
+            raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predict.
+
+        Args:
+            x: (B, C, H, W) noisy images, -1..1.
+            t: (B,) times, 0..1000, whole or not.
+            labels: (B,) int64 classes, where the model has any.
+
+        Returns:
+            (B, out_channels, H, W).
+
+        Raises:
+            ValueError: for a size that does not halve evenly, another number of channels, or labels that are missing
+                or not wanted.
+        """
+        *_, h = self._decoder_outputs(x, t, labels)
+        return self.out_conv(F.silu(group_norm(self.out_norm, h))).contiguous()
+
+    def activations(self, x: Tensor, t: Tensor, blocks: Sequence[int], labels: Tensor | None = None) -> list[Tensor]:
+        """What decoder blocks give; those after the last one named are not computed.
+
+        Args:
+            x, t, labels: as for :meth:`forward`.
+            blocks: indices among :attr:`block_info`, which tells their channels and strides.
+
+        Returns:
+            A (B, channels, H / stride, W / stride) tensor for each, in the order named.
+
+        Raises:
+            ValueError: for a block that does not exist, and as :meth:`forward`.
+        """
+        missing = [i for i in blocks if i not in range(len(self.block_info))]
+        if missing or not blocks:
+            raise ValueError(f"Name decoder blocks among 0 to {len(self.block_info) - 1}, not {missing or 'none'}.")
+        outputs = islice(self._decoder_outputs(x, t, labels), max(blocks) + 1)
+        wanted = {i: h for i, h in enumerate(outputs) if i in blocks}
+        return [wanted[i] for i in blocks]
+
+    def _decoder_outputs(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Iterator[Tensor]:
+        self._check_inputs(x, labels)
+        emb = self.time_embed(time_embedding(t, self.channels).to(x.dtype))
+        if self.label_emb is not None:
+            emb = emb + self.label_emb(labels)
+        emb = F.silu(emb)
+        # Convolutions of the CPU are fastest on pixels whose channels lie together; group norm of the GPU is not.
+        h = self.stem(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
+        skips = [h]
+        for stage in self.encoder:
+            h = self._run(stage, h, emb)
+            skips.append(h)
+        h = self._run(self.middle, h, emb)
+        for stage in self.decoder:
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
+            yield h
+
+    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, h, emb, use_reentrant=False)
+        return stage(h, emb)
+
+    def _check_inputs(self, x: Tensor, labels: Tensor | None) -> None:
+        _, channels, height, width = x.shape
+        if channels != self.in_channels:
+            raise ValueError(f"This UNet takes images of {self.in_channels} channels, not {channels}.")
+        if height % self.stride or width % self.stride:
+            smaller, larger = ([_round(side, self.stride, up) for side in (height, width)] for up in (0, 1))
+            raise ValueError(
+                f"This UNet halves images to 1/{self.stride}, which {height} x {width} pixels do not allow; crop to "
+                f"{smaller[0]} x {smaller[1]} or pad to {larger[0]} x {larger[1]}."
+            )
+        if labels is not None and self.label_emb is None:
+            raise ValueError("This UNet has no classes; leave the labels out, or build it with num_classes.")
+        if labels is None and self.label_emb is not None:
+            raise ValueError(f"This UNet has {self.num_classes} classes; give the labels of the images.")
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Makes the UNet's layers, all of one kind."""
+
+    embedding: int
+    attention: Sequence[int]
+    heads: int | None
+    head_channels: int
+    dropout: float
+    scale_shift: bool
+    resampling: Resampling
+
+    def residual(self, width_in: int, width: int, resample: Literal["down", "up"] | None = None) -> ResBlock:
+        return ResBlock(width_in, width, self.embedding, self.dropout, self.scale_shift, resample)
+
+    def attend(self, width: int) -> Attention:
+        per_head = self.head_channels if self.heads is None else self.heads
+        if width % per_head:
+            name = "head_channels" if self.heads is None else "heads"
+            raise ValueError(f"A level {width} channels wide cannot be split evenly by {name} = {per_head}.")
+        return Attention(width, width // per_head if self.heads is None else per_head)
+
+    def stage(self, width_in: int, width: int, factor: int) -> list[nn.Module]:
+        attends = [self.attend(width)] if factor in self.attention else []
+        return [self.residual(width_in, width), *attends]
+
+    def middle(self, width: int) -> Stage:
+        return Stage([self.residual(width, width), self.attend(width), self.residual(width, width)])
+
+    def down(self, width: int) -> nn.Module:
+        if self.resampling == "block":
+            return self.residual(width, width, "down")
+        return Downsample(width, learned=self.resampling == "conv")
+
+    def up(self, width: int) -> nn.Module:
+        if self.resampling == "block":
+            return self.residual(width, width, "up")
+        return Upsample(width, learned=self.resampling == "conv")
+
+
+def _encoder(layers: _Layers, widths: list[int], depth: int) -> tuple[nn.ModuleList, list[int]]:
+    """The encoder's stages, and the widths that the stem and they hand to the decoder."""
+    width = widths[0]
+    stages, skips = nn.ModuleList(), [width]
+    for level, level_width in enumerate(widths):
+        for _ in range(depth):
+            stages.append(Stage(layers.stage(width, level_width, 2**level)))
+            skips.append(width := level_width)
+        if level < len(widths) - 1:
+            stages.append(Stage([layers.down(width)]))
+            skips.append(width)
+    return stages, skips
+
+
+def _decoder(layers: _Layers, skips: list[int], widths: list[int], depth: int) -> tuple[nn.ModuleList, list[BlockInfo]]:
+    """The decoder's stages and what they give."""
+    width = widths[-1]
+    stages, info = nn.ModuleList(), []
+    for level, level_width in reversed(list(enumerate(widths))):
+        for i in range(depth + 1):
+            stage = layers.stage(width + skips.pop(), level_width, 2**level)
+            width = level_width
+            rises = level > 0 and i == depth
+            info.append(BlockInfo(len(stages), width, 2 ** (level - rises)))
+            stages.append(Stage([*stage, layers.up(width)] if rises else stage))
+    return stages, info
+
+
+def _widths(channels: int, multipliers: Sequence[float], attention: Sequence[int]) -> list[int]:
+    widths = [round(channels * multiplier) for multiplier in multipliers]
+    if any(width % NORM_GROUPS or not width for width in widths):
+        raise ValueError(
+            f"Every level's width must be a multiple of {NORM_GROUPS}; channels x multipliers are {widths}."
+        )
+    factors = [2**level for level in range(len(widths))]
+    if not set(attention) <= set(factors):
+        raise ValueError(f"The levels' downsampling factors are {factors}; `attention` names {list(attention)}.")
+    return widths
+
+
+def _round(side: int, multiple: int, up: int) -> int:
+    return (side // multiple + (up if side % multiple else 0)) * multiple
