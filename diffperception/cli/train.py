@@ -22,8 +22,16 @@ from diffperception.tasks.options import DataOptions, EvaluationOptions, Optimiz
 from diffperception.visualize import curves, save_png
 
 WEIGHTS = "model.safetensors"
-WRITTEN = ("config.yaml", CHECKPOINT, WEIGHTS, "metrics.csv", "metrics.json", "detections.json")
-WRITTEN_FOLDERS = ("pictures", "tensorboard")
+WRITTEN = (
+    "config.yaml",
+    CHECKPOINT,
+    WEIGHTS,
+    "metrics.csv",
+    "metrics.json",
+    "detections.json",
+    "pictures",
+    "tensorboard",
+)
 
 
 def train(
@@ -64,12 +72,14 @@ def train(
         overwrite: replace the run that the output folder holds.
     """
     if first_process():
-        prepare_folder(output, resume, overwrite, resolved)
+        require_room(output, resume, overwrite)
     train_set, val_set = data.open()
     torch.manual_seed(seed)
     detector = model(train_set.classes)
     if init is not None:
         start_from(detector, init, val_set)
+    if first_process():
+        start_folder(output, overwrite, resolved)
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     say(
         f"{type(detector).__name__} with {parameters / 1e6:.1f} M parameters learns {len(train_set.classes)} classes"
@@ -109,27 +119,27 @@ def train(
     return 0
 
 
-def prepare_folder(output: Path, resume: bool, overwrite: bool, resolved: str) -> None:
-    """Make the output folder and write the options to it.
-
-    Raises:
-        ValueError: it holds a run, and the user has not said what shall become of it.
-    """
+def require_room(output: Path, resume: bool, overwrite: bool) -> None:
+    """ValueError if the folder holds a run and the user has not said what shall become of it."""
     if resume and overwrite:
         raise ValueError("give either --resume, to go on with the run, or --overwrite, to replace it")
-    found = [name for name in (*WRITTEN, *WRITTEN_FOLDERS) if (output / name).exists()]
+    found = [name for name in WRITTEN if (output / name).exists()]
     if found and not (resume or overwrite):
         raise ValueError(
             f"{output} already holds a run ({', '.join(found)}): go on with it with --resume, replace it with"
             " --overwrite, or choose another --output"
         )
-    if overwrite:
-        for name in WRITTEN:
-            (output / name).unlink(missing_ok=True)
-        for name in WRITTEN_FOLDERS:
-            shutil.rmtree(output / name, ignore_errors=True)
+
+
+def start_folder(output: Path, overwrite: bool, resolved: str) -> None:
+    """Remove the files of a run that is to be replaced, and write the options."""
+    for path in (output / name for name in WRITTEN if overwrite):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     settings = yaml.safe_load(resolved) or {}
-    kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
+    kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite", "debug")}
     write_text(output / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
 
 

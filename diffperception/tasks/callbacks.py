@@ -9,15 +9,16 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.detection import Detector
-from diffperception.tasks.detection import DetectionTask, NonFiniteLossError
+from diffperception.tasks.detection import DetectionTask
 from diffperception.tasks.log import RunLog
+
+IMPATIENCE = 3.0  # seconds; torchrun hands Ctrl-C on to processes that got it from the terminal already
 
 
 class Averaging(WeightAveraging):
@@ -120,10 +121,10 @@ class Reporter(Callback):
 
 
 class Checkpoints(Callback):
-    """Writes last.ckpt every so many steps, at the end, and when training is told to stop.
+    """Writes last.ckpt every so many steps, at the end, when told to stop, and on an error between two steps.
 
-    Ctrl-C, SIGTERM and the time limit stop training after the step in hand, so what is saved is never half a step; a
-    second signal stops at once. Gradients that are being accumulated are completed first.
+    Ctrl-C, SIGTERM and the time limit stop training after the step in hand, so what is saved is never half a step, nor
+    half an accumulation; a second signal, some seconds later, stops at once.
 
     Args:
         path: of the checkpoint; a new one is written beside and then renamed.
@@ -137,26 +138,33 @@ class Checkpoints(Callback):
         self.seconds = float("inf") if max_minutes is None else max_minutes * 60
         self.signal: int | None = None
         self.saved = 0
+        self.between_steps = False
 
     def on_train_start(self, trainer: Trainer, task: DetectionTask) -> None:  # type: ignore[override]
         self.saved = trainer.global_step
+        self.between_steps = True
         self.began = time.monotonic()
-        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)  # lightning restores what was there before
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.signal is None:
+            self.signal, self.noted = number, time.monotonic()
+        elif time.monotonic() - self.noted > IMPATIENCE:
+            raise KeyboardInterrupt
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.between_steps = False
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, task: DetectionTask, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        step = trainer.global_step
+        self.between_steps = True
         told = self.signal is not None or time.monotonic() - self.began > self.seconds
         stop = trainer.strategy.reduce_boolean_decision(told, all=False)
-        if stop or step % self.every == 0 or step == trainer.max_steps:
+        if stop or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self._save(trainer)
         trainer.should_stop = trainer.should_stop or stop
 
@@ -167,13 +175,9 @@ class Checkpoints(Callback):
             os.replace(beside, self.path)
         self.saved = trainer.global_step
 
-    def on_exception(self, trainer: Trainer, task: DetectionTask, exception: BaseException) -> None:  # type: ignore[override]
-        """Keep the steps done, if this process can tell that they are whole and sound."""
-        between_steps = (
-            trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches == 0
-        )
-        sound = isinstance(exception, Exception) and not isinstance(exception, NonFiniteLossError)
-        if trainer.world_size == 1 and between_steps and sound and trainer.global_step > self.saved:
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        # One of several processes cannot tell whether the others have come as far.
+        if trainer.world_size == 1 and self.between_steps and trainer.global_step > self.saved:
             self._save(trainer)
 
 
@@ -216,20 +220,12 @@ class Evaluations(Callback):
         self.scored = step
         detector = self.averaging.detector if self.averaging else task.detector
         training = detector.training
-        _share_buffers(detector)
         with trainer.strategy.precision_plugin.val_step_context():
             metrics = self.score(detector)
         detector.train(training)
         if self.record is not None:
             self.record.write(step, {f"val/{name}": value for name, value in metrics.items()})
         self.say(f"step {step}: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")))
-
-
-def _share_buffers(detector: Detector) -> None:
-    """Give all processes the first one's batch statistics, so that they score the same detector."""
-    if dist.is_initialized():
-        for buffer in detector.buffers():
-            dist.broadcast(buffer, 0)
 
 
 def clock(seconds: float) -> str:

@@ -45,6 +45,7 @@ def evaluate_detector(
     options = dict(options or {})
     require_options(detector, options)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share_statistics(detector)
     chosen = spread(len(dataset), images)
     evaluator = CocoEvaluator(dataset.annotations, max_dets, [dataset.image_ids[i] for i in chosen])
     share = Subset(dataset, chosen[rank::processes])
@@ -75,6 +76,14 @@ def require_options(detector: Detector, options: Mapping[str, int]) -> None:
     unknown = options.keys() - inspect.signature(detector.predict).parameters.keys()
     if unknown:
         raise ValueError(f"{type(detector).__name__} has no option {', '.join(sorted(unknown))} in prediction")
+
+
+def share_statistics(detector: Detector) -> None:
+    """Give all processes the first one's statistics of batch norm, which each has gathered from batches of its own."""
+    if dist.is_initialized():
+        for buffer in detector.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
 
 
 def spread(total: int, wanted: int | None) -> list[int]:

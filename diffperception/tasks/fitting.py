@@ -124,7 +124,7 @@ def checkpoint_step(path: Path) -> int:
     """The step that a checkpoint was written after; ValueError if it is not whole."""
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
         raise ValueError(
             f"{path} is cut short or no checkpoint of ours: start again without --resume and with --overwrite, or fetch"
             " a whole copy"

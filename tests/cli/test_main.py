@@ -1,0 +1,202 @@
+"""The command runner: options from a signature, files that state differences, mistakes that end in one sentence."""
+
+import subprocess
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from diffperception.cli.main import COMMANDS, find, main
+from diffperception.cli.parsing import build_parser, call, sentence
+
+
+class Engine:
+    """Pulls."""
+
+
+class Steam(Engine):
+    def __init__(self, wagons: list[str], pressure: int = 3, fuel: str = "coal"):
+        """Pulls with steam.
+
+        Args:
+            wagons: what is pulled.
+            pressure: in bar.
+            fuel: what is burnt.
+        """
+        self.said = f"{'+'.join(wagons)} with {pressure} bar of {fuel}"
+
+
+@dataclass
+class Track:
+    """Where it goes.
+
+    Args:
+        length: in km.
+        gauge: of the rails.
+    """
+
+    length: float = 1.5
+    gauge: Literal["narrow", "broad"] = "narrow"
+
+
+received: dict = {}
+
+
+def journey(
+    engine: Callable[[list[str]], Engine],
+    track: Track = Track(),  # noqa: B008
+    count: int = 1,
+    whistle: bool = False,
+    resolved: str = "",
+) -> int:
+    """Go somewhere.
+
+    And come back.
+
+    Args:
+        engine: what pulls.
+        track: where it goes.
+        count: how often.
+        whistle: whether to whistle.
+    """
+    received.update(engine=engine, track=track, count=count, whistle=whistle, resolved=resolved)
+    return count
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    file = tmp_path / "base.yaml"
+    file.write_text("engine: {class_path: tests.cli.test_main.Steam, init_args: {pressure: 5}}\ntrack: {length: 7}\n")
+    return ["--config", str(file)]
+
+
+def test_files_and_options_state_only_differences_and_the_later_wins(base: list[str], tmp_path: Path) -> None:
+    second = tmp_path / "second.yaml"
+    second.write_text("track: {gauge: broad}\nengine: {init_args: {fuel: wood}}\ncount: 4\n")
+    assert call(journey, [*base, "--config", str(second), "--count", "6", "--engine.pressure", "8"]) == 6
+    assert received["track"] == Track(7, "broad")
+    assert received["engine"](["coal", "mail"]).said == "coal+mail with 8 bar of wood"
+
+
+def test_the_resolved_options_are_a_configuration_again(base: list[str], tmp_path: Path) -> None:
+    call(journey, [*base, "--whistle", "--count", "3"])
+    first = dict(received)
+    (tmp_path / "resolved.yaml").write_text(first["resolved"])
+    call(journey, ["--config", str(tmp_path / "resolved.yaml")])
+    assert received["resolved"] == first["resolved"]
+    assert (received["track"], received["count"], received["whistle"]) == (Track(7), 3, True)
+
+
+@pytest.mark.parametrize(("given", "meant"), [([], False), (["--whistle"], True), (["--whistle", "false"], False)])
+def test_a_switch_needs_no_value(base: list[str], given: list[str], meant: bool) -> None:
+    call(journey, [*base, *given, "--count", "2"])
+    assert received["whistle"] is meant
+    assert received["count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--track.lenght", "3"], ["track.lenght", "did you mean track.length?"]),
+        (["--engine.presure", "3"], ["engine", "presure", "did you mean pressure?"]),
+        (["--engine.pressure", "high"], ["engine.pressure", "expected int", "high"]),
+        (["--track.gauge", "wide"], ["track.gauge", "narrow", "broad", "wide"]),
+        (["--count", "few"], ["option count", "expected int", "few"]),
+        (["--engine", "tests.cli.test_main.Steem"], ["engine", "Steem"]),
+        (["--engine", "nowhere.Steam"], ["engine", "nowhere"]),
+        (["--engine", "pathlib.Path"], ["engine", "pathlib.Path", "Engine"]),
+        (["--track=5"], ["track"]),
+        (["stray"], ["stray"]),
+        (["--config", "absent.yaml"], ["absent.yaml"]),
+        (["--count"], ["--count", "one argument"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_it(base: list[str], arguments: list[str], parts: list[str]) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        call(journey, [*base, *arguments])
+    text = sentence(caught.value)
+    assert "\n" not in text
+    assert "Namespace" not in text
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    ("yaml", "parts"),
+    [
+        ("trak: {length: 3}", ["trak", "did you mean track"]),
+        ("track: {lenght: 3}", ["track", "lenght", "did you mean length?"]),
+        ("track: 5", ["track", "group of options"]),
+        ("engine: {init_args: {presure: 3}}", ["presure", "did you mean pressure?"]),
+        ("engine: [", ["config"]),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_sentence_too(base: list[str], tmp_path: Path, yaml: str, parts: list[str]) -> None:
+    (tmp_path / "wrong.yaml").write_text(yaml)
+    with pytest.raises(ArgumentError) as caught:
+        call(journey, [*base, "--config", str(tmp_path / "wrong.yaml")])
+    text = sentence(caught.value)
+    assert "\n" not in text
+    assert all(part in text for part in parts), text
+
+
+def test_a_missing_option_is_named() -> None:
+    with pytest.raises(ArgumentError, match="engine"):
+        call(journey, [])
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call(journey, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Go somewhere. And come back." in text
+    for part in ("what pulls", "Where it goes", "in km", "of the rails", "how often", "whether to whistle", "--config"):
+        assert part in text
+    assert "resolved" not in text
+
+
+def test_errors_of_workers_and_of_the_system_become_sentences() -> None:
+    lines = [
+        "Caught BrokenImageError in DataLoader worker process 0.",
+        "Original Traceback:",
+        "  File x",
+        "Broken: a: b",
+    ]
+    assert sentence(ValueError("\n".join(lines))) == "a: b"
+    with pytest.raises(FileNotFoundError) as caught:
+        Path("/nowhere/at/all").read_text()
+    assert sentence(caught.value) == "/nowhere/at/all: No such file or directory"
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == main(["--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in COMMANDS)
+
+
+def test_a_command_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evalate"]) == 2
+    assert "did you mean evaluate?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_every_command_is_explained(name: str) -> None:
+    undocumented = [
+        action.dest for action in build_parser(find(name))._actions if not action.help and action.dest != "help"
+    ]
+    assert not undocumented
+
+
+def test_only_training_imports_lightning_and_help_imports_no_torch() -> None:
+    program = """
+import sys
+from diffperception.cli.main import find, main
+main(["--help"])
+assert "torch" not in sys.modules
+for name in ("evaluate", "predict", "check", "shapes"):
+    find(name)
+assert "lightning" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=300)

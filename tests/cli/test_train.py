@@ -1,0 +1,238 @@
+"""`diffperception train` from its command line: what it writes, and what it says when something is wrong."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from diffperception.cli.main import main
+from diffperception.data.sampling import StepBatchSampler
+from tests.tasks.tiny_data import write_tiny_config
+from tests.tasks.tiny_detector import TinyDetector
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_config(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["train", "--config", str(config), "--output", str(run)]) == 0
+    return run
+
+
+def train(config: Path, output: Path, *options: str) -> int:
+    return main(["train", "--config", str(config), "--output", str(output), *options])
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence on stderr."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffperception")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (torch.load(run / "last.ckpt", weights_only=True) for run in (one, other))
+    return all(
+        torch.equal(first[part][name], second[part][name])
+        for part in ("state_dict", "current_model_state")
+        for name in first[part]
+    )
+
+
+def test_a_run_leaves_everything_it_promises(whole: Path) -> None:
+    assert {path.name for path in whole.iterdir()} == {
+        "config.yaml",
+        "last.ckpt",
+        "model.safetensors",
+        "metrics.csv",
+        "metrics.json",
+        "detections.json",
+        "pictures",
+        "tensorboard",
+    }
+    assert {path.name for path in (whole / "pictures").iterdir()} == {"0.png", "curves.png"}
+    scores = json.loads((whole / "metrics.json").read_text())
+    assert set(scores["per_class"]) == {"disc", "square"}
+    assert scores["metrics"]["APl"] is None  # no large object: undefined, which JSON has no number for
+    assert len(json.loads((whole / "detections.json").read_text())) == 7
+
+
+def test_the_log_has_the_losses_the_rate_and_the_scores(whole: Path) -> None:
+    with open(whole / "metrics.csv", newline="") as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file)}
+    assert list(rows) == list(range(1, 10))
+    for row in rows.values():
+        loss, box, label = (float(row[f"train/{name}"]) for name in ("loss", "loss_box", "loss_label"))
+        assert loss == pytest.approx(box + label, abs=1e-4)
+        assert 0 <= float(row["train/waiting"]) <= 1
+    assert [step for step, row in rows.items() if row["val/AP"]] == [4, 8, 9]
+    warm = float(rows[3]["train/lr"])  # after the warm-up of three steps the cosine begins
+    assert warm == pytest.approx(0.01)
+    assert float(rows[6]["train/lr"]) == pytest.approx(0.01 * (1 + math.cos(math.pi / 2)) / 2)
+
+
+def test_the_saved_configuration_repeats_the_run(whole: Path, tmp_path: Path) -> None:
+    assert "resume" not in yaml.safe_load((whole / "config.yaml").read_text())
+    assert train(whole / "config.yaml", tmp_path / "again") == 0
+    assert same_weights(whole, tmp_path / "again")
+
+
+def test_what_is_saved_and_scored_is_the_average(whole: Path) -> None:
+    state = torch.load(whole / "last.ckpt", weights_only=True)
+    weights = load_file(whole / "model.safetensors")
+    assert all(torch.equal(weights[name], state["state_dict"][f"detector.{name}"]) for name in weights)
+    assert not torch.equal(weights["box.weight"], state["current_model_state"]["detector.box.weight"])
+
+
+def test_the_rate_follows_the_images_a_step_and_is_said(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.accumulate", "3", "--trainer.max_steps", "1", "--optimizer.warmup_steps", "0"]
+    assert train(config, tmp_path / "run", *options, "--optimizer.schedule", "constant") == 0
+    said = capsys.readouterr().out
+    assert "6 images a step, so the learning rate is 0.01 x 6 / 2 = 0.03" in said
+    assert "step 1/1" in said
+    assert f"{tmp_path / 'run' / 'model.safetensors'}: the trained detector" in said
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert {group["lr"] for group in state["optimizer_states"][0]["param_groups"]} == {0.03}
+
+
+def test_a_folder_that_holds_a_run_is_refused_or_replaced(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,77\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert train(config, tmp_path, "--trainer.max_steps", "1") == 2
+    said = complaint(capsys)
+    assert "--resume" in said
+    assert "--overwrite" in said
+    assert train(config, tmp_path, "--trainer.max_steps", "1", "--overwrite", "--resume") == 2
+    assert (tmp_path / "metrics.csv").read_text().endswith("77\n")
+    assert train(config, tmp_path, "--trainer.max_steps", "1", "--overwrite") == 0
+    assert "\n1,77\n" not in (tmp_path / "metrics.csv").read_text()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on_as_if_nothing_had_been(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, tmp_path / "run", "--model.interrupt_at", "5") == 130
+    assert "stopped after step 5" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert train(config, tmp_path / "run", "--resume") == 0
+    assert same_weights(whole, tmp_path / "run")
+
+
+def test_a_finished_run_is_resumed_to_its_end_again(whole: Path, config: Path, tmp_path: Path) -> None:
+    assert train(config, tmp_path / "run") == 0
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert train(config, tmp_path / "run", "--resume") == 0
+    first, second = (load_file(run / "model.safetensors") for run in (whole, tmp_path / "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_time_limit_ends_a_run_like_its_last_step(config: Path, tmp_path: Path) -> None:
+    assert train(config, tmp_path / "run", "--trainer.max_minutes", "0") == 0
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 1
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_image_stops_training_by_name_and_the_steps_done_are_kept(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    broken = write_tiny_config(tmp_path / "broken")
+    seen = [index for step in range(4) for index, _ in StepBatchSampler(7, 2, 9, seed=0).batch(step)]
+    image = tmp_path / "broken/data/images" / f"{seen[6]}.png"  # in the fourth batch for the first time
+    good = image.read_bytes()
+    image.write_bytes(good[:40])
+    assert train(broken, tmp_path / "run", "--data.workers", workers, "--evaluation.every", "null") == 2
+    said = complaint(capsys)
+    assert image.name in said
+    assert "\n" not in said
+    step = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < 9
+    image.write_bytes(good)
+    assert train(broken, tmp_path / "run", "--resume") == 0
+    assert same_weights(whole, tmp_path / "run")
+
+
+def test_a_broken_image_can_be_skipped(config: Path, tmp_path: Path) -> None:
+    broken = write_tiny_config(tmp_path / "broken")
+    (tmp_path / "broken/data/images/6.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"6\.png.*skipped"):
+        assert train(broken, tmp_path / "run", "--data.on_broken", "skip") == 0
+    notes = json.loads((tmp_path / "run" / "metrics.json").read_text())["notes"]
+    assert any("1 of 7 images were not predicted" in note for note in notes)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_images(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, tmp_path / "run", "--model.nan_at", "6") == 2
+    said = complaint(capsys)
+    assert "step 6" in said
+    assert "box nan" in said
+    assert "with ids 1" in said
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 3
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def test_a_checkpoint_cut_in_half_is_named(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (whole / "last.ckpt").read_bytes()
+    for size in (0, 10, len(content) // 2, len(content) - 100):
+        (tmp_path / "last.ckpt").write_bytes(content[:size])
+        assert train(config, tmp_path, "--resume") == 2
+        assert f"{tmp_path / 'last.ckpt'} is cut short" in complaint(capsys)
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "last.ckpt").write_bytes((whole / "last.ckpt").read_bytes())
+    assert train(config, tmp_path, "--resume", "--model.width", "5") == 2
+    assert "another model" in complaint(capsys)
+
+
+def test_training_starts_from_given_weights_of_the_same_classes(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still = ["--optimizer.lr", "0", "--optimizer.ema_decay", "null", "--trainer.max_steps", "1"]
+    assert train(config, tmp_path / "run", "--init", str(whole / "model.safetensors"), *still) == 0
+    first, second = (load_file(run / "model.safetensors") for run in (whole, tmp_path / "run"))
+    assert torch.equal(first["box.weight"], second["box.weight"])
+    TinyDetector(["disc", "plate"]).save(tmp_path / "other.safetensors")
+    assert train(config, tmp_path / "other", "--init", str(tmp_path / "other.safetensors")) == 2
+    said = complaint(capsys)
+    assert "disc, plate" in said
+    assert "disc, square" in said
+    TinyDetector(["disc", "square"], width=3).save(tmp_path / "narrow.safetensors")
+    assert train(config, tmp_path / "narrow", "--init", str(tmp_path / "narrow.safetensors")) == 2
+    assert "another shape" in complaint(capsys)
+
+
+def test_nothing_is_written_before_the_data_are_known_to_be_there(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, tmp_path / "run", "--data.train_annotations", "absent.json") == 2
+    assert "absent.json" in complaint(capsys)
+    assert train(config, tmp_path / "run", "--trainer.max_steps", "1") == 0
+
+
+def test_an_empty_data_set_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.json").write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}')
+    assert train(config, tmp_path / "run", "--data.train_annotations", str(tmp_path / "empty.json")) == 2
+    assert "no images" in complaint(capsys)
