@@ -5,6 +5,7 @@ Images come in as float32 (3, H, W), RGB, 0..1, and boxes as xyxy in their pixel
 
 import colorsys
 import csv
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from torchvision.ops import box_iou
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -130,21 +132,52 @@ def curves(csv_path: str | Path) -> Image.Image:
     Raises:
         FileNotFoundError, ValueError: there is no such file, or no number in it.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     series = read_metrics(csv_path)
     losses = {name: points for name, points in series.items() if name.startswith("loss")}
     scores: dict[str, Points] = {name: series[name] for name in ("AP", "AP50", "AP75") if name in series}
     panels = [(kind, lines) for kind, lines in (("training loss", losses), ("validation AP", scores)) if lines]
     if not panels:
         raise ValueError(f"{csv_path} has no loss and no AP: nothing was logged yet")
-    figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = _figure(len(panels))
     for axes, (kind, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _plot(axes, kind, lines)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return _render(figure)
+
+
+def audit_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """AP against passes through the head and against seconds, a line for each setting of the sampler but the steps.
+
+    Args:
+        rows: as in audit.json: settings, `head_passes`, `AP` with `mean` and `spread` (bars; null for none), and
+            `seconds_per_image`. Lines have the colour of their mode.
+    """
+    names = ("mode", "num_boxes", "renewal_threshold", "ensemble")
+    values = {name: list(dict.fromkeys(row[name] for row in rows)) for name in names}
+    lines: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["head_passes"]):
+        lines.setdefault(tuple(row[name] for name in names), []).append(row)
+    looks = list(dict.fromkeys(setting[1:] for setting in lines))  # of all but the mode
+    figure = _figure(2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for setting, points in lines.items():
+        look = looks.index(setting[1:])
+        style: dict[str, Any] = {
+            "color": f"C{values['mode'].index(setting[0])}",
+            "linestyle": ("-", "--", ":", "-.")[look % 4],
+            "marker": "osD^vP"[look % 6],
+            "label": _audit_label(setting, [len(values[name]) > 1 for name in names]),
+        }
+        _plot_audit(left, "head_passes", points, style)
+        _plot_audit(right, "seconds_per_image", points, style)
+    passes = sorted({row["head_passes"] for row in rows})
+    left.set(title="AP against head passes", xlabel="passes through the head, an image", ylabel="AP")
+    left.set_xscale("log", base=2)
+    left.set_xticks(passes, [str(count) for count in passes], minor=False)
+    right.set(title="AP against time", xlabel="seconds an image")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return _render(figure)
 
 
 def read_metrics(csv_path: str | Path) -> dict[str, Points]:
@@ -325,6 +358,33 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)  # a size asks for the scalable font
     return font
+
+
+def _figure(panels: int) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(6.5 * panels, 4.2), dpi=110, layout="constrained")
+
+
+def _render(figure: "Figure") -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _audit_label(setting: tuple[Any, ...], told: Sequence[bool]) -> str:
+    """The mode, and what differs between the lines beside it."""
+    mode, boxes, renewal, ensemble = setting
+    others = (f"{boxes} boxes", f"renewal {renewal}", "ensemble" if ensemble else "last step only")
+    return ", ".join([mode, *itertools.compress(others, told[1:])])
+
+
+def _plot_audit(axes: "Axes", key: str, points: Sequence[Mapping[str, Any]], style: Mapping[str, Any]) -> None:
+    mean = [math.nan if point["AP"]["mean"] is None else point["AP"]["mean"] for point in points]
+    spread = [point["AP"]["spread"] or 0.0 for point in points]
+    axes.errorbar([point[key] for point in points], mean, spread, capsize=3, markersize=4, linewidth=1.3, **style)
 
 
 def _plot(axes: "Axes", title: str, lines: Mapping[str, Points]) -> None:

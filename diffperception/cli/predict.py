@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
@@ -19,15 +18,14 @@ from tqdm import tqdm
 
 from diffperception.cli import say
 from diffperception.cli.evaluate import load_detector, pick_device
-from diffperception.cli.report import write_text
+from diffperception.cli.report import draw_strip, write_text
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.detection import Detector, DiffusionDet, image_seed
 from diffperception.detection.evaluation import results_rows
 from diffperception.tasks.evaluation import require_options
-from diffperception.visualize import THRESHOLD, draw_detections, save_png, trajectory_strip
+from diffperception.visualize import THRESHOLD, draw_detections, save_png
 
 SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-STRIP_STEPS = 4  # of the strips, where no number of steps is asked for
 
 
 def predict(
@@ -86,7 +84,7 @@ def predict(
             save_png(picture, output / "pictures" / picture_names[name])
         if len(results.images) <= strips and isinstance(detector, DiffusionDet):
             noise = noise_seed(seed, sample.path)
-            strip = draw_strip(detector, sample.image, noise, steps or STRIP_STEPS, num_boxes, score_threshold)
+            strip = draw_strip(detector, sample.image, noise, steps, num_boxes, score_threshold)
             save_png(strip, output / "strips" / picture_names[name])
     results.write(output)
     say(results.summary(output))
@@ -180,16 +178,6 @@ def detect(
 def noise_seed(seed: int, path: Path) -> int:
     """The seed of an image's noise: it does not depend on which other images are predicted."""
     return image_seed(seed, zlib.crc32(path.name.encode()))
-
-
-def draw_strip(
-    detector: DiffusionDet, image: Tensor, seed: int, steps: int, num_boxes: int | None, threshold: float
-) -> Image.Image:
-    """Noise turning into the boxes of one image."""
-    on_device = image.to(detector.device)
-    trace = detector.trace(on_device, steps, num_boxes, seed)
-    detections = detector.predict([on_device], [seed], steps, num_boxes)[0]
-    return trajectory_strip(image, trace, detections, detector.classes, threshold)
 
 
 class Results:

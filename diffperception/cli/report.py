@@ -5,17 +5,17 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
+from PIL import Image
+from torch import Tensor
 
 from diffperception.data import CocoDetection
-from diffperception.detection import Detector, image_seed
+from diffperception.detection import Detector, DiffusionDet, image_seed
 from diffperception.detection.evaluation import CocoResult
 from diffperception.tasks.evaluation import spread
-from diffperception.visualize import save_png, side_by_side, trajectory_strip
+from diffperception.visualize import THRESHOLD, save_png, side_by_side, trajectory_strip
 
-STRIP_STEPS = 4
+STRIP_STEPS = 4  # of the strips, where no number of steps is asked for
 
 
 def write_scores(result: CocoResult, folder: Path) -> None:
@@ -47,7 +47,7 @@ def draw_pictures(
 ) -> None:
     """Predictions beside ground truth for `count` images spread over the data set, one PNG each.
 
-    Of the first two there is also, for a detector that has a `trace`, a strip that shows noise turning into boxes.
+    Of the first two there is also, for a DiffusionDet, a strip that shows noise turning into boxes.
 
     Args:
         seed, options: as in `evaluate_detector`.
@@ -57,21 +57,30 @@ def draw_pictures(
         name = Path(dataset.file_names[index]).stem
         noise = image_seed(seed, target["image_id"])
         prediction = detector.predict([image.to(detector.device)], seeds=[noise], **(options or {}))[0]
-        picture = side_by_side(image, target, _on_cpu(prediction), detector.classes)
-        save_png(picture, folder / f"{name}.png")
-        if number < 2 and hasattr(detector, "trace"):
-            _draw_strip(detector, image, noise, folder / f"{name}_noise_to_boxes.png")
+        save_png(side_by_side(image, target, prediction, detector.classes), folder / f"{name}.png")
+        if number < 2 and isinstance(detector, DiffusionDet):
+            save_png(draw_strip(detector, image, noise), folder / f"{name}_noise_to_boxes.png")
 
 
-def _draw_strip(detector: Any, image: torch.Tensor, seed: int, path: Path) -> None:
-    on_device = image.to(detector.device)
-    trace = detector.trace(on_device, steps=STRIP_STEPS, seed=seed)
-    detections = detector.predict([on_device], seeds=[seed], steps=STRIP_STEPS)[0]
-    save_png(trajectory_strip(image, [_on_cpu(step) for step in trace], _on_cpu(detections), detector.classes), path)
+def draw_strip(
+    detector: DiffusionDet,
+    image: Tensor,
+    seed: int,
+    steps: int | None = None,
+    num_boxes: int | None = None,
+    threshold: float = THRESHOLD,
+) -> Image.Image:
+    """Noise turning into the boxes of one image, in STRIP_STEPS steps unless told otherwise.
 
-
-def _on_cpu(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    Args:
+        image: (3, H, W), as for `detector.predict`, on any device.
+        seed: of the noise.
+        threshold: detections with lower scores are not drawn.
+    """
+    on_device, steps = image.to(detector.device), steps or STRIP_STEPS
+    trace = detector.trace(on_device, steps, num_boxes, seed)
+    detections = detector.predict([on_device], [seed], steps, num_boxes)[0]
+    return trajectory_strip(image, trace, detections, detector.classes, threshold)
 
 
 def _defined(value: float) -> float | None:
