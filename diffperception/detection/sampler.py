@@ -15,6 +15,7 @@ from diffperception.diffusion import Schedule, ddim_step, timestep_grid
 
 # (boxes (B, N, 4) xyxy pixels, t (B,)) -> the last stage's logits (B, N, K) and boxes (B, N, 4)
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Mode = Literal["ddim", "fixed_time", "fresh_boxes"]
 
 
 @dataclass
@@ -39,7 +40,7 @@ class SamplerOptions:
     renewal_threshold: float | None = 0.5
     ensemble: bool = True
     nms_threshold: float | None = 0.5
-    mode: Literal["ddim", "fixed_time", "fresh_boxes"] = "ddim"
+    mode: Mode = "ddim"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.num_boxes < 1:
