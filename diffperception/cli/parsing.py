@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin
 
+import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
 
 Command = Callable[..., int | None]
@@ -48,8 +49,9 @@ def build_parser(command: Command) -> ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
     parameters = inspect.signature(command).parameters.values()
     positionals = {p.name: p.annotation for p in parameters if p.kind is p.POSITIONAL_ONLY}
+    explained = {p.arg_name: p.description for p in docstring_parser.parse(inspect.getdoc(command) or "").params}
     for name, kind in positionals.items():
-        parser.add_argument(name, type=kind)
+        parser.add_argument(name, type=kind, help=explained.get(name))
     parser.add_function_arguments(command, as_group=False, fail_untyped=True, skip={"resolved", *positionals})
     switches = {p.name for p in parameters if p.annotation is bool}
     for action in parser._actions:

@@ -153,7 +153,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         call(journey, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Go somewhere. And come back." in text
-    for part in ("what pulls", "Where it goes", "in km", "of the rails", "how often", "whether to whistle", "--config"):
+    for part in ("what pulls", "where it goes", "in km", "of the rails", "how often", "whether to whistle", "--config"):
         assert part in text
     assert "resolved" not in text
 
@@ -173,7 +173,8 @@ def test_errors_of_workers_and_of_the_system_become_sentences() -> None:
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == main(["--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in COMMANDS)
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
 
 
 def test_a_command_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
