@@ -10,8 +10,8 @@ from diffperception.cli import first_process, say
 from diffperception.cli.report import draw_pictures, write_scores
 from diffperception.data import CocoDetection
 from diffperception.detection import Detector
-from diffperception.detection.evaluation import CocoResult, evaluate_results
-from diffperception.tasks.evaluation import evaluate_detector, join_processes
+from diffperception.detection.evaluation import CocoResult
+from diffperception.tasks.evaluation import EVALUATORS, Protocol, evaluate_detector, join_processes
 from diffperception.weights import load_model
 
 
@@ -23,7 +23,8 @@ def evaluate(
     output: Path | None = None,
     steps: int | None = None,
     num_boxes: int | None = None,
-    max_dets: int = 100,
+    protocol: Protocol = "coco",
+    max_dets: int | None = None,
     batch_size: int = 8,
     workers: int = 2,
     seed: int = 0,
@@ -44,7 +45,10 @@ def evaluate(
         output: folder for metrics.json, detections.json and pictures; nothing is written without it.
         steps: passes from noise to boxes; by default what the model was made with.
         num_boxes: boxes to start from; by default what the model was made with.
-        max_dets: how many detections of a class count in an image, the best first (COCO: 100).
+        protocol: coco, or lvis for annotation files of LVIS, which adds APr, APc and APf of rare, common and frequent
+            classes; it needs the extra `lvis`.
+        max_dets: how many detections count in an image, the best first; by default the protocol's number: 100 of each
+            class (coco), 300 of all (lvis).
         batch_size: images in one prediction.
         workers: processes that read images, for each process that predicts.
         seed: of the noise; the noise of an image depends on this and on its id alone.
@@ -55,7 +59,7 @@ def evaluate(
     if (model is None) == (results is None):
         raise ValueError("give either --model (and --images) or --results")
     if results is not None:
-        finish(evaluate_results(annotations, results, max_dets), output)
+        finish(EVALUATORS[protocol](annotations, max_dets).score_results(results), output)
         return
     if model is None or images is None:
         raise ValueError("give --images, the folder with the images that the model shall be scored on")
@@ -63,9 +67,7 @@ def evaluate(
     detector = load_detector(model, trust).to(pick_device(device))
     dataset = CocoDetection(annotations, images)
     options = {name: value for name, value in (("steps", steps), ("num_boxes", num_boxes)) if value is not None}
-    result = evaluate_detector(
-        detector, dataset, None, batch_size, workers, max_dets=max_dets, seed=seed, options=options
-    )
+    result = evaluate_detector(detector, dataset, None, batch_size, workers, max_dets, seed, options, protocol)
     finish(result, output)
     if output is not None and first_process():
         draw_pictures(detector, dataset, output / "pictures", pictures, seed, options)

@@ -15,7 +15,7 @@ from diffperception.detection import Detector
 from diffperception.detection.evaluation import CocoResult
 from diffperception.tasks.data import TrainingData
 from diffperception.tasks.detection import DetectionTask
-from diffperception.tasks.evaluation import evaluate_detector, require_classes
+from diffperception.tasks.evaluation import EVALUATORS, evaluate_detector, require_classes
 from diffperception.tasks.fitting import CHECKPOINT, fit
 from diffperception.tasks.log import RunLog
 from diffperception.tasks.options import DataOptions, EvaluationOptions, OptimizerOptions, TrainerOptions
@@ -54,6 +54,8 @@ def train(
     and tensorboard/ (losses and AP over the steps), last.ckpt (to go on from with --resume), model.safetensors (the
     trained detector, for `evaluate` and `predict`), metrics.json, detections.json and pictures/.
 
+    For example: `diffperception train --config configs/detection/shapes.yaml --output runs/mine`.
+
     Ctrl-C ends the run after the step in hand and leaves a checkpoint. To use several processes or machines, start the
     command with `torchrun --nproc_per_node=N -m diffperception train ...`; the learning rate follows the number of
     images a step.
@@ -74,8 +76,12 @@ def train(
     if first_process():
         require_room(output, resume, overwrite)
     train_set, val_set = data.open()
+    repeats = data.repeats(train_set)
+    # What cannot be scored is refused here, not after the training.
+    EVALUATORS[evaluation.protocol](val_set.annotations, evaluation.max_dets)
     torch.manual_seed(seed)
     detector = model(train_set.classes)
+    detector.class_frequencies.copy_(torch.from_numpy(train_set.images_per_class()))
     if init is not None:
         start_from(detector, init, val_set)
     if first_process():
@@ -88,12 +94,19 @@ def train(
 
     def score(detector: Detector, images: int | None = evaluation.images) -> CocoResult:
         return evaluate_detector(
-            detector, val_set, images, evaluation.batch_size, data.workers, evaluation.max_dets, seed
+            detector,
+            val_set,
+            images,
+            evaluation.batch_size,
+            data.workers,
+            evaluation.max_dets,
+            seed,
+            protocol=evaluation.protocol,
         )
 
     outcome = fit(
         task(detector, optimizer, seed),
-        TrainingData(train_set, data.batch_size, data.workers, seed),
+        TrainingData(train_set, data.batch_size, data.workers, seed, repeats),
         output,
         trainer,
         lambda detector: score(detector).metrics,

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from diffperception.coco import labels_of, read_coco
 from diffperception.data.annotations import ADVICE, CocoTable, tabulate
 from diffperception.data.images import BrokenImageError, read_image
+from diffperception.data.sampling import images_per_class
 
 Target = dict[str, Any]
 
@@ -106,6 +107,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         """The labels of each image's boxes, one for each box; crowd regions are left out, as they are not learnt."""
         learnt = np.flatnonzero(self.iscrowd == 0)
         return np.split(self.labels[learnt], np.searchsorted(learnt, self.offsets[1:-1]))
+
+    def images_per_class(self) -> np.ndarray:
+        """(K,) in how many images each class occurs."""
+        return images_per_class(self.labels_of_images(), len(self.classes))
 
     def _read_from(self, index: int) -> tuple[Tensor, int]:
         """The image at `index` or, when broken ones are skipped, the next readable one; and its index."""

@@ -32,7 +32,7 @@ class StepBatchSampler(Sampler[list[Seeded]]):
 
     def __init__(
         self,
-        samples: int | Sequence[float],
+        samples: int | Sequence[float] | np.ndarray,
         batch_size: int,
         total_steps: int,
         seed: int = 0,
@@ -105,7 +105,12 @@ def repeat_factors(labels: Sequence[np.ndarray], num_classes: int, threshold: fl
         threshold: classes in a smaller share of the images than this are repeated.
 
     Returns: (images,) weights for `StepBatchSampler`.
+
+    Raises:
+        ValueError: the threshold is no share.
     """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"repeat_threshold is {threshold}: it is a share of the images, above 0 and at most 1")
     shares = images_per_class(labels, num_classes).clip(min=1) / len(labels)
     factors = np.maximum(1, np.sqrt(threshold / shares))
     return np.array([factors[of_image].max(initial=1.0) for of_image in labels])

@@ -55,7 +55,7 @@ def set_losses(
     }
 
 
-def federated_classes(
+def draw_federated_classes(
     labels: Tensor, frequencies: Tensor, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """The classes that a batch's classification loss counts where annotations are not exhaustive (arXiv 2103.07461).

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from diffperception import weights
 from diffperception.detection import reference
 from diffperception.detection.boxes import decode_boxes, encode_boxes, give_area
-from diffperception.detection.criterion import LossWeights, set_losses
+from diffperception.detection.criterion import LossWeights, draw_federated_classes, set_losses
 from diffperception.detection.head import DynamicHead
 from diffperception.detection.matcher import PaddedTargets, match
 from diffperception.detection.pooling import FeaturePyramid
@@ -35,9 +35,13 @@ class Detector(nn.Module, ABC):
         classes: names of the classes; label k is `classes[k]`.
         min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
         max_size: but the long side is at most this.
+
+    Attributes:
+        class_frequencies: (K,) number of training images with each class; training sets it, ones before.
     """
 
     arguments: dict[str, Any]  # of the constructor; JSON-able; `save` writes them beside the weights
+    class_frequencies: Tensor
 
     def __init__(self, classes: Sequence[str], min_size: int | None = None, max_size: int | None = None):
         super().__init__()
@@ -46,6 +50,7 @@ class Detector(nn.Module, ABC):
         self.classes = list(classes)
         self.min_size = min_size
         self.max_size = max_size
+        self.register_buffer("class_frequencies", torch.ones(len(self.classes)), persistent=False)
 
     @abstractmethod
     def loss(
@@ -129,6 +134,8 @@ class DiffusionDet(Detector):
         num_timesteps: T of the cosine schedule.
         class_loss_weight: of the focal loss beside 5 for L1 and 2 for GIoU; more speeds up short training.
         matching: `dynamic_k` (several boxes an object) or `hungarian` (one).
+        federated_classes: for annotations that are not exhaustive (LVIS: 50), the classification loss counts this many
+            classes a batch, those present and others drawn by frequency; null counts all.
         min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
         max_size: but the long side is at most this.
     """
@@ -158,6 +165,7 @@ class DiffusionDet(Detector):
         num_timesteps: int = 1000,
         class_loss_weight: float = 2.0,
         matching: Literal["dynamic_k", "hungarian"] = "dynamic_k",
+        federated_classes: int | None = None,
         min_size: int | None = 800,
         max_size: int | None = 1333,
     ):
@@ -170,6 +178,7 @@ class DiffusionDet(Detector):
         self.signal_scale = signal_scale
         self.num_timesteps = num_timesteps
         self.matching = matching
+        self.federated_classes = federated_classes
         self.loss_weights = LossWeights(classification=class_loss_weight)
         self.schedule = cosine_schedule(num_timesteps)
         self.backbone = FPN(TimmBackbone(backbone, strides, pretrained, freeze_norm), width, fpn_norm)
@@ -234,8 +243,16 @@ class DiffusionDet(Detector):
         logits, refined = self(images, boxes, t)
         rows = padded.repeat(len(logits))
         matches = match(logits.flatten(0, 1), refined.flatten(0, 1), rows, self.matching).view(logits.shape[:3])
-        losses = set_losses(logits, refined, padded, matches)
+        losses = set_losses(logits, refined, padded, matches, self._class_mask(targets, generator))
         return {name: getattr(self.loss_weights, name) * value.sum() for name, value in losses.items()}
+
+    def _class_mask(self, targets: list[dict], generator: torch.Generator | None) -> Tensor | None:
+        """The classes that the loss counts in each image, (B, K); None for all."""
+        if self.federated_classes is None:
+            return None
+        labels = torch.cat([target["labels"] for target in targets]).to(self.device)
+        mask = draw_federated_classes(labels, self.class_frequencies, self.federated_classes, generator)
+        return mask.expand(len(targets), -1)
 
     def _limit(self, targets: PaddedTargets, generator: torch.Generator | None) -> PaddedTargets:
         """At most `num_boxes` objects an image, chosen at random each time, the rest neither noised nor matched."""

@@ -60,29 +60,33 @@ class CocoEvaluator:
 
     Args:
         annotations: COCO JSON file.
-        max_dets: how many detections of a class count in an image, the best scores first (COCO: 100).
+        max_dets: how many detections of a class count in an image, the best scores first; by default COCO's 100.
         image_ids: evaluate these images of the file only.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or is no COCO annotation file, or `max_dets` is below 1.
     """
 
-    def __init__(self, annotations: str | Path, max_dets: int = 100, image_ids: Iterable[int] | None = None) -> None:
-        if max_dets < 1:
+    default_max_dets = 100
+
+    def __init__(
+        self, annotations: str | Path, max_dets: int | None = None, image_ids: Iterable[int] | None = None
+    ) -> None:
+        self.max_dets = self.default_max_dets if max_dets is None else max_dets
+        if self.max_dets < 1:
             raise ValueError(f"max_dets is {max_dets}: at least 1 detection an image must count")
-        self._truth = _GroundTruth(annotations, image_ids)
-        self.max_dets = max_dets
+        self.truth = GroundTruth(annotations, image_ids)
         self.reset()
 
     @property
     def classes(self) -> list[str]:
         """Names of the labels 0..K-1."""
-        return self._truth.classes
+        return self.truth.classes
 
     @property
     def category_ids(self) -> list[int]:
         """Category ids of the labels 0..K-1."""
-        return self._truth.category_ids
+        return self.truth.category_ids
 
     def reset(self) -> None:
         """Forget the predictions; the annotations stay."""
@@ -112,31 +116,75 @@ class CocoEvaluator:
     def compute(self) -> CocoResult:
         """Score the predictions taken so far. The order in which they came does not matter."""
         ids = sorted(self._predictions)
-        result = _score(self._truth, _stack(ids, [self._predictions[i] for i in ids]), ids, self.max_dets)
-        absent = len(self._truth.image_ids - self._predictions.keys())
+        result = self._score(_stack(ids, [self._predictions[i] for i in ids]), ids)
+        absent = len(self.truth.image_ids - self._predictions.keys())
         if absent:
-            total = len(self._truth.image_ids)
+            total = len(self.truth.image_ids)
             result.notes.append(f"{absent} of {total} images were not predicted: their objects count as missed.")
         return result
 
+    def score_results(self, results: str | Path) -> CocoResult:
+        """Score a COCO results file: a JSON list of rows with image_id, category_id, bbox (xywh in pixels) and score.
 
-def evaluate_results(annotations: str | Path, results: str | Path, max_dets: int = 100) -> CocoResult:
-    """Score a COCO results file: a JSON list of rows with image_id, category_id, bbox (xywh in pixels) and score.
+        Raises:
+            FileNotFoundError, ValueError: the file is missing or is not what it should be.
+        """
+        detections = _from_rows(_read_results(Path(results)), self.category_ids)
+        return self._score(detections, np.unique(detections.image_ids).tolist())
 
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or is not what it should be.
-    """
-    truth = _GroundTruth(annotations, None)
-    rows = _read_results(Path(results))
-    label = {category_id: k for k, category_id in enumerate(truth.category_ids)}
-    xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
-    detections = _Detections(
-        image_ids=np.array([row["image_id"] for row in rows], dtype=np.int64),
-        labels=np.array([label.get(row["category_id"], -1) for row in rows], dtype=np.int64),
-        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-        scores=np.array([row["score"] for row in rows], dtype=np.float64),
-    )
-    return _score(truth, detections, np.unique(detections.image_ids).tolist(), max_dets)
+    def measure(self, rows: list[dict[str, Any]]) -> "Measurement":
+        """Metrics of rows of a COCO results file, by the rules of the protocol."""
+        limits = sorted({1, 10, self.max_dets})
+        evaluation = _run(self.truth, rows, limits)
+        # (T, R, K, A, M) and (T, K, A, M); -1 where there is no object
+        precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+        best = precision[..., limits.index(self.max_dets)]
+        metrics = precision_metrics(best)
+        metrics |= {f"AR{limit}": mean_defined(recall[:, :, 0, m]) for m, limit in enumerate(limits)}
+        return Measurement(metrics, best[..., 0], evaluation.ious)
+
+    def _score(self, detections: "_Detections", seen: Sequence[int]) -> CocoResult:
+        usable = _usable(self.truth, detections)
+        rows = _rows(detections.where(usable), self.category_ids)
+        measured = self.measure(rows)
+        found = measured.metrics["AP"] >= NEARLY_ZERO
+        return CocoResult(
+            metrics=measured.metrics,
+            per_class={name: mean_defined(measured.precision[:, :, k]) for k, name in enumerate(self.classes)},
+            objects=self.truth.objects,
+            detections=rows,
+            notes=_notes(self.truth, usable),
+            explanation=None if found else _explain(self.truth, detections, seen, measured.overlap),
+        )
+
+
+class Measurement(NamedTuple):
+    """What a protocol measures: metrics by name, precision (T, R, K), and the IoUs of each image and class."""
+
+    metrics: dict[str, float]
+    precision: np.ndarray  # at T thresholds of IoU and R of recall; -1 where a class has no object
+    ious: dict[tuple[int, int], Any]
+
+    @property
+    def overlap(self) -> float:
+        """The best IoU of a prediction with an object of its class."""
+        return max((float(iou.max()) for iou in self.ious.values() if np.size(iou)), default=0.0)
+
+
+def precision_metrics(precision: np.ndarray) -> dict[str, float]:
+    """AP of all, at IoU 0.50 and 0.75, and of small, medium and large objects, from (T, R, K, A) precision."""
+    metrics = {
+        "AP": mean_defined(precision[..., 0]),
+        "AP50": mean_defined(precision[0, ..., 0]),
+        "AP75": mean_defined(precision[5, ..., 0]),
+    }
+    return metrics | {name: mean_defined(precision[..., area]) for name, area in (("APs", 1), ("APm", 2), ("APl", 3))}
+
+
+def mean_defined(values: np.ndarray) -> float:
+    """Mean over what is not -1; nan where all is. Rounded: COCOeval divides by tp + fp + 2e-16, so gives 1 - 2e-16."""
+    defined = values[values > -1]
+    return round(float(defined.mean()), 12) if defined.size else nan
 
 
 def results_rows(
@@ -156,23 +204,28 @@ class _Detections(NamedTuple):
         return _Detections._make(column[mask] for column in self)
 
 
-class _GroundTruth:
-    """The objects of an annotation file as COCOeval takes them, with `count` objects to find."""
+class GroundTruth:
+    """What an annotation file has in the chosen images: `annotations` with an area, of which `count` are to find."""
 
     def __init__(self, path: str | Path, image_ids: Iterable[int] | None) -> None:
         content = read_coco(path)
         self.name = Path(path).name
-        self.category_ids, self.classes = labels_of(content["categories"])
-        known = {image["id"] for image in content["images"]}
-        self.image_ids = known if image_ids is None else known & set(image_ids)
+        self.categories = content["categories"]
+        self.category_ids, self.classes = labels_of(self.categories)
+        known = {image["id"]: image for image in content["images"]}
+        self.image_ids = set(known) if image_ids is None else known.keys() & set(image_ids)
+        self.images = [known[i] for i in self.image_ids]
         found = [a for a in content["annotations"] if a["image_id"] in self.image_ids]
-        kept = [_object(i, a) for i, a in enumerate(found, 1) if _has_area(a)]
-        self.without_area = len(found) - len(kept)
-        self.coco = _coco(self.image_ids, self.category_ids, kept)
-        counts = Counter(o["category_id"] for o in kept if not o["iscrowd"])
+        self.annotations = [_object(i, a) for i, a in enumerate(found, 1) if _has_area(a)]
+        self.without_area = len(found) - len(self.annotations)
+        counts = Counter(o["category_id"] for o in self.annotations if not o["iscrowd"])
         self.objects = {name: counts[c] for c, name in zip(self.category_ids, self.classes, strict=True)}
         self.count = sum(self.objects.values())
-        self.extent = max((sum(o["bbox"][i::2]) for o in kept for i in (0, 1)), default=0.0)
+        self.extent = max((sum(o["bbox"][i::2]) for o in self.annotations for i in (0, 1)), default=0.0)
+
+    def content(self, annotations: list[dict[str, Any]]) -> dict[str, Any]:
+        """A COCO file's content with these annotations, objects or detections, of the images."""
+        return {"images": self.images, "categories": self.categories, "annotations": annotations}
 
 
 def _has_area(annotation: dict[str, Any]) -> bool:
@@ -183,7 +236,7 @@ def _has_area(annotation: dict[str, Any]) -> bool:
 def _object(number: int, annotation: dict[str, Any]) -> dict[str, Any]:
     box = annotation["bbox"]
     return {
-        "id": number,  # COCOeval takes a match with id 0 for no match
+        "id": number,
         "image_id": annotation["image_id"],
         "category_id": annotation["category_id"],
         "bbox": box,
@@ -192,16 +245,20 @@ def _object(number: int, annotation: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _coco(image_ids: Iterable[int], category_ids: Iterable[int], annotations: list[dict[str, Any]]) -> COCO:
+def _coco(content: dict[str, Any]) -> COCO:
     coco = COCO()
-    coco.dataset = {
-        "images": [{"id": i} for i in image_ids],
-        "categories": [{"id": i} for i in category_ids],
-        "annotations": annotations,
-    }
+    coco.dataset = content
     with redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
+
+
+def as_detections(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a results file with what an annotation has beside: id, area, iscrowd."""
+    return [
+        row | {"id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        for number, row in enumerate(rows, 1)  # COCOeval takes a match with id 0 for no match
+    ]
 
 
 def _stack(ids: Sequence[int], predictions: Sequence[dict[str, Tensor]]) -> _Detections:
@@ -231,23 +288,14 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
     raise ValueError(f"{path} is not a COCO results file: it must be a list of rows with {', '.join(sorted(keys))}")
 
 
-def _score(truth: _GroundTruth, detections: _Detections, seen: Sequence[int], max_dets: int) -> CocoResult:
-    usable = _usable(truth, detections)
-    rows = _rows(detections.where(usable), truth.category_ids)
-    limits = sorted({1, 10, max_dets})
-    evaluation = _run(truth, rows, limits)
-    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]  # (T, R, K, A, M) and (T, K, A, M)
-    best = precision[..., limits.index(max_dets)]  # (T, R, K, A); -1 where there is no object
-    metrics = {"AP": _mean(best[..., 0]), "AP50": _mean(best[0, ..., 0]), "AP75": _mean(best[5, ..., 0])}
-    metrics |= {name: _mean(best[..., area]) for name, area in (("APs", 1), ("APm", 2), ("APl", 3))}
-    metrics |= {f"AR{limit}": _mean(recall[:, :, 0, m]) for m, limit in enumerate(limits)}
-    return CocoResult(
-        metrics=metrics,
-        per_class={name: _mean(best[:, :, k, 0]) for k, name in enumerate(truth.classes)},
-        objects=truth.objects,
-        detections=rows,
-        notes=_notes(truth, usable),
-        explanation=None if metrics["AP"] >= NEARLY_ZERO else _explain(truth, detections, seen, evaluation),
+def _from_rows(rows: list[dict[str, Any]], category_ids: Sequence[int]) -> _Detections:
+    label = {category_id: k for k, category_id in enumerate(category_ids)}
+    xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
+    return _Detections(
+        image_ids=np.array([row["image_id"] for row in rows], dtype=np.int64),
+        labels=np.array([label.get(row["category_id"], -1) for row in rows], dtype=np.int64),
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        scores=np.array([row["score"] for row in rows], dtype=np.float64),
     )
 
 
@@ -256,7 +304,7 @@ def _sizes(boxes: np.ndarray) -> np.ndarray:
         return boxes[:, 2:] - boxes[:, :2]
 
 
-def _usable(truth: _GroundTruth, detections: _Detections) -> np.ndarray:
+def _usable(truth: GroundTruth, detections: _Detections) -> np.ndarray:
     known = np.isin(detections.image_ids, list(truth.image_ids))
     labelled = (detections.labels >= 0) & (detections.labels < len(truth.classes))
     finite = np.isfinite(detections.boxes).all(axis=1) & np.isfinite(detections.scores)
@@ -277,30 +325,21 @@ def _rows(detections: _Detections, category_ids: Sequence[int]) -> list[dict[str
     ]
 
 
-def _run(truth: _GroundTruth, rows: list[dict[str, Any]], limits: list[int]) -> COCOeval:
-    found = [
-        row | {"id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-        for number, row in enumerate(rows, 1)
-    ]
+def _run(truth: GroundTruth, rows: list[dict[str, Any]], limits: list[int]) -> COCOeval:
     with redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth.coco, _coco(truth.image_ids, truth.category_ids, found), "bbox")
+        objects, found = _coco(truth.content(truth.annotations)), _coco(truth.content(as_detections(rows)))
+        evaluation = COCOeval(objects, found, "bbox")
         evaluation.params.maxDets = limits
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation
 
 
-def _mean(values: np.ndarray) -> float:
-    """Mean over what is defined; rounded, as COCOeval divides by tp + fp + 2e-16 and so gives 1 - 2e-16 for 1."""
-    defined = values[values > -1]
-    return round(float(defined.mean()), 12) if defined.size else nan
-
-
 def _number(value: float) -> str:
     return f"{'-' if isnan(value) else format(value, '.3f'):>6}"
 
 
-def _notes(truth: _GroundTruth, usable: np.ndarray) -> list[str]:
+def _notes(truth: GroundTruth, usable: np.ndarray) -> list[str]:
     notes = []
     if truth.without_area:
         notes.append(f"{truth.without_area} objects of {truth.name} have no area and are left out.")
@@ -313,7 +352,7 @@ def _notes(truth: _GroundTruth, usable: np.ndarray) -> list[str]:
     return notes
 
 
-def _explain(truth: _GroundTruth, detections: _Detections, seen: Sequence[int], evaluation: COCOeval) -> str:
+def _explain(truth: GroundTruth, detections: _Detections, seen: Sequence[int], overlap: float) -> str:
     """The first reason for an AP of 0 that the data show."""
     boxes, labels, classes = detections.boxes, detections.labels, len(truth.classes)
     if not truth.count:
@@ -336,7 +375,6 @@ def _explain(truth: _GroundTruth, detections: _Detections, seen: Sequence[int], 
         return "AP is 0 and the predicted boxes look normalised to 0..1: give them in pixels of the original image."
     if (_sizes(boxes) <= 0).any(axis=1).mean() > 0.25:
         return "AP is 0 and many predicted boxes end before they begin: give x1, y1, x2, y2, not width and height."
-    overlap = max((iou.max() for iou in evaluation.ious.values() if np.size(iou)), default=0.0)
     return (
         f"AP is 0 because the predicted boxes miss the objects (the best IoU within a class is {overlap:.2f}): "
         "the model has learnt too little, or the boxes are in pixels of another size."

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,21 +20,25 @@ class TrainingData(LightningDataModule):
         batch_size: samples a batch and process.
         workers: processes that read samples.
         seed: of the order of samples and of their transforms.
+        repeats: how often an epoch shows each sample, on average; once by default.
     """
 
-    def __init__(self, dataset: Dataset[Any], batch_size: int, workers: int, seed: int):
+    def __init__(
+        self, dataset: Dataset[Any], batch_size: int, workers: int, seed: int, repeats: np.ndarray | None = None
+    ):
         super().__init__()
         self.dataset = dataset
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
+        self.repeats = repeats
         self.loader: TimedLoader | None = None
 
     def train_dataloader(self) -> Iterable[Any]:
         assert self.trainer is not None
         batches = self.trainer.accumulate_grad_batches
         sampler = StepBatchSampler(
-            len(self.dataset),  # type: ignore[arg-type]
+            len(self.dataset) if self.repeats is None else self.repeats,  # type: ignore[arg-type]
             self.batch_size,
             total_steps=self.trainer.max_steps * batches,
             seed=self.seed,

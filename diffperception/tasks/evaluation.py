@@ -4,6 +4,7 @@ import inspect
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,10 @@ from diffperception.data import CocoDetection
 from diffperception.data.sampling import collate
 from diffperception.detection import Detector, image_seed
 from diffperception.detection.evaluation import CocoEvaluator, CocoResult
+from diffperception.detection.lvis import LvisEvaluator
+
+Protocol = Literal["coco", "lvis"]
+EVALUATORS: dict[Protocol, type[CocoEvaluator]] = {"coco": CocoEvaluator, "lvis": LvisEvaluator}
 
 
 def evaluate_detector(
@@ -22,9 +27,10 @@ def evaluate_detector(
     images: int | None = None,
     batch_size: int = 8,
     workers: int = 0,
-    max_dets: int = 100,
+    max_dets: int | None = None,
     seed: int = 0,
     options: Mapping[str, int] | None = None,
+    protocol: Protocol = "coco",
 ) -> CocoResult:
     """COCO metrics of `detector`, which is left in evaluation mode.
 
@@ -35,11 +41,13 @@ def evaluate_detector(
         images: use this many images, spread over the data set; all by default.
         batch_size: images in one prediction.
         workers: processes that read images, for each process that predicts.
-        max_dets: how many detections of a class count in an image.
+        max_dets: how many detections count in an image; the protocol's number by default.
         options: for `detector.predict`, such as `steps` and `num_boxes`.
+        protocol: whose rules the score follows.
 
     Raises:
-        ValueError: the detector has other classes than the data set, or knows no such option.
+        ValueError: the detector has other classes than the data set, or knows no such option; or the annotations are
+            not what the protocol needs.
     """
     require_classes(detector.classes, dataset)
     options = dict(options or {})
@@ -47,7 +55,7 @@ def evaluate_detector(
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share_statistics(detector)
     chosen = spread(len(dataset), images)
-    evaluator = CocoEvaluator(dataset.annotations, max_dets, [dataset.image_ids[i] for i in chosen])
+    evaluator = EVALUATORS[protocol](dataset.annotations, max_dets, [dataset.image_ids[i] for i in chosen])
     share = Subset(dataset, chosen[rank::processes])
     loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupts)
     detector.eval()

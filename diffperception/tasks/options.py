@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from jsonargparse import lazy_instance
 
 from diffperception.data import CocoDetection
+from diffperception.data.sampling import repeat_factors
 from diffperception.data.transforms import TrainingTransforms
+from diffperception.tasks.evaluation import Protocol
 
 
 @dataclass
@@ -26,6 +29,8 @@ class DataOptions:
         batch_size: images in a training batch, for each process.
         workers: processes that read images, for each process that trains.
         on_broken: what to do at an image that cannot be read: stop, naming it, or skip it with a warning.
+        repeat_threshold: images with a class that is in a smaller share f of the images than this are shown
+            sqrt(repeat_threshold / f) times an epoch (LVIS: 0.001); null shows each once.
     """
 
     train_annotations: Path
@@ -36,6 +41,7 @@ class DataOptions:
     batch_size: int = 16
     workers: int = 4
     on_broken: Literal["stop", "skip"] = "stop"
+    repeat_threshold: float | None = None
 
     def open(self) -> tuple[CocoDetection, CocoDetection]:
         """The data sets for training and for scoring; ValueError if their categories differ."""
@@ -47,6 +53,12 @@ class DataOptions:
                 " mean different things, so give both files the same list"
             )
         return train, val
+
+    def repeats(self, train: CocoDetection) -> np.ndarray | None:
+        """How often an epoch shows each image of the training set, on average; None for once."""
+        if self.repeat_threshold is None:
+            return None
+        return repeat_factors(train.labels_of_images(), len(train.classes), self.repeat_threshold)
 
 
 @dataclass
@@ -131,12 +143,15 @@ class EvaluationOptions:
         images: how many images the evaluations during training use, spread over the set; null for all. The one at the
             end uses all.
         batch_size: images in one prediction, a process. AP does not depend on it.
-        max_dets: how many detections of a class count in an image, the best first (COCO: 100).
+        max_dets: how many detections count in an image, the best first; null for the protocol's number: 100 of each
+            class (coco), 300 of all (lvis).
+        protocol: coco, or lvis for annotation files of LVIS; it needs the extra `lvis`.
         pictures: how many images are drawn with predictions beside ground truth.
     """
 
     every: int | None = 1000
     images: int | None = None
     batch_size: int = 8
-    max_dets: int = 100
+    max_dets: int | None = None
+    protocol: Protocol = "coco"
     pictures: int = 8

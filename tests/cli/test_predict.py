@@ -11,7 +11,7 @@ from diffperception.cli.main import main
 from diffperception.cli.predict import name_pictures
 from diffperception.coco import labels_of
 from diffperception.detection import FCOS, DiffusionDet
-from diffperception.detection.evaluation import evaluate_results
+from diffperception.detection.evaluation import CocoEvaluator
 
 CLASSES = ["circle", "square", "star"]
 
@@ -87,7 +87,7 @@ def test_results_can_be_scored(model, photos, tmp_path):
     best = max(rows, key=lambda row: row["score"])
     content["annotations"] = [{"id": 1, **{key: best[key] for key in ("image_id", "category_id", "bbox")}}]
     (tmp_path / "truth.json").write_text(json.dumps(content))
-    assert evaluate_results(tmp_path / "truth.json", output / "predictions.json").metrics["AP"] == 1.0
+    assert CocoEvaluator(tmp_path / "truth.json").score_results(output / "predictions.json").metrics["AP"] == 1.0
 
 
 def test_batches_and_other_images_do_not_change_detections(model, photos, tmp_path):

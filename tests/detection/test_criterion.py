@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffperception.detection.criterion import federated_classes, set_losses
+from diffperception.detection.criterion import draw_federated_classes, set_losses
 from diffperception.detection.matcher import PaddedTargets
 
 SIZE = torch.tensor([[100.0, 50.0, 100.0, 50.0]])
@@ -56,7 +56,9 @@ def test_masked_classes_add_nothing():
 
 def draw(labels: list[int], frequencies: list[float], count: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    chosen = federated_classes(torch.tensor(labels, dtype=torch.int64), torch.tensor(frequencies), count, generator)
+    chosen = draw_federated_classes(
+        torch.tensor(labels, dtype=torch.int64), torch.tensor(frequencies), count, generator
+    )
     assert chosen.shape == (len(frequencies),)
     return chosen.nonzero()[:, 0].tolist()
 

@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from diffperception.coco import labels_of
-from diffperception.detection.evaluation import CocoEvaluator, CocoResult, evaluate_results
+from diffperception.detection.evaluation import CocoEvaluator, CocoResult
 
 BCCD = Path(__file__).parents[3] / "shared/data/bccd/annotations/instances_test.json"
 
@@ -253,7 +253,7 @@ def test_a_results_file_scores_as_the_predictions_it_was_written_from(tmp_path, 
     result = score(path, image_ids, predictions)
     results = tmp_path / "results.json"
     results.write_text(json.dumps(result.detections))
-    again = evaluate_results(path, results)
+    again = CocoEvaluator(path).score_results(results)
     assert again.metrics == result.metrics
     assert again.detections == result.detections
     assert {row["category_id"] for row in result.detections} == {3, 7, 90}
@@ -290,7 +290,7 @@ def test_bad_results_files_are_named(tmp_path, content):
     path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=r"results\.json"):
-        evaluate_results(path, tmp_path / "results.json")
+        CocoEvaluator(path).score_results(tmp_path / "results.json")
 
 
 def test_categories_of_the_same_name_stay_apart():
