@@ -18,7 +18,7 @@ def timestep_grid(num_timesteps: int, steps: int, spacing: Spacing) -> Tensor:
 
     ``leading``, ``trailing`` and ``linspace`` are named as in diffusers (arXiv 2305.08891, table 2); ``diffusiondet``
     is the integers of linspace(-1, T-1, steps + 1) (arXiv 2211.09788). guided-diffusion's respacing "25" is 25 steps of
-    ``linspace``, its "ddim25" 25 of ``leading``. One step of ``leading`` or ``linspace`` starts at time 0, not at noise.
+    ``linspace``, its "ddim25" 25 of ``leading``. A single step of ``leading`` or ``linspace`` starts at 0.
 
     Returns:
         (steps + 1,) int64, descending, on the CPU.
