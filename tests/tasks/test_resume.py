@@ -81,6 +81,17 @@ def test_a_run_stopped_at_any_step_ends_like_the_uninterrupted_one(
         assert_same_run(tmp_path / "whole", run)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_real_detector_resumes_bit_for_bit(config: Path, tmp_path: Path, precision: str) -> None:
+    options = ["--model", "tests.tasks.tiny_detector.UnpluggedDiffusionDet", "--trainer.precision", precision]
+    options += ["--trainer.max_steps", "6", "--evaluation.every", "2", "--evaluation.pictures", "0"]
+    assert train(config, tmp_path / "whole", *options) == 0
+    with pytest.raises(PowerCut):
+        train(config, tmp_path / "stopped", *options, "--model.die_at", "5")
+    assert train(config, tmp_path / "stopped", *options, "--resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_killed_without_a_word_and_resumed(config: Path, tmp_path: Path) -> None:
     command = ["-m", "diffperception", "train", "--config", str(config), "--output", str(tmp_path / "killed")]
     assert python(*command, "--model.die_at", "6", "--data.workers", "1") == -signal.SIGKILL

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.detection import Detector
+from diffperception.detection import Detector, DiffusionDet
 
 
 class TinyDetector(Detector):
@@ -93,3 +93,32 @@ class UnpluggedDetector(TinyDetector):
         self.calls += 1
         if self.calls == self.die_at:
             raise PowerCut
+
+
+class UnpluggedDiffusionDet(DiffusionDet):
+    """A small DiffusionDet that ends with PowerCut in call `die_at` of `loss`."""
+
+    def __init__(self, classes: Sequence[str], die_at: int | None = None):
+        super().__init__(
+            classes,
+            "resnet10t",
+            strides=(4, 8),
+            width=16,
+            fpn_norm=True,
+            stages=2,
+            dynamic_width=8,
+            ffn_width=16,
+            num_heads=2,
+            num_boxes=6,
+            min_size=None,
+        )
+        self.die_at = die_at
+        self.calls = 0
+
+    def loss(
+        self, images: list[Tensor], targets: list[dict], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == self.die_at:
+            raise PowerCut
+        return super().loss(images, targets, generator)
