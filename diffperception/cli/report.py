@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 from diffperception.data import CocoDetection
 from diffperception.detection import Detector, DiffusionDet, image_seed
 from diffperception.detection.evaluation import CocoResult
+from diffperception.tasks.audit import Audit
 from diffperception.tasks.evaluation import spread
-from diffperception.visualize import THRESHOLD, save_png, side_by_side, trajectory_strip
+from diffperception.visualize import THRESHOLD, audit_curves, save_png, side_by_side, trajectory_strip
 
 STRIP_STEPS = 4  # of the strips, where no number of steps is asked for
 
@@ -27,6 +29,13 @@ def write_scores(result: CocoResult, folder: Path) -> None:
     }
     write_text(folder / "metrics.json", json.dumps(scores, indent=2) + "\n")
     write_text(folder / "detections.json", json.dumps(result.detections))
+
+
+def write_audit(audit: Audit, folder: Path) -> None:
+    """audit.json (null where undefined) and audit.png, its curves."""
+    content = audit.content()
+    write_text(folder / "audit.json", json.dumps(content, indent=2) + "\n")
+    save_png(audit_curves(content["rows"]), folder / "audit.png")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,7 +52,7 @@ def draw_pictures(
     folder: Path,
     count: int,
     seed: int = 0,
-    options: Mapping[str, int] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Predictions beside ground truth for `count` images spread over the data set, one PNG each.
 

@@ -4,7 +4,7 @@ import inspect
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ def evaluate_detector(
     workers: int = 0,
     max_dets: int | None = None,
     seed: int = 0,
-    options: Mapping[str, int] | None = None,
+    options: Mapping[str, Any] | None = None,
     protocol: Protocol = "coco",
 ) -> CocoResult:
     """COCO metrics of `detector`, which is left in evaluation mode.
@@ -42,7 +42,7 @@ def evaluate_detector(
         batch_size: images in one prediction.
         workers: processes that read images, for each process that predicts.
         max_dets: how many detections count in an image; the protocol's number by default.
-        options: for `detector.predict`, such as `steps` and `num_boxes`.
+        options: for `detector.predict`, such as `steps` and `num_boxes`, or DiffusionDet's `options`.
         protocol: whose rules the score follows.
 
     Raises:
@@ -52,21 +52,31 @@ def evaluate_detector(
     require_classes(detector.classes, dataset)
     options = dict(options or {})
     require_options(detector, options)
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share_statistics(detector)
     chosen = spread(len(dataset), images)
     evaluator = EVALUATORS[protocol](dataset.annotations, max_dets, [dataset.image_ids[i] for i in chosen])
-    share = Subset(dataset, chosen[rank::processes])
-    loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupts)
+    batches = share_of_batches(dataset, chosen, batch_size, workers)
     detector.eval()
     with torch.no_grad():
-        for batch, targets in tqdm(loader, desc="evaluate", leave=False, disable=None if rank == 0 else True):
+        for batch, targets in tqdm(batches, desc="evaluate", leave=False, disable=hide_bar()):
             ids = [target["image_id"] for target in targets]
             seeds = [image_seed(seed, image_id) for image_id in ids]
             on_device = [image.to(detector.device) for image in batch]
             evaluator.update(ids, detector.predict(on_device, seeds=seeds, **options))
     evaluator.gather()
     return evaluator.compute()
+
+
+def share_of_batches(dataset: CocoDetection, chosen: Sequence[int], batch_size: int, workers: int) -> DataLoader[Any]:
+    """Batches (images, targets) of those of the chosen images that this process predicts."""
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = Subset(dataset, chosen[rank::processes])
+    return DataLoader(share, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupts)
+
+
+def hide_bar() -> bool | None:
+    """For tqdm's `disable`: the first of several processes has a bar, and that only in a terminal."""
+    return True if dist.is_initialized() and dist.get_rank() else None
 
 
 def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
@@ -79,7 +89,7 @@ def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
     )
 
 
-def require_options(detector: Detector, options: Mapping[str, int]) -> None:
+def require_options(detector: Detector, options: Mapping[str, Any]) -> None:
     """ValueError if `detector.predict` has no such options."""
     unknown = options.keys() - inspect.signature(detector.predict).parameters.keys()
     if unknown:
