@@ -24,7 +24,7 @@ class FCOS(Detector):
         pretrained: start from timm's ImageNet weights (needs the network once).
         freeze_norm: batch norm of the backbone with fixed statistics.
         strides: of the backbone's maps that the pyramid uses, finest first; two coarser levels are added.
-        width: channels of the pyramid.
+        width: channels of the pyramid; at least 64, a multiple of 32.
         fpn_norm: batch norm in the pyramid.
         max_detections: an image.
         min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
@@ -45,6 +45,8 @@ class FCOS(Detector):
         max_size: int | None = 1333,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")} | {"pretrained": False}
+        if width < 64 or width % 32:
+            raise ValueError(f"FCOS needs a width of 64 or more, in multiples of 32 (its group norm), not {width}")
         super().__init__(classes, min_size, max_size)
         self.arguments = arguments
         pyramid = _Pyramid(TimmBackbone(backbone, strides, pretrained, freeze_norm), width, fpn_norm)

@@ -125,7 +125,7 @@ def test_pictures_of_an_earlier_run_are_not_taken_for_images(model, photos):
 
 def test_a_detector_without_noise_predicts_too(photos, tmp_path, capsys):
     torch.manual_seed(0)
-    FCOS(CLASSES, backbone="resnet18", width=32, min_size=64, max_size=96).save(tmp_path / "fcos.safetensors")
+    FCOS(CLASSES, backbone="resnet18", width=64, min_size=64, max_size=96).save(tmp_path / "fcos.safetensors")
     assert run(tmp_path / "fcos.safetensors", photos / "a.png", tmp_path / "out") == 0
     assert (tmp_path / "out/pictures/a.png").exists()
     assert not (tmp_path / "out/strips").exists()

@@ -62,6 +62,10 @@ def test_4_no_proposal_is_without_area():
     detector = tiny_detector(num_boxes=2000)
     sizes = [step["boxes"][:, 2:] - step["boxes"][:, :2] for step in detector.trace(IMAGES[0], 4, 2000)]
     assert min(size.min() for size in sizes) >= 0.999
+    padded = PaddedTargets.collate([random_target(3, 64, 96)], image_sizes(IMAGES[:1], detector.device))
+    for t in (0, 300, 700, 999):
+        boxes = detector._noisy_boxes(padded, torch.tensor([t]), None)
+        assert (boxes[..., 2:] - boxes[..., :2]).min() >= 0.999
     # The noise itself would clamp this share to zero: the test sees what it guards against.
     z = BoxNoise([0], 2000, torch.device("cpu")).draw()
     assert (z[..., 2:] <= -2).any(-1).float().mean() > 0.03
