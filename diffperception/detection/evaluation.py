@@ -141,7 +141,7 @@ class CocoEvaluator:
         best = precision[..., limits.index(self.max_dets)]
         metrics = precision_metrics(best)
         metrics |= {f"AR{limit}": mean_defined(recall[:, :, 0, m]) for m, limit in enumerate(limits)}
-        return Measurement(metrics, best[..., 0], evaluation.ious)
+        return Measurement(metrics, best[..., 0], best_overlap(evaluation.ious))
 
     def _score(self, detections: "_Detections", seen: Sequence[int]) -> CocoResult:
         usable = _usable(self.truth, detections)
@@ -159,16 +159,16 @@ class CocoEvaluator:
 
 
 class Measurement(NamedTuple):
-    """What a protocol measures: metrics by name, precision (T, R, K), and the IoUs of each image and class."""
+    """What a protocol measures."""
 
     metrics: dict[str, float]
-    precision: np.ndarray  # at T thresholds of IoU and R of recall; -1 where a class has no object
-    ious: dict[tuple[int, int], Any]
+    precision: np.ndarray  # (T, R, K) at T thresholds of IoU and R of recall; -1 where a class has no object
+    overlap: float  # the best IoU of a prediction with an object of its class
 
-    @property
-    def overlap(self) -> float:
-        """The best IoU of a prediction with an object of its class."""
-        return max((float(iou.max()) for iou in self.ious.values() if np.size(iou)), default=0.0)
+
+def best_overlap(ious: dict[tuple[int, int], Any]) -> float:
+    """The largest of the IoUs of each image and class."""
+    return max((float(iou.max()) for iou in ious.values() if np.size(iou)), default=0.0)
 
 
 def precision_metrics(precision: np.ndarray) -> dict[str, float]:

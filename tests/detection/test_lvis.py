@@ -53,10 +53,11 @@ def score(path: Path, image_ids: list[int], predictions: list[dict[str, torch.Te
 
 
 @needs_lvis
-@pytest.mark.parametrize("max_dets", [300, 4])
-def test_agrees_with_the_lvis_package_fed_with_files(tmp_path, monkeypatch, max_dets):
+@pytest.mark.parametrize(("max_dets", "classes_at_a_time"), [(300, 100), (4, 2)])
+def test_agrees_with_the_lvis_package_fed_with_files(tmp_path, monkeypatch, max_dets, classes_at_a_time):
     import lvis
 
+    monkeypatch.setattr("diffperception.detection.lvis.CLASSES_AT_A_TIME", classes_at_a_time)
     path, image_ids, predictions = random_case(tmp_path)
     content = json.loads(path.read_text())
     random = np.random.default_rng(1)
