@@ -84,11 +84,11 @@ def evaluate(
     detector = load_detector(model, trust).to(pick_device(device))
     dataset = CocoDetection(annotations, images)
     settings = {
-        "steps": steps,
-        "num_boxes": num_boxes,
         "mode": modes,
+        "num_boxes": num_boxes,
         "renewal_threshold": renewal,
         "ensemble": ensemble,
+        "steps": steps,
     }
     given = {
         name: value if isinstance(value, list) else [value] for name, value in settings.items() if value is not None
@@ -96,9 +96,9 @@ def evaluate(
     if seeds > 1 or any(len(values) > 1 for values in given.values()):
         sampler = require_sampler(detector)
         combinations = combine(sampler.sampler_options(), given)
-        say(f"{len(combinations)} combinations of settings, {seeds} seeds, {len(dataset)} images")
-        seeds_tried = range(seed, seed + seeds)
-        audit = audit_detector(sampler, dataset, combinations, seeds_tried, batch_size, workers, max_dets, protocol)
+        tried = range(seed, seed + seeds)
+        say(f"{len(dataset)} images, {len(combinations)} combinations of settings, seeds {', '.join(map(str, tried))}")
+        audit = audit_detector(sampler, dataset, combinations, tried, batch_size, workers, max_dets, protocol)
         finish_audit(audit, output)
     else:
         options = prediction_options(detector, {name: values[0] for name, values in given.items()})

@@ -54,9 +54,13 @@ def build_parser(command: Command) -> ArgumentParser:
         parser.add_argument(name, type=kind, help=explained.get(name))
     parser.add_function_arguments(command, as_group=False, fail_untyped=True, skip={"resolved", *positionals})
     switches = {p.name for p in parameters if p.annotation is bool}
+    lists = {p.name for p in parameters if _takes_list(p.annotation)}
     for action in parser._actions:
         if action.dest in switches:
             action.nargs, action.const = "?", True  # `--overwrite` alone means `--overwrite true`
+        elif action.dest in lists:  # the help shows what `spell_out` makes of it, not jsonargparse's `--steps+ 1`
+            action.option_strings = [f"--{action.dest}"]
+            action.metavar = f"{action.dest.upper()} ..."
     return parser
 
 

@@ -90,4 +90,6 @@ def test_help_spells_options_one_way(capsys: pytest.CaptureFixture[str]) -> None
         call(measure, ["--help"])
     text = capsys.readouterr().out
     assert "--num_boxes" in text
+    assert "--num_boxes NUM_BOXES ..." in text
     assert "--num-boxes" not in text
+    assert "--num_boxes+" not in text
