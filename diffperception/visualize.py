@@ -383,8 +383,9 @@ def _audit_label(setting: tuple[Any, ...], told: Sequence[bool]) -> str:
 
 def _plot_audit(axes: "Axes", key: str, points: Sequence[Mapping[str, Any]], style: Mapping[str, Any]) -> None:
     mean = [math.nan if point["AP"]["mean"] is None else point["AP"]["mean"] for point in points]
-    spread = [point["AP"]["spread"] or 0.0 for point in points]
-    axes.errorbar([point[key] for point in points], mean, spread, capsize=3, markersize=4, linewidth=1.3, **style)
+    spread = [point["AP"]["spread"] for point in points]
+    bars = None if None in spread else spread
+    axes.errorbar([point[key] for point in points], mean, bars, capsize=3, markersize=4, linewidth=1.3, **style)
 
 
 def _plot(axes: "Axes", title: str, lines: Mapping[str, Points]) -> None:

@@ -172,3 +172,31 @@ def test_png_files_replace_whole(tmp_path):
     visualize.save_png(Image.new("RGB", (8, 4), (9, 9, 9)), path)
     assert Image.open(path).size == (8, 4)
     assert [p.name for p in path.parent.iterdir()] == ["picture.png"]
+
+
+def audit_row(mode: str, passes: int, ap: float | None, spread: float | None) -> dict:
+    settings = {"mode": mode, "num_boxes": 100, "renewal_threshold": 0.5, "ensemble": True, "head_passes": passes}
+    return settings | {"AP": {"mean": ap, "spread": spread}, "seconds_per_image": 0.1 * passes}
+
+
+def audit_colours(rows: list[dict]) -> dict[tuple[int, int, int], int]:
+    """Pixels of each colour in the picture of an audit."""
+    colours = visualize.audit_curves(rows).getcolors(1 << 24)
+    assert colours is not None
+    return {colour: count for count, colour in colours}
+
+
+def test_an_audit_has_a_colour_a_mode_and_bars_where_there_is_a_spread():
+    blue, orange = (31, 119, 180), (255, 127, 14)
+    one = [audit_row("ddim", 1, 0.5, None), audit_row("ddim", 4, 0.6, None)]
+    two = [*one, audit_row("fixed_time", 1, 0.5, 0.1), audit_row("fixed_time", 4, 0.55, 0.1)]
+    assert blue in audit_colours(one)
+    assert orange not in audit_colours(one)
+    with_bars = audit_colours(two)[orange]
+    for row in two:
+        row["AP"]["spread"] = None
+    assert audit_colours(two)[orange] < with_bars
+
+
+def test_an_audit_of_nothing_to_find_is_empty_axes():
+    assert audit_colours([audit_row("ddim", 1, None, None), audit_row("ddim", 2, None, None)])
