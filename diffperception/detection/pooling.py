@@ -94,8 +94,10 @@ def _bilinear_taps(start: Tensor, end: Tensor, bins: int, samples: int, cells: T
 
     Returns: cell indices (int64) and weights, both (B, N, bins, 2 * samples).
     """
-    offsets = (torch.arange(bins * samples, device=start.device) + 0.5) / samples
-    points = start[..., None] + offsets * ((end - start) / bins)[..., None]
+    index = torch.arange(bins * samples, device=start.device)
+    bin_size = ((end - start) / bins)[..., None]
+    # Summed in torchvision's order, so that the points are the same to the last bit.
+    points = start[..., None] + index // samples * bin_size + (index % samples + 0.5) * bin_size / samples
     last = cells[..., None] - 1
     inside = (points >= -1) & (points <= cells[..., None])
     points = torch.minimum(points.clamp(min=0), last)

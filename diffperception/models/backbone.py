@@ -101,13 +101,16 @@ class FPN(nn.Module):
 def pad_images(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int) -> Tensor:
     """Normalise images (3, H, W; 0..1) of any sizes and pad them with zeros, right and below, into one batch.
 
+    Args:
+        mean, std: (3, 1, 1) of pixels in 0..255, the reference's scale: rounding on it agrees to the last bit.
+
     Returns: (B, 3, H, W) in channels-last memory, H and W multiples of `multiple`.
     """
     height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
     height, width = (-(-side // multiple) * multiple for side in (height, width))
     batch = mean.new_zeros(len(images), 3, height, width)
     for row, image in zip(batch, images, strict=True):
-        row[:, : image.shape[-2], : image.shape[-1]] = (image.to(mean) - mean) / std
+        row[:, : image.shape[-2], : image.shape[-1]] = (image.to(mean) * 255 - mean) / std
     return batch.contiguous(memory_format=torch.channels_last)
 
 

@@ -59,7 +59,10 @@ def test_pyramid(detector, images, parity):
 @pytest.mark.parametrize("stage", range(6))
 def test_every_stage(outputs, parity, stage):
     logits, boxes = outputs
-    assert distance(logits[stage], parity["logits"][stage]) < TOLERANCE
+    # Rounding doubles from stage to stage: in float64 the last logits are 1.7e-4 from the reference's float32, so how
+    # many threads share a sum decides between 4e-5 and 1.2e-4 there.
+    tolerance = TOLERANCE if stage < 5 else 2 * TOLERANCE
+    assert distance(logits[stage], parity["logits"][stage]) < tolerance
     assert distance(boxes[stage], parity["boxes"][stage]) < TOLERANCE
 
 
