@@ -26,7 +26,10 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
+    beside.touch()
+    permissions = beside.stat().st_mode
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, beside, header)
+    beside.chmod(permissions)  # of any new file; safetensors leaves it to its owner alone
     os.replace(beside, path)
 
 

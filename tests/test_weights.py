@@ -26,6 +26,8 @@ def test_the_file_is_weights_and_arguments(tmp_path):
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
     assert not loaded.training
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 

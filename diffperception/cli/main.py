@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(name, arguments[1:])
     except KeyboardInterrupt:
+        sys.stderr.write(f"diffperception {name}: interrupted\n")
         return 128 + signal.SIGINT
     except (ArgumentError, ValueError, OSError) as error:
         from diffperception.cli.parsing import sentence

@@ -28,7 +28,7 @@ def call(command: Command, arguments: Sequence[str]) -> int:
     names = inspect.signature(command).parameters
     values = {name: value for name, value in vars(parser.instantiate(options)).items() if name in names}
     if "resolved" in names:
-        values["resolved"] = parser.dump(options)
+        values["resolved"] = parser.dump(options, skip_unset=False)
     positional = [values.pop(name) for name, p in names.items() if p.kind is p.POSITIONAL_ONLY]
     return command(*positional, **values) or 0
 

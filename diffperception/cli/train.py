@@ -16,7 +16,7 @@ from diffperception.detection.evaluation import CocoResult
 from diffperception.tasks.data import TrainingData
 from diffperception.tasks.detection import DetectionTask
 from diffperception.tasks.evaluation import EVALUATORS, evaluate_detector, require_classes
-from diffperception.tasks.fitting import CHECKPOINT, fit
+from diffperception.tasks.fitting import CHECKPOINT, checkpoint_step, fit
 from diffperception.tasks.log import RunLog
 from diffperception.tasks.options import DataOptions, EvaluationOptions, OptimizerOptions, TrainerOptions
 from diffperception.visualize import curves, save_png
@@ -84,6 +84,9 @@ def train(
     detector.class_frequencies.copy_(torch.from_numpy(train_set.images_per_class()))
     if init is not None:
         start_from(detector, init, val_set)
+    resume = resume and (output / CHECKPOINT).exists()
+    if resume:
+        say(f"going on after step {checkpoint_step(output / CHECKPOINT)} of {output / CHECKPOINT}")
     if first_process():
         start_folder(output, overwrite, resolved)
     parameters = sum(parameter.numel() for parameter in detector.parameters())
@@ -111,7 +114,7 @@ def train(
         trainer,
         lambda detector: score(detector).metrics,
         evaluation.every,
-        resume and (output / CHECKPOINT).exists(),
+        resume,
         say,
     )
     if outcome.signal is not None:
@@ -171,6 +174,7 @@ def say_where(output: Path) -> None:
     files = {
         WEIGHTS: "the trained detector, for `diffperception evaluate` and `predict`",
         "pictures": "predictions beside ground truth, noise turning into boxes, curves.png",
+        CHECKPOINT: "what --resume goes on from",
         "metrics.csv": "losses and AP over the steps; also `tensorboard --logdir " + str(output) + "`",
         "config.yaml": "all options; use it as --config to repeat the run",
     }

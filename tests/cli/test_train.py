@@ -45,7 +45,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(
         torch.equal(first[part][name], second[part][name])
         for part in ("state_dict", "current_model_state")
-        for name in first[part]
+        for name in first.get(part, ())
     )
 
 
@@ -236,3 +236,35 @@ def test_an_empty_data_set_is_refused(config: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "empty.json").write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}')
     assert train(config, tmp_path / "run", "--data.train_annotations", str(tmp_path / "empty.json")) == 2
     assert "no images" in complaint(capsys)
+
+
+def test_options_that_are_null_stay_so_in_the_saved_configuration(config: Path, tmp_path: Path) -> None:
+    assert train(config, tmp_path / "run", "--optimizer.clip_norm", "null", "--optimizer.ema_decay", "null") == 0
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert saved["optimizer"]["clip_norm"] is None
+    assert "ema_decay" in saved["optimizer"]
+    assert train(tmp_path / "run/config.yaml", tmp_path / "again") == 0
+    assert same_weights(tmp_path / "run", tmp_path / "again")
+
+
+def test_images_without_a_single_box_are_nothing_to_learn(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations = Path(yaml.safe_load(config.read_text())["data"]["train_annotations"])
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps(json.loads(annotations.read_text()) | {"annotations": []}))
+    assert train(config, tmp_path / "run", "--data.train_annotations", str(empty)) == 2
+    assert "holds no box with area" in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_resume_leaves_the_options_of_the_run(
+    whole: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("kept: true")
+    (run / "last.ckpt").write_bytes((whole / "last.ckpt").read_bytes()[:1000])
+    assert train(config, run, "--resume") == 2
+    assert "cut short" in complaint(capsys)
+    assert (run / "config.yaml").read_text() == "kept: true"
