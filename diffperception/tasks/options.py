@@ -28,8 +28,8 @@ class DataOptions:
             torchvision's v2 transforms.
         batch_size: images in a training batch, for each process.
         workers: processes that read images, for each process that trains.
-        on_broken: what to do at a training image that cannot be read: stop, naming it, or skip it with a warning. To
-            be scored on, every image must be readable.
+        on_broken: what to do at an image that cannot be read: stop, naming it, or skip it with a warning; the score
+            says how many images were left out.
         repeat_threshold: images with a class that is in a smaller share f of the images than this are shown
             sqrt(repeat_threshold / f) times an epoch (LVIS: 0.001); null shows each once.
     """
@@ -47,7 +47,7 @@ class DataOptions:
     def open(self) -> tuple[CocoDetection, CocoDetection]:
         """The data sets for training and for scoring; ValueError if their categories differ."""
         train = CocoDetection(self.train_annotations, self.train_images, self.transforms, self.on_broken)
-        val = CocoDetection(self.val_annotations, self.val_images)  # a substitute would change the score
+        val = CocoDetection(self.val_annotations, self.val_images, on_broken=self.on_broken)
         if not len(train.boxes):
             raise ValueError(f"{self.train_annotations} holds no box with area: there is nothing to learn")
         if train.classes != val.classes:
