@@ -44,7 +44,7 @@ class FeaturePyramid:
         offsets = itertools.accumulate((len(p.rows) for p in pyramids), initial=0)
         start = torch.cat([p.start + offset for p, offset in zip(pyramids, offsets, strict=False)])
         height, width = torch.cat([p.height for p in pyramids]), torch.cat([p.width for p in pyramids])
-        rows = torch.cat([p.rows for p in pyramids])
+        rows = torch.cat([p.rows for p in pyramids]) if len(pyramids) > 1 else pyramids[0].rows
         return cls(rows, start[order], height[order], width[order], pyramids[0].strides)
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
