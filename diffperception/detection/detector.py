@@ -310,7 +310,7 @@ class DiffusionDet(Detector):
         encoded = encoded or self.encode(images)
         detections = select_detections(self._sample(images, seeds, options, encoded), options)
         return [
-            _to_image(detection, small.shape, image.shape)
+            to_image_pixels(detection, small.shape, image.shape)
             for detection, small, image in zip(detections, encoded.resized, images, strict=True)
         ]
 
@@ -386,7 +386,7 @@ def image_sizes(images: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.tensor([[*image.shape[-2:]][::-1] * 2 for image in images], dtype=torch.float32, device=device)
 
 
-def _to_image(detection: dict[str, Tensor], seen: torch.Size, shape: torch.Size) -> dict[str, Tensor]:
+def to_image_pixels(detection: dict[str, Tensor], seen: torch.Size, shape: torch.Size) -> dict[str, Tensor]:
     """From pixels of the resized image to pixels of the original, clipped to it; boxes without area are dropped."""
     height, width = shape[-2:]
     scale = detection["boxes"].new_tensor([width / seen[-1], height / seen[-2]] * 2)

@@ -11,7 +11,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
-from diffperception.detection.detector import IMAGENET_MEAN, IMAGENET_STD, PAD_MULTIPLE, Detector, _to_image
+from diffperception.detection.detector import IMAGENET_MEAN, IMAGENET_STD, PAD_MULTIPLE, Detector, to_image_pixels
 from diffperception.models import TimmBackbone
 
 
@@ -82,7 +82,7 @@ class FCOS(Detector):
         resized = [self.resize(image.to(self.device)) for image in images]
         detections = [self.model([image])[0] for image in resized]
         return [
-            _to_image(detection, small.shape, image.shape)
+            to_image_pixels(detection, small.shape, image.shape)
             for detection, small, image in zip(detections, resized, images, strict=True)
         ]
 
