@@ -4,28 +4,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffperception import weights
 from diffperception.models import adm
-from diffperception.models.blocks import (
-    NORM_GROUPS,
-    Attention,
-    Downsample,
-    ResBlock,
-    Stage,
-    Upsample,
-    time_embedding,
-    zeroed,
-)
+from diffperception.models.blocks import NORM_GROUPS, Stage, zeroed
+from diffperception.models.encoder import Encoder, Layers, Resampling, level_widths
 from diffperception.models.normalization import group_norm
-
-Resampling = Literal["block", "conv", "pool"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +26,7 @@ class BlockInfo:
     stride: int
 
 
-class UNet(nn.Module):
+class UNet(Encoder):
     """Noisy images and times to a prediction, for any height and width that halve evenly between levels.
 
     Args:
@@ -79,7 +68,9 @@ class UNet(nn.Module):
         resampling: Resampling = "block",
         checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        layers = Layers(4 * channels, attention, heads, head_channels, dropout, scale_shift, resampling)
+        widths = level_widths(channels, multipliers, attention)
+        super().__init__(in_channels, channels, layers, widths, depth, checkpointing)
         self.arguments: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -95,20 +86,9 @@ class UNet(nn.Module):
             "resampling": resampling,
             "checkpointing": checkpointing,
         }
-        self.in_channels = in_channels
-        self.channels = channels
         self.num_classes = num_classes
-        self.checkpointing = checkpointing
-        self.stride = 2 ** (len(multipliers) - 1)
-        embedding = 4 * channels
-        layers = _Layers(embedding, attention, heads, head_channels, dropout, scale_shift, resampling)
-        widths = _widths(channels, multipliers, attention)
-        self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.label_emb = None if num_classes is None else nn.Embedding(num_classes, embedding)
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.encoder, skips = _encoder(layers, widths, depth)
-        self.middle = layers.middle(widths[-1])
-        self.decoder, self.block_info = _decoder(layers, skips, widths, depth)
+        self.label_emb = None if num_classes is None else nn.Embedding(num_classes, layers.embedding)
+        self.decoder, self.block_info = _decoder(layers, list(self.skip_widths), widths, depth)
         self.out_norm = nn.GroupNorm(NORM_GROUPS, widths[0])
         self.out_conv = zeroed(nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1))
 
@@ -214,98 +194,24 @@ class UNet(nn.Module):
         return [wanted[i] for i in blocks]
 
     def _decoder_outputs(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Iterator[Tensor]:
-        self._check_inputs(x, labels)
-        emb = self.time_embed(time_embedding(t, self.channels).to(x.dtype))
+        self._check_labels(labels)
+        emb = self.embed(x, t)
         if self.label_emb is not None:
             emb = emb + self.label_emb(labels)
         emb = F.silu(emb)
-        # Convolutions of the CPU are fastest on pixels whose channels lie together; group norm of the GPU is not.
-        h = self.stem(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
-        skips = [h]
-        for stage in self.encoder:
-            h = self._run(stage, h, emb)
-            skips.append(h)
-        h = self._run(self.middle, h, emb)
+        *skips, h = self.encode(x, emb)
         for stage in self.decoder:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
             yield h
 
-    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, h, emb, use_reentrant=False)
-        return stage(h, emb)
-
-    def _check_inputs(self, x: Tensor, labels: Tensor | None) -> None:
-        _, channels, height, width = x.shape
-        if channels != self.in_channels:
-            raise ValueError(f"This UNet takes images of {self.in_channels} channels, not {channels}.")
-        if height % self.stride or width % self.stride:
-            smaller, larger = ([_round(side, self.stride, up) for side in (height, width)] for up in (0, 1))
-            raise ValueError(
-                f"This UNet halves images to 1/{self.stride}, which {height} x {width} pixels do not allow; crop to "
-                f"{smaller[0]} x {smaller[1]} or pad to {larger[0]} x {larger[1]}."
-            )
+    def _check_labels(self, labels: Tensor | None) -> None:
         if labels is not None and self.label_emb is None:
             raise ValueError("This UNet has no classes; leave the labels out, or build it with num_classes.")
         if labels is None and self.label_emb is not None:
             raise ValueError(f"This UNet has {self.num_classes} classes; give the labels of the images.")
 
 
-@dataclass(frozen=True)
-class _Layers:
-    """Makes the UNet's layers, all of one kind."""
-
-    embedding: int
-    attention: Sequence[int]
-    heads: int | None
-    head_channels: int
-    dropout: float
-    scale_shift: bool
-    resampling: Resampling
-
-    def residual(self, width_in: int, width: int, resample: Literal["down", "up"] | None = None) -> ResBlock:
-        return ResBlock(width_in, width, self.embedding, self.dropout, self.scale_shift, resample)
-
-    def attend(self, width: int) -> Attention:
-        per_head = self.head_channels if self.heads is None else self.heads
-        if width % per_head:
-            name = "head_channels" if self.heads is None else "heads"
-            raise ValueError(f"A level {width} channels wide cannot be split evenly by {name} = {per_head}.")
-        return Attention(width, width // per_head if self.heads is None else per_head)
-
-    def stage(self, width_in: int, width: int, factor: int) -> list[nn.Module]:
-        attends = [self.attend(width)] if factor in self.attention else []
-        return [self.residual(width_in, width), *attends]
-
-    def middle(self, width: int) -> Stage:
-        return Stage([self.residual(width, width), self.attend(width), self.residual(width, width)])
-
-    def down(self, width: int) -> nn.Module:
-        if self.resampling == "block":
-            return self.residual(width, width, "down")
-        return Downsample(width, learned=self.resampling == "conv")
-
-    def up(self, width: int) -> nn.Module:
-        if self.resampling == "block":
-            return self.residual(width, width, "up")
-        return Upsample(width, learned=self.resampling == "conv")
-
-
-def _encoder(layers: _Layers, widths: list[int], depth: int) -> tuple[nn.ModuleList, list[int]]:
-    """The encoder's stages, and the widths that the stem and they hand to the decoder."""
-    width = widths[0]
-    stages, skips = nn.ModuleList(), [width]
-    for level, level_width in enumerate(widths):
-        for _ in range(depth):
-            stages.append(Stage(layers.stage(width, level_width, 2**level)))
-            skips.append(width := level_width)
-        if level < len(widths) - 1:
-            stages.append(Stage([layers.down(width)]))
-            skips.append(width)
-    return stages, skips
-
-
-def _decoder(layers: _Layers, skips: list[int], widths: list[int], depth: int) -> tuple[nn.ModuleList, list[BlockInfo]]:
+def _decoder(layers: Layers, skips: list[int], widths: list[int], depth: int) -> tuple[nn.ModuleList, list[BlockInfo]]:
     """The decoder's stages and what they give."""
     width = widths[-1]
     stages, info = nn.ModuleList(), []
@@ -317,19 +223,3 @@ def _decoder(layers: _Layers, skips: list[int], widths: list[int], depth: int) -
             info.append(BlockInfo(len(stages), width, 2 ** (level - rises)))
             stages.append(Stage([*stage, layers.up(width)] if rises else stage))
     return stages, info
-
-
-def _widths(channels: int, multipliers: Sequence[float], attention: Sequence[int]) -> list[int]:
-    widths = [round(channels * multiplier) for multiplier in multipliers]
-    if any(width % NORM_GROUPS or not width for width in widths):
-        raise ValueError(
-            f"Every level's width must be a multiple of {NORM_GROUPS}; channels x multipliers are {widths}."
-        )
-    factors = [2**level for level in range(len(widths))]
-    if not set(attention) <= set(factors):
-        raise ValueError(f"The levels' downsampling factors are {factors}; `attention` names {list(attention)}.")
-    return widths
-
-
-def _round(side: int, multiple: int, up: int) -> int:
-    return (side // multiple + (up if side % multiple else 0)) * multiple
