@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -13,17 +14,13 @@ FORMAT = "diffperception-1"
 
 
 def save_model(model: nn.Module, path: str | Path) -> None:
-    """Write a model with an `arguments` attribute (its constructor's, JSON-able) to one file.
+    """Write a model with an `arguments` attribute (its constructor's: JSON-able, or models that have one) to one file.
 
     The file is written beside and renamed, so that an interruption leaves the old one.
     """
     path = Path(path)
-    kind = type(model)
-    header = {
-        "format": FORMAT,
-        "class": f"{kind.__module__}:{kind.__qualname__}",
-        "arguments": json.dumps(model.arguments),
-    }
+    described = _describe(model)
+    header = {"format": FORMAT, "class": described["class"], "arguments": json.dumps(described["arguments"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.touch()
@@ -55,12 +52,31 @@ def load_model(path: str | Path, allow: tuple[str, ...] = ("diffperception",)) -
         raise ValueError(
             f"{path} was not written by diffperception: `diffperception convert` reads foreign checkpoints"
         )
-    model = _resolve(header["class"], path, allow)(**json.loads(header["arguments"]))
+    model = _build(header["class"], json.loads(header["arguments"]), path, allow)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the {type(model).__name__} it describes: {error}") from None
     return model.eval()
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    kind = type(model)
+    arguments: dict[str, Any] = model.arguments  # type: ignore[assignment]
+    return {
+        "class": f"{kind.__module__}:{kind.__qualname__}",
+        "arguments": {k: _describe(v) if isinstance(v, nn.Module) else v for k, v in arguments.items()},
+    }
+
+
+def _build(name: str, arguments: dict[str, Any], path: str | Path, allow: tuple[str, ...]) -> nn.Module:
+    built = {
+        k: _build(v["class"], v["arguments"], path, allow)
+        if isinstance(v, dict) and v.keys() == {"class", "arguments"}
+        else v
+        for k, v in arguments.items()
+    }
+    return _resolve(name, path, allow)(**built)
 
 
 def _resolve(name: str, path: str | Path, allow: tuple[str, ...]) -> type[nn.Module]:

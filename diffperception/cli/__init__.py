@@ -7,6 +7,11 @@ from tqdm import tqdm
 
 PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
 
+TASKS = {  # of the commands that do the same for several; the first is meant where none is named
+    "train": ("detection", "generation"),
+    "evaluate": ("detection", "generation"),
+}
+
 
 def first_process() -> bool:
     """Whether this is the only process, or the one of several (torchrun's, or Lightning's) that prints and writes."""

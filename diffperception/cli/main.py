@@ -3,6 +3,9 @@
 A command is a function of the same name in the module of the same name here. Its signature and docstring are its
 options and its help; nothing is registered. A module is imported only once its command is called, so that `predict`
 does not wait for what only `train` needs.
+
+Some commands do the same for several tasks: `--task generation`, or `task: generation` in a configuration, takes the
+function from the module `NAME_generation`. Without it the task is detection.
 """
 
 import difflib
@@ -13,11 +16,13 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 
+from diffperception.cli import TASKS
+
 COMMANDS = {
     "shapes": "draw the shapes data set (images, COCO annotations, masks)",
     "check": "name every problem of a COCO data set",
-    "train": "train a detector",
-    "evaluate": "score a detector, or a results file, on a COCO data set",
+    "train": "train a detector or a generator of images",
+    "evaluate": "score a detector, a results file, or generated images",
     "benchmark": "measure speeds as ratios to a well-known unit",
     "predict": "detect objects in images: COCO results and pictures",
     "convert": "turn a checkpoint of the reference DiffusionDet into a model file",
@@ -25,7 +30,9 @@ COMMANDS = {
 USAGE = (
     "usage: diffperception COMMAND [--config FILE] [--option value] ...\n\n"
     + "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
-    + "\n\n`diffperception COMMAND --help` explains the options of a command.\n"
+    + "\n\n`diffperception COMMAND --help` explains the options of a command;\n"
+    + "\n".join(f"`{name} --task ... --help` those of {', '.join(tasks)}" for name, tasks in TASKS.items())
+    + ".\n"
 )
 
 
@@ -56,18 +63,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Call command `name` with what the arguments say."""
-    from diffperception.cli.parsing import call
+    from diffperception.cli.parsing import call, chosen_task
 
-    return call(find(name), arguments)
+    require_command(name)
+    return call(find(name, chosen_task(arguments) if name in TASKS else None), arguments)
 
 
-def find(name: str) -> Callable[..., int | None]:
-    """The function of command `name`; ValueError if there is no such command."""
+def require_command(name: str) -> None:
+    """ValueError, naming the nearest, if there is no such command."""
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise ValueError(f"there is no such command; {hint}")
-    return getattr(importlib.import_module(f"diffperception.cli.{name}"), name)
+
+
+def find(name: str, task: str | None = None) -> Callable[..., int | None]:
+    """The function of command `name` for a task, by default its first; ValueError if the command has no such task."""
+    tasks = TASKS.get(name, (None,))
+    task = task or tasks[0]
+    if task not in tasks:
+        raise ValueError(f"there is no task {task!r}: {name} knows {', '.join(map(str, tasks))}")
+    module = name if task == tasks[0] else f"{name}_{task}"
+    return getattr(importlib.import_module(f"diffperception.cli.{module}"), name)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """From a command's signature to a parser, and from a parser's complaint to one sentence."""
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -7,10 +8,14 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import docstring_parser
+import yaml
 from jsonargparse import ArgumentParser, Namespace
+
+from diffperception.cli import TASKS
 
 Command = Callable[..., int | None]
 
@@ -33,6 +38,19 @@ def call(command: Command, arguments: Sequence[str]) -> int:
     return command(*positional, **values) or 0
 
 
+def chosen_task(arguments: Sequence[str]) -> str | None:
+    """The task that arguments name: the last `--task`, else the last `task:` of their configuration files, if any."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task")
+    parser.add_argument("--config", action="append", default=[], type=Path)
+    named, _ = parser.parse_known_args(arguments)
+    if named.task is None:
+        for file in filter(Path.is_file, named.config):
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+            named.task = settings.get("task", named.task) if isinstance(settings, dict) else named.task
+    return named.task
+
+
 def build_parser(command: Command) -> ArgumentParser:
     """The parser whose options are the parameters of `command` and whose help is its docstring."""
     parser = ArgumentParser(
@@ -46,6 +64,9 @@ def build_parser(command: Command) -> ArgumentParser:
         action="config",
         help="YAML file with options; several may be given, each states only what it changes, and the later one wins",
     )
+    if command.__name__ in TASKS:
+        tasks = TASKS[command.__name__]
+        parser.add_argument("--task", default=tasks[0], help=f"{', '.join(tasks)}; each has options of its own")
     parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
     parameters = inspect.signature(command).parameters.values()
     positionals = {p.name: p.annotation for p in parameters if p.kind is p.POSITIONAL_ONLY}

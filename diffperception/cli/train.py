@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
@@ -41,7 +42,7 @@ def train(
     optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 (the defaults are not changed)
     trainer: TrainerOptions = TrainerOptions(),  # noqa: B008
     evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
-    task: type[DetectionTask] = DetectionTask,
+    training: type[DetectionTask] = DetectionTask,
     init: Path | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -67,7 +68,7 @@ def train(
         optimizer: how the weights are updated.
         trainer: how long, on what, and how often it reports.
         evaluation: how it is scored.
-        task: the training step; a class of your own may change it.
+        training: the training step; a class of your own may change it.
         init: start from the weights in this model.safetensors file, of the same model and classes.
         seed: of the weights, the order of images, their changes and the noise.
         resume: go on from last.ckpt in the output folder, or begin if there is none.
@@ -108,11 +109,11 @@ def train(
         )
 
     outcome = fit(
-        task(detector, optimizer, seed),
+        training(detector, optimizer, seed),
         TrainingData(train_set, data.batch_size, data.workers, seed, repeats),
         output,
         trainer,
-        lambda detector: score(detector).metrics,
+        lambda detector, *_: score(cast(Detector, detector)).metrics,
         evaluation.every,
         resume,
         say,
@@ -120,7 +121,7 @@ def train(
     if outcome.signal is not None:
         say(f"stopped after step {outcome.step}; the same command with --resume goes on from {output / CHECKPOINT}")
         return 128 + outcome.signal
-    trained = outcome.detector.to(outcome.device).eval()
+    trained = cast(Detector, outcome.model.to(outcome.device).eval())
     if first_process():
         trained.save(output / WEIGHTS)
     result = score(trained, images=None)

@@ -2,6 +2,7 @@
 
 from diffperception.diffusion.denoiser import Denoiser, Estimate, Network, NetworkDenoiser, clip
 from diffperception.diffusion.guidance import classifier_free_guidance, classifier_guidance
+from diffperception.diffusion.noise import SampleNoise, sample_seed
 from diffperception.diffusion.objective import (
     LossSecondMoment,
     Objective,
@@ -48,6 +49,7 @@ __all__ = [
     "NetworkDenoiser",
     "Objective",
     "Prediction",
+    "SampleNoise",
     "Schedule",
     "Spacing",
     "StraightPath",
@@ -74,6 +76,7 @@ __all__ = [
     "sample_ddpm",
     "sample_dpm_solver",
     "sample_heun",
+    "sample_seed",
     "scale",
     "second_order_x0",
     "target",

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffperception.detection import Detector
-from diffperception.tasks.detection import DetectionTask
 from diffperception.tasks.log import RunLog
+from diffperception.tasks.task import Task
 
+# (averaged model, model in training, step) -> metrics, the most telling first; without an average both are the same.
+Score = Callable[[nn.Module, nn.Module, int], dict[str, float]]
 IMPATIENCE = 3.0  # seconds; torchrun hands Ctrl-C on to processes that got it from the terminal already
 
 
@@ -41,10 +43,10 @@ class Averaging(WeightAveraging):
                 average.copy_(value)
 
     @property
-    def detector(self) -> Detector:
-        """The detector with averaged weights."""
+    def model(self) -> nn.Module:
+        """The model with averaged weights."""
         assert self._average_model is not None
-        return self._average_model.module.detector  # type: ignore[return-value]
+        return self._average_model.module.model  # type: ignore[return-value]
 
 
 class Reporter(Callback):
@@ -63,7 +65,7 @@ class Reporter(Callback):
         self.terms: list[dict[str, Tensor]] = []
         self.busy = 0.0
 
-    def on_train_start(self, trainer: Trainer, task: DetectionTask) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
         options = task.options
         self.say(
             f"{task.images_per_step} images a step, so the learning rate is {options.lr:g} x {task.images_per_step}"
@@ -77,7 +79,7 @@ class Reporter(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self.batch_began = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, task: DetectionTask, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, task: Task, *_: Any) -> None:  # type: ignore[override]
         self.busy += time.perf_counter() - self.batch_began
         self.terms.append(task.terms)
         step = trainer.global_step
@@ -110,7 +112,7 @@ class Reporter(Callback):
         waited = trainer.datamodule.loader.waited  # type: ignore[attr-defined]
         return waited / (waited + self.busy)
 
-    def on_train_end(self, trainer: Trainer, task: DetectionTask) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
         self.bar.close()
         if self.busy:
             self.say(f"waiting for data took {100 * self.waiting(trainer):.1f} % of the training time")
@@ -140,7 +142,7 @@ class Checkpoints(Callback):
         self.saved = 0
         self.between_steps = False
 
-    def on_train_start(self, trainer: Trainer, task: DetectionTask) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
         self.saved = trainer.global_step
         self.between_steps = True
         self.began = time.monotonic()
@@ -157,7 +159,7 @@ class Checkpoints(Callback):
         self.between_steps = False
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, task: DetectionTask, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -182,11 +184,11 @@ class Checkpoints(Callback):
 
 
 class Evaluations(Callback):
-    """Scores the detector every so many steps; a resumed run makes up for the one it was interrupted in.
+    """Scores the model every so many steps; a resumed run makes up for the one it was interrupted in.
 
     Args:
-        score: gives the COCO metrics of a detector.
-        averaging: what holds the averaged detector; None scores the one in training.
+        score: gives the metrics of the averaged model and the one in training at a step, the most telling first.
+        averaging: what holds the averaged model; None if there is no average.
         record: where the metrics go; None in all processes but the first.
         every: steps between evaluations; None for none. There is none after the last step, as the caller makes it.
         say: prints a line.
@@ -194,7 +196,7 @@ class Evaluations(Callback):
 
     def __init__(
         self,
-        score: Callable[[Detector], dict[str, float]],
+        score: Score,
         averaging: Averaging | None,
         record: RunLog | None,
         every: int | None,
@@ -207,25 +209,26 @@ class Evaluations(Callback):
         self.say = say
         self.scored = 0
 
-    def on_train_start(self, trainer: Trainer, task: DetectionTask) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
         self._score_if_due(trainer, task)
 
-    def on_train_batch_end(self, trainer: Trainer, task: DetectionTask, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, task: Task, *_: Any) -> None:  # type: ignore[override]
         self._score_if_due(trainer, task)
 
-    def _score_if_due(self, trainer: Trainer, task: DetectionTask) -> None:
+    def _score_if_due(self, trainer: Trainer, task: Task) -> None:
         step = trainer.global_step
         if not self.every or step % self.every or step in (0, self.scored, trainer.max_steps) or trainer.should_stop:
             return
         self.scored = step
-        detector = self.averaging.detector if self.averaging else task.detector
-        training = detector.training
+        averaged = self.averaging.model if self.averaging else task.model
+        modes = [(model, model.training) for model in (averaged, task.model)]
         with trainer.strategy.precision_plugin.val_step_context():
-            metrics = self.score(detector)
-        detector.train(training)
+            metrics = self.score(averaged, task.model, step)
+        for model, training in modes:
+            model.train(training)
         if self.record is not None:
             self.record.write(step, {f"val/{name}": value for name, value in metrics.items()})
-        self.say(f"step {step}: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+        self.say(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in islice(metrics.items(), 3)))
 
 
 def clock(seconds: float) -> str:

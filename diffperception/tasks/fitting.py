@@ -1,4 +1,4 @@
-"""One training run: from a detector, data and options to trained weights, resumable at any step."""
+"""One training run: from a task, data and options to trained weights, resumable at any step."""
 
 import logging
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
-from diffperception.detection import Detector
-from diffperception.tasks.callbacks import Averaging, Checkpoints, Evaluations, Reporter
+from diffperception.tasks.callbacks import Averaging, Checkpoints, Evaluations, Reporter, Score
 from diffperception.tasks.data import TrainingData
-from diffperception.tasks.detection import DetectionTask
 from diffperception.tasks.log import RunLog
 from diffperception.tasks.options import TrainerOptions
+from diffperception.tasks.task import Task
 
 CHECKPOINT = "last.ckpt"
 
@@ -27,24 +27,24 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        detector: with the averaged weights if there is an average.
+        model: with the averaged weights if there is an average.
         step: updates of the weights made, in all.
         signal: the signal that stopped it early, if one did.
         device: that it was trained on.
     """
 
-    detector: Detector
+    model: nn.Module
     step: int
     signal: int | None
     device: torch.device
 
 
 def fit(
-    task: DetectionTask,
+    task: Task,
     data: TrainingData,
     folder: Path,
     options: TrainerOptions,
-    score: Callable[[Detector], dict[str, float]],
+    score: Score,
     score_every: int | None,
     resume: bool,
     say: Callable[[str], None],
@@ -52,7 +52,7 @@ def fit(
     """Train, writing last.ckpt, metrics.csv and tensorboard/ to `folder`.
 
     Args:
-        score: gives the metrics of a detector; all processes call it every `score_every` steps.
+        score: gives the metrics of a model; all processes call it every `score_every` steps.
         resume: go on from last.ckpt in `folder`.
         say: prints a line.
 
@@ -108,7 +108,7 @@ def fit(
     finally:
         if record:
             record.close()
-    trained = averaging.detector if averaging else task.detector
+    trained = averaging.model if averaging else task.model
     return Outcome(trained, trainer.global_step, checkpoints.signal, trainer.strategy.root_device)
 
 

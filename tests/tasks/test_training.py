@@ -12,10 +12,11 @@ from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet
 from diffperception.tasks.callbacks import Averaging, clock
 from diffperception.tasks.data import TimedLoader
-from diffperception.tasks.detection import DetectionTask, batch_seed
+from diffperception.tasks.detection import DetectionTask
 from diffperception.tasks.evaluation import evaluate_detector, spread
 from diffperception.tasks.log import RunLog
 from diffperception.tasks.options import DataOptions, OptimizerOptions, TrainerOptions
+from diffperception.tasks.task import batch_seed
 from tests.tasks.tiny_data import write_tiny_data
 from tests.tasks.tiny_detector import TinyDetector
 
