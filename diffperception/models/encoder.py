@@ -70,6 +70,10 @@ class Encoder(nn.Module):
         _, channels, height, width = x.shape
         if channels != self.in_channels:
             raise ValueError(f"This {type(self).__name__} takes images of {self.in_channels} channels, not {channels}.")
+        self.check_size(height, width)
+
+    def check_size(self, height: int, width: int) -> None:
+        """ValueError if images of this size do not halve evenly between levels; it says which would do."""
         if height % self.stride or width % self.stride:
             smaller, larger = ([_round(side, self.stride, up) for side in (height, width)] for up in (0, 1))
             raise ValueError(
@@ -93,12 +97,15 @@ class Layers:
     def residual(self, width_in: int, width: int, resample: Literal["down", "up"] | None = None) -> ResBlock:
         return ResBlock(width_in, width, self.embedding, self.dropout, self.scale_shift, resample)
 
-    def attend(self, width: int) -> Attention:
+    def heads_of(self, width: int) -> int:
         per_head = self.head_channels if self.heads is None else self.heads
         if width % per_head:
             name = "head_channels" if self.heads is None else "heads"
             raise ValueError(f"A level {width} channels wide cannot be split evenly by {name} = {per_head}.")
-        return Attention(width, width // per_head if self.heads is None else per_head)
+        return width // per_head if self.heads is None else per_head
+
+    def attend(self, width: int) -> Attention:
+        return Attention(width, self.heads_of(width))
 
     def stage(self, width_in: int, width: int, factor: int) -> list[nn.Module]:
         attends = [self.attend(width)] if factor in self.attention else []
@@ -133,6 +140,11 @@ def _encoder(layers: Layers, widths: list[int], depth: int) -> tuple[nn.ModuleLi
 
 
 def level_widths(channels: int, multipliers: Sequence[float], attention: Sequence[int]) -> list[int]:
+    """The width of each level.
+
+    Raises:
+        ValueError: if one is not a multiple of the norms' groups, or no level has a factor in ``attention``.
+    """
     widths = [round(channels * multiplier) for multiplier in multipliers]
     if any(width % NORM_GROUPS or not width for width in widths):
         raise ValueError(

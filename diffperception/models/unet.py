@@ -89,8 +89,9 @@ class UNet(Encoder):
         self.num_classes = num_classes
         self.label_emb = None if num_classes is None else nn.Embedding(num_classes, layers.embedding)
         self.decoder, self.block_info = _decoder(layers, list(self.skip_widths), widths, depth)
+        self.out_channels = out_channels or in_channels
         self.out_norm = nn.GroupNorm(NORM_GROUPS, widths[0])
-        self.out_conv = zeroed(nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1))
+        self.out_conv = zeroed(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
 
     @classmethod
     def from_reference(
@@ -118,25 +119,8 @@ class UNet(Encoder):
             ValueError: if not one of ``heads`` and ``head_channels`` is given or it does not divide a width, or if
                 weights are missing, left over or of another shape.
         """
-        if (heads is None) == (head_channels is None):
-            raise ValueError(
-                "Give either heads or head_channels (64 in ADM's models): a checkpoint does not tell them."
-            )
-        layout = adm.arguments_of(state) | {"dropout": dropout, "checkpointing": checkpointing}
-        with torch.device("meta"):
-            model = cls(heads=heads, head_channels=head_channels or 64, **layout)
-        renamed = adm.rename(state, heads, head_channels or 64, new_attention_order)
-        expected = {name: value.shape for name, value in model.state_dict().items()}
-        wrong = [
-            name for name in expected | renamed if name not in renamed or expected.get(name) != renamed[name].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"The checkpoint does not fit the UNet that its other weights describe ({layout}): "
-                f"{len(wrong)} weights are missing, left over or of another shape, such as {', '.join(wrong[:5])}."
-            )
-        model.load_state_dict(renamed, assign=True)
-        return model
+        layout = adm.unet_arguments(state) | {"dropout": dropout, "checkpointing": checkpointing}
+        return adm.build(cls, layout, state, heads, head_channels, new_attention_order)
 
     def save(self, path: str | Path) -> None:
         """Write weights and constructor arguments to one safetensors file."""
@@ -144,13 +128,14 @@ class UNet(Encoder):
 
     @classmethod
     def load(cls, path: str | Path) -> "UNet":
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, or take the UNet of a generator's file.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it holds another model, or none.
         """
         model = weights.load_model(path)
+        model = getattr(model, "unet", model)
         if not isinstance(model, cls):
             raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         return model
