@@ -32,11 +32,13 @@ from diffperception.diffusion.sampling import (
 from diffperception.diffusion.schedule import (
     DiscreteSchedule,
     Schedule,
+    ScheduleName,
     StraightPath,
     Time,
     VarianceExploding,
     cosine_schedule,
     linear_schedule,
+    named_schedule,
 )
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "Prediction",
     "SampleNoise",
     "Schedule",
+    "ScheduleName",
     "Spacing",
     "StraightPath",
     "Time",
@@ -67,6 +70,7 @@ __all__ = [
     "heun_step",
     "learned_log_variance",
     "linear_schedule",
+    "named_schedule",
     "nearest_times",
     "noise_level_grid",
     "posterior_log_variance",

@@ -2,11 +2,13 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Time = Tensor | float
+ScheduleName = Literal["linear", "cosine", "straight"]
 
 
 class Schedule(ABC):
@@ -45,7 +47,7 @@ class DiscreteSchedule(Schedule):
             raise ValueError(
                 "Every beta of a schedule must lie strictly between 0 and 1; change the schedule's bounds."
             )
-        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+        alpha_bar = torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
         self.num_timesteps = len(betas)
         # Row 0 is t = -1. A table lives once on each device, so that looking it up never waits for the device.
         self._tables = {torch.device("cpu"): torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])}
@@ -90,14 +92,21 @@ class StraightPath(Schedule):
 def linear_schedule(T: int = 1000) -> DiscreteSchedule:
     """DDPM's schedule, its 1000 steps' bounds 1e-4 and 0.02 scaled to ``T`` steps (arXiv 2102.09672)."""
     scale = 1000 / T
-    return DiscreteSchedule(torch.linspace(scale * 1e-4, scale * 0.02, T, dtype=torch.float64))
+    return DiscreteSchedule(torch.linspace(scale * 1e-4, scale * 0.02, T, dtype=torch.float64, device="cpu"))
 
 
 def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DiscreteSchedule:
     """The schedule of Improved DDPM (arXiv 2102.09672, eq. 17), with every beta at most ``max_beta``."""
-    time = torch.arange(T + 1, dtype=torch.float64) / T
+    time = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
     alpha_bar = torch.cos((time + s) / (1 + s) * math.pi / 2).square()
     return DiscreteSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
+
+
+def named_schedule(name: ScheduleName, num_timesteps: int) -> Schedule:
+    """The path of a name, with so many steps where it is of discrete steps, which the straight one is not."""
+    if name == "straight":
+        return StraightPath()
+    return linear_schedule(num_timesteps) if name == "linear" else cosine_schedule(num_timesteps)
 
 
 def _float64(t: Time) -> Tensor:

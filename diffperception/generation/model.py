@@ -1,8 +1,8 @@
 """A generator of images: a UNet together with the path it was trained on and what its images are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,33 +13,24 @@ from diffperception.diffusion import (
     NetworkDenoiser,
     Objective,
     Prediction,
-    Schedule,
-    StraightPath,
+    ScheduleName,
     classifier_free_guidance,
-    cosine_schedule,
-    linear_schedule,
+    named_schedule,
 )
 from diffperception.models import UNet
-
-ScheduleName = Literal["linear", "cosine", "straight"]
-SCHEDULES: dict[ScheduleName, Callable[[int], Schedule]] = {
-    "linear": linear_schedule,
-    "cosine": cosine_schedule,
-    "straight": lambda _: StraightPath(),
-}
 
 
 class DiffusionModel(nn.Module):
     """A UNet with its path from image to noise: all that sampling needs to know, in one file.
 
     Args:
+        classes: names of the labels, None for a model without.
         unet: the network; with ``learned_range`` it has twice as many channels of output as of input.
         schedule: linear (DDPM), cosine (Improved DDPM) or straight (flow matching; its ``prediction`` is ``flow``).
         num_timesteps: T of the discrete schedules.
         prediction: what the network predicts.
         learned_range: it learns the variance too (Improved DDPM, arXiv 2102.09672).
         image_size: side, or height and width, of the images it learned from; what is sampled by default.
-        classes: names of the labels, None for a model without.
         absent_label: the UNet's last label stands for none, as classifier-free guidance needs.
 
     Raises:
@@ -48,29 +39,29 @@ class DiffusionModel(nn.Module):
 
     def __init__(
         self,
+        classes: Sequence[str] | None,
         unet: UNet,
         schedule: ScheduleName = "linear",
         num_timesteps: int = 1000,
         prediction: Prediction = "eps",
         learned_range: bool = False,
         image_size: int | tuple[int, int] = 64,
-        classes: Sequence[str] | None = None,
         absent_label: bool = False,
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.arguments: dict[str, Any] = {
+            "classes": None if classes is None else list(classes),
             "unet": unet,
             "schedule": schedule,
             "num_timesteps": num_timesteps,
             "prediction": prediction,
             "learned_range": learned_range,
             "image_size": [height, width],
-            "classes": None if classes is None else list(classes),
             "absent_label": absent_label,
         }
         self.unet = unet
-        self.schedule = SCHEDULES[schedule](num_timesteps)
+        self.schedule = named_schedule(schedule, num_timesteps)
         self.prediction = prediction
         self.learned_range = learned_range
         self.image_size = (height, width)
@@ -82,8 +73,8 @@ class DiffusionModel(nn.Module):
         channels, outputs = self.unet.in_channels, self.unet.out_channels
         if outputs != channels * (2 if self.learned_range else 1):
             raise ValueError(
-                f"The UNet has {channels} channels in and {outputs} out: learned_range needs twice as many out, all else"
-                " as many; set unet.out_channels or learned_range."
+                f"The UNet has {channels} channels in and {outputs} out: learned_range needs twice as many out, else"
+                " as many as in; set unet.out_channels or learned_range."
             )
         if (self.prediction == "flow") != (schedule == "straight"):
             raise ValueError("The prediction flow belongs to the schedule straight, and to no other: set both.")

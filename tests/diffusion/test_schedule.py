@@ -12,6 +12,7 @@ from diffperception.diffusion import (
     add_noise,
     cosine_schedule,
     linear_schedule,
+    named_schedule,
 )
 
 
@@ -93,3 +94,12 @@ def test_noised_samples_have_the_paths_mean_and_spread() -> None:
 def test_noising_keeps_the_dtype_of_the_signal() -> None:
     x0 = torch.randn(2, 3, dtype=torch.bfloat16)
     assert add_noise(cosine_schedule(), x0, 500, torch.randn_like(x0)).dtype == torch.bfloat16
+
+
+def test_names_stand_for_their_paths_on_any_default_device() -> None:
+    times = torch.arange(50)
+    with torch.device("meta"):
+        named = [named_schedule(name, 50) for name in ("linear", "cosine")]
+    for schedule, expected in zip(named, (linear_schedule(50), cosine_schedule(50)), strict=True):
+        assert torch.equal(schedule.alpha(times), expected.alpha(times))
+    assert isinstance(named_schedule("straight", 50), StraightPath)
