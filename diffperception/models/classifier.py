@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffperception import weights
+from diffperception.diffusion import ScheduleName, named_schedule
 from diffperception.models import adm
 from diffperception.models.blocks import NORM_GROUPS, zeroed
 from diffperception.models.encoder import Encoder, Layers, Resampling, level_widths
@@ -23,6 +24,7 @@ class NoisyClassifier(Encoder):
 
     Args:
         classes: names of the labels 0..K-1.
+        schedule, num_timesteps: the path its images are noised on, that of the diffusion model it is to guide.
         image_size: height and width of the images, or one number for both. Attention pooling takes this size alone.
         in_channels, channels, multipliers, depth, attention, heads, head_channels, dropout, scale_shift, resampling,
             checkpointing: as for :class:`~diffperception.models.UNet`.
@@ -35,6 +37,8 @@ class NoisyClassifier(Encoder):
     def __init__(
         self,
         classes: Sequence[str],
+        schedule: ScheduleName = "linear",
+        num_timesteps: int = 1000,
         image_size: int | Sequence[int] = 64,
         in_channels: int = 3,
         channels: int = 128,
@@ -55,6 +59,8 @@ class NoisyClassifier(Encoder):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.arguments: dict[str, Any] = {
             "classes": list(classes),
+            "schedule": schedule,
+            "num_timesteps": num_timesteps,
             "image_size": [height, width],
             "in_channels": in_channels,
             "channels": channels,
@@ -70,6 +76,7 @@ class NoisyClassifier(Encoder):
             "checkpointing": checkpointing,
         }
         self.classes = list(classes)
+        self.schedule = named_schedule(schedule, num_timesteps)
         self.image_size = (height, width)
         self.check_size(height, width)
         self.out_norm = nn.GroupNorm(NORM_GROUPS, widths[-1])
@@ -85,6 +92,8 @@ class NoisyClassifier(Encoder):
         cls,
         state: Mapping[str, Tensor],
         classes: Sequence[str] | None = None,
+        schedule: ScheduleName = "linear",
+        num_timesteps: int = 1000,
         heads: int | None = None,
         head_channels: int | None = None,
         new_attention_order: bool = False,
@@ -97,6 +106,7 @@ class NoisyClassifier(Encoder):
         Args:
             state: the checkpoint's state dict; its tensors become the model's.
             classes: names of the classes; numbers if None.
+            schedule, num_timesteps: of the path it was trained on, which a checkpoint does not tell.
             heads, head_channels, new_attention_order: as for :meth:`UNet.from_reference`; the published classifiers
                 have 64 channels a head.
             depth: residual blocks a level, the reference's ``num_res_blocks``; needed where the names fit several.
@@ -109,7 +119,7 @@ class NoisyClassifier(Encoder):
         layout, number = adm.classifier_arguments(state, depth)
         if classes is not None and len(classes) != number:
             raise ValueError(f"{len(classes)} class names are given for a classifier of {number} classes.")
-        make = partial(cls, classes or [str(label) for label in range(number)])
+        make = partial(cls, classes or [str(label) for label in range(number)], schedule, num_timesteps)
         layout |= {"dropout": dropout, "checkpointing": checkpointing}
         return adm.build(make, layout, state, heads, head_channels, new_attention_order)
 
@@ -159,11 +169,12 @@ class NoisyClassifier(Encoder):
         """What :func:`~diffperception.diffusion.classifier_guidance` needs: (x (B, C, H, W), t (B,)) -> (B,) log p.
 
         Args:
-            labels: (B,) int64 classes wanted.
+            labels: (B,) int64 classes wanted; the times are those of :attr:`schedule`.
         """
 
         def log_probability(x: Tensor, t: Tensor) -> Tensor:
-            return -F.cross_entropy(self(x, t).float(), labels, reduction="none")
+            logits = self(x, self.schedule.conditioning(t))
+            return -F.cross_entropy(logits.to(x.dtype), labels.expand(len(x)), reduction="none")
 
         return log_probability
 
