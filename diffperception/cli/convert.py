@@ -1,124 +1,159 @@
-"""`diffperception convert`: a checkpoint of the reference DiffusionDet as a model file of ours."""
+"""`diffperception convert`: checkpoints of the reference programs as model files of ours."""
 
-import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
 
-import numpy as np
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffperception.cli import say
+from diffperception.cli.checkpoints import EMA, read_checkpoint
 from diffperception.coco import labels_of, read_coco
 from diffperception.detection import DiffusionDet
+from diffperception.diffusion import Prediction, ScheduleName
+from diffperception.generation import DiffusionModel
+from diffperception.models import NoisyClassifier, UNet, adm
 
-WEIGHTS = ("model", "state_dict")  # where training programs put the weights
-EMA = "ema_state"
-
-# What numpy's arrays and numbers are pickled with; numpy 2 renamed the module. Nothing here calls what a file names.
-_RECONSTRUCT, _SCALAR = np.empty(0).__reduce__()[0], np.float64().__reduce__()[0]
-_NUMPY: list[Any] = [
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")),
-    *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
+Model = DiffusionDet | DiffusionModel | NoisyClassifier
+USES = {
+    DiffusionDet: "`diffperception evaluate`, `predict` and `train --init`",
+    DiffusionModel: "`diffperception sample`, and as the UNet of detectors and pixel classifiers",
+    NoisyClassifier: "`diffperception sample --classifier`",
+}
 
 
 def convert(
-    checkpoint: Path, output: Path, ema: bool = False, annotations: Path | None = None, overwrite: bool = False
+    checkpoint: Path,
+    output: Path,
+    ema: bool = False,
+    annotations: Path | None = None,
+    heads: int | None = None,
+    head_channels: int | None = None,
+    new_attention_order: bool = False,
+    depth: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    schedule: ScheduleName = "linear",
+    num_timesteps: int = 1000,
+    prediction: Prediction = "eps",
+    overwrite: bool = False,
 ) -> None:
-    """Turn a checkpoint of the reference DiffusionDet into a model file for `evaluate`, `predict` and `train --init`.
+    """Turn a checkpoint of a reference program into a model file.
 
-    Backbone (ResNet-50/101, Swin-T/S/B), classes, stages and widths are read off the weights' names and shapes. Only
-    weights and numbers are read: a checkpoint that would run code is refused.
+    Three kinds are known by their weights' names: detectors of DiffusionDet (ResNet-50/101, Swin-T/S/B), diffusion
+    models of guided-diffusion and improved-diffusion, and noisy classifiers of guided-diffusion. Widths, classes and
+    layouts are read off names and shapes; what those cannot tell of the last two kinds are the options from --heads to
+    --prediction. Only weights and numbers are read: a checkpoint that would run code is refused.
+
+    For example: `diffperception convert --checkpoint lsun_cat.pt --output cat.safetensors --head-channels 64
+    --image-size 256`.
 
     Args:
-        checkpoint: a .pth or .safetensors file: the weights themselves, or a dictionary with them under model,
+        checkpoint: a .pth, .pt or .safetensors file: the weights themselves, or a dictionary with them under model,
             state_dict or ema_state.
         output: the file to write, model.safetensors for example.
         ema: take the averaged weights, under ema_state.
-        annotations: a COCO JSON file whose categories name the classes. Without it 80 classes get COCO's names, any
-            other number of classes are numbered.
+        annotations: a COCO JSON file whose categories name the classes, or a .txt file with a name a line. Without it
+            a detector's 80 classes get COCO's names, any others are numbered.
+        heads: attention heads at every width (the reference's num_heads).
+        head_channels: channels of a head (num_head_channels; 64 in ADM's models); this or heads.
+        new_attention_order: q, k and v come before heads in the attention's weights (use_new_attention_order).
+        depth: residual blocks a level (num_res_blocks), for a classifier whose names fit several.
+        image_size: side, or [height, width], of the images that a diffusion model was trained on.
+        schedule: the path it was trained on (noise_schedule).
+        num_timesteps: steps of the path (diffusion_steps).
+        prediction: what the model predicts.
         overwrite: replace the output file.
     """
     if output.exists() and not overwrite:
         raise ValueError(f"{output} is there already: name another file, or replace it with --overwrite")
     weights, part, parts = read_checkpoint(checkpoint, ema)
-    classes = None if annotations is None else labels_of(read_coco(annotations)["categories"])[1]
-    detector = DiffusionDet.from_reference(weights, classes)
-    detector.save(output)
-    say(f"{checkpoint}{f' ({part})' if part else ''}: {describe(detector)}")
+    classes = None if annotations is None else read_names(annotations)
+    model: Model
+    if adm.is_unet(weights):
+        unet = UNet.from_reference(weights, heads, head_channels, new_attention_order)
+        model = generator(unet, classes, image_size, schedule, num_timesteps, prediction)
+    elif adm.is_classifier(weights):
+        model = NoisyClassifier.from_reference(
+            weights, classes, schedule, num_timesteps, heads, head_channels, new_attention_order, depth
+        )
+    else:
+        require_detector(checkpoint, weights)
+        model = DiffusionDet.from_reference(weights, classes)
+    model.save(output)
+    say(f"{checkpoint}{f' ({part})' if part else ''}: {describe(model)}")
     if EMA in parts and part != EMA:
         say(f"it also has averaged weights ({EMA}): --ema takes those")
-    if detector.classes[0] == "0":
-        say("its classes are numbered: --annotations FILE names them after the categories of a COCO file")
-    say(f"{output}: for `diffperception evaluate`, `predict` and `train --init`")
+    if model.classes and model.classes[0] == "0":
+        say("its classes are numbered: --annotations FILE names them after a COCO file's categories or a .txt's lines")
+    say(f"{output}: for {USES[type(model)]}")
 
 
-def describe(detector: DiffusionDet) -> str:
-    """A line about the model."""
-    parameters = sum(parameter.numel() for parameter in detector.parameters())
-    return (
-        f"DiffusionDet with backbone {detector.arguments['backbone']}, {len(detector.classes)} classes"
-        f" ({', '.join(detector.classes[:3])}{', ...' if len(detector.classes) > 3 else ''}),"
-        f" {detector.arguments['stages']} stages, {parameters / 1e6:.2f} M parameters"
+def read_names(path: Path) -> list[str]:
+    """The names of the classes in a COCO file, or the lines of a .txt file."""
+    if path.suffix == ".txt":
+        return path.read_text().splitlines()
+    return labels_of(read_coco(path)["categories"])[1]
+
+
+def generator(
+    unet: UNet,
+    classes: list[str] | None,
+    image_size: int | tuple[int, int] | None,
+    schedule: ScheduleName,
+    num_timesteps: int,
+    prediction: Prediction,
+) -> DiffusionModel:
+    """The generator that a UNet belongs to; ValueError if there is none or its image size must be given."""
+    channels, outputs = unet.in_channels, unet.out_channels
+    # The upsamplers of guided-diffusion see a small image beside the noisy one.
+    if outputs not in (channels, 2 * channels) or channels == 6:
+        raise ValueError(
+            f"the UNet takes {channels} channels and gives {outputs}: it enlarges images, or is conditioned on another"
+            " one, which is not supported"
+        )
+    if image_size is None:
+        raise ValueError("give --image-size, the side of the images it was trained on: a checkpoint does not tell it")
+    if classes is None and unet.num_classes is not None:
+        classes = [str(label) for label in range(unet.num_classes)]
+    if len(classes or ()) != (unet.num_classes or 0):
+        raise ValueError(f"{len(classes or ())} class names are given for a UNet of {unet.num_classes or 'no'} classes")
+    return DiffusionModel(
+        classes,
+        unet,
+        schedule=schedule,
+        num_timesteps=num_timesteps,
+        prediction=prediction,
+        learned_range=outputs == 2 * channels,
+        image_size=image_size,
     )
 
 
-def read_checkpoint(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str, list[str]]:
-    """The weights in a file of PyTorch or safetensors, by name, on the CPU; no code in the file is run.
-
-    Args:
-        path: the file; its weights may lie under model, state_dict or ema_state.
-        ema: take those under ema_state.
-
-    Returns: the weights; what they were found under, empty if they are the file itself; all that there was of such.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, holds more than weights and numbers, or has no weights at that place.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    content = _load(path)
-    parts = [key for key in (*WEIGHTS, EMA) if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
-    if ema and EMA not in parts:
-        raise ValueError(f"{path} has no averaged weights ({EMA}): leave out --ema")
-    part = EMA if ema else next(iter(parts), "")
-    found = content[part] if part else content
-    if not isinstance(found, Mapping) or not found:
-        raise ValueError(f"{path} holds no weights: a dictionary of tensors is expected")
-    weights = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in found.items()}
-    others = [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]
-    if others:
+def require_detector(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """ValueError if the names of the weights are not even like DiffusionDet's."""
+    if not any(name.startswith("head.head_series.") for name in weights):
         raise ValueError(
-            f"{path} has something else than tensors beside its weights ({', '.join(others[:8])}): it is expected to"
-            f" hold them alone, or under {', '.join(WEIGHTS)} or {EMA}"
+            f"{path} is no checkpoint of the reference DiffusionDet, nor of guided-diffusion's or improved-diffusion's"
+            f" UNet or classifier: its weights are named {', '.join(list(weights)[:3])}, ..."
         )
-    return weights, part, parts
 
 
-def _load(path: Path) -> Any:
-    """What a file holds, if that is tensors, arrays, numbers, texts and collections of them."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_NUMPY):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except Exception as error:  # a damaged file can fail at any instruction of its pickle
-        refused = re.search(r"(?:GLOBAL |got <class ')([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and refused:
-            raise ValueError(
-                f"{path} holds more than weights ({refused[1]}), and reading that could run code: it is refused; ask"
-                " for its weights alone, or save them alone from a program that you trust the file to"
-            ) from None
-        raise ValueError(
-            f"{path} is damaged, or of another format than torch.save's and safetensors' ({type(error).__name__}):"
-            " copy it again"
-        ) from None
+def describe(model: Model) -> str:
+    """A line about the model."""
+    parameters = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
+    if isinstance(model, DiffusionDet):
+        kind = f"DiffusionDet with backbone {model.arguments['backbone']}, {model.arguments['stages']} stages"
+    else:
+        layout = (model.unet if isinstance(model, DiffusionModel) else model).arguments
+        widths = ", ".join(f"{layout['channels'] * multiplier:g}" for multiplier in layout["multipliers"])
+        height, width = model.image_size
+        kind = (
+            f"{type(model).__name__} of {height} x {width} pixels with levels {widths} channels wide,"
+            f" depth {layout['depth']}, {model.arguments['schedule']} path of {model.arguments['num_timesteps']} steps"
+        )
+    return f"{kind}, {describe_classes(model.classes)}, {parameters}"
+
+
+def describe_classes(classes: list[str] | None) -> str:
+    """How many, and the first."""
+    if classes is None:
+        return "no classes"
+    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"

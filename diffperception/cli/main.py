@@ -25,7 +25,7 @@ COMMANDS = {
     "evaluate": "score a detector, a results file, or generated images",
     "benchmark": "measure speeds as ratios to a well-known unit",
     "predict": "detect objects in images: COCO results and pictures",
-    "convert": "turn a checkpoint of the reference DiffusionDet into a model file",
+    "convert": "turn a checkpoint of DiffusionDet or guided-diffusion into a model file",
 }
 USAGE = (
     "usage: diffperception COMMAND [--config FILE] [--option value] ...\n\n"

@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffperception.cli.convert import read_checkpoint
+from diffperception.cli.checkpoints import read_checkpoint
 from diffperception.cli.main import main
 from diffperception.detection import DiffusionDet
-from tests.parity import fill_state
+from diffperception.diffusion import clip, sample_ddim, timestep_grid
+from diffperception.generation import DiffusionModel
+from diffperception.models import NoisyClassifier, UNet
+from tests.parity import FOLDER, arrays, distance, fill_state
 from tests.parity.diffusiondet import RESNET50, SMALL_HEAD, head_shapes, resnet_shapes
 
 BIAS = "head.head_series.1.class_logits.bias"
@@ -168,3 +171,88 @@ def test_the_script_is_the_command(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(Path(__file__).parents[2] / "tools" / "convert.py"), run_name="__main__")
     assert "there is no checkpoint" in capsys.readouterr().err
+
+
+# Checkpoints of guided-diffusion
+
+
+def reference(name: str, kind: str, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A checkpoint as guided-diffusion leaves it: a plain state dict."""
+    shapes = json.loads((FOLDER / f"adm_{name}_keys.json").read_text())
+    state = fill_state({key: tuple(shape) for key, shape in (shapes[kind] if kind else shapes).items()})
+    torch.save(state, tmp_path / "ema_0.9999_500000.pt")
+    return tmp_path / "ema_0.9999_500000.pt", state
+
+
+@torch.no_grad()
+def test_a_converted_generator_samples_what_the_reference_samples(tmp_path, capsys):
+    path, _ = reference("layouts", "half", tmp_path)
+    output = tmp_path / "model.safetensors"
+    assert run(path, output, "--head-channels", "32", "--image-size", "8", "--schedule", "cosine") == 0
+    said = capsys.readouterr().out
+    assert all(
+        part in said for part in ("levels 32, 64 channels wide", "cosine path of 1000 steps", "no classes", "sample")
+    )
+    model, parity = DiffusionModel.load(output), arrays("adm_layouts")
+    assert (model.learned_range, model.classes, model.absent_label) == (True, None, False)
+    grid = timestep_grid(1000, 10, "leading")
+    samples = sample_ddim(clip(model.denoiser()), model.schedule, parity["noise"], grid)
+    assert distance(samples, parity["ddim_cosine"]) < 1e-4
+
+
+def test_a_class_conditional_generator_of_another_layout(tmp_path, capsys):
+    """Four heads, the new order of qkv, five numbered or named classes, grey images that are not square."""
+    path, state = reference("layouts", "conv", tmp_path)
+    options = ["--heads", "4", "--new-attention-order", "--num-timesteps", "4000", "--image-size"]
+    assert run(path, tmp_path / "model.safetensors", *options, "[16, 24]") == 0
+    model = DiffusionModel.load(tmp_path / "model.safetensors")
+    expected = UNet.from_reference(state, heads=4, new_attention_order=True).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.unet.state_dict().items())
+    assert (model.classes, model.image_size, model.schedule.num_timesteps) == (list("01234"), (16, 24), 4000)
+    assert "numbered" in capsys.readouterr().out
+
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\nelk\n")
+    named = ["--overwrite", "--annotations", str(tmp_path / "names.txt")]
+    assert run(path, tmp_path / "model.safetensors", *options, "16", *named) == 0
+    assert DiffusionModel.load(tmp_path / "model.safetensors").classes == ["ant", "bee", "cat", "dog", "elk"]
+    assert "numbered" not in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_a_converted_classifier_classifies_as_the_reference(tmp_path, capsys):
+    path, _ = reference("classifiers", "block", tmp_path)
+    assert run(path, tmp_path / "classifier.safetensors", "--head-channels", "16") == 0
+    assert "--classifier" in capsys.readouterr().out
+    parity = arrays("adm_classifiers")
+    logits = NoisyClassifier.load(tmp_path / "classifier.safetensors")(parity["block_x"], torch.tensor([3, 800]))
+    assert distance(logits, parity["block_logits"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options", "complaint"),
+    [
+        ("layouts", "half", ["--head-channels", "32"], "give --image-size"),
+        ("layouts", "half", ["--image-size", "8"], "Give either heads or head_channels"),
+        ("layouts", "half", ["--heads", "5", "--image-size", "8"], "cannot be split evenly by heads = 5"),
+        ("layouts", "half", ["--heads", "2", "--image-size", "9"], "9 x 9 pixels do not allow"),
+        ("classifiers", "block", ["--heads", "2", "--depth", "2"], "num_res_blocks"),
+    ],
+)
+def test_what_a_checkpoint_does_not_tell_is_asked_for(tmp_path, capsys, name, kind, options, complaint):
+    path, _ = reference(name, kind, tmp_path)
+    assert run(path, tmp_path / "model.safetensors", *options) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_upsamplers_and_wrong_numbers_of_names_are_refused(tmp_path, capsys):
+    path, state = reference("layouts", "half", tmp_path)
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    options = ["--heads", "2", "--image-size", "8"]
+    assert run(path, tmp_path / "model.safetensors", *options, "--annotations", str(tmp_path / "names.txt")) == 2
+    assert "2 class names are given for a UNet of no classes" in capsys.readouterr().err
+    state["input_blocks.0.0.weight"] = torch.cat([state["input_blocks.0.0.weight"]] * 2, dim=1)
+    torch.save(state, path)
+    assert run(path, tmp_path / "model.safetensors", *options) == 2
+    assert "takes 6 channels and gives 6: it enlarges images" in capsys.readouterr().err
