@@ -149,7 +149,10 @@ def _plain(message: str) -> str:
 
 
 def _alternatives(complaint: re.Match[str]) -> str:
-    """`expected int or list[int], got x` for a value that is none of several types."""
+    """`expected int or list[int], got x` for a value that is none of several types; for a class, its complaint."""
+    of_class = re.search(r" - (?:.* - )?(.*) Given value type: <class '(?:dict|jsonargparse\.\S*)'>", complaint[0])
+    if of_class:
+        return of_class[1]
     found = re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)", complaint[0])
     if not found:
         return complaint[0]

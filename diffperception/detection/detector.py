@@ -21,11 +21,7 @@ from diffperception.detection.matcher import PaddedTargets, match
 from diffperception.detection.pooling import FeaturePyramid
 from diffperception.detection.sampler import SamplerOptions, Step, sample_boxes, select_detections
 from diffperception.diffusion import add_noise, cosine_schedule
-from diffperception.models import FPN, TimmBackbone, pad_images
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-PAD_MULTIPLE = 32
+from diffperception.models import FPN, Backbone, build_backbone, pad_images
 
 
 class Detector(nn.Module, ABC):
@@ -40,7 +36,7 @@ class Detector(nn.Module, ABC):
         class_frequencies: (K,) number of training images with each class; training sets it, ones before.
     """
 
-    arguments: dict[str, Any]  # of the constructor; JSON-able; `save` writes them beside the weights
+    arguments: dict[str, Any]  # of the constructor: JSON-able, or models that have some; `save` writes them
     class_frequencies: Tensor
 
     def __init__(self, classes: Sequence[str], min_size: int | None = None, max_size: int | None = None):
@@ -115,10 +111,10 @@ class DiffusionDet(Detector):
 
     Args:
         classes: names of the classes; label k is `classes[k]`.
-        backbone: timm model name.
+        backbone: timm model name, or a backbone such as a UNetBackbone.
         pretrained: start from timm's ImageNet weights (needs the network once).
-        freeze_norm: batch norm of the backbone with fixed statistics; leave it off when training from scratch.
-        strides: of the pyramid's levels, finest first, each twice the one before.
+        freeze_norm: batch norm of a timm backbone with fixed statistics; leave it off when training from scratch.
+        strides: of the pyramid's levels, finest first, each twice the one before; those of a backbone already built.
         width: channels of the pyramid and of a box's feature.
         fpn_norm: batch norm in the pyramid; helps training from scratch.
         stages: refinements a pass through the head.
@@ -146,7 +142,7 @@ class DiffusionDet(Detector):
     def __init__(
         self,
         classes: Sequence[str],
-        backbone: str = "resnet50",
+        backbone: str | Backbone = "resnet50",
         pretrained: bool = False,
         freeze_norm: bool = False,
         strides: Sequence[int] = (4, 8, 16, 32),
@@ -181,7 +177,9 @@ class DiffusionDet(Detector):
         self.federated_classes = federated_classes
         self.loss_weights = LossWeights(classification=class_loss_weight)
         self.schedule = cosine_schedule(num_timesteps)
-        self.backbone = FPN(TimmBackbone(backbone, strides, pretrained, freeze_norm), width, fpn_norm)
+        body = build_backbone(backbone, strides, pretrained, freeze_norm)
+        self.pad_multiple = body.multiple
+        self.backbone = FPN(body, width, fpn_norm)
         self.head = DynamicHead(
             len(self.classes),
             stages,
@@ -193,8 +191,8 @@ class DiffusionDet(Detector):
             num_heads,
             box_layers,
         )
-        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", 255 * torch.tensor(body.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(body.std).view(3, 1, 1), persistent=False)
         self.warned_of_crowds = False
         self.to(memory_format=torch.channels_last)
 
@@ -229,7 +227,7 @@ class DiffusionDet(Detector):
 
     def features(self, images: list[Tensor]) -> FeaturePyramid:
         """The pyramid of images padded together."""
-        batch = pad_images(images, self.mean, self.std, PAD_MULTIPLE)
+        batch = pad_images(images, self.mean, self.std, self.pad_multiple)
         return FeaturePyramid.from_maps(self.backbone(batch), self.backbone.strides)
 
     def loss(
@@ -375,7 +373,7 @@ class DiffusionDet(Detector):
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
-            groups.setdefault(tuple(-(-side // PAD_MULTIPLE) for side in image.shape[-2:]), []).append(i)
+            groups.setdefault(tuple(-(-side // self.pad_multiple) for side in image.shape[-2:]), []).append(i)
         pyramids = [self.features([images[i] for i in members]) for members in groups.values()]
         position = [i for members in groups.values() for i in members]
         return FeaturePyramid.join(pyramids, sorted(range(len(images)), key=position.__getitem__))

@@ -11,8 +11,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
-from diffperception.detection.detector import IMAGENET_MEAN, IMAGENET_STD, PAD_MULTIPLE, Detector, to_image_pixels
-from diffperception.models import TimmBackbone
+from diffperception.detection.detector import Detector, to_image_pixels
+from diffperception.models import Backbone, build_backbone
 
 
 class FCOS(Detector):
@@ -20,9 +20,9 @@ class FCOS(Detector):
 
     Args:
         classes: names of the classes; label k is `classes[k]`.
-        backbone: timm model name.
+        backbone: timm model name, or a backbone such as a UNetBackbone.
         pretrained: start from timm's ImageNet weights (needs the network once).
-        freeze_norm: batch norm of the backbone with fixed statistics.
+        freeze_norm: batch norm of a timm backbone with fixed statistics.
         strides: of the backbone's maps that the pyramid uses, finest first; two coarser levels are added.
         width: channels of the pyramid; at least 64, a multiple of 32.
         fpn_norm: batch norm in the pyramid.
@@ -34,7 +34,7 @@ class FCOS(Detector):
     def __init__(
         self,
         classes: Sequence[str],
-        backbone: str = "resnet50",
+        backbone: str | Backbone = "resnet50",
         pretrained: bool = False,
         freeze_norm: bool = False,
         strides: Sequence[int] = (8, 16, 32),
@@ -49,10 +49,10 @@ class FCOS(Detector):
             raise ValueError(f"FCOS needs a width of 64 or more, in multiples of 32 (its group norm), not {width}")
         super().__init__(classes, min_size, max_size)
         self.arguments = arguments
-        pyramid = _Pyramid(TimmBackbone(backbone, strides, pretrained, freeze_norm), width, fpn_norm)
+        body = build_backbone(backbone, strides, pretrained, freeze_norm)
         levels = [strides[0] * 2**i for i in range(len(strides) + 2)]
         self.model = fcos.FCOS(
-            pyramid,
+            _Pyramid(body, width, fpn_norm),
             num_classes=len(self.classes),
             anchor_generator=AnchorGenerator(tuple((s,) for s in levels), ((1.0,),) * len(levels)),
             detections_per_img=max_detections,
@@ -60,9 +60,9 @@ class FCOS(Detector):
         self.model.transform = _NormaliseAndPad(
             min_size=1,
             max_size=1,
-            image_mean=list(IMAGENET_MEAN),
-            image_std=list(IMAGENET_STD),
-            size_divisible=PAD_MULTIPLE,
+            image_mean=list(body.mean),
+            image_std=list(body.std),
+            size_divisible=body.multiple,
         )
 
     def loss(
@@ -97,7 +97,7 @@ class _NormaliseAndPad(GeneralizedRCNNTransform):
 class _Pyramid(nn.Module):
     """P3 to P7 as torchvision's detectors want them: an ordered dict of maps, and `out_channels`."""
 
-    def __init__(self, backbone: TimmBackbone, width: int, norm: bool):
+    def __init__(self, backbone: Backbone, width: int, norm: bool):
         super().__init__()
         self.backbone = backbone
         self.out_channels = width

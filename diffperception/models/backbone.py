@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import freeze_batch_norm_2d
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
@@ -15,7 +16,25 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 
-class TimmBackbone(nn.Module):
+class Backbone(nn.Module):
+    """Images to feature maps, which a pyramid and a detector are built on; yours may derive from it.
+
+    A detector saves one that it was given by an attribute `arguments`, the constructor's.
+
+    Attributes:
+        channels, strides: of the maps, finest first, each stride twice the one before.
+        multiple: of which the images' height and width are.
+        mean, std: that images are normalised with, of pixels in 0..1.
+    """
+
+    channels: list[int]
+    strides: list[int]
+    multiple: int = 32
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+
+
+class TimmBackbone(Backbone):
     """The feature maps of a timm model; those of a Swin are layer-normalised, as its detectors do.
 
     Args:
@@ -82,10 +101,28 @@ class FusedFrozenBatchNorm2d(FrozenBatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
+def build_backbone(
+    backbone: str | Backbone, strides: Sequence[int], pretrained: bool = False, freeze_norm: bool = False
+) -> Backbone:
+    """The backbone that a detector's arguments describe: a timm model by its name, or one already built.
+
+    Raises:
+        ValueError: as :class:`TimmBackbone`, or if one already built has other strides.
+    """
+    if isinstance(backbone, str):
+        return TimmBackbone(backbone, strides, pretrained, freeze_norm)
+    if backbone.strides != list(strides):
+        raise ValueError(
+            f"the {type(backbone).__name__} gives maps at strides {backbone.strides}, not {list(strides)}: set the"
+            f" detector's strides to {backbone.strides}"
+        )
+    return backbone
+
+
 class FPN(nn.Module):
     """Lateral 1x1 convolutions, top-down sums, 3x3 convolutions (arXiv 1612.03144) over a backbone's maps."""
 
-    def __init__(self, backbone: TimmBackbone, width: int = 256, norm: bool = False):
+    def __init__(self, backbone: Backbone, width: int = 256, norm: bool = False):
         super().__init__()
         self.backbone = backbone
         self.strides = backbone.strides

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffperception.detection import Detector
-from diffperception.models import TimmBackbone
+from diffperception.models import Backbone
 from diffperception.tasks.options import OptimizerOptions
 from diffperception.tasks.task import Task
 
@@ -20,7 +20,7 @@ class DetectionTask(Task):
 
     def __init__(self, model: Detector, options: OptimizerOptions, seed: int):
         super().__init__(model, options, seed)
-        self.backbones = [name + "." for name, module in model.named_modules() if isinstance(module, TimmBackbone)]
+        self.backbones = [name + "." for name, module in model.named_modules() if isinstance(module, Backbone)]
 
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         images, targets = batch
