@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import box_iou
+from torchvision.utils import make_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,11 +124,16 @@ def trajectory_strip(
     return stack([*pictures, titled(last, f"detections (score from {threshold:g})")])
 
 
-def curves(csv_path: str | Path) -> Image.Image:
-    """Losses and AP over the steps of a run, from its `metrics.csv`.
+def image_grid(images: Sequence[Tensor], columns: int | None = None) -> Image.Image:
+    """Images of one size, float (C, H, W) in 0..1 with 1 or 3 channels, in rows; about as many rows as columns."""
+    return to_picture(make_grid(list(images), columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=1.0))
 
-    Columns that begin with `loss` are losses, AP, AP50 and AP75 are drawn beside them; a prefix such as `train/` does
-    not count.
+
+def curves(csv_path: str | Path) -> Image.Image:
+    """Losses and scores over the steps of a run, from its `metrics.csv`.
+
+    Columns that begin with `loss` are losses; those that begin with `held_out`, and AP, AP50 and AP75, are drawn beside
+    them; a prefix such as `train/` does not count.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or no number in it.
@@ -135,7 +141,9 @@ def curves(csv_path: str | Path) -> Image.Image:
     series = read_metrics(csv_path)
     losses = {name: points for name, points in series.items() if name.startswith("loss")}
     scores: dict[str, Points] = {name: series[name] for name in ("AP", "AP50", "AP75") if name in series}
-    panels = [(kind, lines) for kind, lines in (("training loss", losses), ("validation AP", scores)) if lines]
+    held_out = {name: points for name, points in series.items() if name.startswith("held_out")}
+    kinds = (("training loss", losses), ("held-out loss", held_out), ("validation AP", scores))
+    panels = [(kind, lines) for kind, lines in kinds if lines]
     if not panels:
         raise ValueError(f"{csv_path} has no loss and no AP: nothing was logged yet")
     figure = _figure(len(panels))

@@ -1,38 +1,31 @@
 """`diffperception train`."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import torch
-import yaml
 
 from diffperception.cli import first_process, say
 from diffperception.cli.evaluate import finish, load_detector
-from diffperception.cli.report import draw_pictures, write_text
+from diffperception.cli.report import draw_pictures
+from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopped, say_where, start_or_go_on
 from diffperception.data import CocoDetection
 from diffperception.detection import Detector
 from diffperception.detection.evaluation import CocoResult
 from diffperception.tasks.data import TrainingData
 from diffperception.tasks.detection import DetectionTask
 from diffperception.tasks.evaluation import EVALUATORS, evaluate_detector, require_classes
-from diffperception.tasks.fitting import CHECKPOINT, checkpoint_step, fit
+from diffperception.tasks.fitting import fit
 from diffperception.tasks.log import RunLog
 from diffperception.tasks.options import DataOptions, EvaluationOptions, OptimizerOptions, TrainerOptions
 from diffperception.visualize import curves, save_png
 
-WEIGHTS = "model.safetensors"
-WRITTEN = (
-    "config.yaml",
-    CHECKPOINT,
-    WEIGHTS,
-    "metrics.csv",
-    "metrics.json",
-    "detections.json",
-    "pictures",
-    "tensorboard",
-)
+FILES = {
+    WEIGHTS: "the trained detector, for `diffperception evaluate` and `predict`",
+    "pictures": "predictions beside ground truth, noise turning into boxes, curves.png",
+    **LOGS,
+}
 
 
 def train(
@@ -85,11 +78,7 @@ def train(
     detector.class_frequencies.copy_(torch.from_numpy(train_set.images_per_class()))
     if init is not None:
         start_from(detector, init, val_set)
-    resume = resume and (output / CHECKPOINT).exists()
-    if resume:
-        say(f"going on after step {checkpoint_step(output / CHECKPOINT)} of {output / CHECKPOINT}")
-    if first_process():
-        start_folder(output, overwrite, resolved)
+    resume = start_or_go_on(output, resume, overwrite, resolved)
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     say(
         f"{type(detector).__name__} with {parameters / 1e6:.1f} M parameters learns {len(train_set.classes)} classes"
@@ -119,8 +108,7 @@ def train(
         say,
     )
     if outcome.signal is not None:
-        say(f"stopped after step {outcome.step}; the same command with --resume goes on from {output / CHECKPOINT}")
-        return 128 + outcome.signal
+        return say_stopped(output, outcome.step, outcome.signal)
     trained = cast(Detector, outcome.model.to(outcome.device).eval())
     if first_process():
         trained.save(output / WEIGHTS)
@@ -132,32 +120,8 @@ def train(
         log.close()
         draw_pictures(trained, val_set, output / "pictures", evaluation.pictures, seed)
         save_png(curves(output / "metrics.csv"), output / "pictures" / "curves.png")
-    say_where(output)
+    say_where(output, FILES)
     return 0
-
-
-def require_room(output: Path, resume: bool, overwrite: bool) -> None:
-    """ValueError if the folder holds a run and the user has not said what shall become of it."""
-    if resume and overwrite:
-        raise ValueError("give either --resume, to go on with the run, or --overwrite, to replace it")
-    found = [name for name in WRITTEN if (output / name).exists()]
-    if found and not (resume or overwrite):
-        raise ValueError(
-            f"{output} already holds a run ({', '.join(found)}): go on with it with --resume, replace it with"
-            " --overwrite, or choose another --output"
-        )
-
-
-def start_folder(output: Path, overwrite: bool, resolved: str) -> None:
-    """Remove the files of a run that is to be replaced, and write the options."""
-    for path in (output / name for name in WRITTEN if overwrite):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    settings = yaml.safe_load(resolved) or {}
-    kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite", "debug")}
-    write_text(output / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
 
 
 def start_from(detector: Detector, path: Path, dataset: CocoDetection) -> None:
@@ -168,15 +132,3 @@ def start_from(detector: Detector, path: Path, dataset: CocoDetection) -> None:
         detector.load_state_dict(source.state_dict())
     except RuntimeError:
         raise ValueError(f"{path} holds a {type(source).__name__} of another shape than the configured model") from None
-
-
-def say_where(output: Path) -> None:
-    """Name the files of a finished run."""
-    files = {
-        WEIGHTS: "the trained detector, for `diffperception evaluate` and `predict`",
-        "pictures": "predictions beside ground truth, noise turning into boxes, curves.png",
-        CHECKPOINT: "what --resume goes on from",
-        "metrics.csv": "losses and AP over the steps; also `tensorboard --logdir " + str(output) + "`",
-        "config.yaml": "all options; use it as --config to repeat the run",
-    }
-    say("\n".join(f"{output / name}: {text}" for name, text in files.items()))

@@ -63,6 +63,8 @@ def fit(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
+    # Of 1 x 1 kernels, whose two memory layouts are the same.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     checkpoint = folder / CHECKPOINT
     first = checkpoint_step(checkpoint) if resume else 0
     record = RunLog(folder, after=first) if rank_zero_only.rank == 0 else None  # type: ignore[attr-defined]

@@ -1,0 +1,166 @@
+"""Folders of pictures: what generators learn from, and classifiers of whole images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from diffperception.coco import read_coco
+from diffperception.data.images import BrokenImageError, read_image
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+
+
+class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
+    """Random crops of the pictures in a folder.
+
+    Sample i is (image, target): float32 (C, height, width), 0..1; ``label`` (its folder's place among the classes, or
+    None), ``image_id`` (i) and ``path``. All draws come from torch's global generator (see `SeededSamples`).
+
+    Args:
+        folder: searched with all folders in it.
+        image_size: height and width of the crops.
+        short_side: pictures are first resized to this short side; by default as small as holds a crop.
+        annotations: COCO JSON file; only the pictures it lists are used.
+        labelled: the folders directly in `folder` are classes.
+        channels: 3 (RGB) or 1 (grey).
+        horizontal_flip, vertical_flip: shares of crops that are mirrored.
+        on_broken: what to do at a picture that cannot be read: stop, or take the next one.
+        cached: how many pictures are kept decoded in memory.
+
+    Raises:
+        FileNotFoundError: no such folder, or no picture in it.
+        ValueError: a picture is broken, or smaller than a crop.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        image_size: tuple[int, int],
+        short_side: int | None = None,
+        annotations: Path | None = None,
+        labelled: bool = False,
+        channels: int = 3,
+        horizontal_flip: float = 0.5,
+        vertical_flip: float = 0.0,
+        on_broken: Literal["stop", "skip"] = "stop",
+        cached: int = 0,
+    ):
+        if short_side is not None and short_side < max(image_size):
+            raise ValueError(
+                f"data.short_side is {short_side}, but crops of {image_size[0]} x {image_size[1]} pixels are wanted:"
+                f" make it at least {max(image_size)}"
+            )
+        self.folder, self.image_size, self.short_side, self.channels = folder, image_size, short_side, channels
+        sizes = {path: picture_size(path, on_broken) for path in list_pictures(folder, annotations)}
+        self.paths = [path for path, size in sizes.items() if size is not None]
+        self.skipped = len(sizes) - len(self.paths)
+        self._require_pictures(sizes)
+        self.classes = class_folders(folder) if labelled else None
+        if labelled and any(path.parent == folder for path in self.paths):
+            raise ValueError(f"{folder} holds pictures outside of any class: give each class a folder of its own")
+        self.flips = v2.Compose([v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)])
+        self.on_broken, self.cached = on_broken, cached
+        self._kept: dict[int, Tensor] = {}
+
+    def _require_pictures(self, sizes: dict[Path, tuple[int, int] | None]) -> None:
+        if not self.paths:
+            raise FileNotFoundError(f"there is no picture that can be read in {self.folder}")
+        small = [path for path in self.paths if min(sizes[path] or ()) < min(self.image_size) // 2]
+        if small:
+            height, width = sizes[small[0]] or (0, 0)
+            raise ValueError(
+                f"{small[0]} has {height} x {width} pixels, less than half of the {self.image_size[0]} x"
+                f" {self.image_size[1]} wanted{f', and so have {len(small) - 1} others' if len(small) > 1 else ''}:"
+                " remove what is so small, or learn smaller images"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        path = self.paths[index]
+        try:
+            image = self.flips(self._crop(self._picture(index)))
+        except BrokenImageError:
+            if self.on_broken == "stop":
+                raise
+            return self[(index + 1) % len(self)]
+        label = None if self.classes is None else self.classes.index(path.relative_to(self.folder).parts[0])
+        return F.to_dtype(image, torch.float32, scale=True), {"label": label, "image_id": index, "path": str(path)}
+
+    def _picture(self, index: int) -> Tensor:
+        if index in self._kept:
+            return self._kept[index]
+        image = self._read(index)
+        if len(self._kept) < self.cached:
+            self._kept[index] = image
+        return image
+
+    def _read(self, index: int) -> Tensor:
+        """A picture, uint8 (C, H, W), resized so that a crop fits in it."""
+        image = read_image(self.paths[index])
+        if self.channels == 1:
+            image = F.rgb_to_grayscale(image)
+        height, width = image.shape[-2:]
+        fit = max(self.image_size[0] / height, self.image_size[1] / width)
+        factor = fit if self.short_side is None else max(fit, self.short_side / min(height, width))
+        if factor == 1:
+            return image
+        return F.resize(image, [round(height * factor), round(width * factor)], antialias=True)
+
+    def _crop(self, image: Tensor) -> Tensor:
+        slack = [have - want for have, want in zip(image.shape[-2:], self.image_size, strict=True)]
+        top, left = (int(torch.randint(0, room + 1, ())) for room in slack)
+        return F.crop(image, top, left, *self.image_size)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, which are the classes of the pictures in them; ValueError for none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not names:
+        raise ValueError(f"{folder} holds no folders: labelled pictures are in folders of their classes")
+    return names
+
+
+def list_pictures(folder: Path, annotations: Path | None = None) -> Sequence[Path]:
+    """The pictures below a folder, or those of them that a COCO file lists, in the order of their names.
+
+    Raises:
+        FileNotFoundError: no such folder, or no picture in it, or one that the file lists is missing.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if annotations is not None:
+        paths = [folder / image["file_name"] for image in read_coco(annotations)["images"]]
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{annotations} lists {missing[0]}, which is missing, among {len(missing)} in all")
+    else:
+        paths = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    if not paths:
+        raise FileNotFoundError(f"there is no picture in {folder}")
+    return sorted(paths)
+
+
+def picture_size(path: Path, on_broken: Literal["stop", "skip"]) -> tuple[int, int] | None:
+    """Height and width from a picture's header; None for a broken one that is to be left out.
+
+    Raises:
+        BrokenImageError: the header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # Pillow raises many kinds on bad bytes
+        if on_broken == "skip":
+            return None
+        raise BrokenImageError(f"the image {path} cannot be read: {error}") from error
