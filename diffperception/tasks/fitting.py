@@ -65,6 +65,8 @@ def fit(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
     # Of 1 x 1 kernels, whose two memory layouts are the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Of a frozen backbone.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     checkpoint = folder / CHECKPOINT
     first = checkpoint_step(checkpoint) if resume else 0
     record = RunLog(folder, after=first) if rank_zero_only.rank == 0 else None  # type: ignore[attr-defined]
