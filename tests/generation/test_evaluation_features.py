@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -56,7 +57,7 @@ def test_features_do_not_depend_on_the_batch() -> None:
 
 def test_weights_of_ones_own_are_used_and_their_classifier_is_not() -> None:
     torch.manual_seed(1)
-    model = timm.create_model("resnet18", num_classes=7).eval()
+    model: Any = timm.create_model("resnet18", num_classes=7).eval()
     network = feature_network("resnet18", model.state_dict(), side=32)
     batch = network.transform(IMAGE)[None]
     expected = model.forward_head(model.forward_features(batch), pre_logits=True)
