@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from diffperception.cli.main import find
-from diffperception.cli.parsing import build_parser, parse
+from diffperception.cli.parsing import build_parser, chosen_task, parse
 from diffperception.detection import Detector
+from diffperception.generation import DiffusionModel
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-COMMANDS = {"detection": "train"}  # which command the configurations of a folder are for
 
 
 def files_of(path: Path) -> list[Path]:
@@ -23,15 +25,39 @@ def shipped() -> list[Path]:
 
 
 def test_there_are_configurations() -> None:
-    assert shipped()
+    assert {path.parent.name for path in shipped()} == {"detection", "generation"}  # each is tested below
 
 
-@pytest.mark.parametrize("path", shipped(), ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_a_configuration_is_accepted_and_its_model_built(path: Path) -> None:
-    command = find(COMMANDS[path.relative_to(CONFIGS).parts[0]])
+def parsed(path: Path) -> tuple[ArgumentParser, Namespace]:
+    arguments = [part for file in files_of(path) for part in ("--config", str(file))]
+    command = find("train", chosen_task(arguments))
     parser = build_parser(command)
-    options = parse(parser, command, [part for file in files_of(path) for part in ("--config", str(file))])
+    return parser, parse(parser, command, arguments)
+
+
+def write_generator(run: Path, file: Path) -> None:
+    """Write what the shipped configuration whose output is `run` would train, untrained."""
+    recipes = [path for path in shipped() if yaml.safe_load(path.read_text()).get("output") == str(run)]
+    assert len(recipes) == 1, f"one configuration writes {run}"
+    parser, options = parsed(recipes[0])
+    model = parser.instantiate(options).model(None)
+    assert isinstance(model, DiffusionModel)
+    model.save(file)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "detection").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_detectors_configuration_is_accepted_and_it_is_built(path: Path, tmp_path: Path) -> None:
+    parser, options = parsed(path)
     options.model.init_args.pretrained = False  # weights of the backbone would come from the network
+    backbone = options.model.init_args.backbone
+    if isinstance(backbone, Namespace):
+        write_generator(Path(backbone.init_args.unet).parent, tmp_path / "model.safetensors")
+        backbone.init_args.unet = str(tmp_path / "model.safetensors")
     model = parser.instantiate(options).model(["one", "two", "three"])
     assert isinstance(model, Detector)
     assert model.classes == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "generation").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_generators_configuration_is_accepted(path: Path) -> None:
+    parsed(path)
