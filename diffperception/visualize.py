@@ -132,8 +132,8 @@ def image_grid(images: Sequence[Tensor], columns: int | None = None) -> Image.Im
 def curves(csv_path: str | Path) -> Image.Image:
     """Losses and scores over the steps of a run, from its `metrics.csv`.
 
-    Columns that begin with `loss` are losses; those that begin with `held_out`, and AP, AP50 and AP75, are drawn beside
-    them; a prefix such as `train/` does not count.
+    Columns that begin with `loss` are losses; those that begin with `held_out` or `accuracy`, and AP, AP50 and AP75,
+    are drawn beside them; a prefix such as `train/` does not count.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or no number in it.
@@ -142,7 +142,13 @@ def curves(csv_path: str | Path) -> Image.Image:
     losses = {name: points for name, points in series.items() if name.startswith("loss")}
     scores: dict[str, Points] = {name: series[name] for name in ("AP", "AP50", "AP75") if name in series}
     held_out = {name: points for name, points in series.items() if name.startswith("held_out")}
-    kinds = (("training loss", losses), ("held-out loss", held_out), ("validation AP", scores))
+    accuracy = {name: points for name, points in series.items() if name.startswith("accuracy")}
+    kinds = (
+        ("training loss", losses),
+        ("held-out loss", held_out),
+        ("validation accuracy", accuracy),
+        ("validation AP", scores),
+    )
     panels = [(kind, lines) for kind, lines in kinds if lines]
     if not panels:
         raise ValueError(f"{csv_path} has no loss and no AP: nothing was logged yet")

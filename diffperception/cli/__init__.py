@@ -8,7 +8,7 @@ from tqdm import tqdm
 PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
 
 TASKS = {  # of the commands that do the same for several; the first is meant where none is named
-    "train": ("detection", "generation"),
+    "train": ("detection", "generation", "classifier"),
     "evaluate": ("detection", "generation"),
 }
 

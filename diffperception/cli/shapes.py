@@ -31,7 +31,7 @@ def shapes(
         seed: another seed gives other pictures.
         min_side: smallest height and width of a picture, in pixels.
         max_side: largest height and width of a picture, in pixels.
-        max_objects: most objects in a picture.
+        max_objects: most objects in a picture; with 1, pictures lie in folders of their object's class.
         min_size: smallest length of an object, in pixels.
         workers: processes that draw; null: one for each core.
     """

@@ -29,7 +29,8 @@ class ShapesSettings:
         seed: another seed gives other pictures.
         min_side: smallest height and width of a picture in pixels.
         max_side: largest height and width of a picture in pixels.
-        max_objects: most objects in a picture; half as many are the least, where there is room.
+        max_objects: most objects in a picture; half as many are the least, where there is room. With 1, pictures lie
+            in folders of their object's class.
         min_size: smallest length of a shape in pixels; the largest is 0.6 of the picture's shorter side.
     """
 
@@ -148,6 +149,10 @@ def _write_scene(
     rng = np.random.default_rng([settings.seed, int(split == "val"), index])
     scene = draw_scene(rng, settings.min_side, settings.max_side, settings.max_objects, settings.min_size)
     name = f"{index:06d}.png"
+    if settings.max_objects == 1:
+        name = f"{CLASSES[int(scene.labels[0])]}/{name}"
+        for part in (folder / split, folder / "masks" / split):
+            (part / name).parent.mkdir(exist_ok=True)
     Image.fromarray(scene.image).save(folder / split / name, compress_level=1)
     Image.fromarray(scene.class_mask).save(folder / "masks" / split / name)
     height, width = scene.owner.shape

@@ -39,6 +39,14 @@ def test_folder_reads_as_coco_with_masks(drawn, split, count):
         np.testing.assert_array_equal(mask, scene.class_mask)
 
 
+def test_pictures_of_one_object_lie_in_folders_of_its_class(tmp_path):
+    write_shapes(tmp_path / "shapes", ShapesSettings(train=8, val=0, max_objects=1), workers=1)
+    dataset = CocoDetection(tmp_path / "shapes" / "annotations" / "instances_train.json", tmp_path / "shapes" / "train")
+    for name, (_, target) in zip(dataset.file_names, dataset, strict=True):
+        assert [dataset.classes[label] for label in target["labels"]] == [Path(name).parent.name]
+        assert (tmp_path / "shapes" / "masks" / "train" / name).is_file()
+
+
 def test_annotation_ids_are_unique(drawn):
     content = json.loads((drawn / "annotations" / "instances_train.json").read_text())
     ids = [entry["id"] for entry in content["annotations"]]
