@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from tqdm import tqdm
 from diffperception.cli import say
 from diffperception.cli.checkpoints import read_checkpoint
 from diffperception.cli.evaluate import pick_device
-from diffperception.cli.predict import SUFFIXES
 from diffperception.cli.report import write_text
+from diffperception.data.image_folder import list_pictures
 from diffperception.data.images import read_image
 from diffperception.generation.evaluation import ImageScores, compare
 from diffperception.generation.features import FeatureNetwork, feature_network
@@ -66,7 +66,7 @@ def evaluate(
         device: cpu, cuda, cuda:1, ... or auto.
         seed: of the subsets.
     """
-    paths = {"samples": image_paths(samples), "reference": image_paths(reference)}
+    paths = {"samples": list_pictures(samples), "reference": list_pictures(reference)}
     counts = {name: len(files) for name, files in paths.items()}
     require_images(counts, max(neighbours + 1, subset_size or 2))
     chosen = pick_device(device)
@@ -97,21 +97,6 @@ def evaluate(
     say(f"{output / 'metrics.json'}: these numbers")
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """The image files in a folder and its subfolders.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    found = sorted(paths)
-    if not found:
-        raise ValueError(f"the folder {folder} has no images in it (files that end in {', '.join(SUFFIXES)})")
-    return found
-
-
 def require_images(counts: dict[str, int], least: int) -> None:
     """ValueError if a folder has fewer images than the scores need."""
     for name, count in counts.items():
@@ -129,7 +114,7 @@ class Found(NamedTuple):
 class Prepared(Dataset[tuple[Tensor, tuple[int, int]]]):
     """Image files as a feature network takes them, each with its height and width in the file."""
 
-    def __init__(self, paths: list[Path], transform: Callable[[Tensor], Tensor]):
+    def __init__(self, paths: Sequence[Path], transform: Callable[[Tensor], Tensor]):
         self.paths = paths
         self.transform = transform
 
@@ -143,7 +128,7 @@ class Prepared(Dataset[tuple[Tensor, tuple[int, int]]]):
 
 
 def extract(
-    network: FeatureNetwork, paths: list[Path], name: str, batch_size: int, workers: int, device: torch.device
+    network: FeatureNetwork, paths: Sequence[Path], name: str, batch_size: int, workers: int, device: torch.device
 ) -> Found:
     """The features of image files, on the CPU. Shows the time left; BrokenImageError names a file without an image."""
     rows, sizes = [], Counter[tuple[int, int]]()

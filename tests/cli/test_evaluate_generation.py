@@ -99,7 +99,7 @@ def test_a_broken_image_is_named(folders: Path, tmp_path: Path, workers: str) ->
 @pytest.mark.parametrize(
     ("count", "options", "part"),
     [
-        (0, [], "has no images in it"),
+        (0, [], "no picture in"),
         (3, [], "4 samples images or more, and there are 3"),
         (8, ["--subset_size", "9"], "9 samples images or more, and there are 8"),
         (4, ["--features", "resnet19"], "no feature network resnet19"),
