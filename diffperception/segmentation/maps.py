@@ -1,0 +1,168 @@
+"""Feature maps of an image at their native resolutions, and what bilinear upsampling makes of them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MapInfo:
+    """What a feature map is: its name, its channels, and how many input pixels wide one of its cells is."""
+
+    name: str
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """The features of one image, kept small: upsampled, they would be ``D x H x W`` numbers.
+
+    A pixel's feature is what bilinear upsampling (align_corners=False) of each map has there, all maps in turn.
+
+    Args:
+        maps: (C_i, h_i, w_i) each; h_i * strides[i] >= H, for the image was padded right and below.
+        strides: pixels a cell of each map.
+        size: (H, W) of the image.
+    """
+
+    maps: list[Tensor]
+    strides: list[int]
+    size: tuple[int, int]
+
+    def to(self, target: torch.device | torch.dtype) -> "FeatureMaps":
+        return replace(self, maps=[m.to(target) for m in self.maps])
+
+    def at_points(self, points: Tensor) -> Tensor:
+        """Features of pixels, equal to those that :meth:`dense` has there.
+
+        Args:
+            points: (N, 2) int64 rows and columns.
+
+        Returns: (N, D).
+
+        Raises:
+            ValueError: a point lies outside the image.
+        """
+        height, width = self.size
+        if bool(((points < 0) | (points >= points.new_tensor(self.size))).any()):
+            raise ValueError(f"the points must be rows 0 to {height - 1} and columns 0 to {width - 1} of the image")
+        return torch.cat([_interpolate(m, points, s) for m, s in zip(self.maps, self.strides, strict=True)], 1)
+
+    def dense(self) -> Tensor:
+        """(D, H, W): every pixel's features. Rarely needed, and large."""
+        height, width = self.size
+        upsampled = [upsample(m[None], s)[0] for m, s in zip(self.maps, self.strides, strict=True)]
+        return torch.cat([m[:, :height, :width] for m in upsampled])
+
+
+def upsample(maps: Tensor, stride: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, h * stride, w * stride), bilinear between the centres of cells."""
+    return F.interpolate(maps, scale_factor=stride, mode="bilinear", align_corners=False)
+
+
+def rows_around(first: int, last: int, stride: int) -> slice:
+    """The rows of cells that pixel rows ``first`` to ``last`` - 1, multiples of the stride, depend on."""
+    return slice(max(first // stride - 1, 0), last // stride + 1)
+
+
+def upsample_rows(cells: Tensor, stride: int, first: int, last: int) -> Tensor:
+    """Pixel rows ``first`` to ``last`` - 1 of :func:`upsample`, from the cells that :func:`rows_around` names."""
+    above = stride * min(first // stride, 1)  # pixels of the row of cells before the band, where there is one
+    return upsample(cells, stride)[:, :, above : above + last - first]
+
+
+def taps(
+    rows: Tensor, columns: Tensor, stride: int, height: Tensor | int, width: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """The four cells whose weighted sum is a pixel's value.
+
+    Args:
+        rows, columns: (N,) int64 pixels.
+        height, width: of the map in cells; numbers, or (N,) where pixels are of different images.
+
+    Returns: cells (N, 4) int64, counted row by row, and their weights (N, 4) float32.
+    """
+    top, below, down = _taps(rows, stride, height)
+    left, right, across = _taps(columns, stride, width)
+    cells = torch.stack([top * width + left, top * width + right, below * width + left, below * width + right], -1)
+    weights = torch.stack([(1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across], -1)
+    return cells, weights
+
+
+def _taps(pixels: Tensor, stride: int, cells: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+    """The cell before and after each pixel of one axis, and how far it is between them."""
+    last = torch.as_tensor(cells, device=pixels.device) - 1
+    place = ((pixels + 0.5) / stride - 0.5).clamp(min=0)
+    before = torch.minimum(place.floor().long(), last)
+    return before, torch.minimum(before + 1, last), place - before
+
+
+def _interpolate(cells: Tensor, points: Tensor, stride: int) -> Tensor:
+    index, weight = taps(points[:, 0], points[:, 1], stride, *cells.shape[1:])
+    return (cells.flatten(1)[:, index] * weight.to(cells.dtype)).sum(-1).T  # (C, N, 4) -> (N, C)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Overlapping windows that cover an image, and the blending of what was computed in each.
+
+    Args:
+        height, width: of the image, multiples of every map's stride.
+        side: of a window; an image that is smaller is one window.
+        overlap: of neighbours, a multiple of every map's stride.
+    """
+
+    height: int
+    width: int
+    side: int
+    overlap: int
+
+    @property
+    def places(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of each window; the last of an axis ends where the image ends."""
+        rows, columns = (_starts(length, self.side, self.overlap) for length in (self.height, self.width))
+        side = self.side
+        return [
+            (slice(y, min(y + side, self.height)), slice(x, min(x + side, self.width))) for y in rows for x in columns
+        ]
+
+    def blend(self, parts: Sequence[Sequence[Tensor]], strides: Sequence[int]) -> list[Tensor]:
+        """One map of the image for each that the windows have: their mean, weighted less towards a window's borders.
+
+        Args:
+            parts: for each of :attr:`places`, (C_i, h_i, w_i) maps.
+            strides: pixels a cell of each map.
+        """
+        return [self._blend([maps[i] for maps in parts], stride) for i, stride in enumerate(strides)]
+
+    def _blend(self, parts: Sequence[Tensor], stride: int) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        total = parts[0].new_zeros(len(parts[0]), self.height // stride, self.width // stride)
+        weights = torch.zeros_like(total[:1])
+        for part, place in zip(parts, self.places, strict=True):
+            rows, columns = (slice(s.start // stride, s.stop // stride) for s in place)
+            down, across = (_ramp(cells, self.overlap // stride).to(part) for cells in part.shape[1:])
+            weight = down[:, None] * across
+            total[:, rows, columns] += weight * part
+            weights[:, rows, columns] += weight
+        return total.div_(weights)
+
+
+def _starts(length: int, side: int, overlap: int) -> list[int]:
+    return [*range(0, max(length - side, 0), side - overlap), max(length - side, 0)]
+
+
+def _ramp(cells: int, overlap: int) -> Tensor:
+    """Weights that rise over the overlap at both ends, so that those of neighbours sum to 1."""
+    rise = ((torch.arange(cells) + 0.5) / max(overlap, 0.5)).clamp(max=1)
+    return torch.minimum(rise, rise.flip(0))
+
+
+def padded_side(side: int, multiple: int) -> int:
+    return math.ceil(side / multiple) * multiple

@@ -1,0 +1,183 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffperception.diffusion import StraightPath, linear_schedule
+from diffperception.models import UNet
+from diffperception.segmentation import DiffusionFeatures, FeatureMaps, RGBFeatures, TimmFeatures
+from diffperception.segmentation.maps import Windows, rows_around, upsample, upsample_rows
+from tests.parity import filled_state
+
+SCHEDULE = linear_schedule(1000)
+
+
+def unet(**changes: object) -> UNet:
+    torch.manual_seed(0)
+    arguments = {"channels": 32, "multipliers": (1, 1, 2), "depth": 1, "attention": (4,), "head_channels": 16}
+    network = UNet(**arguments | changes)  # type: ignore[arg-type]
+    for parameter in network.parameters():  # a new UNet's blocks begin as the identity, whatever the time
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return network
+
+
+def diffusion(window: int = 32, **changes: object) -> DiffusionFeatures:
+    arguments = {"blocks": (0, 3, 4), "timesteps": (50, 250), "window": window}
+    return DiffusionFeatures(unet(), SCHEDULE, **arguments | changes)  # type: ignore[arg-type]
+
+
+def random_maps(height: int, width: int, strides: tuple[int, ...] = (8, 4, 8, 2, 1)) -> FeatureMaps:
+    generator = torch.Generator().manual_seed(0)
+    cells = [(-(-height // 8) * 8 // s, -(-width // 8) * 8 // s) for s in strides]
+    maps = [torch.randn(3 + i, *cell, generator=generator) for i, cell in enumerate(cells)]
+    return FeatureMaps(maps, list(strides), (height, width))
+
+
+# Maps
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 40), (1, 9), (33, 5)])
+def test_values_at_points_are_those_of_the_dense_map(size):
+    maps = random_maps(*size)
+    every = torch.cartesian_prod(torch.arange(size[0]), torch.arange(size[1]))
+    dense = maps.dense()
+    assert dense.shape == (25, *size)
+    torch.testing.assert_close(maps.at_points(every), dense.flatten(1).T, rtol=0, atol=1e-6)
+
+
+def test_a_point_outside_is_refused():
+    with pytest.raises(ValueError, match="rows 0 to 15 and columns 0 to 8"):
+        random_maps(16, 9).at_points(torch.tensor([[3, 9]]))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_bands_of_the_upsampled_map_join_without_a_seam(stride):
+    cells = torch.randn(1, 3, 48 // stride, 5)
+    bands = [
+        upsample_rows(cells[:, :, rows_around(a, b, stride)], stride, a, b) for a, b in ((0, 8), (8, 32), (32, 48))
+    ]
+    assert torch.equal(torch.cat(bands, 2), upsample(cells, stride))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 32), (64, 136), (24, 80)])
+def test_windows_cover_the_image_and_blend_to_what_they_agree_on(height, width):
+    windows = Windows(height, width, 32, 8)
+    image = torch.randn(2, height, width)
+    parts = [[image[:, rows, columns], image[:, rows, columns][:, ::4, ::4]] for rows, columns in windows.places]
+    fine, coarse = windows.blend(parts, [1, 4])
+    torch.testing.assert_close(fine, image)
+    torch.testing.assert_close(coarse, image[:, ::4, ::4])
+    assert all(rows.stop - rows.start == min(32, height) for rows, _ in windows.places)
+
+
+def test_blending_passes_evenly_from_one_window_to_the_next():
+    windows = Windows(8, 56, 32, 8)
+    ones, twos = torch.ones(1, 8, 32), 2 * torch.ones(1, 8, 32)
+    (blended,) = windows.blend([[ones], [twos]], [1])
+    expected = torch.cat([torch.ones(24), 1 + (torch.arange(8) + 0.5) / 8, 2 * torch.ones(24)])
+    torch.testing.assert_close(blended[0, 3], expected)
+
+
+# Extractors
+
+
+@pytest.mark.parametrize("size", [(32, 32), (30, 17), (3, 5), (61, 40)])
+@pytest.mark.parametrize("make", [diffusion, RGBFeatures, lambda: TimmFeatures("resnet18", (4, 8), window=32)])
+def test_maps_are_of_the_declared_channels_and_sizes_for_any_image(make, size):
+    features = make()
+    maps = features.maps(torch.rand(3, *size))
+    assert [m.shape[0] for m in maps.maps] == [info.channels for info in features.info]
+    assert [tuple(m.shape[1:]) for m in maps.maps] == features.map_sizes(*size)
+    assert maps.dense().shape == (features.channels, *size)
+    assert all(m.dtype == torch.float32 for m in maps.maps)
+
+
+def test_a_pass_a_timestep_with_the_noise_of_the_file():
+    features, image = diffusion(), torch.rand(3, 32, 32)
+    maps = features.maps(image).maps
+    for i, t in enumerate((50, 250)):
+        x = SCHEDULE.alpha(t).float() * (2 * image - 1) + SCHEDULE.sigma(t).float() * features.noise
+        expected = features.unet.activations(x[None], torch.tensor([t]), (0, 3, 4))
+        for ours, theirs in zip(maps[3 * i : 3 * i + 3], expected, strict=True):
+            torch.testing.assert_close(ours, theirs[0])
+    assert [info.name for info in features.info][2:4] == ["t50 block 4", "t250 block 0"]
+
+
+def test_one_timestep_alone_is_the_same():
+    features, image = diffusion(seed=3), torch.rand(3, 30, 45)
+    torch.testing.assert_close(features.at_timestep(1).maps(image).maps, features.maps(image).maps[3:])
+
+
+def test_the_noise_depends_on_the_seed_alone():
+    first, second, other = diffusion(), diffusion(), diffusion(seed=1)
+    assert torch.equal(first.noise, second.noise)
+    assert not torch.equal(first.noise, other.noise)
+    assert first.noise.shape == (3, 32, 32)
+
+
+def test_an_image_moved_by_a_step_of_windows_has_its_features_moved():
+    features, image = diffusion(), torch.rand(3, 32, 32 + 3 * 24)  # windows begin every 24 pixels
+    moved = torch.cat([torch.rand(3, 32, 24), image[:, :, :-24]], 2)
+    before, after = features.maps(image), features.maps(moved)
+    for a, b, stride in zip(before.maps, after.maps, before.strides, strict=True):
+        kept = slice(24 // stride, (32 + 2 * 24) // stride - 8 // stride)  # windows that both have, whole
+        torch.testing.assert_close(
+            b[:, :, kept.start + 24 // stride : kept.stop + 24 // stride], a[:, :, kept], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_an_image_smaller_than_a_window_is_taken_as_it_is():
+    features, image = diffusion(window=64), torch.rand(3, 32, 48)
+    noisy = [a * (2 * image - 1) + s * features.noise[:, :32, :48] for a, s, _ in features.levels]
+    expected = features.unet.activations(noisy[0][None], torch.tensor([50.0]), (0, 3, 4))
+    torch.testing.assert_close(features.maps(image).maps[:3], [m[0] for m in expected])
+
+
+def test_features_of_a_reference_checkpoint():
+    features = DiffusionFeatures(
+        UNet.from_reference(filled_state("adm_small"), head_channels=16), SCHEDULE, (0, 1), (100,), window=64
+    )
+    maps = features.maps(torch.rand(3, 40, 24))
+    assert all(torch.isfinite(m).all() for m in maps.maps)
+
+
+def test_continuous_paths_have_times_below_one():
+    features = diffusion()
+    flow = DiffusionFeatures(features.unet, StraightPath(), (0,), (0.25,), window=32)
+    assert flow.levels == [[0.75, 0.25, 250.0]]
+
+
+def test_classes_need_a_label_and_it_counts():
+    network = unet(num_classes=4)
+    with pytest.raises(ValueError, match="any of 0 to 3"):
+        DiffusionFeatures(network, SCHEDULE, (0,), (50,))
+    image = torch.rand(3, 32, 32)
+    one, other = (DiffusionFeatures(network, SCHEDULE, (4,), (50,), 32, label=k).maps(image) for k in (0, 3))
+    assert not torch.allclose(one.maps[0], other.maps[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": (2, 6)}, r"blocks 0 to 5; there is no \[6\]"),
+        ({"blocks": ()}, "no block named"),
+        ({"timesteps": (50, 1000)}, r"0 to 999, not \[1000\]"),
+        ({"timesteps": (0.5,)}, r"whole, 0 to 999, not \[0.5\]"),
+        ({"timesteps": ()}, "at least one timestep"),
+        ({"window": 30}, "multiple of 4"),
+        ({"label": 1}, "leave the label out"),
+    ],
+)
+def test_what_does_not_exist_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion(**change)
+
+
+def test_an_image_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="height, width"):
+        RGBFeatures().maps(torch.rand(4, 8, 8))
+
+
+def test_rgb_features_are_the_colours():
+    image: Tensor = torch.rand(3, 5, 7)
+    torch.testing.assert_close(RGBFeatures().maps(image).dense(), 2 * image - 1)
