@@ -1,0 +1,67 @@
+"""Features and classifiers in one file: what is exported."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from diffperception import weights
+from diffperception.segmentation.classifier import PixelEnsemble, Segmentation
+from diffperception.segmentation.features import FeatureExtractor, build_extractor
+
+
+class PixelSegmenter(nn.Module):
+    """An extractor and the ensemble that was trained on its features; works alone once loaded.
+
+    Args:
+        features: the extractor; or its class name and its constructor's arguments, as a file tells them.
+        classifier: the ensemble; or its constructor's arguments.
+        classes: names of labels 0..K-1.
+
+    Raises:
+        ValueError: if the ensemble is for other features or another number of classes.
+    """
+
+    def __init__(
+        self,
+        features: FeatureExtractor | tuple[str, dict[str, Any]],
+        classifier: PixelEnsemble | dict[str, Any],
+        classes: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.features = features if isinstance(features, FeatureExtractor) else build_extractor(*features)
+        self.classifier = classifier if isinstance(classifier, PixelEnsemble) else PixelEnsemble(**classifier)
+        self.classes = list(classes)
+        if self.classifier.channels != self.features.channels or self.classifier.num_classes != len(self.classes):
+            raise ValueError(
+                f"the classifier takes {self.classifier.channels} features and has {self.classifier.num_classes} "
+                f"classes; the extractor gives {self.features.channels}, and {len(self.classes)} classes are named"
+            )
+        self.arguments = {
+            "features": [type(self.features).__name__, self.features.arguments],
+            "classifier": self.classifier.arguments,
+            "classes": self.classes,
+        }
+
+    def segment(self, image: Tensor) -> Segmentation:
+        """What the members make of an image (3, H, W; RGB, 0..1)."""
+        return self.classifier.segment(self.features.maps(image))
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, the shared noise, constructor arguments and class names to one safetensors file."""
+        weights.save_model(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PixelSegmenter":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds another model, or none.
+        """
+        model = weights.load_model(path)
+        if not isinstance(model, cls):
+            raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model

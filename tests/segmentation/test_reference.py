@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffperception.segmentation import load_reference_ensemble
+from tests.segmentation.test_features import random_maps
+
+
+class Classifier(nn.Module):
+    """The layout of the reference's classifier."""
+
+    def __init__(self, channels: int = 25, classes: int = 5, first: int = 128, second: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(channels, first),
+            nn.ReLU(),
+            nn.BatchNorm1d(first),
+            nn.Linear(first, second),
+            nn.ReLU(),
+            nn.BatchNorm1d(second),
+            nn.Linear(second, classes),
+        )
+        for buffer in self.buffers():
+            if buffer.is_floating_point():
+                buffer.data = 0.5 + torch.rand_like(buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def write(path: Path, network: Classifier) -> Path:
+    torch.save({"model_state_dict": nn.DataParallel(network).state_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize("widths", [(5, 128, 32), (34, 256, 128)])
+def test_the_members_of_the_files_give_the_logits(tmp_path, widths):
+    torch.manual_seed(0)
+    members = [Classifier(25, *widths).eval() for _ in range(3)]
+    files = [write(tmp_path / f"model_{i}.pth", member) for i, member in enumerate(members)]
+    ensemble = load_reference_ensemble(files, 25, widths[0])
+    maps = random_maps(11, 20)
+    rows = maps.dense().flatten(1).T
+    expected = torch.stack([member(rows) for member in members]).detach()
+    torch.testing.assert_close(ensemble.logits(maps).flatten(2).mT, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_wrong_argument_is_named(tmp_path):
+    file = write(tmp_path / "model_0.pth", Classifier())
+    with pytest.raises(ValueError, match=r"^channels is 25 .* not 8448"):
+        load_reference_ensemble([file], channels=8448)
+    with pytest.raises(ValueError, match=r"^num_classes is 5 .* not 28"):
+        load_reference_ensemble([file], num_classes=28)
+
+
+def test_files_that_are_no_classifiers_are_refused(tmp_path):
+    file = write(tmp_path / "model_0.pth", Classifier())
+    with pytest.raises(
+        ValueError, match=r"model_1.pth does not fit the first .* layers.0.weight is \(128, 24\) instead"
+    ):
+        load_reference_ensemble([file, write(tmp_path / "model_1.pth", Classifier(24))])
+    with pytest.raises(ValueError, match="num_classes is wrong"):
+        load_reference_ensemble([write(tmp_path / "wide.pth", Classifier(first=256))])
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        load_reference_ensemble([tmp_path / "none.pth"])
+    with pytest.raises(ValueError, match="at least one member"):
+        load_reference_ensemble([])
+    torch.save({"state": {}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="no model_state_dict"):
+        load_reference_ensemble([tmp_path / "other.pth"])
+    state = nn.DataParallel(Classifier()).state_dict()
+    del state["module.layers.3.bias"]
+    torch.save({"model_state_dict": state}, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match=r"lacks layers\.3\.bias"):
+        load_reference_ensemble([tmp_path / "short.pth"])
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"model_state_dict": Classifier()}, tmp_path / "code.pth")  # a pickled object
+    with pytest.raises(ValueError, match="weights alone"):
+        load_reference_ensemble([tmp_path / "code.pth"])
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "code.pth").read_bytes()[:300])
+    with pytest.raises(ValueError, match="weights alone"):
+        load_reference_ensemble([tmp_path / "cut.pth"])
