@@ -21,10 +21,11 @@ from diffperception.cli import TASKS
 COMMANDS = {
     "shapes": "draw the shapes data set (images, COCO annotations, masks)",
     "check": "name every problem of a COCO data set",
-    "train": "train a detector or a generator of images",
+    "train": "train a detector, a generator of images, or the classifier that guides it",
     "evaluate": "score a detector, a results file, or generated images",
     "benchmark": "measure speeds as ratios to a well-known unit",
     "predict": "detect objects in images: COCO results and pictures",
+    "sample": "draw images from a generator",
     "convert": "turn a checkpoint of DiffusionDet or guided-diffusion into a model file",
 }
 USAGE = (

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -88,7 +88,9 @@ def build_parser(command: Command) -> ArgumentParser:
 def parse(parser: ArgumentParser, command: Command, arguments: Sequence[str]) -> Namespace:
     """The options that the arguments give; ArgumentError, naming the nearest option there is, for an unknown one."""
     parameters = inspect.signature(command).parameters.values()
-    lists = {f"--{p.name}" for p in parameters if _takes_list(p.annotation)}
+    lists = {
+        f"--{p.name}": 1 if _takes_only_lists(p.annotation) else 2 for p in parameters if _takes_list(p.annotation)
+    }
     try:
         options = parser.parse_args(spell_out(arguments, lists))
     except ArgumentError as error:
@@ -100,11 +102,12 @@ def parse(parser: ArgumentParser, command: Command, arguments: Sequence[str]) ->
     return options
 
 
-def spell_out(arguments: Sequence[str], lists: Container[str]) -> list[str]:
+def spell_out(arguments: Sequence[str], lists: Mapping[str, int]) -> list[str]:
     """Arguments as the parser takes them: `--num-boxes 100 300` is `--num_boxes=[100, 300]`.
 
     Args:
-        lists: the options, spelled with underscores, that may have several values.
+        lists: the options, spelled with underscores, that may have several values, and from how many on they are a
+            list.
     """
     groups: list[list[str]] = [[]]  # an option with its values; the first has none
     for word in arguments:
@@ -114,7 +117,7 @@ def spell_out(arguments: Sequence[str], lists: Container[str]) -> list[str]:
         else:
             groups[-1].append(word)
     for group in groups:
-        if len(group) > 2 and group[0] in lists:
+        if group and len(group) > lists.get(group[0], len(group)) and not group[1].startswith("["):
             group[:] = [f"{group[0]}=[{', '.join(group[1:])}]"]
     return [word for group in groups for word in group]
 
@@ -122,6 +125,12 @@ def spell_out(arguments: Sequence[str], lists: Container[str]) -> list[str]:
 def _takes_list(annotation: Any) -> bool:
     """Whether values of this type may be lists: list[int], or int | list[int]."""
     return any(get_origin(kind) is list for kind in (annotation, *get_args(annotation)))
+
+
+def _takes_only_lists(annotation: Any) -> bool:
+    """Whether one value of this type must be a list too: list[str], or list[str] | None, but not int | list[int]."""
+    kinds = [annotation] if get_origin(annotation) is list else get_args(annotation)
+    return all(get_origin(kind) is list or kind is type(None) for kind in kinds)
 
 
 def sentence(error: Exception) -> str:
@@ -143,6 +152,9 @@ def _plain(message: str) -> str:
     message = re.sub(r"Problem with given class_path '([^']+)':\s*", r"\1: ", message)
     message = re.sub(
         r"Expected an? (?:<class '([\w.]+)'>|typing\.(\S.*?))\. Got value:", r"expected \1\2, got", message
+    )
+    message = re.sub(
+        r"expected Literal\[(.*?)\]", lambda found: "expected one of " + found[1].replace("'", ""), message
     )
     message = re.sub(r"Does not validate against any of the Union subtypes .*", _alternatives, message)
     return f"option {'.'.join(keys)}: {message}" if keys else message
