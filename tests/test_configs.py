@@ -1,8 +1,11 @@
 """Every shipped configuration is one that the runner accepts, and its model can be built."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
@@ -10,6 +13,7 @@ from diffperception.cli.main import find
 from diffperception.cli.parsing import build_parser, chosen_task, parse
 from diffperception.detection import Detector
 from diffperception.generation import DiffusionModel
+from diffperception.models import NoisyClassifier
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -59,5 +63,18 @@ def test_a_detectors_configuration_is_accepted_and_it_is_built(path: Path, tmp_p
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "generation").glob("*.yaml")), ids=lambda path: path.name)
-def test_a_generators_configuration_is_accepted(path: Path) -> None:
-    parsed(path)
+def test_a_generators_configuration_is_accepted_and_it_is_built(path: Path) -> None:
+    parser, options = parsed(path)
+    classes = ["circle", "square", "triangle", "star"] if "shapes" in path.name else None
+    with torch.device("meta"):
+        model = parser.instantiate(options).model(classes)
+    assert isinstance(model, DiffusionModel | NoisyClassifier)
+    assert model.classes == classes
+
+
+def test_the_recipe_for_lsun_is_the_published_model() -> None:
+    parser, options = parsed(CONFIGS / "generation" / "adm_lsun256.yaml")
+    with torch.device("meta"):
+        unet = parser.instantiate(options).model(None).unet
+    published = json.loads((Path(__file__).parent / "parity" / "adm_lsun256_keys.json").read_text())
+    assert sum(parameter.numel() for parameter in unet.parameters()) == sum(math.prod(s) for s in published.values())
