@@ -85,15 +85,22 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        index, picture = self._readable(index)
         path = self.paths[index]
-        try:
-            image = self.flips(self._crop(self._picture(index)))
-        except BrokenImageError:
-            if self.on_broken == "stop":
-                raise
-            return self[(index + 1) % len(self)]
+        image = F.to_dtype(self.flips(self._crop(picture)), torch.float32, scale=True)
         label = None if self.classes is None else self.classes.index(path.relative_to(self.folder).parts[0])
-        return F.to_dtype(image, torch.float32, scale=True), {"label": label, "image_id": index, "path": str(path)}
+        return image, {"label": label, "image_id": index, "path": str(path)}
+
+    def _readable(self, index: int) -> tuple[int, Tensor]:
+        """The picture at `index`, or the next that can be read where broken ones are passed over."""
+        for candidate in range(index, index + len(self)):
+            try:
+                return candidate % len(self), self._picture(candidate % len(self))
+            except BrokenImageError as error:
+                broken = error
+                if self.on_broken == "stop":
+                    break
+        raise broken
 
     def _picture(self, index: int) -> Tensor:
         if index in self._kept:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from diffperception.diffusion import (
 from diffperception.generation.model import DiffusionModel
 
 Sampler = Literal["dpm_solver", "ddim", "ddpm", "heun"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 
 @dataclass

@@ -1,0 +1,118 @@
+"""Folders of pictures: crops, classes, and what is said of pictures that will not do."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffperception.data import SeededSamples
+from diffperception.data.image_folder import ImageFolder, class_folders, list_pictures
+from diffperception.data.images import BrokenImageError
+
+
+def write(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def test_a_crop_is_a_part_of_the_picture(tmp_path: Path) -> None:
+    pixels = torch.from_numpy(write(tmp_path / "a.png", 12, 17)).permute(2, 0, 1) / 255
+    samples = SeededSamples(ImageFolder(tmp_path, (8, 8), short_side=12, horizontal_flip=0.0))
+    parts = pixels.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)  # (5, 10, 3, 8, 8), every part there is
+    seen = set()
+    for seed in range(60):
+        crop, target = samples[0, seed]
+        places = torch.isclose(parts, crop).flatten(2).all(2).nonzero()
+        assert len(places) == 1
+        seen.add(tuple(places[0].tolist()))
+        assert target == {"label": None, "image_id": 0, "path": str(tmp_path / "a.png")}
+    assert len(seen) > 25  # of 50 places
+
+
+@pytest.mark.parametrize("cached", [0, 1])
+def test_a_sample_is_a_function_of_its_seed(tmp_path: Path, cached: int) -> None:
+    for number in range(2):
+        write(tmp_path / f"{number}.png", 20, 20, number)
+    samples = SeededSamples(ImageFolder(tmp_path, (8, 8), short_side=16, vertical_flip=0.5, cached=cached))
+    first = [samples[index, seed][0] for seed in range(5) for index in (0, 1)]
+    again = [samples[index, seed][0] for seed in range(5) for index in (0, 1)]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[2])
+
+
+@pytest.mark.parametrize(
+    ("short_side", "size"), [(None, (8, 8)), (16, (8, 8)), (None, (8, 16)), (16, (16, 4))], ids=str
+)
+def test_pictures_are_resized_until_a_crop_fits(tmp_path: Path, short_side: int | None, size: tuple[int, int]) -> None:
+    write(tmp_path / "wide.png", 20, 30)
+    folder = ImageFolder(tmp_path, size, short_side)
+    assert folder[0][0].shape == (3, *size)
+    resized = folder._read(0).shape[1:]
+    assert min(resized) == (short_side or max(8, round(20 * max(size[0] / 20, size[1] / 30))))
+
+
+def test_grey(tmp_path: Path) -> None:
+    pixels = write(tmp_path / "a.png", 8, 8)
+    image = ImageFolder(tmp_path, (8, 8), channels=1, horizontal_flip=0.0)[0][0]
+    luma = torch.from_numpy(pixels @ np.array([0.299, 0.587, 0.114])) / 255
+    torch.testing.assert_close(image[0].double(), luma, atol=1.01 / 255, rtol=0)
+
+
+def test_folders_are_classes(tmp_path: Path) -> None:
+    for name in ("b/deep/1.png", "a/2.png", "b/3.jpg"):
+        write(tmp_path / name, 8, 8)
+    folder = ImageFolder(tmp_path, (8, 8), labelled=True)
+    assert folder.classes == class_folders(tmp_path) == ["a", "b"]
+    assert [folder[i][1]["label"] for i in range(3)] == [0, 1, 1]
+    write(tmp_path / "4.png", 8, 8)
+    with pytest.raises(ValueError, match="outside of any class"):
+        ImageFolder(tmp_path, (8, 8), labelled=True)
+
+
+def test_annotations_choose_pictures(tmp_path: Path) -> None:
+    for name in ("1.png", "2.png"):
+        write(tmp_path / name, 8, 8)
+    content: dict = {"images": [{"id": 1, "file_name": "2.png"}], "annotations": [], "categories": []}
+    (tmp_path / "some.json").write_text(json.dumps(content))
+    assert list_pictures(tmp_path, tmp_path / "some.json") == [tmp_path / "2.png"]
+    content["images"].append({"id": 2, "file_name": "3.png"})
+    (tmp_path / "some.json").write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match=r"3\.png, which is missing"):
+        list_pictures(tmp_path, tmp_path / "some.json")
+
+
+def test_broken_pictures_stop_or_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "good.png", 8, 8)
+    (tmp_path / "header.png").write_bytes(b"no picture")
+    with pytest.raises(BrokenImageError, match=r"header\.png cannot be read"):
+        ImageFolder(tmp_path, (8, 8))
+    assert ImageFolder(tmp_path, (8, 8), on_broken="skip").skipped == 1
+    write(tmp_path / "body.png", 64, 64)
+    whole = (tmp_path / "body.png").read_bytes()
+    (tmp_path / "body.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "header.png").unlink()
+    with pytest.raises(BrokenImageError, match=r"body\.png cannot be read"):
+        ImageFolder(tmp_path, (8, 8))[0]
+    assert ImageFolder(tmp_path, (8, 8), on_broken="skip")[0][1]["path"].endswith("good.png")
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(BrokenImageError, match=r"body\.png cannot be read"):
+        ImageFolder(tmp_path, (8, 8), on_broken="skip")[0]
+
+
+def test_what_will_not_do_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        ImageFolder(tmp_path / "none", (8, 8))
+    with pytest.raises(FileNotFoundError, match="there is no picture"):
+        ImageFolder(tmp_path, (8, 8))
+    with pytest.raises(ValueError, match="holds no folders"):
+        class_folders(tmp_path)
+    write(tmp_path / "tiny.png", 3, 9)
+    with pytest.raises(ValueError, match=r"tiny\.png has 3 x 9 pixels"):
+        ImageFolder(tmp_path, (8, 8))
+    with pytest.raises(ValueError, match="make it at least 8"):
+        ImageFolder(tmp_path, (8, 8), short_side=6)
