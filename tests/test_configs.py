@@ -39,12 +39,17 @@ def parsed(path: Path) -> tuple[ArgumentParser, Namespace]:
     return parser, parse(parser, command, arguments)
 
 
+def classes_of(path: Path) -> list[str] | None:
+    """Of the folder of images that a generator's configuration is for."""
+    return ["circle", "square", "triangle", "star"] if "shapes" in path.name else None
+
+
 def write_generator(run: Path, file: Path) -> None:
     """Write what the shipped configuration whose output is `run` would train, untrained."""
     recipes = [path for path in shipped() if yaml.safe_load(path.read_text()).get("output") == str(run)]
     assert len(recipes) == 1, f"one configuration writes {run}"
     parser, options = parsed(recipes[0])
-    model = parser.instantiate(options).model(None)
+    model = parser.instantiate(options).model(classes_of(recipes[0]))
     assert isinstance(model, DiffusionModel)
     model.save(file)
 
@@ -65,7 +70,7 @@ def test_a_detectors_configuration_is_accepted_and_it_is_built(path: Path, tmp_p
 @pytest.mark.parametrize("path", sorted((CONFIGS / "generation").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_generators_configuration_is_accepted_and_it_is_built(path: Path) -> None:
     parser, options = parsed(path)
-    classes = ["circle", "square", "triangle", "star"] if "shapes" in path.name else None
+    classes = classes_of(path)
     with torch.device("meta"):
         model = parser.instantiate(options).model(classes)
     assert isinstance(model, DiffusionModel | NoisyClassifier)
