@@ -115,7 +115,7 @@ class PixelEnsemble(nn.Module):
     @torch.no_grad()
     def segment(self, maps: FeatureMaps) -> Segmentation:
         """Labels, uncertainty, probabilities and votes of an image's pixels."""
-        parts = [_summary(logits) for logits in self._bands(maps)]
+        parts = [summarise(logits) for logits in self._bands(maps)]
         labels, uncertainty, probabilities, votes = (torch.cat(part) for part in zip(*parts, strict=True))
         return Segmentation(labels, uncertainty, probabilities.permute(2, 0, 1), votes.permute(2, 0, 1))
 
@@ -195,7 +195,7 @@ def _classify(z: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor, weight3: 
     return F.linear(F.linear(hidden, weight2, bias2).relu_(), weight3, bias3)
 
 
-def _summary(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def summarise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(M, rows, W, K) -> labels and uncertainty (rows, W), mean probabilities and votes (rows, W, K)."""
     log_p = logits.log_softmax(-1)
     p = log_p.exp()

@@ -159,23 +159,28 @@ class LabelledPixels:
         numbers = torch.arange(sum(channels)).split(list(channels))
         return torch.cat([numbers[i] for group in self.groups for i in group])
 
-    def gather(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and labels of some pixels: (N,) numbers below len(self) -> (N, D), float32 where
-        the storage is no wider, and (N,) int64.
+    def gather(self, pixels: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features and labels of some pixels: (N,) numbers below len(self) -> (N, D), (N,) int64.
 
         Channels lie by stride, see :meth:`channel_order`.
+
+        Args:
+            out: (N, D), to be written over; by default new, float32 where the storage is no wider.
         """
         image = torch.searchsorted(self.ends, pixels, right=True)
         place, width = self.places[pixels].long(), self.widths[image]
         rows, columns = place // width, place % width
-        parts = []
-        for table, stride, sizes, starts in zip(self.tables, self.strides, self.sizes, self.starts, strict=True):
+        if out is None:
+            dtype = torch.promote_types(self.tables[0].dtype, torch.float32)
+            out = torch.empty(len(pixels), sum(t.shape[1] for t in self.tables), dtype=dtype, device=pixels.device)
+        parts = out.split([table.shape[1] for table in self.tables], 1)
+        tables = zip(self.tables, self.strides, self.sizes, self.starts, parts, strict=True)
+        for table, stride, sizes, starts, part in tables:
             height, width = sizes[image].unbind(-1)
             cells, weights = taps(rows, columns, stride, height, width)
             cells = cells + starts[image][:, None]
-            parts.append(F.embedding_bag(cells, table, per_sample_weights=weights.to(table.dtype), mode="sum"))
-        x = torch.cat(parts, 1)
-        return x.to(torch.promote_types(x.dtype, torch.float32)), self.labels[pixels].long()
+            part.copy_(F.embedding_bag(cells, table, per_sample_weights=weights.to(table.dtype), mode="sum"))
+        return out, self.labels[pixels].long()
 
     def _store(self, index: int, maps: FeatureMaps, name: str) -> None:
         for table, group, starts in zip(self.tables, self.groups, self.starts, strict=True):
@@ -231,11 +236,14 @@ def train(mlps: PixelMLPs, pixels: LabelledPixels, seeds: Sequence[int], options
     kept: dict[int, dict[str, Tensor]] = {}  # the weights of members that have stopped
     seen = [most] * len(seeds)
     draws = minibatches(len(pixels), options.batch_size, seeds)
-    gradient = torch.empty_like(mlps.linears[0].weight)
+    weight = mlps.linears[0].weight
+    # Memory of this size costs more to ask for than to fill: it is kept from one minibatch to the next.
+    gradient = torch.empty_like(weight)
+    gathered = weight.new_empty(len(seeds) * options.batch_size, weight.shape[2])
     mlps.train()
     with tqdm(total=most, desc="pixels", unit="minibatch", leave=False, disable=None) as bar:
         for number in range(1, most + 1):
-            x, labels = pixels.gather(next(draws).flatten().to(mlps.device))
+            x, labels = pixels.gather(next(draws).flatten().to(mlps.device), gathered)
             losses = _backward(mlps, x.unflatten(0, (len(seeds), -1)), labels, gradient)
             optimizer.step()
             bar.update()
@@ -258,8 +266,10 @@ def train(mlps: PixelMLPs, pixels: LabelledPixels, seeds: Sequence[int], options
 def _backward(mlps: PixelMLPs, x: Tensor, labels: Tensor, gradient: Tensor) -> Tensor:
     """Losses (M,) of one minibatch (M, B, D) with labels (M B,), and all gradients.
 
-    The first layer has nearly all the weights. Its gradient is written over the last one's: autograd would allocate
-    it anew, which takes as long as computing it.
+    The first layer has nearly all the weights; autograd would allocate its gradient anew.
+
+    Args:
+        gradient: of the first layer's weights, written over.
     """
     mlps.zero_grad()
     first = mlps.linears[0]

@@ -15,7 +15,7 @@ from diffperception.segmentation import (
     RGBFeatures,
     image_score,
 )
-from diffperception.segmentation.classifier import _summary
+from diffperception.segmentation.classifier import summarise
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import MapInfo
 from diffperception.segmentation.mlp import EnsembleBatchNorm, PixelMLPs
@@ -122,15 +122,15 @@ def test_uncertainty_of_members_that_agree_and_of_two_that_do_not():
     agree = torch.stack([unsure, unsure])[:, None, None]
     differ = torch.stack([sure, sure.flip(0)])[:, None, None]
     mixed = torch.stack([sure, unsure])[:, None, None]
-    assert _summary(agree)[1].item() == pytest.approx(0, abs=1e-6)
-    assert _summary(differ)[1].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert summarise(agree)[1].item() == pytest.approx(0, abs=1e-6)
+    assert summarise(differ)[1].item() == pytest.approx(math.log(2), abs=1e-6)
     mean = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert _summary(mixed)[1].item() == pytest.approx(mean - math.log(2) / 2, abs=1e-6)
+    assert summarise(mixed)[1].item() == pytest.approx(mean - math.log(2) / 2, abs=1e-6)
 
 
 def test_labels_are_the_majoritys_whatever_the_mean_says():
     logits = torch.tensor([[0.0, 0.1, -9], [0.0, 0.1, -9], [9.0, 0.0, -9]])[:, None, None]
-    labels, _, probabilities, votes = _summary(logits)
+    labels, _, probabilities, votes = summarise(logits)
     assert votes.flatten().tolist() == [1, 2, 0]
     assert labels.item() == 1
     assert probabilities.argmax() == 0

@@ -1,0 +1,225 @@
+"""Pixel classifiers at the reference's sizes, against the dense way in the same process.
+
+The dense way is the reference's: the features of all pixels are upsampled and kept, members are plain networks that
+train one after the other on minibatches indexed from them with `torch.optim.Adam` as it comes, and predict one after
+the other. Both ways get the same maps, float32 arithmetic and the same number of minibatches.
+"""
+
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffperception.segmentation import FeatureExtractor, FeatureMaps, FitOptions, MapInfo, PixelEnsemble
+from diffperception.segmentation.classifier import summarise
+from diffperception.segmentation.mlp import hidden_widths
+from diffperception.segmentation.training import LabelledPixels, member_seed, train
+
+SIDE = 256
+BLOCKS = [(1024, 8), (512, 8), (512, 8), (512, 4), (256, 2)]  # channels and stride; three timesteps have them
+MEMBERS, CLASSES, IMAGES = 10, 20, 50
+TRAINED = 1000  # minibatches a member in the comparison for all images
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of the dense way and of ours, and how many times faster ours must be (None: nothing is promised)."""
+
+    name: str
+    dense: float
+    ours: float
+    target: float | None = None
+
+    def line(self) -> str:
+        target = "" if self.target is None else f"{self.target:10.1f}"
+        return f"{self.name:52}{self.dense:10.3f}{self.ours:10.3f}{self.dense / self.ours:10.1f}{target}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `measure` found: speeds, the largest difference of logits, and the peak memory in GiB."""
+
+    comparisons: list[Comparison]
+    difference: float
+    memory: float
+
+    def table(self) -> str:
+        head = f"{'seconds':52}{'dense':>10}{'ours':>10}{'ratio':>10}{'at least':>10}"
+        return "\n".join(
+            [
+                head,
+                *(row.line() for row in self.comparisons),
+                f"largest difference of logits: {self.difference:.1e} (at most 1e-05)",
+                f"peak memory of preparing, training and predicting with {IMAGES} images: {self.memory:.2f} GiB "
+                "(at most 4 GB, 3.73 GiB)",
+            ]
+        )
+
+
+class RandomMaps(FeatureExtractor):
+    """Maps of the reference's shapes, the same random ones for every image."""
+
+    def __init__(self) -> None:
+        super().__init__([MapInfo(f"stride {stride}", channels, stride) for channels, stride in 3 * BLOCKS], 8)
+        generator = torch.Generator().manual_seed(0)
+        sides = [(info.channels, SIDE // info.stride) for info in self.info]
+        self.drawn = [torch.randn(1, channels, side, side, generator=generator) for channels, side in sides]
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        return self.drawn
+
+
+def measure(threads: int, repeats: int, minibatches: int, say: Callable[[str], None]) -> Report:
+    """Compare the two ways; minutes long.
+
+    Args:
+        threads: of the CPU.
+        repeats: of predicting, the best of which counts.
+        minibatches: that each member trains on, measured.
+        say: is told what is being measured.
+    """
+    say(f"memory: {IMAGES} images, in a process of its own")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        memory = pool.apply(peak_memory, (threads,))
+    torch.set_num_threads(threads)
+    features, options = RandomMaps(), FitOptions(max_minibatches=minibatches)
+    images = _images_that_fit(features.channels)
+    masks = _masks(images)
+    say(f"training, the dense way: {images} images, {MEMBERS} x {minibatches} minibatches")
+    dense, networks = _train_densely(features, masks, minibatches)
+    say("training, ours")
+    ours, ensemble = _train(features, masks, options)
+    rows = [
+        Comparison("prepare an image", dense[0] / images, ours[0] / images),
+        Comparison(f"a minibatch of {MEMBERS} members", dense[1] / minibatches, ours[1] / minibatches),
+        Comparison(f"train: {images} images, {minibatches} minibatches a member", sum(dense), sum(ours)),
+        _scaled(dense, ours, images, minibatches),
+    ]
+    say("predicting, both ways")
+    copied = [_member(ensemble, index) for index in range(MEMBERS)]
+    maps = features.maps(torch.zeros(3, SIDE, SIDE))
+    logits = _predict_densely(copied, maps)[1]
+    difference = float((logits.view(MEMBERS, SIDE, SIDE, -1).permute(0, 3, 1, 2) - ensemble.logits(maps)).abs().max())
+    rows.append(
+        Comparison(
+            "predict an image",
+            _best(lambda: _predict_densely(networks, maps), repeats),
+            _best(lambda: ensemble.segment(maps), repeats),
+            10,
+        )
+    )
+    return Report(rows, difference, memory)
+
+
+def peak_memory(threads: int) -> float:
+    """GiB that this process has at most taken after preparing, training (a little) and predicting the whole task."""
+    torch.set_num_threads(threads)
+    features = RandomMaps()
+    images = [torch.zeros(3, SIDE, SIDE)] * IMAGES
+    options = FitOptions(max_minibatches=20)
+    ensemble = PixelEnsemble(features.channels, CLASSES, MEMBERS).fit(features, images, _masks(IMAGES), options)
+    ensemble.predict(features, images[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / GIB * (1 if sys.platform == "darwin" else 1024)
+
+
+def _images_that_fit(channels: int) -> int:
+    """Images whose dense features take half of the memory, the copies made on the way included; at most 4."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    image = 4 * channels * SIDE * SIDE
+    return min(4, max(1, int(memory / 2 / image) - 2))
+
+
+def _masks(count: int) -> list[Tensor]:
+    return list(torch.randint(CLASSES, (count, SIDE, SIDE), generator=torch.Generator().manual_seed(0)).to(torch.uint8))
+
+
+def _train_densely(
+    features: RandomMaps, masks: list[Tensor], minibatches: int
+) -> tuple[tuple[float, float], list[nn.Sequential]]:
+    """Seconds of preparing and of training, and the networks."""
+    start = time.perf_counter()
+    rows = torch.empty(len(masks) * SIDE * SIDE, features.channels)
+    for part in rows.split(SIDE * SIDE):
+        part.copy_(_dense_rows(features.maps(torch.zeros(3, SIDE, SIDE))))
+    labels = torch.cat([mask.flatten() for mask in masks]).long()
+    prepared = time.perf_counter()
+    networks = [_network(features.channels) for _ in range(MEMBERS)]
+    for network in networks:
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+        for _ in range(minibatches):
+            drawn = torch.randint(len(rows), (64,))
+            optimizer.zero_grad()
+            F.cross_entropy(network(rows[drawn]), labels[drawn]).backward()
+            optimizer.step()
+        network.eval()
+    return (prepared - start, time.perf_counter() - prepared), networks
+
+
+def _train(features: RandomMaps, masks: list[Tensor], options: FitOptions) -> tuple[tuple[float, float], PixelEnsemble]:
+    """Seconds of preparing and of training as `PixelEnsemble.fit` does, and the ensemble."""
+    ensemble = PixelEnsemble(features.channels, CLASSES, MEMBERS)
+    start = time.perf_counter()
+    images = [torch.zeros(3, SIDE, SIDE)] * len(masks)
+    pixels = LabelledPixels(features, images, masks, torch.float16, ["image"] * len(masks))
+    prepared = time.perf_counter()
+    train(ensemble.mlps, pixels, [member_seed(0, member) for member in range(MEMBERS)], options)
+    return (prepared - start, time.perf_counter() - prepared), ensemble
+
+
+def _scaled(dense: tuple[float, float], ours: tuple[float, float], images: int, minibatches: int) -> Comparison:
+    """The whole task: preparing grows with the images, training with the minibatches."""
+    seconds = [way[0] * IMAGES / images + way[1] * TRAINED / minibatches for way in (dense, ours)]
+    return Comparison(f"so {IMAGES} images, {TRAINED} minibatches would take", seconds[0], seconds[1], target=5)
+
+
+def _dense_rows(maps: FeatureMaps) -> Tensor:
+    return maps.dense().flatten(1).T
+
+
+@torch.no_grad()
+def _predict_densely(networks: list[nn.Sequential], maps: FeatureMaps) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What `PixelEnsemble.segment` returns, and the logits (M, 1, H W, K)."""
+    rows = _dense_rows(maps)
+    logits = torch.stack([network(rows) for network in networks])[:, None]
+    return summarise(logits), logits
+
+
+def _network(channels: int) -> nn.Sequential:
+    first, second = hidden_widths(CLASSES)
+    return nn.Sequential(
+        nn.Linear(channels, first),
+        nn.ReLU(),
+        nn.BatchNorm1d(first),
+        nn.Linear(first, second),
+        nn.ReLU(),
+        nn.BatchNorm1d(second),
+        nn.Linear(second, CLASSES),
+    )
+
+
+def _member(ensemble: PixelEnsemble, index: int) -> nn.Sequential:
+    """A member as a plain network."""
+    network = _network(ensemble.channels)
+    state = {name.removeprefix("layers."): value[index] for name, value in ensemble.mlps.state_dict().items()}
+    network.load_state_dict(state, strict=False)  # but for the count of batches, which nothing uses
+    return network.eval()
+
+
+def _best(function: Callable[[], object], repeats: int) -> float:
+    """The least of `repeats` wall times, without a warm-up: the dense way takes too long for one."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
