@@ -59,16 +59,15 @@ class PixelEnsemble(nn.Module):
         channels: D, the features of a pixel.
         num_classes: K, at most 255.
         members: M.
-        seed: of the weights.
     """
 
-    def __init__(self, channels: int, num_classes: int, members: int = 10, seed: int = 0) -> None:
+    def __init__(self, channels: int, num_classes: int, members: int = 10) -> None:
         super().__init__()
         if not 2 <= num_classes <= IGNORED:
             raise ValueError(f"there must be 2 to {IGNORED} classes, not {num_classes}")
         self.arguments: dict[str, Any] = {"channels": channels, "num_classes": num_classes, "members": members}
         self.channels, self.num_classes, self.members = channels, num_classes, members
-        self.mlps = PixelMLPs(members, channels, num_classes, [member_seed(seed, m) for m in range(members)]).eval()
+        self.mlps = PixelMLPs(members, channels, num_classes, [member_seed(0, m) for m in range(members)]).eval()
 
     def fit(
         self,

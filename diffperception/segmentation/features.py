@@ -92,7 +92,7 @@ class DiffusionFeatures(FeatureExtractor):
     UNet, which stops after the last block. Maps come time by time, and for each in the order of the blocks.
 
     Args:
-        unet: the network, or its constructor's arguments.
+        unet: the network, or its constructor's arguments; it is put into evaluation mode and its weights are fixed.
         schedule: the path that the network was trained on; or what it says at each of the times: its signal, its noise
             and the time as the network is told it.
         blocks: decoder blocks, indices among ``unet.block_info``.
