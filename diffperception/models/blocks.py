@@ -63,13 +63,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(B, C, H, W) and the activated embedding (B, E) -> (B, C', H', W')."""
-        x, h = self._first(x, F.silu(group_norm(self.norm1, x)))
+        x, h = self._first(x, group_norm(self.norm1, x, activate=True))
         if self.scale_shift:
             scale, shift = self.time(emb).chunk(2, dim=1)
-            h = group_norm(self.norm2, h, scale, shift)
+            h = group_norm(self.norm2, h, scale, shift, activate=True)
         else:
-            h = group_norm(self.norm2, h + self.time(emb)[:, :, None, None])
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+            h = group_norm(self.norm2, h + self.time(emb)[:, :, None, None], activate=True)
+        return self.skip(x) + self.conv2(self.dropout(h))
 
     def _first(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The skip and the first convolution, both at the new size."""

@@ -156,7 +156,7 @@ class UNet(Encoder):
                 or not wanted.
         """
         *_, h = self._decoder_outputs(x, t, labels)
-        return self.out_conv(F.silu(group_norm(self.out_norm, h))).contiguous()
+        return self.out_conv(group_norm(self.out_norm, h, activate=True)).contiguous()
 
     def activations(self, x: Tensor, t: Tensor, blocks: Sequence[int], labels: Tensor | None = None) -> list[Tensor]:
         """What decoder blocks give; those after the last one named are not computed.
