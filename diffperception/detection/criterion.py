@@ -47,10 +47,11 @@ def set_losses(
     objects = targets.boxes[None].expand(len(boxes), -1, -1, -1).gather(2, index[..., None].expand(-1, -1, -1, 4))
     size = targets.image_sizes[None, :, None]
     l1 = ((boxes - objects) / size).abs().sum(-1)
+    counted = matched | ~l1.isfinite()  # a box that is no number is nobody's match, yet must show in the loss
     giou = 1 - paired_giou(boxes, objects)[1]
     return {
         "classification": focal.sum((1, 2, 3)) / pairs,
-        "l1": torch.where(matched, l1, 0).sum((1, 2)) / pairs,
+        "l1": torch.where(counted, l1, 0).sum((1, 2)) / pairs,
         "giou": torch.where(matched, giou, 0).sum((1, 2)) / pairs,
     }
 

@@ -303,7 +303,12 @@ class DiffusionDet(Detector):
             steps, num_boxes: instead of the model's own.
             options: all settings of the sampler; `steps` and `num_boxes` override it.
             encoded: what `encode` made of these images, for who predicts several times from them.
+
+        Raises:
+            ValueError: the weights give numbers that are not finite.
         """
+        if not images:
+            return []
         options = self.sampler_options(steps, num_boxes, options)
         encoded = encoded or self.encode(images)
         detections = select_detections(self._sample(images, seeds, options, encoded), options)
@@ -356,7 +361,7 @@ class DiffusionDet(Detector):
             logits, refined = self.head(encoded.pyramid, boxes, t, last_only=True)
             return logits[-1].float(), refined[-1]
 
-        return sample_boxes(
+        sampled = sample_boxes(
             denoise,
             self.schedule,
             image_sizes(encoded.resized, self.device),
@@ -365,6 +370,12 @@ class DiffusionDet(Detector):
             self.num_timesteps,
             self.signal_scale,
         )
+        if not all(step.boxes.isfinite().all() and step.logits.isfinite().all() for step in sampled):
+            raise ValueError(
+                "the detector predicts numbers that are not finite: its training has diverged; take an earlier model,"
+                " or train it anew with a lower optimizer.lr"
+            )
+        return sampled
 
     def _separate_features(self, images: list[Tensor]) -> FeaturePyramid:
         """The pyramid of images padded one by one, so that none depends on its neighbours' sizes.

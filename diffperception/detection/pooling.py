@@ -51,7 +51,8 @@ class FeaturePyramid:
         """Index of the level that pools each box, by its size (..., 4) -> (...)."""
         area = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
         level = torch.floor(CANONICAL_LEVEL + torch.log2(area.sqrt() / CANONICAL_SIZE + 1e-8))
-        return (level - math.log2(self.strides[0])).clamp(0, len(self.strides) - 1).long()
+        # A box that is no number must not read beyond the table; what it pools is no number either.
+        return (level - math.log2(self.strides[0])).clamp(0, len(self.strides) - 1).nan_to_num(0).long()
 
     def pool(self, boxes: Tensor, size: int, samples: int = 2) -> Tensor:
         """RoIAlign (arXiv 1703.06870), aligned to the centres of cells.
@@ -103,7 +104,7 @@ def _bilinear_taps(start: Tensor, end: Tensor, bins: int, samples: int, cells: T
     points = torch.minimum(points.clamp(min=0), last)
     low = points.floor()
     fraction = points - low
-    index = torch.stack([low, torch.minimum(low + 1, last)], dim=-1).long()
+    index = torch.stack([low, torch.minimum(low + 1, last)], dim=-1).nan_to_num(0).long()
     weight = torch.stack([1 - fraction, fraction], dim=-1) * inside[..., None] / samples
     shape = (*start.shape, bins, 2 * samples)
     return index.view(shape), weight.view(shape)

@@ -1,8 +1,4 @@
-"""The eleven defects of existing implementations (spec: detection), each as a test that fails where it is present.
-
-Defect 7 (test-time augmentation with an average of the weights) has no counterpart here by construction: what is
-evaluated is a module with the averaged weights, and there is one way to predict.
-"""
+"""The eleven defects of existing implementations (spec: detection), each as a test that fails where it is present."""
 
 import json
 import math
@@ -10,11 +6,15 @@ import math
 import pytest
 import torch
 
-from diffperception.detection import SamplerOptions
+from diffperception.detection import DiffusionDet, SamplerOptions
+from diffperception.detection.criterion import set_losses
 from diffperception.detection.detector import image_sizes
 from diffperception.detection.evaluation import CocoEvaluator
-from diffperception.detection.matcher import PaddedTargets
+from diffperception.detection.matcher import PaddedTargets, match
 from diffperception.detection.sampler import BoxNoise, image_seed, select_detections
+from diffperception.tasks.detection import DetectionTask
+from diffperception.tasks.options import OptimizerOptions
+from diffperception.tasks.task import NonFiniteLossError
 from tests.detection.scenes import CLASSES, random_boxes, random_image, random_target, tiny_detector
 
 IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2), random_image(96, 64, 3)]
@@ -96,12 +96,72 @@ def test_6_several_steps_without_renewal(mode):
     assert len(tiny_detector().predict(IMAGES, options=options)) == 3
 
 
-def test_8_a_non_finite_prediction_gives_a_non_finite_loss_not_an_exception():
-    detector = tiny_detector().train()
+POISONED = [
+    (layer, value, matching)
+    for layer in ("class_logits", "box_deltas")
+    for value in (math.nan, math.inf, -math.inf)
+    for matching in ("dynamic_k", "hungarian")
+]
+
+
+def poisoned(layer: str, value: float, stage: int = 0, **options) -> DiffusionDet:
+    detector = tiny_detector(**options)
     with torch.no_grad():
-        detector.head.stages[0].class_logits.bias.fill_(torch.nan)
-    losses = detector.loss(IMAGES, [random_target(2, 64, 50, seed) for seed in range(3)])
-    assert losses["classification"].isnan()
+        getattr(detector.head.stages[stage], layer).bias[0] = value
+    return detector
+
+
+@pytest.mark.parametrize(("layer", "value", "matching"), POISONED)
+def test_8_a_loss_that_is_not_finite_names_the_batch(layer, value, matching):
+    targets = [random_target(2, 64, 50, seed) | {"image_id": 70 + seed} for seed in range(3)]
+    task = DetectionTask(poisoned(layer, value, matching=matching).train(), OptimizerOptions(), seed=0)
+    with pytest.raises(NonFiniteLossError, match=r"step 1 .* images with ids 70, 71, 72 "):
+        task.training_step((IMAGES, targets), 0)
+
+
+def test_8_a_single_box_that_is_not_finite_shows_in_the_loss():
+    padded = PaddedTargets.collate([random_target(2, 64, 96)], image_sizes(IMAGES[:1], torch.device("cpu")))
+    boxes = random_boxes(5, 96, 64)[None, None].clone()
+    matches = torch.tensor([[[0, 1, -1, -1, -1]]])
+    assert set_losses(torch.zeros(1, 1, 5, 3), boxes, padded, matches)["l1"].isfinite()
+    boxes[..., 4, 2] = torch.nan  # nobody's match
+    assert not set_losses(torch.zeros(1, 1, 5, 3), boxes, padded, matches)["l1"].isfinite()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("layer", ["class_logits", "box_deltas"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_8_weights_that_are_not_finite_do_not_predict(layer, value, stage):
+    detector = poisoned(layer, value, stage)
+    if (layer, stage) == ("class_logits", 0):
+        assert len(detector.predict(IMAGES)) == 3  # prediction does not classify before the last stage
+        return
+    for steps in (1, 2):
+        with pytest.raises(ValueError, match="not finite"):
+            detector.predict(IMAGES, steps=steps)
+
+
+def test_8_geometry_is_float32_under_autocast():
+    """In bfloat16 a coordinate beyond 1024 is a multiple of 8 pixels."""
+    detector = tiny_detector()
+    for stage in detector.head.stages:
+        torch.nn.init.zeros_(stage.box_deltas.weight)
+    low = 1000.3 + torch.rand(1, 9, 2, generator=torch.Generator().manual_seed(0))
+    boxes = torch.cat([low, low + 40.7], -1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        refined = detector(IMAGES[:1], boxes, torch.tensor([500]))[1]
+    torch.testing.assert_close(refined, boxes.expand_as(refined), atol=1e-3, rtol=0)
+
+
+def test_8_costs_are_float32_under_autocast():
+    padded = PaddedTargets.collate([random_target(9, 64, 96)], image_sizes(IMAGES[:1], torch.device("cpu")))
+    generator = torch.Generator().manual_seed(0)
+    # Near enough to one another that bfloat16 cannot tell which proposal is the cheaper.
+    logits = (0.01 * torch.randn(1, 300, 3, generator=generator)).bfloat16()
+    boxes = random_boxes(1, 96, 64) + 0.01 * torch.rand(1, 300, 4, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        matches = match(logits, boxes, padded)
+    assert torch.equal(matches, match(logits.float(), boxes, padded))
 
 
 def test_9_the_noise_of_an_image_depends_on_seed_and_id_alone():
