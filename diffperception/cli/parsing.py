@@ -31,11 +31,20 @@ def call(command: Command, arguments: Sequence[str]) -> int:
     parser = build_parser(command)
     options = parse(parser, command, arguments)
     names = inspect.signature(command).parameters
+    if "seed" in names:
+        _seed_weights(options.seed)
     values = {name: value for name, value in vars(parser.instantiate(options)).items() if name in names}
     if "resolved" in names:
         values["resolved"] = parser.dump(options, skip_unset=False)
     positional = [values.pop(name) for name, p in names.items() if p.kind is p.POSITIONAL_ONLY]
     return command(*positional, **values) or 0
+
+
+def _seed_weights(seed: int) -> None:
+    """Networks among the options are built with them, so their random weights are drawn before the command runs."""
+    import torch
+
+    torch.manual_seed(seed)
 
 
 def chosen_task(arguments: Sequence[str]) -> str | None:
