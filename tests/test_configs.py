@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from diffperception.cli.main import find
 from diffperception.cli.parsing import build_parser, chosen_task, parse
+from diffperception.data.shapes import CLASSES
 from diffperception.detection import Detector
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier
@@ -19,9 +21,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files to give for a configuration: a_b.yaml states its differences from a.yaml, where there is one."""
-    base = path.with_name(path.stem.partition("_")[0] + ".yaml")
-    return [base, path] if base != path and base.exists() else [path]
+    """The files to give for a configuration: a_b_c.yaml states its differences from a.yaml, then a_b.yaml, if any."""
+    stems = accumulate(path.stem.split("_"), "{}_{}".format)
+    return [file for stem in stems if (file := path.with_name(f"{stem}.yaml")).exists()]
 
 
 def shipped() -> list[Path]:

@@ -104,6 +104,7 @@ def train(
         trainer,
         lambda detector, *_: score(cast(Detector, detector)).metrics,
         evaluation.every,
+        False,
         resume,
         say,
     )

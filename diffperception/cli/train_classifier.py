@@ -105,7 +105,7 @@ def train(
 
     batches = TrainingData(train_set, data.batch_size, data.workers, seed)
     task = ClassificationTask(classifier, optimizer, seed)
-    outcome = fit(task, batches, output, trainer, score, evaluation.every, resume, say)
+    outcome = fit(task, batches, output, trainer, score, evaluation.every, False, resume, say)
     if outcome.signal is not None:
         return say_stopped(output, outcome.step, outcome.signal)
     if first_process():

@@ -15,7 +15,6 @@ from diffperception.generation.sampling import SamplingOptions, sample
 from diffperception.tasks.data import TrainingData
 from diffperception.tasks.fitting import fit
 from diffperception.tasks.generation import GenerationTask, ImageDataOptions, ObjectiveOptions, held_out_loss
-from diffperception.tasks.log import RunLog
 from diffperception.tasks.options import OptimizerOptions, TrainerOptions
 from diffperception.visualize import curves, image_grid, save_png
 
@@ -109,16 +108,12 @@ def train(
         return {f"held_out_{name}": held_out_loss(each, val_set, count, at_once) for name, each in models.items()}
 
     batches = TrainingData(train_set, data.batch_size, data.workers, seed)
-    outcome = fit(task, batches, output, trainer, look, preview.every, resume, say)
+    outcome = fit(task, batches, output, trainer, look, preview.every, True, resume, say)
     if outcome.signal is not None:
         return say_stopped(output, outcome.step, outcome.signal)
     if first_process():
         trained = cast(DiffusionModel, outcome.model.to(outcome.device).eval())
         trained.save(output / WEIGHTS)
-        log = RunLog(output, after=outcome.step)
-        seen = look(trained, task.model.to(outcome.device), outcome.step)
-        log.write(outcome.step, {f"val/{name}": value for name, value in seen.items()})
-        log.close()
         save_png(curves(output / "metrics.csv"), output / "pictures" / "curves.png")
     say_where(output, FILES)
     return 0

@@ -190,7 +190,8 @@ class Evaluations(Callback):
         score: gives the metrics of the averaged model and the one in training at a step, the most telling first.
         averaging: what holds the averaged model; None if there is no average.
         record: where the metrics go; None in all processes but the first.
-        every: steps between evaluations; None for none. There is none after the last step, as the caller makes it.
+        every: steps between evaluations; None for none.
+        last: whether there is one after the last step too; afterwards only the averaged weights are left.
         say: prints a line.
     """
 
@@ -200,12 +201,14 @@ class Evaluations(Callback):
         averaging: Averaging | None,
         record: RunLog | None,
         every: int | None,
+        last: bool,
         say: Callable[[str], None],
     ):
         self.score = score
         self.averaging = averaging
         self.record = record
         self.every = every
+        self.last = last
         self.say = say
         self.scored = 0
 
@@ -217,7 +220,8 @@ class Evaluations(Callback):
 
     def _score_if_due(self, trainer: Trainer, task: Task) -> None:
         step = trainer.global_step
-        if not self.every or step % self.every or step in (0, self.scored, trainer.max_steps) or trainer.should_stop:
+        due = self.last if step == trainer.max_steps else bool(self.every) and step % (self.every or 1) == 0
+        if not due or step in (0, self.scored) or trainer.should_stop:
             return
         self.scored = step
         averaged = self.averaging.model if self.averaging else task.model

@@ -83,6 +83,11 @@ def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
     """ValueError that names the difference unless the model's classes are the annotation file's."""
     if list(classes) == dataset.classes:
         return
+    if list(classes) == [str(label) for label in range(len(dataset.classes))]:
+        raise ValueError(
+            f"the model's {len(classes)} classes are numbers, as the checkpoint it was converted from has no names:"
+            f" convert it again with --annotations {dataset.annotations}, if it was trained for those categories"
+        )
     raise ValueError(
         f"the model has {len(classes)} classes ({_short(classes)}), but {dataset.annotations} has"
         f" {len(dataset.classes)} ({_short(dataset.classes)}): use the annotations it was trained for, or train it anew"

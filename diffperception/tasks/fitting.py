@@ -46,6 +46,7 @@ def fit(
     options: TrainerOptions,
     score: Score,
     score_every: int | None,
+    score_last: bool,
     resume: bool,
     say: Callable[[str], None],
 ) -> Outcome:
@@ -53,6 +54,7 @@ def fit(
 
     Args:
         score: gives the metrics of a model; all processes call it every `score_every` steps.
+        score_last: whether they call it after the last step too, on averaged and raw weights as before.
         resume: go on from last.ckpt in `folder`.
         say: prints a line.
 
@@ -77,7 +79,7 @@ def fit(
         *([averaging] if averaging else []),
         Reporter(record, options.log_every, say),
         checkpoints,
-        Evaluations(score, averaging, record, score_every, say),
+        Evaluations(score, averaging, record, score_every, score_last, say),
     ]
     devices, nodes = machines(options)
     trainer = Trainer(

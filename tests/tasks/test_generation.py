@@ -1,0 +1,159 @@
+"""Training a generator: resumed bit for bit, it learns, it shows samples, and it says what is wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffperception.cli.main import main
+from diffperception.generation import DiffusionModel, SamplingOptions, sample
+from tests.tasks.test_resume import TORCHRUN, assert_same_run, logged, python
+from tests.tasks.tiny_detector import PowerCut
+from tests.tasks.tiny_generator import write_tiny_generator
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_generator(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(config, run) == 0
+    return run
+
+
+def train(config: Path, output: Path, *options: str) -> int:
+    return main(["train", "--config", str(config), "--output", str(output), *options])
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffperception")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 12])
+def test_a_run_stopped_at_any_step_ends_like_the_uninterrupted_one(
+    config: Path, whole: Path, tmp_path: Path, step: int
+) -> None:
+    with pytest.raises(PowerCut):
+        train(config, tmp_path / "stopped", "--model.die_at", str(step))
+    assert train(config, tmp_path / "stopped", "--resume") == 0
+    assert_same_run(whole, tmp_path / "stopped")
+
+
+def test_bfloat16_resumes_bit_for_bit(config: Path, tmp_path: Path) -> None:
+    options = ["--trainer.precision", "bf16-mixed", "--trainer.max_steps", "6"]
+    assert train(config, tmp_path / "whole", *options) == 0
+    with pytest.raises(PowerCut):
+        train(config, tmp_path / "stopped", *options, "--model.die_at", "5")
+    assert train(config, tmp_path / "stopped", *options, "--resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_times_from_the_losses_of_both(config: Path, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "-m", "diffperception", "train", "--config", str(config), "--output"]
+    assert python(*command, str(tmp_path / "two")) == 0
+    state = torch.load(tmp_path / "two" / "last.ckpt", weights_only=True)["state_dict"]
+    assert int(state["times.seen"].sum()) == 12 * 2 * 4  # steps, processes, images
+
+
+def test_a_run_leaves_samples_of_the_raw_and_the_averaged_weights(whole: Path) -> None:
+    names = {path.name for path in (whole / "pictures").iterdir()}
+    steps = ("0000004", "0000008", "0000012")
+    assert names == {"curves.png"} | {f"samples_{step}_{kind}.png" for step in steps for kind in ("raw", "averaged")}
+    rows = logged(whole)
+    assert all(row["val/held_out_raw"] != row["val/held_out_averaged"] for row in rows if row["val/held_out_raw"])
+    assert [row["step"] for row in rows if row["val/held_out_raw"]] == ["4", "8", "12"]
+    assert rows[0].keys() >= {"train/loss_mse", "train/loss_vlb", "val/held_out_averaged"}
+
+
+def test_the_exported_generator_is_the_averaged_one(whole: Path) -> None:
+    exported = main(["sample", "--model", str(whole / "model.safetensors"), "--output", str(whole / "refused")])
+    assert exported == 2  # its class is not of this package
+    state = torch.load(whole / "last.ckpt", weights_only=True)
+    settings = yaml.safe_load((whole / "config.yaml").read_text())
+    assert settings["task"] == "generation"
+    assert "averaging_state" in state
+
+
+def test_labels_are_dropped_to_the_absent_one(config: Path, tmp_path: Path) -> None:
+    """The absent label's embedding learns if labels are dropped, and only then."""
+    moved = {}
+    for share in ("0.0", "0.5"):
+        run = tmp_path / share
+        options = ["--objective.label_dropping", share, "--trainer.max_steps", "3", "--optimizer.ema_decay", "null"]
+        assert train(config, run, *options, "--preview.every", "null") == 0
+        moved[share] = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]["model.unet.label_emb.weight"]
+    assert not torch.equal(moved["0.0"][:2], moved["0.5"][:2])
+    assert not torch.equal(moved["0.0"][2], moved["0.5"][2])
+
+
+def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
+    """Of pictures of one colour each, orange or blue, the samples are either orange or blue."""
+    colours = np.array([[230, 120, 20], [20, 90, 220]], dtype=np.uint8)
+    for k, colour in enumerate(colours):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(np.broadcast_to(colour, (8, 8, 3)).copy()).save(tmp_path / "pictures" / f"{k}.png")
+    config = {
+        "task": "generation",
+        "model": {
+            "class_path": "diffperception.generation.DiffusionModel",
+            "init_args": {
+                "unet": {"channels": 32, "multipliers": [1], "depth": 1, "attention": [], "head_channels": 32},
+                "image_size": 4,
+                "prediction": "v",
+            },
+        },
+        "data": {"images": str(tmp_path / "pictures"), "batch_size": 16, "workers": 0, "cached": 2},
+        "optimizer": {"lr": 3e-3, "base_batch_size": 16, "warmup_steps": 5, "ema_decay": 0.95},
+        "trainer": {"max_steps": 120, "log_every": 50, "accelerator": "cpu"},
+        "preview": {"every": None, "samples": 1, "sampling": {"steps": 1}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert train(tmp_path / "config.yaml", tmp_path / "run") == 0
+    model = DiffusionModel.load(tmp_path / "run" / "model.safetensors")
+    found = sample(model, range(16), SamplingOptions("ddim", 10)).mean((2, 3)) * 255
+    distance = torch.cdist(found, torch.from_numpy(colours).float())
+    assert distance.min(1).values.median() < 60  # of 255; the two are 290 apart
+    assert {0, 1} == set(distance.argmin(1).tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--objective.label_dropping", "0.1", "--model.absent_label", "false"], "set unet.num_classes to 2"),
+        (["--model.image_size", "9"], "crop to 8 x 8 or pad to 10 x 10"),
+        (["--model.unet.channels", "30"], "multiple"),
+        (["--model.unet.attention", "[2]", "--model.unet.heads", "5"], "heads = 5"),
+        (["--data.labelled", "false"], "set unet.num_classes to null"),
+        (["--model.learned_range", "false"], "learned_range"),
+        (["--model.image_size", "64"], "has 10 x 12 pixels"),
+        (["--data.images", "nowhere"], "there is no folder nowhere"),
+        (["--task", "generatoin"], "no task 'generatoin'"),
+        (["--preview.sampling.sampler", "euler"], "expected one of dpm_solver"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert train(config, tmp_path / "run", *options) == 2
+    assert said in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_names_its_pictures(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, tmp_path / "run", "--optimizer.lr", "1e30", "--optimizer.warmup_steps", "0") == 2
+    said = complaint(capsys)
+    assert "not finite" in said
+    assert ".png" in said
+    assert json.dumps(said)
