@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from diffperception.models import UNet
+from diffperception.segmentation.baseline import (
+    BaselineOptions,
+    _loss,
+    predict_labels,
+    random_crop,
+    segmentation_unet,
+    train_unet,
+)
+from tests.segmentation.test_classifier import scene
+from tests.segmentation.test_features import unet
+
+
+def test_the_network_is_the_generators_but_for_its_last_layer():
+    generator = unet(num_classes=4, out_channels=6)
+    network = segmentation_unet(generator, 5)
+    ours, theirs = (dict(n.named_parameters()) for n in (network, generator))
+    assert theirs.keys() - ours.keys() == {"label_emb.weight"}
+    assert {name for name in ours if ours[name].shape != theirs[name].shape} == {"out_conv.weight", "out_conv.bias"}
+    assert network.out_channels == 5
+
+
+def trained(steps: int) -> tuple[UNet, float]:
+    images, masks = zip(*(scene(i) for i in range(2)), strict=True)
+    torch.manual_seed(0)
+    network = segmentation_unet(unet(), 3)
+    return network, train_unet(network, images, masks, BaselineOptions(steps, 4, 16, learning_rate=3e-3), seed=1)
+
+
+def test_a_network_learns_three_colours():
+    network, loss = trained(25)
+    image, mask = scene(7, height=27, width=37)
+    labels = predict_labels(network, image)
+    assert labels.shape == mask.shape
+    assert (labels == mask).float().mean() > 0.9
+    assert loss < 0.6
+
+
+def test_a_seed_gives_the_same_network():
+    assert trained(2)[1] == trained(2)[1]
+
+
+def test_crops_keep_image_and_mask_together():
+    mask = torch.arange(20 * 12).view(20, 12)
+    image = mask[None].expand(3, -1, -1).float()
+    generator = torch.Generator().manual_seed(0)
+    crops = [random_crop(image, mask, 16, generator) for _ in range(20)]
+    for part, labels in crops:
+        assert part.shape == (3, 16, 16)
+        assert labels.shape == (16, 16)
+        inside = labels != 255  # 255 > the 240 pixels there are
+        assert inside.sum() == 16 * 12
+        assert torch.equal(part[0][inside].long(), labels[inside])
+    assert len({int(labels[labels != 255][0]) for _, labels in crops}) > 4
+
+
+def test_ignored_pixels_do_not_count():
+    logits = torch.randn(2, 3, 4, 4)
+    labels = torch.randint(3, (2, 4, 4))
+    half = labels.clone()
+    half[1] = 255
+    assert _loss(logits, half) == pytest.approx(float(_loss(logits[:1], labels[:1])), abs=1e-6)
+    assert _loss(logits, torch.full_like(labels, 255)) == 0
+
+
+def test_a_crop_that_does_not_halve_evenly_is_refused():
+    image, mask = scene()
+    with pytest.raises(ValueError, match="18"):
+        train_unet(unet(), [image], [mask], BaselineOptions(steps=1, crop=18))
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        BaselineOptions(steps=0)
