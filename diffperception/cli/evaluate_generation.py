@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,11 +18,15 @@ from diffperception.cli import say
 from diffperception.cli.checkpoints import read_checkpoint
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.report import write_text
-from diffperception.data.image_folder import list_pictures
+from diffperception.data import SeededSamples
+from diffperception.data.image_folder import ImageFolder, list_pictures
 from diffperception.data.images import read_image
+from diffperception.diffusion import sample_seed
 from diffperception.generation.evaluation import ImageScores, compare
 from diffperception.generation.features import FeatureNetwork, feature_network
+from diffperception.generation.model import both_sides
 from diffperception.tasks.evaluation import ignore_interrupts
+from diffperception.tasks.generation import ImageDataOptions
 
 SUBSET_SIZE = 1000  # as KID is usually measured
 
@@ -49,7 +54,8 @@ def evaluate(
 
     Args:
         samples: folder with the generated images.
-        reference: folder with real images, cropped as those that the generator learned from.
+        reference: folder with real images, cropped as those that the generator learned from; or the config.yaml of its
+            training, whose pictures are then cropped as they were there, as many crops as there are samples.
         features: the feature network: a timm model; random: and a timm model for untrained weights, such as
             random:resnet18, a weak measure that needs no network; or the model.safetensors file of a detector, for its
             backbone.
@@ -66,12 +72,17 @@ def evaluate(
         device: cpu, cuda, cuda:1, ... or auto.
         seed: of the subsets.
     """
-    paths = {"samples": list_pictures(samples), "reference": list_pictures(reference)}
-    counts = {name: len(files) for name, files in paths.items()}
+    pictures: dict[str, Sequence[Tensor]] = {"samples": Files(list_pictures(samples))}
+    pictures["reference"] = (
+        training_crops(reference, len(pictures["samples"]), seed)
+        if reference.suffix in (".yaml", ".yml")
+        else Files(list_pictures(reference))
+    )
+    counts = {name: len(images) for name, images in pictures.items()}
     require_images(counts, max(neighbours + 1, subset_size or 2))
     chosen = pick_device(device)
     network = feature_network(features, None if weights is None else read_checkpoint(weights)[0], size).to(chosen)
-    found = {name: extract(network, files, name, batch_size, workers, chosen) for name, files in paths.items()}
+    found = {name: extract(network, images, name, batch_size, workers, chosen) for name, images in pictures.items()}
     say("the features are read; comparing them takes up to some minutes")
     subset_size = subset_size or max(2, min(SUBSET_SIZE, min(counts.values()) // 2))
     generator = torch.Generator().manual_seed(seed)
@@ -111,35 +122,81 @@ class Found(NamedTuple):
     sizes: Counter[tuple[int, int]]
 
 
-class Prepared(Dataset[tuple[Tensor, tuple[int, int]]]):
-    """Image files as a feature network takes them, each with its height and width in the file."""
+class Files(Sequence[Tensor]):
+    """Image files, each read when it is asked for: uint8 (3, H, W)."""
 
-    def __init__(self, paths: Sequence[Path], transform: Callable[[Tensor], Tensor]):
+    def __init__(self, paths: Sequence[Path]):
         self.paths = paths
-        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __getitem__(self, index: Any) -> Any:
+        return read_image(self.paths[index])
+
+
+class Crops(Sequence[Tensor]):
+    """Random crops of a folder's pictures, in turn, each a function of the seed and its number: (C, H, W), 0..1."""
+
+    def __init__(self, folder: ImageFolder, number: int, seed: int):
+        self.folder, self.number, self.seed = SeededSamples(folder), number, seed
+        self.pictures = len(folder)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: Any) -> Any:
+        image, _ = self.folder[index % self.pictures, sample_seed(self.seed, index)]
+        return image.expand(3, -1, -1)
+
+
+def training_crops(config: Path, number: int, seed: int) -> Crops:
+    """Crops of the pictures that a run of `train --task generation` learned from, made as it made them.
+
+    Raises:
+        ValueError: the file does not hold the options of such a run.
+    """
+    if not config.is_file():
+        raise FileNotFoundError(f"there is no file {config}: give the config.yaml of a training run, or a folder")
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or settings.get("task") != "generation":
+        raise ValueError(f"{config} is not the config.yaml of a run of `train --task generation`")
+    model, data = settings["model"]["init_args"], settings["data"]
+    paths = {name: Path(data[name]) for name in ("images", "annotations") if data[name] is not None}
+    options = replace(ImageDataOptions(**data | paths), val_images=None)
+    train_set, _ = options.open(both_sides(model["image_size"]), model["unet"]["init_args"]["in_channels"])
+    return Crops(train_set, number, seed)
+
+
+class Prepared(Dataset[tuple[Tensor, tuple[int, int]]]):
+    """Images as a feature network takes them, each with its height and width before."""
+
+    def __init__(self, images: Sequence[Tensor], transform: Callable[[Tensor], Tensor]):
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int]]:
-        image = read_image(self.paths[index])
+        image = self.images[index]
         height, width = image.shape[-2:]
         return self.transform(image), (height, width)
 
 
 def extract(
-    network: FeatureNetwork, paths: Sequence[Path], name: str, batch_size: int, workers: int, device: torch.device
+    network: FeatureNetwork, pictures: Sequence[Tensor], name: str, batch_size: int, workers: int, device: torch.device
 ) -> Found:
-    """The features of image files, on the CPU. Shows the time left; BrokenImageError names a file without an image."""
+    """The features of images, on the CPU. Shows the time left; BrokenImageError names a file without an image."""
     rows, sizes = [], Counter[tuple[int, int]]()
     images = DataLoader(
-        Prepared(paths, network.transform),
+        Prepared(pictures, network.transform),
         batch_size,
-        num_workers=min(workers, (len(paths) - 1) // batch_size),
+        num_workers=min(workers, (len(pictures) - 1) // batch_size),
         collate_fn=list,
         worker_init_fn=ignore_interrupts,
     )
-    with tqdm(total=len(paths), desc=name, unit="image", leave=False, disable=None) as bar:
+    with tqdm(total=len(pictures), desc=name, unit="image", leave=False, disable=None) as bar:
         for batch in images:
             rows.append(network(torch.stack([image for image, _ in batch]).to(device)).cpu())
             sizes.update(size for _, size in batch)

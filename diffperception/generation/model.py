@@ -49,7 +49,7 @@ class DiffusionModel(nn.Module):
         absent_label: bool = False,
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = both_sides(image_size)
         self.arguments: dict[str, Any] = {
             "classes": None if classes is None else list(classes),
             "unet": unet,
@@ -151,3 +151,9 @@ class DiffusionModel(nn.Module):
         if not isinstance(model, cls):
             raise ValueError(f"{path} holds a {type(model).__name__}, not a generator of images.")
         return model
+
+
+def both_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a square's side, or of the two as they are."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

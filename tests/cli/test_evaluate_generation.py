@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 from diffperception.cli.evaluate_generation import evaluate
@@ -113,3 +114,19 @@ def test_a_mistake_is_one_sentence(folders: Path, tmp_path: Path, count: int, op
     with pytest.raises((ValueError, OSError), match=part) as error:
         score(folders, str(tmp_path / "samples"), tmp_path / "scores", *options)
     assert "\n" not in sentence(error.value)
+
+
+def test_the_reference_may_be_the_pictures_of_a_training_run(folders: Path, tmp_path: Path) -> None:
+    """Its crops are those of the training; of pictures as large as a crop they are the pictures."""
+    unet = {"class_path": "diffperception.models.UNet", "init_args": {"in_channels": 3}}
+    data = {"images": str(folders / "real"), "annotations": None, "horizontal_flip": 0.0}
+    config = {"task": "generation", "model": {"init_args": {"image_size": 24, "unet": unet}}, "data": data}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--samples", str(folders / "real"), "--reference", str(tmp_path / "config.yaml"), *FEATURES]
+    assert call(evaluate, [*arguments, "--output", str(tmp_path / "same")]) == 0
+    metrics = json.loads((tmp_path / "same" / "metrics.json").read_text())["metrics"]
+    assert metrics["fid"] == pytest.approx(0, abs=1e-6)
+    assert metrics["precision"] == metrics["recall"] == 1
+    (tmp_path / "config.yaml").write_text("task: detection\n")
+    with pytest.raises(ValueError, match="not the config"):
+        call(evaluate, arguments)
