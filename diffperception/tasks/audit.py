@@ -64,7 +64,7 @@ class AuditRow:
 
     def content(self) -> dict[str, Any]:
         """For a JSON file."""
-        names = ("mode", "num_boxes", "renewal_threshold", "ensemble", "steps")
+        names = ("mode", "num_boxes", "renewal_threshold", "ensemble", "eta", "nms_threshold", "steps")
         settings = {name: getattr(self.options, name) for name in names}
         scores = {"AP": self.ap.content(), "AP50": self.ap50.content()}
         return {**settings, "head_passes": self.options.steps, **scores, "seconds_per_image": self.seconds}
@@ -82,9 +82,10 @@ class Audit:
 
     def table(self) -> str:
         """A line a combination, and how to read it."""
-        columns = {"mode": "mode", "num_boxes": "boxes", "renewal_threshold": "renewal", "ensemble": "ensemble"}
-        constant = {name for name in ("renewal_threshold", "ensemble") if len(self._values(name)) == 1}
-        columns = {name: title for name, title in columns.items() if name not in constant} | {"steps": "steps"}
+        columns = {"mode": "mode", "num_boxes": "boxes"}
+        finer = {"renewal_threshold": "renewal", "ensemble": "ensemble", "eta": "eta", "nms_threshold": "nms"}
+        constant = {name for name in finer if len(self._values(name)) == 1}
+        columns |= {name: title for name, title in finer.items() if name not in constant} | {"steps": "steps"}
         lines = [[*columns.values(), "AP", "AP50", "s/image"]]
         for row in self.rows:
             settings = [str(getattr(row.options, name)) for name in columns]

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from diffperception.data.image_folder import ImageFolder
 from diffperception.data.sampling import SeededSamples
-from diffperception.diffusion import DiscreteSchedule, Schedule, add_noise
+from diffperception.diffusion import add_noise
 from diffperception.models import NoisyClassifier
-from diffperception.tasks.generation import Batch, ImageDataOptions, to_signal
+from diffperception.tasks.generation import Batch, ImageDataOptions, time_at, to_signal
 from diffperception.tasks.task import Task
 
 
@@ -68,11 +68,6 @@ def noised_logits(model: NoisyClassifier, x0: Tensor, places: Tensor, generator:
     t = time_at(model.schedule, places).to(x0.device)
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     return model(add_noise(model.schedule, x0, t, noise), model.schedule.conditioning(t)).to(x0.dtype)
-
-
-def time_at(schedule: Schedule, places: Tensor) -> Tensor:
-    """The times (B,) of places (B,) on a path, from 0, its clean end, to 1, excluded."""
-    return (places * schedule.num_timesteps).long() if isinstance(schedule, DiscreteSchedule) else places
 
 
 @torch.no_grad()

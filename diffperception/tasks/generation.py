@@ -10,7 +10,14 @@ from torch import Tensor
 
 from diffperception.data.image_folder import ImageFolder, class_folders
 from diffperception.data.sampling import SeededSamples
-from diffperception.diffusion import DiscreteSchedule, LossSecondMoment, TimeSampler, UniformTimes, UniformTimesteps
+from diffperception.diffusion import (
+    DiscreteSchedule,
+    LossSecondMoment,
+    Schedule,
+    TimeSampler,
+    UniformTimes,
+    UniformTimesteps,
+)
 from diffperception.generation.model import DiffusionModel
 from diffperception.tasks.options import OptimizerOptions
 from diffperception.tasks.task import Task
@@ -95,12 +102,12 @@ class ObjectiveOptions:
 
     def sampler(self, model: DiffusionModel) -> TimeSampler:
         """What draws the times of a batch; ValueError if the model's path does not have such times."""
-        discrete = isinstance(model.schedule, DiscreteSchedule)
-        if self.times == "loss_second_moment":
-            if not isinstance(model.schedule, DiscreteSchedule):
-                raise ValueError("objective.times loss_second_moment needs a schedule of discrete steps: take uniform")
-            return LossSecondMoment(model.schedule.num_timesteps)
-        return UniformTimesteps(model.schedule.num_timesteps) if discrete else UniformTimes()  # type: ignore[attr-defined]
+        if isinstance(model.schedule, DiscreteSchedule):
+            kind = UniformTimesteps if self.times == "uniform" else LossSecondMoment
+            return kind(model.schedule.num_timesteps)
+        if self.times != "uniform":
+            raise ValueError("objective.times loss_second_moment needs a schedule of discrete steps: take uniform")
+        return UniformTimes()
 
 
 class GenerationTask(Task):
@@ -164,6 +171,11 @@ def noised_losses(
     return objective(lambda x, time: model.unet(x, time, labels), x0, t, noise)
 
 
+def time_at(schedule: Schedule, places: Tensor) -> Tensor:
+    """The times (B,) of places (B,) on a path, from 0, its clean end, to 1, excluded."""
+    return (places * schedule.num_timesteps).long() if isinstance(schedule, DiscreteSchedule) else places
+
+
 @torch.no_grad()
 def held_out_loss(model: DiffusionModel, dataset: ImageFolder, images: int, batch_size: int) -> float:
     """The mean loss over images and evenly spaced times, with the same crops, noise and times in every call."""
@@ -175,9 +187,7 @@ def held_out_loss(model: DiffusionModel, dataset: ImageFolder, images: int, batc
         chosen = range(start, min(start + batch_size, images))
         pictures, targets = zip(*(samples[i % len(dataset), i] for i in chosen), strict=True)
         x0, labels = to_signal((list(pictures), list(targets)), model.device)
-        places = (torch.tensor(chosen, device=x0.device) + 0.5) / images
-        discrete = isinstance(model.schedule, DiscreteSchedule)
-        t = (places * model.schedule.num_timesteps).long() if discrete else places  # type: ignore[attr-defined]
+        t = time_at(model.schedule, (torch.tensor(chosen, device=x0.device) + 0.5) / images)
         losses = noised_losses(model, objective, x0, labels, t, generator)
         total += float(torch.stack(list(losses.values())).sum())
     return total / images

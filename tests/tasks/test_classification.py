@@ -22,7 +22,8 @@ from diffperception.diffusion import (
 )
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier, UNet
-from diffperception.tasks.classification import held_out_accuracy, time_at
+from diffperception.tasks.classification import held_out_accuracy
+from diffperception.tasks.generation import time_at
 
 SIDE, SPREAD = 8, 0.05
 PATTERN = torch.cat([torch.full((SIDE // 2,), -0.5), torch.full((SIDE // 2,), 0.5)])  # dark to the left, bright
