@@ -5,6 +5,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from math import isqrt
 from typing import Any
 
@@ -78,14 +79,16 @@ _NOT_WEIGHTS = re.compile(
     r"betas|(sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod|alphas_cumprod_prev"
     r"|posterior_\w+|pixel_mean|pixel_std|criterion\..+|.+\.relative_position_index"
 )
-_SHOWN = 8  # names in a message
+_HEAD = "head.head_series."
 
 
 def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> dict[str, Any]:
     """The arguments of `DiffusionDet` that a checkpoint's names and shapes tell.
 
-    Each size is what most of the tensors that show it say, so that a single wrong one is found out later by its name.
-    Heads of the attention (8), the signal scale and the number of boxes leave no trace and keep their defaults.
+    Each size is what most of the tensors that show it say, so that single wrong, missing or needless ones are found out
+    later by their names; a size that none shows is the reference's own. Heads of the attention (8), the signal scale
+    and the number of boxes leave no trace and keep their defaults. A head of five stages is taken for one of five, not
+    for one of six that lacks its last.
 
     Args:
         state: tensors by the reference's names.
@@ -94,8 +97,9 @@ def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | 
     Raises:
         ValueError: the names are not DiffusionDet's, the backbone is unknown, or `classes` are not K.
     """
-    width = _size(state, "head.head_series.?.norm?.*", 0)
-    num_classes = _size(state, "head.head_series.?.class_logits.*", 0)
+    _require_weights(state)
+    width = _size(state, f"{_HEAD}?.norm?.*", 0, 256)
+    num_classes = _size(state, f"{_HEAD}?.class_logits.*", 0, len(classes or COCO_CLASSES))
     if classes is not None and len(classes) != num_classes:
         raise ValueError(f"{len(classes)} class names are given for a checkpoint with {num_classes} classes")
     table = state.get("alphas_cumprod")
@@ -105,11 +109,11 @@ def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | 
         "freeze_norm": True,
         "width": width,
         "stages": _count(state, r"head\.head_series\.(\d+)\."),
-        "pool_size": isqrt(_size(state, "head.head_series.?.inst_interact.out_layer.weight", 1) // width),
-        "dynamic_width": _size(state, "head.head_series.?.inst_interact.norm1.*", 0),
-        "ffn_width": _size(state, "head.head_series.?.linear1.*", 0),
+        "pool_size": isqrt(_size(state, f"{_HEAD}?.inst_interact.out_layer.weight", 1, 49 * width) // width),
+        "dynamic_width": _size(state, f"{_HEAD}?.inst_interact.norm1.*", 0, 64),
+        "ffn_width": _size(state, f"{_HEAD}?.linear1.*", 0, 2048),
         # The tower's modules are Linear, LayerNorm, ReLU in turn.
-        "box_layers": _count(state, r"head\.head_series\.\d+\.reg_module\.(\d+)\.") // 3 + 1,
+        "box_layers": _count(state, r"head\.head_series\.\d+\.reg_module\.(\d+)\.", 8) // 3 + 1,
         "num_timesteps": 1000 if table is None else len(table),
     }
 
@@ -145,7 +149,7 @@ def rename(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         ],
     }
     if any(complaints.values()):
-        sentences = [f"{_listing(kind, names)}." for kind, names in complaints.items() if names]
+        sentences = [_listing(kind, names) for kind, names in complaints.items() if names]
         raise ValueError(f"the checkpoint does not fit the model that most of its shapes tell. {' '.join(sentences)}")
     return {name: given[reference_name(name)] for name in model.state_dict()}
 
@@ -159,49 +163,83 @@ def reference_name(name: str) -> str:
     raise ValueError(f"the reference has no weight like {name}")
 
 
+def _require_weights(state: Mapping[str, Any]) -> None:
+    """ValueError unless there are tensors alone, and some of DiffusionDet's."""
+    nested = [repr(name) for name, value in state.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ValueError(
+            f"give the weights alone, by their names: there are more dictionaries under {', '.join(nested)}"
+        )
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"not all of the checkpoint's weights are tensors: {', '.join(others)}")
+    if any(name.startswith(_HEAD) for name in state):
+        return
+    prefixed = next((name for name in state if f".{_HEAD}" in name), None)
+    if prefixed:
+        prefix = prefixed.partition(_HEAD)[0]
+        raise ValueError(
+            f"the checkpoint's names begin with {prefix!r}, which the reference's do not: take that off them"
+        )
+    raise ValueError(f"this is no checkpoint of the reference DiffusionDet: it has no {_HEAD}*")
+
+
 def _backbone(state: Mapping[str, Tensor]) -> str:
     """timm's name of the backbone."""
-    depths = _depths(state, r"backbone\.bottom_up\.res(\d)\.(\d+)\.")
-    if depths:
-        return _known("ResNet with blocks", depths, RESNETS)
-    depths = _depths(state, r"backbone\.bottom_up\.layers\.(\d)\.blocks\.(\d+)\.")
-    if depths:
-        channels = _size(state, "backbone.bottom_up.patch_embed.*", 0)
-        offsets = _size(state, "*.relative_position_bias_table", 0)  # (2 * window - 1) ** 2
-        return _known("Swin with channels, window, blocks", (channels, (isqrt(offsets) + 1) // 2, *depths), SWINS)
+    depths = _depths(state, r"backbone\.bottom_up\.res(\d)\.(\d+)\.", range(2, 6))
+    if any(depths):
+        return _known("ResNet with blocks", (), depths, RESNETS)
+    depths = _depths(state, r"backbone\.bottom_up\.layers\.(\d)\.blocks\.(\d+)\.", range(4))
+    if any(depths):
+        channels = _size(state, "backbone.bottom_up.layers.0.blocks.?.norm?.*", 0, 96)
+        offsets = _size(state, "*.relative_position_bias_table", 0, 13**2)  # (2 * window - 1) ** 2
+        sizes = channels, (isqrt(offsets) + 1) // 2
+        return _known("Swin with channels, window, blocks", sizes, depths, SWINS)
     raise ValueError(
         "the checkpoint has neither a ResNet (backbone.bottom_up.res2 ...) nor a Swin (backbone.bottom_up.layers ...):"
         " other backbones are not read"
     )
 
 
-def _known(kind: str, sizes: tuple[int, ...], models: Mapping[tuple[int, ...], str]) -> str:
-    if sizes not in models:
-        choice = "; ".join(f"{', '.join(map(str, known))} ({name})" for known, name in models.items())
-        raise ValueError(f"the checkpoint's backbone is a {kind} {', '.join(map(str, sizes))}; known are {choice}")
-    return models[sizes]
+def _known(kind: str, sizes: tuple[int, ...], depths: Sequence[int], models: Mapping[tuple[int, ...], str]) -> str:
+    """The model of these sizes with most nearly these blocks a stage, so that blocks that are missing can be named."""
+    blocks = {name: known[len(sizes) :] for known, name in models.items() if known[: len(sizes)] == sizes}
+    for name in sorted(blocks, key=lambda name: _difference(blocks[name], depths)):
+        if 4 * _difference(blocks[name], depths) <= sum(blocks[name]):
+            return name
+    choice = "; ".join(f"{', '.join(map(str, known))} ({name})" for known, name in models.items())
+    found = ", ".join(map(str, (*sizes, *depths)))
+    raise ValueError(f"the checkpoint's backbone is a {kind} {found}; known are {choice}")
 
 
-def _depths(state: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:
-    """Blocks in each stage, where `pattern` captures a stage and a block."""
-    depths: dict[str, int] = {}
+def _difference(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(abs(a - b) for a, b in zip_longest(one, other, fillvalue=0))
+
+
+def _depths(state: Mapping[str, Tensor], pattern: str, stages: Sequence[int]) -> list[int]:
+    """Blocks in each of the stages, where `pattern` captures a stage and a block."""
+    blocks: dict[int, Counter[int]] = {stage: Counter() for stage in stages}
     for found in _matches(state, pattern):
-        depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
-    return tuple(depths[stage] for stage in sorted(depths))
+        blocks.setdefault(int(found[1]), Counter())[int(found[2])] += 1
+    return [_length(numbers) for numbers in blocks.values()]
 
 
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that `pattern` captures."""
-    return 1 + max((int(found[1]) for found in _matches(state, pattern)), default=-1)
+def _count(state: Mapping[str, Tensor], pattern: str, otherwise: int = 0) -> int:
+    """How many numbers from 0 on names have where `pattern` captures one; `otherwise` if none has."""
+    return _length(Counter(int(found[1]) for found in _matches(state, pattern))) or otherwise
 
 
-def _size(state: Mapping[str, Tensor], names: str, axis: int) -> int:
-    """The commonest length along `axis` of the tensors whose names fit a pattern with * and ?."""
+def _length(numbers: Counter[int]) -> int:
+    """One more than the largest number, but for those that are rare: a single name does not make a stage or a block."""
+    usual = max(numbers.values(), default=0)
+    return 1 + max((number for number, times in numbers.items() if 2 * times >= usual), default=-1)
+
+
+def _size(state: Mapping[str, Tensor], names: str, axis: int, otherwise: int) -> int:
+    """The commonest length along `axis` of the tensors whose names fit a pattern with * and ?; `otherwise` if none."""
     tensors = [state[name] for name in fnmatch.filter(state, names)]
     lengths = Counter(tensor.shape[axis] for tensor in tensors if tensor.dim() > axis)
-    if not lengths:
-        raise ValueError(f"this is no checkpoint of the reference DiffusionDet: it has no {names}")
-    return lengths.most_common(1)[0][0]
+    return lengths.most_common(1)[0][0] if lengths else otherwise
 
 
 def _matches(state: Mapping[str, Tensor], pattern: str) -> list[re.Match[str]]:
@@ -209,8 +247,7 @@ def _matches(state: Mapping[str, Tensor], pattern: str) -> list[re.Match[str]]:
 
 
 def _listing(kind: str, names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    return f"{len(names)} {'name is' if len(names) == 1 else 'names are'} {kind}: {shown}"
+    return f"{len(names)} {'name is' if len(names) == 1 else 'names are'} {kind}: {', '.join(names)}."
 
 
 def _warn_of_other_constants(state: Mapping[str, Tensor]) -> None:

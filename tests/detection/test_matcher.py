@@ -4,6 +4,7 @@ from scipy.optimize import linear_sum_assignment
 
 from diffperception.detection.matcher import MatchingCost, PaddedTargets, match, matching_cost
 from tests.detection.scenes import CLASSES, random_boxes
+from tests.parity.naive import dynamic_k
 
 SIZE = torch.tensor([[100.0, 80.0, 100.0, 80.0]])
 
@@ -22,23 +23,6 @@ def proposals_of(rows: int, count: int, seed: int = 0) -> tuple[torch.Tensor, to
     return logits, torch.stack([random_boxes(count, 100, 80, seed + row) for row in range(rows)])
 
 
-def naive_dynamic_k(cost: torch.Tensor, iou: torch.Tensor) -> list[int]:
-    """Spec, object by object: cost and iou (N, n) of one image."""
-    proposals, objects = cost.shape
-    owner = [set() for _ in range(proposals)]
-    for j in range(objects):
-        k = max(1, int(iou[:, j].topk(min(5, proposals)).values.sum()))
-        for i in cost[:, j].argsort()[:k].tolist():
-            owner[i].add(j)
-    result = [-1 if not o else next(iter(o)) if len(o) == 1 else int(cost[i].argmin()) for i, o in enumerate(owner)]
-    while left := [j for j in range(objects) if j not in result]:
-        wishes = {j: min((float(cost[i, j]), i) for i in range(proposals) if result[i] < 0) for j in left}
-        for j, (price, i) in wishes.items():
-            if price == min(p for p, other in wishes.values() if other == i):
-                result[i] = j
-    return result
-
-
 @pytest.mark.parametrize(("proposals", "counts"), [(30, [4, 0, 7]), (8, [6, 5, 1]), (200, [12, 30, 2])])
 def test_dynamic_k_equals_the_object_by_object_rule(proposals, counts):
     targets = targets_of(counts)
@@ -46,7 +30,7 @@ def test_dynamic_k_equals_the_object_by_object_rule(proposals, counts):
     matches = match(logits, boxes, targets)
     cost, iou = matching_cost(logits, boxes, targets, MatchingCost())
     for row, n in enumerate(counts):
-        assert matches[row].tolist() == naive_dynamic_k(cost[row, :, :n], iou[row, :, :n])
+        assert matches[row].tolist() == dynamic_k(cost[row, :, :n], iou[row, :, :n])
 
 
 @pytest.mark.parametrize("method", ["dynamic_k", "hungarian"])

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from diffperception.detection import DiffusionDet
+from diffperception.detection import DiffusionDet, SamplerOptions
 from diffperception.detection.boxes import decode_boxes
 from diffperception.detection.criterion import set_losses
 from diffperception.detection.detector import image_sizes
 from diffperception.detection.matcher import PaddedTargets, match
 from diffperception.models import pad_images
+from tests.detection.sampling import check_sampling, middle_score
+from tests.detection.scenes import random_image
 from tests.parity import arrays, distance, filled_state
 
 TOLERANCE = 1e-4
@@ -21,7 +23,9 @@ def parity():
 
 @pytest.fixture(scope="module")
 def detector():
-    return DiffusionDet.from_reference(filled_state("diffusiondet_r50"))
+    detector = DiffusionDet.from_reference(filled_state("diffusiondet_r50"))
+    detector.min_size = None
+    return detector
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +60,16 @@ def test_pyramid(detector, images, parity):
         assert distance(m.mean((2, 3)), parity[f"mean_p{level + 2}"]) < TOLERANCE
 
 
+def test_logits_and_boxes(outputs, parity):
+    for ours, name in zip(outputs, ("logits", "boxes"), strict=True):
+        assert distance(ours, parity[name]) < TOLERANCE
+
+
 @pytest.mark.parametrize("stage", range(6))
 def test_every_stage(outputs, parity, stage):
     logits, boxes = outputs
-    # Rounding doubles from stage to stage: in float64 the last logits are 1.7e-4 from the reference's float32, so how
-    # many threads share a sum decides between 4e-5 and 1.2e-4 there.
+    # Rounding doubles from stage to stage: in float64 the last logits are 1.7e-4 of their own spread from the
+    # reference's float32, so how many threads share a sum decides between 4e-5 and 1.2e-4 there.
     tolerance = TOLERANCE if stage < 5 else 2 * TOLERANCE
     assert distance(logits[stage], parity["logits"][stage]) < tolerance
     assert distance(boxes[stage], parity["boxes"][stage]) < TOLERANCE
@@ -76,3 +85,10 @@ def test_losses(outputs, targets, parity):
     for ours, theirs in {"classification": "ce", "l1": "bbox", "giou": "giou"}.items():
         stages = [parity[f"loss_{theirs}_{stage}"] for stage in range(5)] + [parity[f"loss_{theirs}"]]
         torch.testing.assert_close(losses[ours], torch.stack(stages), rtol=TOLERANCE, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_prediction_in_several_steps(detector, steps):
+    images = [random_image(96, 128, 1), random_image(64, 80, 2)]
+    renewal = middle_score(detector, images[0], count=20)
+    check_sampling(detector, images, SamplerOptions(steps, 20, renewal_threshold=renewal))

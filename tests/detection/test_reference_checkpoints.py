@@ -1,16 +1,23 @@
-"""Checkpoints of the reference in every size: what is inferred, what is refused, and what backbones compute."""
+"""Checkpoints of the reference in every size: what is inferred, what is refused, and what networks compute."""
+
+import re
 
 import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torchvision.ops import box_iou
 
-from diffperception.detection import DiffusionDet
+from diffperception.detection import DiffusionDet, SamplerOptions
+from diffperception.detection.detector import image_sizes
 from diffperception.detection.head import DynamicHead
+from diffperception.detection.matcher import PaddedTargets, match
 from diffperception.detection.reference import constructor_arguments, rename
 from diffperception.diffusion import cosine_schedule
 from diffperception.models import FPN, TimmBackbone
-from tests.parity import distance, fill_state, shapes
+from tests.detection.sampling import check_sampling, middle_score
+from tests.detection.scenes import random_boxes, random_image
+from tests.parity import distance, fill_state, naive, shapes
 from tests.parity.diffusiondet import (
     RESNET50,
     RESNET101,
@@ -22,7 +29,6 @@ from tests.parity.diffusiondet import (
     resnet_shapes,
     swin_shapes,
 )
-from tests.parity.naive import pyramid, resnet_maps, swin_maps
 
 BACKBONES = {
     "resnet50": resnet_shapes(RESNET50),
@@ -126,10 +132,63 @@ def test_other_shapes_are_told(state, r50):
         rename(state, r50)
 
 
-def test_long_lists_are_counted(state, r50):
-    fewer = {name: value for name, value in state.items() if ".res3." not in name}
-    with pytest.raises(ValueError, match=r"65 names are missing: (backbone\S+, ){7}backbone\S+ and 57 more\.$"):
-        rename(fewer, r50)
+# One wrong name must not change what is inferred: all others would seem wrong then.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "head.head_series.6.class_logits.bias",
+        "head.head_series.0.reg_module.9.weight",
+        "backbone.bottom_up.res4.6.conv1.weight",
+        "backbone.bottom_up.res6.0.conv1.weight",
+    ],
+)
+def test_a_name_too_many_is_told_alone(state, name):
+    state[name] = torch.empty(7, device="meta")
+    with pytest.raises(ValueError, match=rf"tell\. 1 name is left over: {re.escape(name)}\.$"):
+        rename(state, networks(constructor_arguments(state)))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.res4\.5\..*",  # the last block of a stage
+        r".*\.res3\..*",
+        r"head\.head_series\.2\..*",
+        r"head\.head_series\..\.class_logits\..*",
+        r"head\.head_series\..\.reg_module\..*",
+        r"head\.head_series\..\.inst_interact\.out_layer\.weight",
+        r"head\.head_series\.5\.linear1\.bias",
+    ],
+)
+def test_every_missing_name_is_told_and_no_other(state, pattern):
+    missing = {name for name in state if re.fullmatch(pattern, name)}
+    fewer = {name: value for name, value in state.items() if name not in missing}
+    with pytest.raises(ValueError, match="missing") as caught:
+        rename(fewer, networks(constructor_arguments(fewer)))
+    count, names = re.search(r"tell\. (\d+) names? (?:is|are) missing: (.*)\.$", str(caught.value)).groups()
+    assert set(names.split(", ")) == missing
+    assert int(count) == len(missing) > 0
+
+
+def test_swins_blocks_are_told_too():
+    state = without_values(BACKBONES["swin_base_patch4_window12_384"] | head_shapes())
+    missing = "backbone.bottom_up.layers.2.blocks.17."
+    fewer = {name: value for name, value in state.items() if not name.startswith(missing)}
+    with pytest.raises(ValueError, match=rf"13 names are missing: ({re.escape(missing)}\S+(, |\.$)){{13}}"):
+        rename(fewer, networks(constructor_arguments(fewer)))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (lambda state: {"model": state}, "under 'model'"),
+        (lambda state: {f"module.{name}": value for name, value in state.items()}, "begin with 'module.'"),
+        (lambda state: state | {"epoch": 3, LOGITS: [0.0]}, f"not all .* tensors: {LOGITS}, epoch"),
+    ],
+)
+def test_weights_in_a_wrapping_are_told(state, wrap, words):
+    with pytest.raises(ValueError, match=words):
+        constructor_arguments(wrap(state))
 
 
 def test_all_complaints_come_at_once():
@@ -179,21 +238,72 @@ def test_other_constants_than_ours_are_told(state, r50, name, values, meaning):
         rename(state | {name: values}, r50)
 
 
-def check_pyramid(state: dict[str, Tensor], images: Tensor, expected: list[Tensor]) -> None:
+def check_network(state: dict[str, Tensor], images: list[Tensor], window: int | None = None) -> None:
+    """The pyramid, and every stage's logits and boxes; images of different sizes are padded together."""
     detector = DiffusionDet.from_reference(state)
+    batch = naive.prepare(images)
+    body = naive.resnet_maps(state, batch) if window is None else naive.swin_maps(state, batch, window)
+    maps = naive.pyramid(state, body)
+    boxes = torch.stack([random_boxes(12, *image.shape[:0:-1], seed=7) for image in images])
+    t = torch.arange(len(images)) * 300 + 99
     with torch.no_grad():
-        for ours, theirs in zip(detector.backbone(images), expected, strict=True):
-            assert distance(ours, theirs) < 1e-4
+        computed = [detector.backbone(batch), *detector(images, boxes, t)]
+    for ours, theirs in zip(computed, [maps, *naive.head(state, maps, boxes, t)], strict=True):
+        assert max(distance(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
 
 
 def test_resnet101_computes_what_the_reference_does():
     state = fill_state(resnet_shapes(RESNET101, width=32) | head_shapes(classes=3, **SMALL_HEAD))
-    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    check_pyramid(state, images, pyramid(state, resnet_maps(state, images)))
+    check_network(state, [random_image(64, 96), random_image(90, 50)])
 
 
-def test_swin_computes_what_the_original_does():
-    state = fill_state(swin_shapes(**SWIN_TINY, width=32) | head_shapes(classes=3, **SMALL_HEAD))
-    images = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(0))
-    # Maps of 24x40, 12x20, 6x10 and 3x5: windows of 7 need padding at each, and reach over the last two.
-    check_pyramid(state, images, pyramid(state, swin_maps(state, images, window=7)))
+@pytest.mark.parametrize(("layout", "window"), [(SWIN_TINY, 7), (SWIN_BASE, 7), (SWIN_BASE, 12)])
+def test_swin_computes_what_the_original_does(layout, window):
+    state = fill_state(swin_shapes(**layout, window=window, width=32) | head_shapes(classes=3, **SMALL_HEAD))
+    # Maps of 24x40, 12x20, 6x10 and 3x5: windows of 7 and 12 need padding at most, and reach over the last two.
+    check_network(state, [random_image(96, 160), random_image(70, 50)], window)
+
+
+@pytest.fixture(scope="module")
+def lvis() -> tuple[dict[str, Tensor], DiffusionDet]:
+    """A small head with LVIS's number of classes; the detector does not resize."""
+    state = fill_state(resnet_shapes(RESNET50, width=32) | head_shapes(classes=1203, **SMALL_HEAD))
+    detector = DiffusionDet.from_reference(state)
+    detector.min_size = None
+    return state, detector
+
+
+def test_1203_classes_compute_what_the_reference_does(lvis):
+    check_network(lvis[0], [random_image(64, 96), random_image(90, 50)])
+
+
+def test_1203_classes_match_what_the_reference_does(lvis):
+    images = [random_image(96, 128, seed) for seed in range(2)]
+    objects = torch.stack([random_boxes(6, 128, 96, seed) for seed in range(2)])
+    labels = torch.randint(1203, (2, 6), generator=torch.Generator().manual_seed(0))
+    boxes = torch.stack([random_boxes(60, 128, 96, seed + 10) for seed in range(2)])
+    with torch.no_grad():
+        logits, refined = (x[-1] for x in lvis[1](images, boxes, torch.tensor([5, 5])))
+    sizes = image_sizes(images, torch.device("cpu"))
+    targets = [{"boxes": b, "labels": label} for b, label in zip(objects, labels, strict=True)]
+    matches = match(logits, refined, PaddedTargets.collate(targets, sizes))
+    for i in range(2):
+        cost = naive.matching_cost(logits[i], refined[i], objects[i], labels[i], sizes[i])
+        assert matches[i].tolist() == naive.dynamic_k(cost, box_iou(refined[i], objects[i]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 1},
+        {"steps": 2, "eta": 0.0},
+        {"steps": 2, "renewal_threshold": None, "eta": 0.5},
+        {"steps": 4, "nms_threshold": 0.2},
+        {"steps": 4, "ensemble": False},
+        {"steps": 3, "nms_threshold": None},
+    ],
+)
+def test_1203_classes_are_sampled_as_the_reference_does(lvis, changes):
+    images = [random_image(96, 128, 1), random_image(64, 80, 2)]
+    renewal = middle_score(lvis[1], images[0], count=12)
+    check_sampling(lvis[1], images, SamplerOptions(**{"num_boxes": 12, "renewal_threshold": renewal} | changes))
