@@ -6,6 +6,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from diffperception.cli import say
-from diffperception.cli.evaluate import load_detector, pick_device
-from diffperception.cli.report import draw_strip, write_text
+from diffperception.cli.evaluate import load_detector, pick_device, prediction_options
+from diffperception.cli.report import STRIP_STEPS, draw_strip, write_text
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.detection import Detector, DiffusionDet, image_seed
 from diffperception.detection.evaluation import results_rows
@@ -34,6 +35,10 @@ def predict(
     output: Path,
     steps: PositiveInt | None = None,
     num_boxes: PositiveInt | None = None,
+    renewal: ClosedUnitInterval | None = None,
+    ensemble: bool | None = None,
+    eta: ClosedUnitInterval | None = None,
+    nms: ClosedUnitInterval | None = None,
     score_threshold: ClosedUnitInterval = THRESHOLD,
     pictures: NonNegativeInt = 100,
     strips: NonNegativeInt = 3,
@@ -56,6 +61,11 @@ def predict(
         output: folder for the results; it is made if it is not there.
         steps: denoising steps; more are slower and a little better. By default the model's own number.
         num_boxes: boxes to start from; more find more in crowded images. By default the model's own number.
+        renewal: between steps, boxes with no class above this probability are drawn anew; 0 turns it off. By default
+            0.5.
+        ensemble: whether the detections of all steps count, or the last step's alone. By default they do.
+        eta: how much noise a step adds: 1, by default, is the ancestral step, 0 the deterministic one.
+        nms: of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off. By default 0.5.
         score_threshold: boxes with a lower score are not drawn; predictions.json has them all.
         pictures: draw the detections of at most this many images.
         strips: draw noise turning into boxes for at most this many images.
@@ -68,7 +78,15 @@ def predict(
     """
     root, paths = find_images(images, output)
     detector = load_detector(model, trust).to(pick_device(device))
-    options = {name: value for name, value in (("steps", steps), ("num_boxes", num_boxes)) if value is not None}
+    settings = {
+        "steps": steps,
+        "num_boxes": num_boxes,
+        "renewal_threshold": renewal,
+        "ensemble": ensemble,
+        "eta": eta,
+        "nms_threshold": nms,
+    }
+    options = prediction_options(detector, {name: value for name, value in settings.items() if value is not None})
     require_options(detector, options)
     require_room(output, overwrite)
     results = Results(detector.classes)
@@ -84,7 +102,8 @@ def predict(
             save_png(picture, output / "pictures" / picture_names[name])
         if len(results.images) <= strips and isinstance(detector, DiffusionDet):
             noise = noise_seed(seed, sample.path)
-            strip = draw_strip(detector, sample.image, noise, steps, num_boxes, score_threshold)
+            of_strip = replace(options["options"], steps=steps or STRIP_STEPS)
+            strip = draw_strip(detector, sample.image, noise, of_strip, score_threshold)
             save_png(strip, output / "strips" / picture_names[name])
     results.write(output)
     say(results.summary(output))
@@ -159,7 +178,7 @@ class ImageFiles(Dataset[Sample]):
 
 
 def detect(
-    detector: Detector, paths: list[Path], options: dict[str, int], seed: int, batch_size: int, workers: int
+    detector: Detector, paths: list[Path], options: dict[str, Any], seed: int, batch_size: int, workers: int
 ) -> Iterator[tuple[Sample, dict[str, Tensor]]]:
     """Each image with its detections, on the CPU, as they are made; broken images have none. Shows the time left."""
     files = ImageFiles(paths)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffperception.data import CocoDetection
-from diffperception.detection import Detector, DiffusionDet, image_seed
+from diffperception.detection import Detector, DiffusionDet, SamplerOptions, image_seed
 from diffperception.detection.evaluation import CocoResult
 from diffperception.tasks.audit import Audit
 from diffperception.tasks.evaluation import spread
@@ -75,20 +75,21 @@ def draw_strip(
     detector: DiffusionDet,
     image: Tensor,
     seed: int,
-    steps: int | None = None,
-    num_boxes: int | None = None,
+    options: SamplerOptions | None = None,
     threshold: float = THRESHOLD,
 ) -> Image.Image:
-    """Noise turning into the boxes of one image, in STRIP_STEPS steps unless told otherwise.
+    """Noise turning into the boxes of one image.
 
     Args:
         image: (3, H, W), as for `detector.predict`, on any device.
         seed: of the noise.
+        options: of the sampler; by default the model's own, but STRIP_STEPS steps.
         threshold: detections with lower scores are not drawn.
     """
-    on_device, steps = image.to(detector.device), steps or STRIP_STEPS
-    trace = detector.trace(on_device, steps, num_boxes, seed)
-    detections = detector.predict([on_device], [seed], steps, num_boxes)[0]
+    on_device = image.to(detector.device)
+    options = options or detector.sampler_options(STRIP_STEPS)
+    trace = detector.trace(on_device, options.steps, seed=seed, options=options)
+    detections = detector.predict([on_device], [seed], options=options)[0]
     return trajectory_strip(image, trace, detections, detector.classes, threshold)
 
 

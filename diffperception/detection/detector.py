@@ -235,22 +235,23 @@ class DiffusionDet(Detector):
     ) -> dict[str, Tensor]:
         """See `Detector.loss`. Terms: `classification`, `l1`, `giou`, each summed over the stages."""
         sizes = image_sizes(images, self.device)
-        padded = self._limit(PaddedTargets.collate(targets, sizes), generator)
+        objects = PaddedTargets.collate(targets, sizes)
+        padded = self._limit(objects, generator)
         t = torch.randint(self.num_timesteps, (len(images),), generator=generator).to(self.device)
         boxes = self._noisy_boxes(padded, t, generator)
         logits, refined = self(images, boxes, t)
         rows = padded.repeat(len(logits))
         matches = match(logits.flatten(0, 1), refined.flatten(0, 1), rows, self.matching).view(logits.shape[:3])
-        losses = set_losses(logits, refined, padded, matches, self._class_mask(targets, generator))
+        losses = set_losses(logits, refined, padded, matches, self._class_mask(objects, generator))
         return {name: getattr(self.loss_weights, name) * value.sum() for name, value in losses.items()}
 
-    def _class_mask(self, targets: list[dict], generator: torch.Generator | None) -> Tensor | None:
+    def _class_mask(self, objects: PaddedTargets, generator: torch.Generator | None) -> Tensor | None:
         """The classes that the loss counts in each image, (B, K); None for all."""
         if self.federated_classes is None:
             return None
-        labels = torch.cat([target["labels"] for target in targets]).to(self.device)
+        labels = objects.labels[objects.valid]
         mask = draw_federated_classes(labels, self.class_frequencies, self.federated_classes, generator)
-        return mask.expand(len(targets), -1)
+        return mask.expand(len(objects.labels), -1)
 
     def _limit(self, targets: PaddedTargets, generator: torch.Generator | None) -> PaddedTargets:
         """At most `num_boxes` objects an image, chosen at random each time, the rest neither noised nor matched."""
@@ -324,14 +325,21 @@ class DiffusionDet(Detector):
         return Encoded(resized, self._separate_features(resized))
 
     @torch.no_grad()
-    def trace(self, image: Tensor, steps: int = 4, num_boxes: int | None = None, seed: int = 0) -> list[dict]:
+    def trace(
+        self,
+        image: Tensor,
+        steps: int = 4,
+        num_boxes: int | None = None,
+        seed: int = 0,
+        options: SamplerOptions | None = None,
+    ) -> list[dict]:
         """How noise turned into the boxes of one image: a dict a step, the noisiest first.
 
         Each has the time `t`, the noisy `boxes` (N, 4) that entered, and the `predicted` (N, 4), `scores` (N,) and
         `labels` (N,) that came out; boxes are xyxy in pixels of the image.
         """
         encoded = self.encode([image])
-        sampled = self._sample([image], [seed], self.sampler_options(steps, num_boxes), encoded)
+        sampled = self._sample([image], [seed], self.sampler_options(steps, num_boxes, options), encoded)
         scale = (image_sizes([image], self.device) / image_sizes(encoded.resized, self.device))[0]
         trace = []
         for step in sampled:

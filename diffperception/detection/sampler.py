@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -30,8 +30,13 @@ class SamplerOptions:
             keeps all.
         ensemble: pool the predictions of all steps, not of the last alone.
         nms_threshold: IoU above which the lower-scored of two boxes of a class is dropped; null keeps all.
-        mode: `ddim` walks t from T to 0; two controls show what the walk is worth: `fixed_time` leaves t at T - 1,
+        mode: `ddim` walks t from T to 0; two controls show what the walk is worth: `fixed_time` tells the network, and
+            the step from one noise level to the next, that t is T - 1 every time, while the levels stepped to fall as
+            in `ddim` (users who report 46.32 AP for it beside 46.34 do not say what else they held);
             `fresh_boxes` starts every step from new noise.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     steps: int = 1
@@ -45,6 +50,12 @@ class SamplerOptions:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.num_boxes < 1:
             raise ValueError(f"steps and num_boxes must be at least 1, not {self.steps} and {self.num_boxes}")
+        for name in ("eta", "renewal_threshold", "nms_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: it must be from 0 to 1")
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"there is no mode {self.mode!r}: it is one of {', '.join(get_args(Mode))}")
 
 
 @dataclass

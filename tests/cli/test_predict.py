@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 from diffperception.cli.main import main
-from diffperception.cli.predict import name_pictures
+from diffperception.cli.predict import name_pictures, noise_seed
 from diffperception.coco import labels_of
-from diffperception.detection import FCOS, DiffusionDet
-from diffperception.detection.evaluation import CocoEvaluator
+from diffperception.data.images import read_image
+from diffperception.detection import FCOS, DiffusionDet, SamplerOptions
+from diffperception.detection.evaluation import CocoEvaluator, results_rows
 
 CLASSES = ["circle", "square", "star"]
 
@@ -111,6 +113,19 @@ def test_steps_and_boxes_can_be_chosen(model, photos, tmp_path):
     assert len(read(tmp_path / "few")[1]) <= 3 < len(read(tmp_path / "many")[1])
 
 
+def test_the_sampler_can_be_set(model, photos, tmp_path):
+    image = photos / "a.png"
+    settings = ["--steps", "2", "--renewal", "0", "--ensemble", "false", "--eta", "0.5", "--nms", "0.3"]
+    assert run(model, image, tmp_path / "out", *settings) == 0
+    options = SamplerOptions(2, 12, eta=0.5, renewal_threshold=0, ensemble=False, nms_threshold=0.3)
+    pixels = TF.to_dtype(read_image(image), torch.float32, scale=True)
+    (found,) = DiffusionDet.load(model).predict([pixels], [noise_seed(0, image)], options=options)
+    assert read(tmp_path / "out")[1] == results_rows([1], [found], [1, 2, 3])
+    strips = [tmp_path / name / "strips/a.png" for name in ("out", "plain")]
+    assert run(model, image, tmp_path / "plain", "--steps", "2") == 0
+    assert strips[0].read_bytes() != strips[1].read_bytes()
+
+
 def test_patterns_name_images(model, photos, tmp_path):
     assert run(model, photos / "**" / "a.png", tmp_path / "out") == 0
     assert list(by_name(tmp_path / "out")) == ["a.png", "more/a.png"]
@@ -153,6 +168,7 @@ def test_what_is_in_the_output_folder_stays(model, photos, tmp_path, capsys):
         (lambda photos: (photos, ("--model", str(photos / "notes.txt"))), "not a whole safetensors file"),
         (lambda photos: (photos, ("--device", "toaster")), "no device 'toaster'"),
         (lambda photos: (photos, ("--steps", "0")), "steps"),
+        (lambda photos: (photos, ("--nms", "7")), "option nms: expected a number from 0 to 1, got 7"),
         (lambda photos: (photos, ("--output", str(photos / "notes.txt"))), "is a file"),
     ],
 )

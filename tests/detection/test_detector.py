@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import pytest
@@ -32,6 +33,26 @@ def test_noise_depends_on_the_seed_alone():
     first, again, other = (detector.predict(IMAGES[:1], seeds=[seed])[0] for seed in (1, 1, 2))
     assert torch.equal(first["boxes"], again["boxes"])
     assert not torch.equal(first["boxes"][:3], other["boxes"][:3])
+
+
+def test_no_images_have_no_detections():
+    assert tiny_detector().predict([]) == []
+    assert FCOS(CLASSES, "test_resnet", width=64, min_size=None).eval().predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"mode": "walk"}, "no mode 'walk': it is one of ddim, fixed_time, fresh_boxes"),
+        ({"eta": -3.0}, "eta is -3.0"),
+        ({"nms_threshold": 7.0}, "nms_threshold is 7.0"),
+        ({"renewal_threshold": 9.0}, "renewal_threshold is 9.0"),
+        ({"steps": 0}, "at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(setting, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        SamplerOptions(**setting)
 
 
 def test_images_are_encoded_once_for_several_predictions():

@@ -11,10 +11,10 @@ IMAGES = [random_image(64, 96, seed) for seed in (0, 1)]
 TARGETS = [random_target(3, 64, 96, seed) for seed in (0, 1)]  # labels 0..2
 
 
-def class_gradient(detector: DiffusionDet, seed: int = 0) -> torch.Tensor:
+def class_gradient(detector: DiffusionDet, seed: int = 0, targets: list[dict] = TARGETS) -> torch.Tensor:
     """(K, d) what the class loss asks of the last layer, one row a class."""
     detector.zero_grad()
-    detector.loss(IMAGES, TARGETS, torch.Generator().manual_seed(seed))["classification"].backward()
+    detector.loss(IMAGES, targets, torch.Generator().manual_seed(seed))["classification"].backward()
     return torch.stack([stage.class_logits.weight.grad for stage in detector.head.stages]).abs().sum((0, 2))
 
 
@@ -35,6 +35,16 @@ def test_the_frequencies_that_training_knows_decide_and_the_generator_draws():
     detector.class_frequencies.fill_(1.0)
     drawn = [class_gradient(detector, seed).nonzero()[:, 0].tolist() for seed in (0, 1)]
     assert drawn[0] != drawn[1]
+
+
+def test_classes_that_only_crowds_have_are_not_present():
+    """Crowds are not learnt: to count their classes would teach that they are absent."""
+    detector = tiny_detector(classes=MANY, federated_classes=1)
+    targets = [target | {"iscrowd": (target["labels"] == 2).long()} for target in TARGETS]
+    assert any(target["iscrowd"].any() for target in targets)
+    learnt = class_gradient(detector, targets=targets) > 0
+    present = torch.cat([target["labels"][target["iscrowd"] == 0] for target in targets]).unique()
+    assert learnt.nonzero()[:, 0].tolist() == present.tolist()
 
 
 def test_as_many_as_there_are_is_the_ordinary_loss():
