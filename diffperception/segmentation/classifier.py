@@ -35,7 +35,7 @@ class Segmentation:
         labels: (H, W) int64, the class with most votes, the lowest of several.
         uncertainty: (H, W) float32, entropy of the mean minus mean entropy of the members' probabilities, in nats.
         probabilities: (K, H, W) float32, mean over the members.
-        votes: (K, H, W) int64, members for each class.
+        votes: (K, H, W) int64, members for each class; float32, between those of the nearest pixels, once resized.
     """
 
     labels: Tensor
@@ -47,6 +47,18 @@ class Segmentation:
     def score(self) -> float:
         """How uncertain the image is: the mean of the most uncertain tenth of its pixels."""
         return image_score(self.uncertainty)
+
+    def resized(self, height: int, width: int) -> "Segmentation":
+        """For the image at another size: all but the labels are interpolated, and they follow the votes."""
+        if self.labels.shape == (height, width):
+            return self
+
+        def interpolated(values: Tensor) -> Tensor:
+            return F.interpolate(values[None].float(), (height, width), mode="bilinear")[0]
+
+        votes = interpolated(self.votes)
+        uncertainty = interpolated(self.uncertainty[None])[0]
+        return Segmentation(votes.argmax(0), uncertainty, interpolated(self.probabilities), votes)
 
 
 class PixelEnsemble(nn.Module):

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from diffperception.diffusion import DiscreteSchedule, Schedule
+from diffperception import weights
+from diffperception.diffusion import DiscreteSchedule, Schedule, linear_schedule
 from diffperception.models import TimmBackbone, UNet
 from diffperception.segmentation.maps import FeatureMaps, MapInfo, Windows, padded_side
 
@@ -144,6 +146,40 @@ class DiffusionFeatures(FeatureExtractor):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(unet.in_channels, window, window, generator=generator, device="cpu")
         self.register_buffer("noise", noise.to(unet.stem.weight.device))
+
+    @classmethod
+    def of_generator(
+        cls,
+        file: Path,
+        blocks: Sequence[int] = (5, 6, 7, 8, 12),
+        timesteps: Sequence[float] = (50, 150, 250),
+        window: int | None = None,
+        seed: int = 0,
+        label: int | None = None,
+    ) -> "DiffusionFeatures":
+        """Of a saved generator, which knows its schedule; or of a UNet alone, on the linear schedule of 1000 steps.
+
+        Args:
+            file: a model.safetensors file.
+            blocks: decoder blocks, indices among the UNet's `block_info`.
+            timesteps: times of the schedule.
+            window: larger images are cut into windows of this side; null for what the generator was trained on.
+            seed: of the noise.
+            label: the class to tell a network that has classes; null for its absent label, where it has one.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds another model, or a block or a time does not exist.
+        """
+        model = weights.load_model(file)
+        unet = getattr(model, "unet", model)
+        if not isinstance(unet, UNet):
+            raise ValueError(f"{file} holds a {type(model).__name__}: give the file of a generator or a UNet")
+        if label is None and getattr(model, "absent_label", False):
+            label = (unet.num_classes or 0) - 1  # the last one
+        side = window or max(getattr(model, "image_size", (256,)))
+        side = max(padded_side(side, unet.stride), 2 * unet.stride)
+        return cls(unet, getattr(model, "schedule", linear_schedule(1000)), blocks, timesteps, side, seed, label)
 
     def encode(self, images: Tensor) -> list[Tensor]:
         clean = 2 * images - 1

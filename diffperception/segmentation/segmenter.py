@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
 
 from diffperception import weights
 from diffperception.segmentation.classifier import PixelEnsemble, Segmentation
@@ -19,6 +20,7 @@ class PixelSegmenter(nn.Module):
         features: the extractor; or its class name and its constructor's arguments, as a file tells them.
         classifier: the ensemble; or its constructor's arguments.
         classes: names of labels 0..K-1.
+        short_side: images are resized to this short side, and what is found is brought back to theirs; null for not.
 
     Raises:
         ValueError: if the ensemble is for other features or another number of classes.
@@ -29,11 +31,13 @@ class PixelSegmenter(nn.Module):
         features: FeatureExtractor | tuple[str, dict[str, Any]],
         classifier: PixelEnsemble | dict[str, Any],
         classes: Sequence[str],
+        short_side: int | None = None,
     ) -> None:
         super().__init__()
         self.features = features if isinstance(features, FeatureExtractor) else build_extractor(*features)
         self.classifier = classifier if isinstance(classifier, PixelEnsemble) else PixelEnsemble(**classifier)
         self.classes = list(classes)
+        self.short_side = short_side
         if self.classifier.channels != self.features.channels or self.classifier.num_classes != len(self.classes):
             raise ValueError(
                 f"the classifier takes {self.classifier.channels} features and has {self.classifier.num_classes} "
@@ -43,11 +47,14 @@ class PixelSegmenter(nn.Module):
             "features": [type(self.features).__name__, self.features.arguments],
             "classifier": self.classifier.arguments,
             "classes": self.classes,
+            "short_side": short_side,
         }
 
     def segment(self, image: Tensor) -> Segmentation:
-        """What the members make of an image (3, H, W; RGB, 0..1)."""
-        return self.classifier.segment(self.features.maps(image))
+        """What the members make of an image (3, H, W; RGB, 0..1), at its size."""
+        resized = image if self.short_side is None else TF.resize(image, [self.short_side], antialias=True)
+        found = self.classifier.segment(self.features.maps(resized))
+        return found.resized(*image.shape[-2:])
 
     def save(self, path: str | Path) -> None:
         """Write weights, the shared noise, constructor arguments and class names to one safetensors file."""

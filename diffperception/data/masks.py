@@ -1,0 +1,229 @@
+"""Images with a mask of labels each: what pixel classifiers learn from."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from diffperception.data.image_folder import list_pictures, picture_size
+from diffperception.data.images import read_image
+
+IGNORED = 255  # the label of pixels that have none
+FORMATS = (".png", ".npy")  # of masks
+
+
+class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
+    """The images of one folder with the masks of another, paired by their names without the ending.
+
+    Sample i is (image, mask): float32 (3, h, w), RGB, 0..1, and int64 (h, w), 0..K-1 or 255. An image that lies in a
+    folder within `images` has its mask in a folder of that name within `masks`. All masks are looked through at the
+    beginning, and read again when they are asked for.
+
+    Args:
+        images: folder of pictures.
+        masks: folder of masks, PNG of one channel or NPY, of whole numbers.
+        num_classes: K; masks hold 0..K-1 and `ignore`.
+        ignore: the value of pixels without a label.
+        values: the label of each value where they differ, such as {0: 0, 255: 1} in masks of black and white; what is
+            not named there but `ignore` is unknown.
+        annotations: only the images are used that this COCO JSON file lists, or this text file, with a name a line.
+        unlabelled: what to do at an image without a mask: stop, or leave it out.
+        limit: use no more images than these, chosen by the seed; a larger number chooses the same and others.
+        seed: of the choice.
+        short_side: resize images to this short side with antialiasing, and masks with them by nearest neighbours.
+
+    Attributes:
+        names: of the images, below their folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, no image in it, or one that is listed is missing.
+        ValueError: an image has no mask, a mask is broken, of another size than its image or has unknown values, or no
+            pixel has a label.
+    """
+
+    def __init__(
+        self,
+        images: Path,
+        masks: Path,
+        num_classes: int,
+        ignore: int | None = IGNORED,
+        values: Mapping[int, int] | None = None,
+        annotations: Path | None = None,
+        unlabelled: Literal["stop", "skip"] = "stop",
+        limit: int | None = None,
+        seed: int = 0,
+        short_side: int | None = None,
+    ) -> None:
+        self.num_classes, self.ignore, self.short_side = num_classes, ignore, short_side
+        self.labels = _label_of_value(num_classes, ignore, values)
+        pairs = find_pairs(images, masks, annotations, unlabelled)
+        chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:limit]
+        self.pairs = [pairs[i] for i in chosen.tolist()] if limit is not None else pairs
+        self.names = [str(image.relative_to(images)) for image, _ in self.pairs]
+        if sum(self._labelled(*pair) for pair in self.pairs) == 0:
+            raise ValueError(f"all pixels of the masks in {masks} are ignored: label some")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.image(index), self.mask(index)
+
+    @property
+    def images(self) -> Sequence[Tensor]:
+        """The images, read when they are asked for."""
+        return _Reading(self.image, len(self))
+
+    @property
+    def masks(self) -> Sequence[Tensor]:
+        """The masks, read when they are asked for."""
+        return _Reading(self.mask, len(self))
+
+    def image(self, index: int) -> Tensor:
+        """(3, h, w), of sample `index`."""
+        image = F.to_dtype(read_image(self.pairs[index][0]), torch.float32, scale=True)
+        return image if self.short_side is None else F.resize(image, [self.short_side], antialias=True)
+
+    def mask(self, index: int) -> Tensor:
+        """(h, w), of sample `index`."""
+        mask = torch.from_numpy(self._read(self.pairs[index][1]))
+        if self.short_side is None:
+            return mask
+        return F.resize(mask[None], [self.short_side], InterpolationMode.NEAREST_EXACT)[0]
+
+    def _labelled(self, image: Path, mask: Path) -> bool:
+        """Whether a mask has labelled pixels; ValueError if it does not go with the image."""
+        labels = self._read(mask)
+        if labels.shape == picture_size(image, "stop"):
+            return bool((labels != IGNORED).any())
+        height, width = read_image(image).shape[1:]  # the header's are those of a picture that lies on its side
+        if labels.shape != (height, width):
+            raise ValueError(
+                f"the mask {mask} has {labels.shape[0]} x {labels.shape[1]} pixels, but its image {image} has"
+                f" {height} x {width}: they must be alike"
+            )
+        return bool((labels != IGNORED).any())
+
+    def _read(self, path: Path) -> np.ndarray:
+        """The labels in a mask's file, (H, W) int64."""
+        mask = read_mask(path)
+        labels = np.full(mask.shape, -1, dtype=np.int64)
+        for value, label in self.labels.items():
+            labels[mask == value] = label
+        unknown = np.unique(mask[labels == -1]).tolist()
+        if unknown:
+            known = sorted(self.labels)
+            raise ValueError(
+                f"the mask {path} has the unknown value{'s' * (len(unknown) > 1)} {_some(unknown)}; known are"
+                f" {_some(known)}: name all classes, or say with `values` and `ignore` what else the masks hold"
+            )
+        return labels
+
+
+class _Reading(Sequence[Tensor]):
+    def __init__(self, read: Callable[[int], Tensor], number: int) -> None:
+        self._read, self._number = read, number
+
+    def __len__(self) -> int:
+        return self._number
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        numbers = range(self._number)[index]  # IndexError past the end, as a sequence must
+        return self._read(numbers) if isinstance(numbers, int) else [self._read(number) for number in numbers]
+
+
+def find_pairs(
+    images: Path, masks: Path, annotations: Path | None = None, unlabelled: Literal["stop", "skip"] = "stop"
+) -> list[tuple[Path, Path]]:
+    """The images of a folder, or those of them that a file lists, with their masks; see :class:`MaskFolder`."""
+    if not masks.is_dir():
+        raise FileNotFoundError(f"there is no folder of masks {masks}")
+    pictures = _listed(images, annotations)
+    if masks.resolve() != images.resolve():
+        pictures = [path for path in pictures if masks.resolve() not in path.resolve().parents]
+    found = [(path, find_mask(path.relative_to(images), masks)) for path in pictures]
+    pairs = [(path, mask) for path, mask in found if mask is not None]
+    without = [path for path, mask in found if mask is None]
+    if not pairs:
+        raise ValueError(
+            f"no image in {images} has a mask in {masks}: a mask has its image's name, ending in {' or '.join(FORMATS)}"
+        )
+    if without and unlabelled == "stop":
+        others = f", nor have {len(without) - 1} others" if len(without) > 1 else ""
+        raise ValueError(
+            f"the image {without[0]} has no mask in {masks}{others}: add masks, list the images that have one in a file"
+            " for `annotations`, or set `unlabelled` to skip"
+        )
+    return pairs
+
+
+def find_mask(image: Path, masks: Path) -> Path | None:
+    """The mask of an image whose name below its folder is given, if there is one."""
+    candidates = [masks / image.with_suffix(ending) for ending in FORMATS]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """The numbers in a mask's file, (H, W); of a PNG with a palette the places in it.
+
+    Raises:
+        ValueError: it cannot be read, has several channels, or holds other than whole numbers.
+    """
+    try:
+        if path.suffix == ".npy":
+            mask = np.load(path, allow_pickle=False)
+        else:
+            with Image.open(path) as picture:
+                mask = np.asarray(picture)
+    except Exception as error:  # Pillow and numpy raise many kinds on bad bytes
+        raise ValueError(f"the mask {path} cannot be read: {error}") from None
+    if mask.ndim != 2 or mask.dtype.kind not in "buif":
+        raise ValueError(
+            f"the mask {path} has numbers of shape {mask.shape}: a mask has one channel, and in each pixel the number"
+            " of its class"
+        )
+    if mask.dtype.kind == "f" and not np.equal(mask, np.round(mask)).all():
+        raise ValueError(f"the mask {path} has numbers that are not whole: a mask holds the numbers of classes")
+    return mask
+
+
+def _listed(images: Path, annotations: Path | None) -> Sequence[Path]:
+    """The pictures of a folder, or those of them that a COCO or a text file lists."""
+    if annotations is None or annotations.suffix == ".json":
+        return list_pictures(images, annotations)
+    if not annotations.is_file():
+        raise FileNotFoundError(f"there is no file {annotations}")
+    names = annotations.read_text(encoding="utf-8").split("\n")
+    paths = sorted({images / name.strip() for name in names if name.strip()})
+    if not paths:
+        raise ValueError(f"{annotations} lists no image: it must have a file name a line")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{annotations} lists {missing[0]}, which is missing, among {len(missing)} in all")
+    return paths
+
+
+def _label_of_value(num_classes: int, ignore: int | None, values: Mapping[int, int] | None) -> dict[int, int]:
+    """The label of each value that masks may hold; ValueError if `values` leads to another than a class."""
+    ignored = {} if ignore is None else {ignore: IGNORED}
+    if values is None:
+        return {k: k for k in range(num_classes)} | ignored
+    outside = sorted({label for label in values.values() if label != IGNORED and label not in range(num_classes)})
+    if outside:
+        raise ValueError(f"`values` leads to {_some(outside)}, but the classes are 0 to {num_classes - 1}")
+    return ignored | dict(values)
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")

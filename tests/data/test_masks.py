@@ -1,0 +1,198 @@
+"""Folders of images and masks: pairs, labels, choices, sizes, and what is said of masks that will not do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffperception.data.masks import MaskFolder, read_mask
+
+BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
+
+
+def write(path: Path, pixels: np.ndarray) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, pixels) if path.suffix == ".npy" else Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight images with masks of values 0, 1, 2 and 255; the second mask is an array, the third in a folder."""
+    rng = np.random.default_rng(0)
+    for i, (image, mask) in enumerate({"0.png": "0.png", "1.jpg": "1.npy", "sub/2.bmp": "sub/2.png"}.items()):
+        write(tmp_path / "images" / image, rng.integers(0, 255, (12, 16 + i, 3), dtype=np.uint8))
+        write(tmp_path / "masks" / mask, rng.choice(np.array([0, 1, 2, 255], np.uint8), (12, 16 + i)))
+    for i in range(3, 8):
+        write(tmp_path / "images" / f"{i}.png", rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
+        write(tmp_path / "masks" / f"{i}.png", rng.integers(0, 3, (12, 16), dtype=np.uint8))
+    return tmp_path
+
+
+def opened(folder: Path, num_classes: int = 3, **options: Any) -> MaskFolder:
+    return MaskFolder(folder / "images", folder / "masks", num_classes, **options)
+
+
+def test_images_and_masks_of_the_same_name_are_pairs(folder: Path) -> None:
+    data = opened(folder)
+    assert data.names == ["0.png", "1.jpg", "3.png", "4.png", "5.png", "6.png", "7.png", "sub/2.bmp"]
+    image, mask = data[7]
+    assert (image.dtype, image.shape, mask.dtype, mask.shape) == (torch.float32, (3, 12, 18), torch.int64, (12, 18))
+    assert (255 * image).round().byte().permute(1, 2, 0).tolist() == np.asarray(
+        Image.open(folder / "images/sub/2.bmp")
+    ).tolist()
+    assert mask.tolist() == np.asarray(Image.open(folder / "masks/sub/2.png")).tolist()
+    assert data[1][1].tolist() == np.load(folder / "masks/1.npy").tolist()
+
+
+def test_images_and_masks_are_sequences(folder: Path) -> None:
+    data = opened(folder)
+    assert len(data.images) == len(list(data.masks)) == len(data) == 8
+    assert torch.equal(data.images[-1], data[7][0])
+    assert [m.shape for m in data.masks[:2]] == [(12, 16), (12, 17)]
+
+
+def test_values_lead_to_labels(tmp_path: Path) -> None:
+    write(tmp_path / "images/a.png", np.zeros((1, 4, 3), np.uint8))
+    write(tmp_path / "masks/a.png", np.array([[0, 255, 7, 255]], np.uint8))
+    data = opened(tmp_path, 2, values={0: 0, 255: 1}, ignore=7)
+    assert data[0][1].tolist() == [[0, 1, 255, 1]]
+    write(tmp_path / "masks/a.png", np.array([[0, 1, 2, 1]], np.uint8))
+    assert opened(tmp_path, 3, ignore=0)[0][1].tolist() == [[255, 1, 2, 1]]
+
+
+def test_masks_of_negative_wide_and_true_values_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "images/a.png", np.zeros((1, 3, 3), np.uint8))
+    for mask in (np.array([[-1, 0, 1]], np.int8), np.array([[-1.0, 0.0, 1.0]])):
+        write(tmp_path / "masks/a.npy", mask)
+        assert opened(tmp_path, 2, ignore=-1)[0][1].tolist() == [[255, 0, 1]]
+    (tmp_path / "masks/a.npy").unlink()
+    write(tmp_path / "masks/a.png", np.array([[40000, 0, 1]], np.uint16))
+    assert opened(tmp_path, 2, ignore=40000)[0][1].tolist() == [[255, 0, 1]]
+    write(tmp_path / "masks/a.png", np.array([[True, False, True]]))
+    assert opened(tmp_path, 2)[0][1].tolist() == [[1, 0, 1]]
+    palette = Image.fromarray(np.array([[2, 0, 1]], np.uint8)).convert("P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    palette.save(tmp_path / "masks/a.png")
+    assert opened(tmp_path, 3)[0][1].tolist() == [[2, 0, 1]]
+
+
+def test_a_larger_limit_chooses_the_same_and_others(folder: Path) -> None:
+    chosen = [opened(folder, limit=number, seed=1).names for number in (2, 5, 99)]
+    assert [len(names) for names in chosen] == [2, 5, 8]
+    assert chosen[2][:5] == chosen[1]
+    assert chosen[1][:2] == chosen[0]
+    assert len({tuple(opened(folder, limit=3, seed=seed).names) for seed in range(9)}) > 5
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.json"])
+def test_a_file_lists_the_images(folder: Path, name: str) -> None:
+    listed = ["sub/2.bmp", "0.png"]
+    coco = {"images": [{"file_name": name} for name in listed], "annotations": [], "categories": []}
+    (folder / name).write_text(json.dumps(coco) if name.endswith("json") else "\n".join([*listed, ""]))
+    (folder / "masks/3.png").unlink()  # of no concern
+    assert opened(folder, annotations=folder / name).names == ["0.png", "sub/2.bmp"]
+    (folder / "images/0.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lists .*0\.png, which is missing"):
+        opened(folder, annotations=folder / name)
+
+
+def test_images_and_masks_are_resized_together(tmp_path: Path) -> None:
+    """Halves of an image stay where they are, the mask has no new values, and the image is smooth."""
+    picture = np.zeros((40, 60, 3), np.uint8)
+    picture[:, 30:] = 250
+    picture[::2] //= 2  # stripes that antialiasing makes even
+    write(tmp_path / "images/a.png", picture)
+    mask = np.zeros((40, 60), np.uint8)
+    mask[:, 30:] = 2
+    mask[0, 0] = 255
+    write(tmp_path / "masks/a.png", mask)
+    image, labels = opened(tmp_path, short_side=10)[0]
+    assert (image.shape, labels.shape) == ((3, 10, 15), (10, 15))
+    assert set(labels.unique().tolist()) <= {0, 2, 255}
+    assert labels[:, :7].sum() == 0
+    assert (labels[:, 8:] == 2).all()
+    assert image[:, 1:-1, 9:].std() < 0.01
+    assert image[:, :, :6].max() == 0
+
+
+def test_masks_within_the_images_folder_are_no_images(folder: Path) -> None:
+    (folder / "masks").rename(folder / "images/masks")
+    data = MaskFolder(folder / "images", folder / "images/masks", 3)
+    assert len(data) == 8
+
+
+def test_a_turned_photograph_has_the_mask_of_what_is_seen(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter of a turn
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "images/a.jpg", exif=exif)
+    write(tmp_path / "masks/a.png", np.zeros((20, 10), np.uint8))
+    image, mask = opened(tmp_path)[0]
+    assert image.shape[1:] == mask.shape == (20, 10)
+
+
+def test_an_image_without_a_mask_is_named_or_left_out(folder: Path) -> None:
+    (folder / "masks/4.png").unlink()
+    (folder / "masks/6.png").unlink()
+    with pytest.raises(ValueError, match=r"4\.png has no mask in .*masks, nor have 1 others: add masks"):
+        opened(folder)
+    assert len(opened(folder, unlabelled="skip")) == 6
+
+
+def test_no_pair_is_an_error(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no image in .* has a mask in .*empty: a mask has its image's name"):
+        MaskFolder(folder / "images", folder / "empty", 3, unlabelled="skip")
+    with pytest.raises(FileNotFoundError, match="no folder of masks"):
+        MaskFolder(folder / "images", folder / "nowhere", 3)
+
+
+def test_a_mask_of_another_size_is_named(folder: Path) -> None:
+    write(folder / "masks/5.png", np.zeros((16, 12), np.uint8))
+    with pytest.raises(ValueError, match=r"5\.png has 16 x 12 pixels, but its image .*5\.png has 12 x 16"):
+        opened(folder)
+
+
+def test_unknown_values_are_named(folder: Path) -> None:
+    write(folder / "masks/5.png", np.full((12, 16), 9, np.uint8))
+    with pytest.raises(ValueError, match=r"masks/5\.png has the unknown value 9; known are 0, 1, 2, 255: name all"):
+        opened(folder)
+    with pytest.raises(ValueError, match=r"masks/0\.png has the unknown values 1, 2; known are 0, 255"):
+        opened(folder, 2, values={0: 0, 255: 1})
+    with pytest.raises(ValueError, match="`values` leads to 2, but the classes are 0 to 1"):
+        opened(folder, 2, values={0: 0, 255: 2})
+
+
+def test_masks_without_a_label_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "images/a.png", np.zeros((2, 2, 3), np.uint8))
+    write(tmp_path / "masks/a.png", np.full((2, 2), 255, np.uint8))
+    with pytest.raises(ValueError, match=r"all pixels of the masks in .* are ignored: label some"):
+        opened(tmp_path)
+
+
+def test_what_is_no_mask_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "rgb.png", np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"rgb\.png has numbers of shape \(2, 2, 3\): a mask has one channel"):
+        read_mask(tmp_path / "rgb.png")
+    write(tmp_path / "half.npy", np.full((2, 2), 0.5))
+    with pytest.raises(ValueError, match=r"half\.npy has numbers that are not whole"):
+        read_mask(tmp_path / "half.npy")
+    np.save(tmp_path / "objects.npy", np.array([[{}]]), allow_pickle=True)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:40])
+    for name in ("objects.npy", "broken.png"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            read_mask(tmp_path / name)
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason="../shared/data is not there")
+def test_the_blood_cells_have_masks() -> None:
+    listed = BCCD / "annotations/instances_test.json"
+    data = MaskFolder(BCCD / "images", BCCD / "masks", 3, annotations=listed, limit=5, short_side=160)
+    for image, mask in zip(data.images, data.masks, strict=True):
+        assert image.shape[1:] == mask.shape == (160, 213)
+        assert mask.unique().tolist() == [0, 1, 2]

@@ -1,0 +1,66 @@
+"""What is exported: features of a saved generator, images at its scale, and what comes back at theirs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+from diffperception.diffusion import linear_schedule
+from diffperception.generation import DiffusionModel
+from diffperception.models import UNet
+from diffperception.segmentation import DiffusionFeatures, PixelEnsemble, PixelSegmenter, RGBFeatures
+
+
+def unet(num_classes: int | None = None) -> UNet:
+    torch.manual_seed(0)
+    return UNet(
+        channels=32, multipliers=(1, 1), depth=1, attention=(), head_channels=32, num_classes=num_classes
+    ).eval()
+
+
+def test_a_saved_generator_knows_its_schedule_window_and_absent_label(tmp_path: Path) -> None:
+    generator = DiffusionModel(["a", "b"], unet(3), "cosine", image_size=(8, 13 + 3), absent_label=True)
+    generator.save(tmp_path / "model.safetensors")
+    features = DiffusionFeatures.of_generator(tmp_path / "model.safetensors", (0, 3), (50, 200))
+    expected = DiffusionFeatures(generator.unet, generator.schedule, (0, 3), (50, 200), 16, label=2)
+    assert features.arguments == expected.arguments
+    image = torch.rand(3, 20, 24)
+    for got, want in zip(features.maps(image).maps, expected.maps(image).maps, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_unet_alone_has_the_linear_schedule(tmp_path: Path) -> None:
+    network = unet()
+    network.save(tmp_path / "unet.safetensors")
+    features = DiffusionFeatures.of_generator(tmp_path / "unet.safetensors", (0,), (50,), window=9)
+    assert features.arguments == DiffusionFeatures(network, linear_schedule(1000), (0,), (50,), 10).arguments
+
+
+def test_features_need_a_unet(tmp_path: Path) -> None:
+    PixelSegmenter(RGBFeatures(), PixelEnsemble(3, 2, 1), ["a", "b"]).save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a PixelSegmenter: give the file of a generator or a UNet"):
+        DiffusionFeatures.of_generator(tmp_path / "model.safetensors")
+
+
+def test_images_are_worked_on_at_one_scale_and_answered_at_theirs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = PixelSegmenter(RGBFeatures(), PixelEnsemble(3, 3, 5), ["a", "b", "c"], short_side=12)
+    for parameter in model.classifier.parameters():
+        parameter.data *= 30  # fresh members are all but certain that they do not know
+    model.save(tmp_path / "model.safetensors")
+    model = PixelSegmenter.load(tmp_path / "model.safetensors")
+    image = torch.rand(3, 24, 36)
+    small = model.classifier.segment(model.features.maps(TF.resize(image, [12], antialias=True)))
+    found = model.segment(image)
+    assert found.labels.shape == found.uncertainty.shape == (24, 36)
+    assert found.votes.shape == found.probabilities.shape == (3, 24, 36)
+    np.testing.assert_allclose(found.probabilities.sum(0), 1, atol=1e-5)
+    assert torch.equal(found.votes.argmax(0), found.labels)
+    flat = model.segment(torch.full((3, 24, 36), 0.3))
+    assert torch.unique(flat.labels).numel() == 1
+    assert small.uncertainty.mean() > 0.05
+    assert abs(found.uncertainty.mean() - small.uncertainty.mean()) < 0.05 * small.uncertainty.mean()
+    same = model.segment(TF.resize(image, [12], antialias=True))
+    assert torch.equal(same.votes, small.votes)
