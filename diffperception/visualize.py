@@ -165,7 +165,7 @@ def audit_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         rows: as in audit.json: settings, `head_passes`, `AP` with `mean` and `spread` (bars; null for none), and
             `seconds_per_image`. Lines have the colour of their mode.
     """
-    names = ("mode", "num_boxes", "renewal_threshold", "ensemble")
+    names = ("mode", "num_boxes", "renewal_threshold", "ensemble", "eta", "nms_threshold")
     values = {name: list(dict.fromkeys(row[name] for row in rows)) for name in names}
     lines: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["head_passes"]):
@@ -191,6 +191,54 @@ def audit_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return _render(figure)
+
+
+def label_curves(summary: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> Image.Image:
+    """mIoU against the number of labelled images, a line a method with bars of its spread.
+
+    Args:
+        summary: a dict a method and number: `method`, `labels`, `miou` (0..1) and `spread` (null for none).
+        titles: of the methods.
+    """
+    figure = _figure(1)
+    axes = figure.subplots()
+    for number, method in enumerate(dict.fromkeys(cell["method"] for cell in summary)):
+        cells = [cell for cell in summary if cell["method"] == method]
+        mean, spread = [100 * c["miou"] for c in cells], [100 * (c["spread"] or 0) for c in cells]
+        marker = "osD^vP"[number % 6]
+        axes.errorbar([c["labels"] for c in cells], mean, spread, label=titles[method], marker=marker, capsize=3)
+    counts = sorted({cell["labels"] for cell in summary})
+    axes.set(title="mIoU against labelled images", xlabel="labelled images", ylabel="mIoU in percent")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts], minor=False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return _render(figure)
+
+
+def heat_map(
+    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str, labels: tuple[str, str]
+) -> Image.Image:
+    """A table as colours, with its numbers in percent; NaN stays empty.
+
+    Args:
+        values: of each row, 0..1.
+        rows, columns: their names.
+        labels: what rows and columns are.
+    """
+    figure = _figure(1)
+    axes = figure.subplots()
+    table = 100 * np.array(values, dtype=float)
+    picture = axes.imshow(table, aspect="auto", cmap="viridis")
+    middle = (np.nanmin(table) + np.nanmax(table)) / 2
+    for (i, j), value in np.ndenumerate(table):
+        if not math.isnan(value):
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value < middle else "black")
+    axes.set(title=title, xlabel=labels[1], ylabel=labels[0])
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    figure.colorbar(picture)
     return _render(figure)
 
 
@@ -390,8 +438,9 @@ def _render(figure: "Figure") -> Image.Image:
 
 def _audit_label(setting: tuple[Any, ...], told: Sequence[bool]) -> str:
     """The mode, and what differs between the lines beside it."""
-    mode, boxes, renewal, ensemble = setting
-    others = (f"{boxes} boxes", f"renewal {renewal}", "ensemble" if ensemble else "last step only")
+    mode, boxes, renewal, ensemble, eta, nms = setting
+    pooled = "ensemble" if ensemble else "last step only"
+    others = (f"{boxes} boxes", f"renewal {renewal}", pooled, f"eta {eta}", f"NMS {nms}")
     return ", ".join([mode, *itertools.compress(others, told[1:])])
 
 

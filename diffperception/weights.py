@@ -17,17 +17,30 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     """Write a model with an `arguments` attribute (its constructor's: JSON-able, or models that have one) to one file.
 
     The file is written beside and renamed, so that an interruption leaves the old one.
+
+    Raises:
+        ValueError: there is a folder of that name.
     """
     path = Path(path)
+    require_file_name(path)
     described = _describe(model)
     header = {"format": FORMAT, "class": described["class"], "arguments": json.dumps(described["arguments"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.touch()
-    permissions = beside.stat().st_mode
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, beside, header)
-    beside.chmod(permissions)  # of any new file; safetensors leaves it to its owner alone
-    os.replace(beside, path)
+    try:
+        permissions = beside.stat().st_mode
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, beside, header)
+        beside.chmod(permissions)  # of any new file; safetensors leaves it to its owner alone
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def require_file_name(path: Path) -> None:
+    """ValueError if `path` is a folder."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file, {path / 'model.safetensors'} for example")
 
 
 def load_model(path: str | Path, allow: tuple[str, ...] = ("diffperception",)) -> nn.Module:

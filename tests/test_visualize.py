@@ -175,8 +175,12 @@ def test_png_files_replace_whole(tmp_path):
 
 
 def audit_row(mode: str, passes: int, ap: float | None, spread: float | None) -> dict:
-    settings = {"mode": mode, "num_boxes": 100, "renewal_threshold": 0.5, "ensemble": True, "head_passes": passes}
-    return settings | {"AP": {"mean": ap, "spread": spread}, "seconds_per_image": 0.1 * passes}
+    settings = {"mode": mode, "num_boxes": 100, "renewal_threshold": 0.5, "ensemble": True, "eta": 1.0}
+    return (
+        settings
+        | {"nms_threshold": 0.5, "head_passes": passes}
+        | {"AP": {"mean": ap, "spread": spread}, "seconds_per_image": 0.1 * passes}
+    )
 
 
 def audit_colours(rows: list[dict]) -> dict[tuple[int, int, int], int]:

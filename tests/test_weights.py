@@ -54,3 +54,24 @@ def test_foreign_and_missing_files_are_named(tmp_path):
     save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="not written by diffperception"):
         load_model(path)
+
+
+class Twins(torch.nn.Sequential):
+    """Two layers that share their weights, which safetensors refuses to write."""
+
+    def __init__(self):
+        layer = torch.nn.Linear(2, 2)
+        super().__init__(layer, layer)
+        self.arguments = {}
+
+
+def test_a_failure_leaves_nothing_beside(tmp_path):
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_model(Twins(), tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        save_model(tiny_detector(), tmp_path)
+    assert list(tmp_path.iterdir()) == []

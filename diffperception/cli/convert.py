@@ -1,5 +1,6 @@
 """`diffperception convert`: checkpoints of the reference programs as model files of ours."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from diffperception.detection import DiffusionDet
 from diffperception.diffusion import Prediction, ScheduleName
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier, UNet, adm
+from diffperception.weights import require_file_name
 
 Model = DiffusionDet | DiffusionModel | NoisyClassifier
 USES = {
@@ -63,6 +65,7 @@ def convert(
         prediction: what the model predicts.
         overwrite: replace the output file.
     """
+    require_file_name(output)
     if output.exists() and not overwrite:
         raise ValueError(f"{output} is there already: name another file, or replace it with --overwrite")
     weights, part, parts = read_checkpoint(checkpoint, ema)
@@ -77,7 +80,11 @@ def convert(
         )
     else:
         require_detector(checkpoint, weights)
-        model = DiffusionDet.from_reference(weights, classes)
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always", UserWarning)
+            model = DiffusionDet.from_reference(weights, classes)
+        for remark in remarks:
+            say(str(remark.message))
     model.save(output)
     say(f"{checkpoint}{f' ({part})' if part else ''}: {describe(model)}")
     if EMA in parts and part != EMA:
@@ -129,7 +136,7 @@ def generator(
 
 def require_detector(path: Path, weights: Mapping[str, Tensor]) -> None:
     """ValueError if the names of the weights are not even like DiffusionDet's."""
-    if not any(name.startswith("head.head_series.") for name in weights):
+    if not any("head.head_series." in name for name in weights):
         raise ValueError(
             f"{path} is no checkpoint of the reference DiffusionDet, nor of guided-diffusion's or improved-diffusion's"
             f" UNet or classifier: its weights are named {', '.join(list(weights)[:3])}, ..."

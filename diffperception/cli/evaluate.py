@@ -31,6 +31,8 @@ def evaluate(
     modes: Mode | list[Mode] | None = None,
     renewal: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     ensemble: bool | list[bool] | None = None,
+    eta: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
+    nms: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     protocol: Protocol = "coco",
     max_dets: int | None = None,
     batch_size: int = 8,
@@ -59,8 +61,11 @@ def evaluate(
         num_boxes: boxes to start from; by default what the model was made with.
         modes: ddim, by default; or a control, which shows what ddim is worth: fixed_time (the time is held) or
             fresh_boxes (every step starts from new noise).
-        renewal: between steps, boxes with no class above this probability are drawn anew; 0 keeps all. By default 0.5.
+        renewal: between steps, boxes with no class above this probability are drawn anew; 0 turns it off. By default
+            0.5.
         ensemble: whether the detections of all steps count, or the last step's alone. By default they do.
+        eta: how much noise a step adds: 1, by default, is the ancestral step, 0 the deterministic one.
+        nms: of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off. By default 0.5.
         protocol: coco, or lvis for annotation files of LVIS, which adds APr, APc and APf of rare, common and frequent
             classes; it needs the extra `lvis`.
         max_dets: how many detections count in an image, the best first; by default the protocol's number: 100 of each
@@ -88,10 +93,14 @@ def evaluate(
         "num_boxes": num_boxes,
         "renewal_threshold": renewal,
         "ensemble": ensemble,
+        "eta": eta,
+        "nms_threshold": nms,
         "steps": steps,
     }
     given = {
-        name: value if isinstance(value, list) else [value] for name, value in settings.items() if value is not None
+        name: list(dict.fromkeys(value if isinstance(value, list) else [value]))
+        for name, value in settings.items()
+        if value is not None
     }
     if seeds > 1 or any(len(values) > 1 for values in given.values()):
         sampler = require_sampler(detector)

@@ -18,6 +18,14 @@ from jsonargparse import ArgumentParser, Namespace
 from diffperception.cli import TASKS
 
 Command = Callable[..., int | None]
+KINDS = {
+    "PositiveInt": "a whole number above 0",
+    "NonNegativeInt": "a whole number from 0 on",
+    "NonNegativeFloat": "a number from 0 on",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "int": "a whole number",
+    "float": "a number",
+}
 
 
 def call(command: Command, arguments: Sequence[str]) -> int:
@@ -153,7 +161,7 @@ def sentence(error: Exception) -> str:
 
 
 def _plain(message: str) -> str:
-    """jsonargparse's nested complaint without its Python types: `option a.b: expected int, got x`."""
+    """jsonargparse's nested complaint without its Python types: `option a.b: expected a number, got x`."""
     keys = re.findall(r'Parser key "([^"]+)":', message)
     message = re.sub(r'Parser key "[^"]+":\s*', "", message)
     message = re.sub(r"Type \S.*? expects a function or a callable class: ", "", message)
@@ -162,10 +170,10 @@ def _plain(message: str) -> str:
     message = re.sub(
         r"Expected an? (?:<class '([\w.]+)'>|typing\.(\S.*?))\. Got value:", r"expected \1\2, got", message
     )
-    message = re.sub(
-        r"expected Literal\[(.*?)\]", lambda found: "expected one of " + found[1].replace("'", ""), message
-    )
     message = re.sub(r"Does not validate against any of the Union subtypes .*", _alternatives, message)
+    message = re.sub(r"Not of type (\w+): (.*?) does not conform to restriction .*", r"expected \1, got \2", message)
+    message = re.sub(r"Not of type (\w+): (?:invalid|could not) [^:]*: '(.*)'", r"expected \1, got \2", message)
+    message = re.sub(r"(?<=\bexpected )(.*?)(?=, got )", lambda found: _in_words(found[1]), message)
     return f"option {'.'.join(keys)}: {message}" if keys else message
 
 
@@ -180,6 +188,13 @@ def _alternatives(complaint: re.Match[str]) -> str:
     kinds = re.sub(r"<class '([^']*)'>", r"\1", found[1]).replace(", NoneType", "")
     kinds = re.sub(r"(?:\w+\.)+(\w+)", r"\1", kinds)
     return f"expected {re.sub(r', (?![^[]*])', ' or ', kinds)}, got {found[2]}"
+
+
+def _in_words(kinds: str) -> str:
+    """`a whole number, or several` for `int or list[int]`, `one of a, b` for `Literal['a', 'b']`."""
+    kinds = re.sub(r"^(.+) or list\[\1\]$", r"\1, or several", kinds)
+    kinds = re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", ""), kinds)
+    return re.sub(r"\w+", lambda kind: KINDS.get(kind[0], kind[0]), kinds)
 
 
 def _suggestion(parser: ArgumentParser, message: str) -> str:

@@ -17,7 +17,7 @@ class StepBatchSampler(Sampler[list[Seeded]]):
     The batch of step k is a function of (seed, k, rank, world_size), so that training resumes at any step with what it
     would have seen. The batches of all ranks, one after another, are the single batch of one process with batch size
     `batch_size * world_size`: what is seen, and with which seeds, does not depend on how it is split. Within an epoch
-    no sample comes twice, on whatever rank.
+    no sample comes twice, on whatever rank, unless its weight asks for it.
 
     Args:
         samples: how many samples there are, or a weight for each: sample i comes weights[i] times an epoch on average,

@@ -86,7 +86,8 @@ def import_lvis() -> ModuleType:
         import lvis
     except ImportError as error:
         raise ValueError(
-            f"evaluation by LVIS's protocol needs the lvis package ({error}): pip install 'diffperception[lvis]'"
+            f"evaluation by LVIS's protocol needs the lvis package ({error}): install this program with its extra,"
+            " pip install -e '.[lvis]'"
         ) from None
     logging.getLogger("lvis").setLevel(logging.ERROR)
     return lvis

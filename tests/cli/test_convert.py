@@ -86,6 +86,22 @@ def test_a_file_is_replaced_only_when_asked(checkpoint, tmp_path, capsys):
     assert output.read_text() == "mine"
 
 
+def test_a_folder_as_output_is_refused_and_nothing_is_left(tmp_path, capsys):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    assert run(tmp_path / "absent.pth", folder, "--overwrite") == 2
+    assert f"{folder} is a folder: name a file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_remarks_on_a_checkpoint_are_said_plainly(weights, tmp_path, capsys):
+    torch.save(weights | {"pixel_mean": torch.zeros(3, 1, 1)}, tmp_path / "a.pth")
+    assert run(tmp_path / "a.pth", tmp_path / "model.safetensors") == 0
+    said = capsys.readouterr()
+    assert "pixel_mean of the checkpoint is not DiffusionDet's image normalisation" in said.out
+    assert "Warning" not in said.out + said.err
+
+
 @pytest.mark.parametrize("part", ["", "model", "state_dict", "ema_state"])
 def test_weights_are_found_wherever_they_lie(tensors, tmp_path, part):
     path = tmp_path / "a.pth"

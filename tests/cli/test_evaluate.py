@@ -121,6 +121,16 @@ def test_a_model_of_other_classes_is_refused(
     assert "2 (disc, square)" in said
 
 
+def test_a_model_with_numbers_for_classes_is_to_be_converted_with_their_names(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TinyDetector(["0", "1"]).save(tmp_path / "numbered.safetensors")
+    assert main(["evaluate", *given, "--model", str(tmp_path / "numbered.safetensors")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    annotations = given[given.index("--annotations") + 1]
+    assert f"convert it again with --annotations {annotations}" in line
+
+
 def test_a_model_file_cut_in_half_is_named(
     given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,9 +103,9 @@ def test_a_switch_needs_no_value(base: list[str], given: list[str], meant: bool)
     [
         (["--track.lenght", "3"], ["track.lenght", "did you mean track.length?"]),
         (["--engine.presure", "3"], ["engine", "presure", "did you mean pressure?"]),
-        (["--engine.pressure", "high"], ["engine.pressure", "expected int", "high"]),
+        (["--engine.pressure", "high"], ["engine.pressure", "expected a whole number", "high"]),
         (["--track.gauge", "wide"], ["track.gauge", "narrow", "broad", "wide"]),
-        (["--count", "few"], ["option count", "expected int", "few"]),
+        (["--count", "few"], ["option count", "expected a whole number", "few"]),
         (["--engine", "tests.cli.test_main.Steem"], ["engine", "Steem"]),
         (["--engine", "nowhere.Steam"], ["engine", "nowhere"]),
         (["--engine", "pathlib.Path"], ["engine", "pathlib.Path", "Engine"]),

@@ -3,9 +3,10 @@
 from argparse import ArgumentError
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from diffperception.cli.parsing import call, sentence
 
@@ -30,6 +31,9 @@ def measure(
     modes: str | list[str] = "ddim",
     data: DataOptions = DataOptions(),  # noqa: B008
     overwrite: bool = False,
+    share: ClosedUnitInterval | None = None,
+    seeds: PositiveInt = 1,
+    colours: Literal["red", "green"] | list[Literal["red", "green"]] = "red",
 ) -> None:
     """Measure.
 
@@ -39,6 +43,9 @@ def measure(
         modes: how.
         data: what.
         overwrite: whether to.
+        share: of the whole.
+        seeds: how often.
+        colours: in what.
     """
     received.update(path_name=path_name, num_boxes=num_boxes, modes=modes, data=data, overwrite=overwrite)
 
@@ -73,8 +80,12 @@ def test_lists_in_a_file(tmp_path: Path, yaml: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--num-boxes 0", "option num_boxes: expected PositiveInt or list[PositiveInt], got 0"),
-        ("--num-boxes 1 x", "option num_boxes: expected PositiveInt or list[PositiveInt], got [1, 'x']"),
+        ("--num-boxes 0", "option num_boxes: expected a whole number above 0, or several, got 0"),
+        ("--num-boxes 1 x", "option num_boxes: expected a whole number above 0, or several, got [1, 'x']"),
+        ("--share 2", "option share: expected a number from 0 to 1, got 2"),
+        ("--seeds 0", "option seeds: expected a whole number above 0, got 0"),
+        ("--seeds x", "option seeds: expected a whole number above 0, got x"),
+        ("--colours red blue", "option colours: expected one of red, green, or several, got ['red', 'blue']"),
         ("--num-boxs 1", "unrecognized arguments: --num_boxs 1; did you mean num_boxes?"),
         ("--data.batch-size 1 2", "unrecognized arguments: 2"),
     ],

@@ -145,7 +145,10 @@ def test_a_detector_is_trained_from_a_configuration(config: Path, generator: Pat
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ("timestep=x", "option model.backbone.timestep: diffperception.models.UNetBackbone: expected int, got x"),
+        (
+            "timestep=x",
+            "option model.backbone.timestep: diffperception.models.UNetBackbone: expected a whole number, got x",
+        ),
         ("timestp=1", "UNetBackbone: Option 'timestp' is not accepted; did you mean timestep?"),
         ("unet=nothing.safetensors", "there is no model file nothing.safetensors"),
         ("blocks=[1,2]", "blocks [2, 1] have strides [2, 2], but a pyramid needs one a stride"),

@@ -77,7 +77,7 @@ def test_only_what_differs_has_a_column(detector: DiffusionDet, dataset: CocoDet
     base = detector.sampler_options()
     plain = audit_detector(detector, dataset, [base], seeds=[0]).table()
     assert plain.splitlines()[0].split() == ["mode", "boxes", "steps", "AP", "AP50", "s/image"]
-    assert "ensemble True, renewal_threshold 0.5" in plain
+    assert "ensemble True, eta 1.0, nms_threshold 0.5, renewal_threshold 0.5" in plain
     both = audit_detector(detector, dataset, combine(base, {"ensemble": [True, False]}), seeds=[0]).table()
     assert both.splitlines()[0].split() == ["mode", "boxes", "ensemble", "steps", "AP", "AP50", "s/image"]
 
@@ -117,14 +117,14 @@ def test_the_command_writes_table_numbers_and_curves(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "lists.yaml").write_text("steps: [1, 2]\nmodes: [ddim, fresh_boxes]\n")
-    lists = ["--config", str(tmp_path / "lists.yaml"), "--num-boxes", "6", "12", "--renewal", "0.5", "0"]
+    lists = ["--config", str(tmp_path / "lists.yaml"), "--num-boxes", "6", "12", "6", "--nms", "0.5", "1"]
     assert main([*arguments, *lists, "--seeds", "2", "--seed", "3", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "audit.json").read_text())
     assert content["seeds"] == [3, 4]
-    names = ("mode", "num_boxes", "renewal_threshold", "steps")
+    names = ("mode", "num_boxes", "nms_threshold", "steps")
     settings = [tuple(row[name] for name in names) for row in content["rows"]]
-    assert settings == list(itertools.product(["ddim", "fresh_boxes"], [6, 12], [0.5, 0.0], [1, 2]))
+    assert settings == list(itertools.product(["ddim", "fresh_boxes"], [6, 12], [0.5, 1.0], [1, 2]))
     assert all(row["head_passes"] == row["steps"] for row in content["rows"])
     for row in content["rows"]:
         assert f"{row['AP']['mean']:.3f} ± {row['AP']['spread']:.3f}" in printed
@@ -138,10 +138,12 @@ def test_single_values_are_a_plain_evaluation(
     arguments: list[str], detector: DiffusionDet, dataset: CocoDetection, tmp_path: Path
 ) -> None:
     single = ["--steps", "2", "--modes", "fixed_time", "--ensemble", "false", "--pictures", "0"]
+    single += ["--renewal", "0", "--eta", "0.5", "--nms", "0.3"]
     assert main([*arguments, *single, "--output", str(tmp_path)]) == 0
-    options = SamplerOptions(2, 12, mode="fixed_time", ensemble=False)
+    options = SamplerOptions(2, 12, eta=0.5, renewal_threshold=0, ensemble=False, nms_threshold=0.3, mode="fixed_time")
     expected = evaluate_detector(detector, dataset, options={"options": options})
     assert json.loads((tmp_path / "metrics.json").read_text())["metrics"]["AP"] == expected.metrics["AP"]
+    assert json.loads((tmp_path / "detections.json").read_text()) == expected.detections
     assert not (tmp_path / "audit.json").exists()
 
 
@@ -150,11 +152,13 @@ def test_single_values_are_a_plain_evaluation(
     [
         (["--modes", "ddim", "walk"], "option modes: expected"),
         (["--modes", "walk"], "got walk"),
-        (["--steps", "0"], "option steps: expected PositiveInt"),
-        (["--steps", "1", "0"], "option steps: expected PositiveInt"),
-        (["--num-boxes", "10", "many"], "option num_boxes: expected PositiveInt"),
+        (["--steps", "0"], "option steps: expected a whole number above 0, or several, got 0"),
+        (["--steps", "1", "0"], "option steps: expected a whole number above 0"),
+        (["--num-boxes", "10", "many"], "option num_boxes: expected a whole number above 0"),
         (["--seeds", "0"], "option seeds:"),
-        (["--renewal", "0.5", "2"], "option renewal:"),
+        (["--renewal", "0.5", "2"], "option renewal: expected a number from 0 to 1, or several, got [0.5, 2]"),
+        (["--nms", "7"], "option nms: expected a number from 0 to 1"),
+        (["--eta", "-3"], "option eta: expected a number from 0 to 1"),
     ],
 )
 def test_a_mistake_is_one_sentence(
