@@ -90,8 +90,8 @@ def test_the_saved_configuration_repeats_the_run(whole: Path, tmp_path: Path) ->
 def test_what_is_saved_and_scored_is_the_average(whole: Path) -> None:
     state = torch.load(whole / "last.ckpt", weights_only=True)
     weights = load_file(whole / "model.safetensors")
-    assert all(torch.equal(weights[name], state["state_dict"][f"detector.{name}"]) for name in weights)
-    assert not torch.equal(weights["box.weight"], state["current_model_state"]["detector.box.weight"])
+    assert all(torch.equal(weights[name], state["state_dict"][f"model.{name}"]) for name in weights)
+    assert not torch.equal(weights["box.weight"], state["current_model_state"]["model.box.weight"])
 
 
 def test_the_rate_follows_the_images_a_step_and_is_said(
