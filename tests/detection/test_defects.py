@@ -5,7 +5,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from diffperception.cli.main import main
+from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet, SamplerOptions
 from diffperception.detection.criterion import set_losses
 from diffperception.detection.detector import image_sizes
@@ -13,9 +16,12 @@ from diffperception.detection.evaluation import CocoEvaluator
 from diffperception.detection.matcher import PaddedTargets, match
 from diffperception.detection.sampler import BoxNoise, image_seed, select_detections
 from diffperception.tasks.detection import DetectionTask
+from diffperception.tasks.evaluation import evaluate_detector
 from diffperception.tasks.options import OptimizerOptions
 from diffperception.tasks.task import NonFiniteLossError
 from tests.detection.scenes import CLASSES, random_boxes, random_image, random_target, tiny_detector
+from tests.tasks.tiny_data import write_tiny_config
+from tests.tasks.tiny_detector import UnpluggedDiffusionDet
 
 IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2), random_image(96, 64, 3)]
 
@@ -45,7 +51,7 @@ def test_2_the_last_step_enters_the_ensemble(steps):
     assert torch.equal(pooled["scores"], expected.sort(descending=True).values)
 
 
-@pytest.mark.parametrize("count", [3, 4, 63, 64, 255, 256, 1300])
+@pytest.mark.parametrize("count", [1, 3, 4, 63, 64, 255, 256, 1300])
 def test_3_the_prior_is_in_the_class_bias_alone(count):
     detector = tiny_detector(classes=[str(i) for i in range(count)], width=64, dynamic_width=64, ffn_width=256)
     prior = -math.log(99)
@@ -94,6 +100,23 @@ def test_5_what_is_noised_is_what_is_matched():
 def test_6_several_steps_without_renewal(mode):
     options = SamplerOptions(4, num_boxes=10, renewal_threshold=None, mode=mode)
     assert len(tiny_detector().predict(IMAGES, options=options)) == 3
+
+
+def test_7_what_is_saved_and_scored_is_the_average_of_the_weights(tmp_path):
+    config, run = write_tiny_config(tmp_path), tmp_path / "run"
+    options = ["--model", "tests.tasks.tiny_detector.UnpluggedDiffusionDet", "--trainer.max_steps", "3"]
+    assert main(["train", "--config", str(config), "--output", str(run), *options]) == 0
+
+    parts = torch.load(run / "last.ckpt", weights_only=True)
+    dataset = CocoDetection(tmp_path / "data" / "annotations.json", tmp_path / "data" / "images")
+    detectors = []  # with what is saved, with the average, and with what the optimiser works on
+    for state in (load_file(run / "model.safetensors"), parts["state_dict"], parts["current_model_state"]):
+        detectors.append(UnpluggedDiffusionDet(dataset.classes).eval())
+        detectors[-1].load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    saved, average, raw = (detector.predict(IMAGES[:1])[0] for detector in detectors)
+    assert all(torch.equal(saved[key], average[key]) for key in saved)
+    assert not torch.equal(saved["scores"], raw["scores"])
+    assert evaluate_detector(detectors[0], dataset).detections == json.loads((run / "detections.json").read_text())
 
 
 POISONED = [
@@ -192,12 +215,30 @@ def detections(boxes):
     return {"boxes": boxes, "scores": torch.ones(len(boxes)), "labels": torch.zeros(len(boxes), dtype=torch.int64)}
 
 
-def test_10_ap_of_zero_has_a_reason(tmp_path):
-    evaluator = CocoEvaluator(coco_file(tmp_path, random_boxes(5, 400, 400)))
-    evaluator.update([1], [detections(torch.zeros(0, 4))])
+@pytest.mark.parametrize(
+    ("objects", "image_id", "predicted", "reason"),
+    [
+        (5, 1, 0, "no box was predicted in any of the 1 images"),
+        (0, 1, 5, "has no object to find"),
+        (5, 8, 5, "none of the predicted image ids is in a.json (8 is predicted, 1 is in the file)"),
+    ],
+)
+def test_10_ap_of_zero_has_a_reason(tmp_path, objects, image_id, predicted, reason):
+    boxes = random_boxes(5, 400, 400)
+    evaluator = CocoEvaluator(coco_file(tmp_path, boxes[:objects]))
+    evaluator.update([image_id], [detections(boxes[:predicted])])
     result = evaluator.compute()
-    assert result.metrics["AP"] == 0
-    assert "no" in result.explanation
+    assert not result.metrics["AP"] > 0
+    assert reason in result.explanation
+
+
+def test_10_ground_truth_fed_as_predictions_scores_1(tmp_path):
+    boxes = random_boxes(5, 400, 400)
+    evaluator = CocoEvaluator(coco_file(tmp_path, boxes))
+    evaluator.update([1], [detections(boxes)])
+    result = evaluator.compute()
+    assert result.metrics["AP"] == 1
+    assert result.explanation is None
 
 
 @pytest.mark.parametrize(("max_dets", "recall"), [(100, 100 / 150), (150, 1.0)])
