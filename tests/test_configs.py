@@ -16,6 +16,7 @@ from diffperception.data.shapes import CLASSES
 from diffperception.detection import Detector
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier
+from diffperception.segmentation import DiffusionFeatures
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -31,7 +32,11 @@ def shipped() -> list[Path]:
 
 
 def test_there_are_configurations() -> None:
-    assert {path.parent.name for path in shipped()} == {"detection", "generation"}  # each is tested below
+    assert {path.parent.name for path in shipped()} == {
+        "detection",
+        "generation",
+        "segmentation",
+    }  # each is tested below
 
 
 def parsed(path: Path) -> tuple[ArgumentParser, Namespace]:
@@ -86,3 +91,18 @@ def test_the_recipe_for_lsun_is_the_published_model() -> None:
         unet = parser.instantiate(options).model(None).unet
     published = json.loads((Path(__file__).parent / "parity" / "adm_lsun256_keys.json").read_text())
     assert sum(parameter.numel() for parameter in unet.parameters()) == sum(math.prod(s) for s in published.values())
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "segmentation").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_segmenters_configuration_is_accepted_and_its_features_are_built(path: Path, tmp_path: Path) -> None:
+    parser, options = parsed(path)
+    write_generator(Path(options.features.init_args.file).parent, tmp_path / "model.safetensors")
+    options.features.init_args.file = str(tmp_path / "model.safetensors")
+    built = parser.instantiate(options)
+    assert isinstance(built.features, DiffusionFeatures)
+    assert built.features.channels == len(built.features.timesteps) * sum(
+        built.features.unet.block_info[block].channels for block in built.features.blocks
+    )
+    assert built.fit.max_minibatches is not None
+    if "shapes" in path.name:
+        assert built.data.classes == ["background", *CLASSES]

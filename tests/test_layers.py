@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "coco": set(),
     "weights": set(),
     "visualize": set(),
+    "mask_pictures": {"visualize"},
     "diffusion": set(),
     "models": {"diffusion", "weights"},
     "detection": {"models", "diffusion", "weights", "coco"},
@@ -26,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"data", "detection", "segmentation", "generation", "models", "diffusion", "weights", "visualize", "coco"},
 }
 ALLOWED["benchmarks"] = {"detection", "segmentation", "generation", "models", "diffusion"}
-ALLOWED["cli"] = {*ALLOWED["tasks"], "tasks", "benchmarks"}
+ALLOWED["cli"] = {*ALLOWED["tasks"], "tasks", "benchmarks", "mask_pictures"}
 ALLOWED["integrations"] = {*ALLOWED["cli"], "cli"}
 CORE_LIBRARIES = {"torch", "numpy"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}

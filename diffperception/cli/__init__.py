@@ -8,8 +8,8 @@ from tqdm import tqdm
 PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
 
 TASKS = {  # of the commands that do the same for several; the first is meant where none is named
-    "train": ("detection", "generation", "classifier"),
-    "evaluate": ("detection", "generation"),
+    "train": ("detection", "generation", "classifier", "segmentation"),
+    "evaluate": ("detection", "generation", "segmentation"),
 }
 
 

@@ -21,11 +21,14 @@ from diffperception.cli import TASKS
 COMMANDS = {
     "shapes": "draw the shapes data set (images, COCO annotations, masks)",
     "check": "name every problem of a COCO data set",
-    "train": "train a detector, a generator of images, or the classifier that guides it",
-    "evaluate": "score a detector, a results file, or generated images",
+    "train": "train a detector, a generator of images, the classifier that guides it, or a segmenter",
+    "evaluate": "score a detector, a results file, generated images, or a segmenter",
     "benchmark": "measure speeds as ratios to a well-known unit",
     "predict": "detect objects in images: COCO results and pictures",
     "sample": "draw images from a generator",
+    "segment": "masks of images, how uncertain they are, and which images to label next",
+    "extract": "write feature maps of images to disk",
+    "compare": "what a generator's features are worth where few images are labelled",
     "convert": "turn a checkpoint of DiffusionDet or guided-diffusion into a model file",
 }
 USAGE = (

@@ -31,8 +31,8 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         masks: folder of masks, PNG of one channel or NPY, of whole numbers.
         num_classes: K; masks hold 0..K-1 and `ignore`.
         ignore: the value of pixels without a label.
-        values: the label of each value where they differ, such as {0: 0, 255: 1} in masks of black and white; what is
-            not named there but `ignore` is unknown.
+        mask_values: the label of each value where they differ, such as {0: 0, 255: 1} in masks of black and white; what
+            is not named there but `ignore` is unknown.
         annotations: only the images are used that this COCO JSON file lists, or this text file, with a name a line.
         unlabelled: what to do at an image without a mask: stop, or leave it out.
         limit: use no more images than these, chosen by the seed; a larger number chooses the same and others.
@@ -54,7 +54,7 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         masks: Path,
         num_classes: int,
         ignore: int | None = IGNORED,
-        values: Mapping[int, int] | None = None,
+        mask_values: Mapping[int, int] | None = None,
         annotations: Path | None = None,
         unlabelled: Literal["stop", "skip"] = "stop",
         limit: int | None = None,
@@ -62,7 +62,7 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         short_side: int | None = None,
     ) -> None:
         self.num_classes, self.ignore, self.short_side = num_classes, ignore, short_side
-        self.labels = _label_of_value(num_classes, ignore, values)
+        self.labels = _label_of_value(num_classes, ignore, mask_values)
         pairs = find_pairs(images, masks, annotations, unlabelled)
         chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:limit]
         self.pairs = [pairs[i] for i in chosen.tolist()] if limit is not None else pairs
@@ -122,7 +122,7 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
             known = sorted(self.labels)
             raise ValueError(
                 f"the mask {path} has the unknown value{'s' * (len(unknown) > 1)} {_some(unknown)}; known are"
-                f" {_some(known)}: name all classes, or say with `values` and `ignore` what else the masks hold"
+                f" {_some(known)}: name all classes, or say with `mask_values` and `ignore` what else the masks hold"
             )
         return labels
 
@@ -215,13 +215,13 @@ def _listed(images: Path, annotations: Path | None) -> Sequence[Path]:
 
 
 def _label_of_value(num_classes: int, ignore: int | None, values: Mapping[int, int] | None) -> dict[int, int]:
-    """The label of each value that masks may hold; ValueError if `values` leads to another than a class."""
+    """The label of each value that masks may hold; ValueError if `mask_values` leads to another than a class."""
     ignored = {} if ignore is None else {ignore: IGNORED}
     if values is None:
         return {k: k for k in range(num_classes)} | ignored
     outside = sorted({label for label in values.values() if label != IGNORED and label not in range(num_classes)})
     if outside:
-        raise ValueError(f"`values` leads to {_some(outside)}, but the classes are 0 to {num_classes - 1}")
+        raise ValueError(f"`mask_values` leads to {_some(outside)}, but the classes are 0 to {num_classes - 1}")
     return ignored | dict(values)
 
 

@@ -24,7 +24,7 @@ class MaskDataOptions:
         val_masks: folder with their masks.
         val_annotations: as `annotations`, of `val_images`.
         ignore: the value in masks of pixels without a label; null for none.
-        values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}.
+        mask_values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}.
         short_side: work on images resized to this short side, best that which the generator learned from; scores
             are always measured at the masks' own size. null for no resizing.
     """
@@ -39,7 +39,7 @@ class MaskDataOptions:
     val_masks: Path | None = None
     val_annotations: Path | None = None
     ignore: int | None = IGNORED
-    values: dict[int, int] | None = None
+    mask_values: dict[int, int] | None = None
     short_side: PositiveInt | None = None
 
     def open(self, seed: int = 0) -> MaskFolder:
@@ -49,7 +49,7 @@ class MaskDataOptions:
             self.masks,
             len(self.classes),
             self.ignore,
-            self.values,
+            self.mask_values,
             self.annotations,
             self.unlabelled,
             self.limit,
@@ -68,7 +68,7 @@ class MaskDataOptions:
             self.val_masks,
             len(self.classes),
             self.ignore,
-            self.values,
+            self.mask_values,
             self.val_annotations,
             self.unlabelled,
         )

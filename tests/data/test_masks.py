@@ -59,7 +59,7 @@ def test_images_and_masks_are_sequences(folder: Path) -> None:
 def test_values_lead_to_labels(tmp_path: Path) -> None:
     write(tmp_path / "images/a.png", np.zeros((1, 4, 3), np.uint8))
     write(tmp_path / "masks/a.png", np.array([[0, 255, 7, 255]], np.uint8))
-    data = opened(tmp_path, 2, values={0: 0, 255: 1}, ignore=7)
+    data = opened(tmp_path, 2, mask_values={0: 0, 255: 1}, ignore=7)
     assert data[0][1].tolist() == [[0, 1, 255, 1]]
     write(tmp_path / "masks/a.png", np.array([[0, 1, 2, 1]], np.uint8))
     assert opened(tmp_path, 3, ignore=0)[0][1].tolist() == [[255, 1, 2, 1]]
@@ -163,9 +163,9 @@ def test_unknown_values_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"masks/5\.png has the unknown value 9; known are 0, 1, 2, 255: name all"):
         opened(folder)
     with pytest.raises(ValueError, match=r"masks/0\.png has the unknown values 1, 2; known are 0, 255"):
-        opened(folder, 2, values={0: 0, 255: 1})
-    with pytest.raises(ValueError, match="`values` leads to 2, but the classes are 0 to 1"):
-        opened(folder, 2, values={0: 0, 255: 2})
+        opened(folder, 2, mask_values={0: 0, 255: 1})
+    with pytest.raises(ValueError, match="`mask_values` leads to 2, but the classes are 0 to 1"):
+        opened(folder, 2, mask_values={0: 0, 255: 2})
 
 
 def test_masks_without_a_label_are_an_error(tmp_path: Path) -> None:
