@@ -90,12 +90,20 @@ def train_unet(
 
 
 @torch.no_grad()
-def predict_labels(unet: UNet, image: Tensor, bf16: bool = False) -> Tensor:
-    """(H, W) int64 classes of an image (3, H, W) of any size; it is padded with its last pixels."""
+def predict_labels(unet: UNet, image: Tensor, size: tuple[int, int] | None = None, bf16: bool = False) -> Tensor:
+    """(H, W) int64 classes of an image (3, H, W) of any size, which is padded with its last pixels.
+
+    Args:
+        size: height and width that the logits are interpolated to, if others than the image's.
+        bf16: as in the options.
+    """
     height, width = image.shape[1:]
     below, right = (padded_side(side, unet.stride) - side for side in (height, width))
     padded = F.pad(image[None].to(unet.stem.weight.device), (0, right, 0, below), mode="replicate")
-    return _logits(unet, padded, bf16)[0].argmax(0)[:height, :width].cpu()
+    logits = _logits(unet, padded, bf16)[:, :, :height, :width]
+    if size is not None:
+        logits = F.interpolate(logits, size, mode="bilinear")
+    return logits[0].argmax(0).cpu()
 
 
 def random_crop(image: Tensor, mask: Tensor, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

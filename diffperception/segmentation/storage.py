@@ -1,14 +1,19 @@
-"""Feature maps kept for later: how much room they take, in memory and in files."""
+"""Feature maps kept for later, in memory and in files, and how much room they take."""
 
 import hashlib
+import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from diffperception.segmentation.features import FeatureExtractor
-from diffperception.segmentation.maps import FeatureMaps
+from diffperception.segmentation.maps import FeatureMaps, MapInfo
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -45,6 +50,47 @@ class KeptFeatures(FeatureExtractor):
         if key not in self.kept:
             self.kept[key] = self.features.maps(image).to(self.dtype)
         return self.kept[key].to(torch.float32)
+
+
+def save_maps(maps: FeatureMaps, info: Sequence[MapInfo], path: Path) -> None:
+    """Write the maps of an image to a safetensors file, beside and then renamed, each by its name.
+
+    Args:
+        maps: on any device; they keep their type.
+        info: of the extractor.
+    """
+    tensors = {about.name: m.cpu().contiguous() for about, m in zip(info, maps.maps, strict=True)}
+    about = {"names": list(tensors), "strides": maps.strides, "size": maps.size}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.touch()
+    try:
+        permissions = beside.stat().st_mode
+        save_file(tensors, beside, {"maps": json.dumps(about)})
+        beside.chmod(permissions)  # of any new file; safetensors leaves it to its owner alone
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_maps(path: Path) -> FeatureMaps:
+    """Read what :func:`save_maps` wrote; ValueError for another file."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["maps"])
+            maps = [file.get_tensor(name) for name in about["names"]]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} holds no feature maps ({error}): `diffperception extract` writes them") from None
+    return FeatureMaps(maps, about["strides"], tuple(about["size"]))
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A short name for a network's weights, that changes with them."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def parse_bytes(text: str) -> int:

@@ -37,6 +37,8 @@ def test_a_network_learns_three_colours():
     assert labels.shape == mask.shape
     assert (labels == mask).float().mean() > 0.9
     assert loss < 0.6
+    large = predict_labels(network, image, (54, 74))
+    assert (large == mask.repeat_interleave(2, 0).repeat_interleave(2, 1)).float().mean() > 0.85
 
 
 def test_a_seed_gives_the_same_network():

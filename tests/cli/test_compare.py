@@ -1,0 +1,123 @@
+"""`diffperception compare` on pictures of three colours, with a small generator that has learned nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffperception.cli.compare import compare
+from diffperception.cli.comparison import lead_sentence, markdown, summarise
+from diffperception.cli.parsing import build_parser, call, parse
+from diffperception.visualize import save_png, to_picture
+from tests.segmentation.test_classifier import scene
+from tests.segmentation.test_features import unet
+
+METHODS = ["diffusion", "untrained", "rgb", "scratch"]
+
+
+def write_scenes(folder: Path, numbers: range) -> None:
+    for number in numbers:
+        image, mask = scene(number, 24, 32)
+        save_png(to_picture(image), folder / "images" / f"{number}.png")
+        save_png(Image.fromarray(mask.byte().numpy()), folder / "masks" / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    write_scenes(folder / "train", range(4))
+    write_scenes(folder / "test", range(4, 7))
+    unet().save(folder / "unet.safetensors")
+    return folder
+
+
+def run(root: Path, output: Path, *options: str) -> dict:
+    arguments = ["--features", "diffperception.segmentation.DiffusionFeatures.of_generator"]
+    arguments += ["--features.file", str(root / "unet.safetensors"), "--features.blocks", "[0, 4]"]
+    arguments += ["--features.timesteps", "[50]", "--features.window", "32", "--output", str(output)]
+    for kind, prefix in (("train", ""), ("test", "val_")):
+        arguments += [f"--data.{prefix}{name}={root / kind / name}" for name in ("images", "masks")]
+    arguments += ["--data.classes", "[red, green, blue]", "--members", "2", "--fit.max_minibatches", "150"]
+    arguments += ["--baseline.steps", "2", "--baseline.crop", "16", "--baseline.batch_size", "2", "--device", "cpu"]
+    assert call(compare, [*arguments, *options]) == 0
+    return json.loads((output / "compare.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def first(root: Path) -> Path:
+    run(root, root / "first", "--labels", "1", "2", "--seeds", "2")
+    return root / "first"
+
+
+def test_there_is_a_result_for_each_method_number_and_seed(first: Path) -> None:
+    content = json.loads((first / "compare.json").read_text())
+    rows = content["results"]
+    keys = [(row["method"], row["labels"], row["seed"]) for row in rows]
+    assert keys == [(method, count, seed) for method in METHODS for count in (1, 2) for seed in (0, 1)]
+    assert all(0 < row["miou"] <= 1 and len(row["images"]) == row["labels"] for row in rows)
+    by_key = dict(zip(keys, rows, strict=True))
+    for count in (1, 2):
+        assert by_key["rgb", count, 0]["miou"] > 0.9, "three colours are told apart by colour"
+        images = [by_key[method, count, 0]["images"] for method in METHODS]
+        assert images == [images[0]] * 4, "all methods learn from the same images"
+    assert set(by_key["rgb", 1, 0]["images"]) < set(by_key["rgb", 2, 0]["images"])
+    assert by_key["diffusion", 2, 0]["miou"] != by_key["untrained", 2, 0]["miou"]
+    assert set(rows[0]["seconds"]) == {"training", "test"}
+
+
+def test_there_are_a_table_curves_and_pictures(first: Path) -> None:
+    table = (first / "compare.md").read_text()
+    for words in ("labelled images", "±", "colours", "UNet from scratch", "over the best of the others"):
+        assert words in table
+    for name in ("compare.png", "examples.png"):
+        with Image.open(first / name) as picture:
+            assert min(picture.size) > 100
+    assert len(list((first / "examples" / "rgb").glob("*.png"))) == 3
+
+
+def test_what_is_finished_is_not_done_again(root: Path, first: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((first / "compare.json").read_text())["results"]
+    content = run(root, first, "--labels", "1", "2", "--seeds", "3", "--methods", "rgb")
+    assert content["results"][: len(before)] == before
+    added = content["results"][len(before) :]
+    assert [(row["method"], row["labels"], row["seed"]) for row in added] == [("rgb", 1, 2), ("rgb", 2, 2)]
+    assert "2 of 6 results are still to be made" in capsys.readouterr().out
+
+
+def test_results_of_other_settings_are_not_mixed(root: Path, first: Path) -> None:
+    with pytest.raises(ValueError, match=r"other settings \(fit.max_minibatches\)"):
+        run(root, first, "--labels", "1", "--methods", "rgb", "--fit.max_minibatches", "151")
+
+
+def test_features_that_do_not_fit_into_memory_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"of 4 images take .* but the limit is 10.0 kB"):
+        run(root, tmp_path, "--labels", "1", "--seeds", "1", "--memory", "10kB")
+
+
+def test_more_labelled_images_than_there_are(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there are 4 labelled images in .*, but 9 are to be chosen"):
+        run(root, tmp_path, "--labels", "9")
+
+
+def test_means_and_spreads() -> None:
+    values = {("diffusion", 5): [0.7, 0.8], ("rgb", 5): [0.5], ("scratch", 5): [0.6, 0.62]}
+    rows = [
+        {"method": m, "labels": n, "seed": seed, "miou": miou}
+        for (m, n), mious in values.items()
+        for seed, miou in enumerate(mious)
+    ]
+    summary = summarise(rows)
+    assert [cell["miou"] for cell in summary] == pytest.approx([0.75, 0.5, 0.61])
+    assert summary[0]["spread"] == pytest.approx(float(torch.tensor([0.7, 0.8]).std()))
+    assert summary[1]["spread"] is None
+    assert "75.0 ± 7.1" in markdown(summary)
+    assert "+14.0 at 5 (UNet from scratch)" in lead_sentence(summary)
+
+
+def test_the_shipped_comparison_is_accepted() -> None:
+    path = Path(__file__).parents[2] / "configs" / "segmentation" / "bccd_compare.yaml"
+    options = parse(build_parser(compare), compare, ["--config", str(path), "--labels", "5", "--seeds", "1"])
+    assert (options.labels, options.seeds) == ([5], 1)
+    assert options.baseline.bf16
