@@ -40,8 +40,9 @@ def test_there_are_configurations() -> None:
 
 
 def parsed(path: Path) -> tuple[ArgumentParser, Namespace]:
-    arguments = [part for file in files_of(path) for part in ("--config", str(file))]
-    command = find("train", chosen_task(arguments))
+    compares = path.stem.endswith("_compare")  # of another command, and given alone
+    arguments = [part for file in ([path] if compares else files_of(path)) for part in ("--config", str(file))]
+    command = find("compare") if compares else find("train", chosen_task(arguments))
     parser = build_parser(command)
     return parser, parse(parser, command, arguments)
 
@@ -93,7 +94,10 @@ def test_the_recipe_for_lsun_is_the_published_model() -> None:
     assert sum(parameter.numel() for parameter in unet.parameters()) == sum(math.prod(s) for s in published.values())
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "segmentation").glob("*.yaml")), ids=lambda path: path.name)
+SEGMENTERS = [path for path in shipped() if path.parent.name == "segmentation" and "compare" not in path.stem]
+
+
+@pytest.mark.parametrize("path", SEGMENTERS, ids=lambda path: path.name)  # of compare see tests/cli/test_compare.py
 def test_a_segmenters_configuration_is_accepted_and_its_features_are_built(path: Path, tmp_path: Path) -> None:
     parser, options = parsed(path)
     write_generator(Path(options.features.init_args.file).parent, tmp_path / "model.safetensors")
