@@ -158,11 +158,14 @@ class DynamicConv(nn.Module):
 
     def _convolve(self, features: Tensor, rois: Tensor) -> Tensor:
         """features (n, d), rois (n, P, d) -> (n, P, d)."""
-        weights, biases = self.generate.weight.chunk(2), self.generate.bias.chunk(2)
-        first = F.linear(features, weights[0], biases[0]).view(-1, self.width, self.dynamic_width)
-        x = F.relu(self.norm1(torch.bmm(rois, first)))
-        second = F.linear(features, weights[1], biases[1]).view(-1, self.dynamic_width, self.width)
-        return F.relu(self.norm2(torch.bmm(x, second)))
+        first, second = zip(self.generate.weight.chunk(2), self.generate.bias.chunk(2), strict=True)
+        x = F.relu(self.norm1(_dynamic_product(rois, features, *first)), inplace=True)
+        return F.relu(self.norm2(_dynamic_product(x, features, *second)), inplace=True)
+
+
+def _dynamic_product(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (n, P, k) times one matrix (k, m) each, which a linear layer makes of features (n, d): (n, P, m)."""
+    return torch.bmm(x, F.linear(features, weight, bias).view(len(x), x.shape[-1], -1))
 
 
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:

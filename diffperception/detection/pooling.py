@@ -47,6 +47,11 @@ class FeaturePyramid:
         rows = torch.cat([p.rows for p in pyramids]) if len(pyramids) > 1 else pyramids[0].rows
         return cls(rows, start[order], height[order], width[order], pyramids[0].strides)
 
+    def split(self, size: int) -> "list[FeaturePyramid]":
+        """Pyramids of so many images each (fewer in the last), over the same table."""
+        places = zip(self.start.split(size), self.height.split(size), self.width.split(size), strict=True)
+        return [FeaturePyramid(self.rows, *place, self.strides) for place in places]
+
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Index of the level that pools each box, by its size (..., 4) -> (...)."""
         area = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
