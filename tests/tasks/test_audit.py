@@ -94,6 +94,15 @@ def test_the_backbone_sees_each_batch_once(detector: DiffusionDet, dataset: Coco
     assert many.rows[2].ap.by_seed[0] == alone.rows[0].ap.by_seed[0]
 
 
+def test_settings_that_predict_the_same_predict_once(detector: DiffusionDet, dataset: CocoDetection) -> None:
+    passes = []
+    hook = detector.head.register_forward_hook(lambda *_: passes.append(1))
+    choices = CHOICES | {"num_boxes": [12], "ensemble": [True, False]}
+    audit_detector(detector, dataset, combine(detector.sampler_options(), choices), seeds=[0], batch_size=1)
+    hook.remove()
+    assert len(passes) == len(dataset) * (1 + 2 * 6)  # all of one step together, each of the six of two steps alone
+
+
 def test_the_spread_is_that_over_the_seeds(detector: DiffusionDet, dataset: CocoDetection) -> None:
     options = [detector.sampler_options()]
     (same,) = audit_detector(detector, dataset, options, seeds=[7, 7, 7]).rows
