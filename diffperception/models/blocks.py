@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffperception.models.convolution import Conv1x1, Conv3x3
 from diffperception.models.normalization import group_norm
 
 NORM_GROUPS = 32
@@ -54,12 +55,12 @@ class ResBlock(nn.Module):
         self.scale_shift = scale_shift
         self.resample = resample
         self.norm1 = nn.GroupNorm(NORM_GROUPS, channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv1 = Conv3x3(channels_in, channels)
         self.time = nn.Linear(embedding, 2 * channels if scale_shift else channels)
         self.norm2 = nn.GroupNorm(NORM_GROUPS, channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(channels, channels, 3, padding=1))
-        self.skip = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
+        self.conv2 = zeroed(Conv3x3(channels, channels))
+        self.skip = nn.Identity() if channels_in == channels else Conv1x1(channels_in, channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(B, C, H, W) and the activated embedding (B, E) -> (B, C', H', W')."""

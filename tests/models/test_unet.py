@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -232,6 +233,23 @@ def test_recomputing_activations_changes_nothing_but_memory() -> None:
     assert kept[True] < kept[False] / 2
     for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_single_precision_stays_close_to_double_in_wide_models() -> None:
+    """Widths and sizes at which convolutions take Winograd's way."""
+    unet, x, t = (
+        tiny(channels=64, multipliers=(1, 2), attention=(2,)),
+        torch.randn(2, 3, 32, 32),
+        torch.tensor([3, 400]),
+    )
+    gradients, outputs = [], []
+    for model, images in ((unet, x), (deepcopy(unet).double(), x.double())):
+        outputs.append(model(images, t))
+        outputs[-1].square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert distance(outputs[0].detach().double(), outputs[1].detach()) < TOLERANCE / 4
+    for one, other in zip(*gradients, strict=True):
+        assert distance(one.double(), other) < TOLERANCE
 
 
 def test_half_precision_weights_and_autocast_stay_close() -> None:
