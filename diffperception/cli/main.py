@@ -28,6 +28,8 @@ COMMANDS = {
     "sample": "draw images from a generator",
     "segment": "masks of images, how uncertain they are, and which images to label next",
     "extract": "write feature maps of images to disk",
+    "search": "rank timesteps and blocks of a generator by how well they tell classes apart",
+    "distill": "label images, or samples of a generator, with a segmenter: a data set to train on",
     "compare": "what a generator's features are worth where few images are labelled",
     "convert": "turn a checkpoint of DiffusionDet or guided-diffusion into a model file",
 }

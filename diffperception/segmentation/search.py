@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from diffperception.segmentation.evaluation import IGNORED, MeanIoU
 from diffperception.segmentation.features import DiffusionFeatures
@@ -65,7 +66,7 @@ def search(
     labels = [masks[i][tuple(points[i].T)].long() for i in used]
     start = time.monotonic()
     probes: list[Probe] = []
-    for number, timestep in enumerate(features.timesteps):
+    for number, timestep in enumerate(tqdm(features.timesteps, "search", unit="timestep", leave=False, disable=None)):
         spent = time.monotonic() - start
         if number and spent + spent / number > seconds:
             break

@@ -1,0 +1,154 @@
+"""`diffperception distill`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffperception.cli import say
+from diffperception.cli.evaluate import pick_device
+from diffperception.cli.predict import ImageFiles, find_images, name_pictures
+from diffperception.cli.report import write_text
+from diffperception.cli.sample import choose_labels
+from diffperception.cli.segment import shares
+from diffperception.generation import DiffusionModel, SamplingOptions
+from diffperception.generation import sample as draw
+from diffperception.segmentation import PixelSegmenter
+from diffperception.visualize import save_png, to_picture
+
+
+class Unlabelled(NamedTuple):
+    """An image (3, H, W), 0..1, and the name of its PNG; or None and what the problem is."""
+
+    name: Path
+    image: Tensor | None
+    problem: str = ""
+
+
+class Labelled(NamedTuple):
+    """What is said of an image in dataset.json."""
+
+    name: str
+    uncertainty: float
+    shares: list[float]
+
+
+def distill(
+    model: Path,
+    output: Path,
+    images: str | None = None,
+    generator: Path | None = None,
+    number: PositiveInt = 1000,
+    drop: ClosedUnitInterval = 0.1,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (the defaults are not changed)
+    batch_size: PositiveInt = 16,
+    seed: NonNegativeInt = 0,
+    device: str = "auto",
+) -> None:
+    """Label images with a trained segmenter, and keep those that it is sure of: a data set to train any network on.
+
+    The images are those of a folder, or samples of a generator. Writes OUTPUT/images and OUTPUT/masks (PNG, in each
+    pixel its class's number), which `train --task segmentation` takes as data.images and data.masks, and
+    OUTPUT/dataset.json: the classes, each image's uncertainty (in nats, the mean of its most uncertain tenth) and
+    shares of classes, and which images were dropped for being the most uncertain. Images that cannot be read are left
+    out and named at the end.
+
+    Args:
+        model: the segmenter, a model.safetensors file.
+        output: folder for the data set; it must be empty.
+        images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
+        generator: a model.safetensors file to draw images from instead; the classes that it has take turns.
+        number: how many images to draw.
+        drop: share of the images to drop, the most uncertain.
+        sampling: how images are drawn.
+        batch_size: images drawn at once.
+        seed: of the noise that images are drawn from.
+        device: cpu, cuda, cuda:1, ... or auto.
+    """
+    if (images is None) == (generator is None):
+        raise ValueError("give either --images or a --generator to draw them from")
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ValueError(f"{output} is not an empty folder: choose another --output")
+    if drop == 1:
+        raise ValueError("drop 1 would leave no image: give a smaller share, such as 0.1")
+    place = pick_device(device)
+    if generator is not None:
+        pool = samples(DiffusionModel.load(generator).to(place), number, sampling, batch_size, seed)
+    else:
+        root, paths = find_images(str(images), output)
+        pool, number = files(root, paths), len(paths)
+    segmenter = PixelSegmenter.load(model).to(place)
+    kept, dropped, broken = label(segmenter, tqdm(pool, "distill", number, unit="image", disable=None), drop, output)
+    content = {
+        "classes": segmenter.classes,
+        "model": str(model),
+        "source": str(generator or images),
+        "images": [labelled._asdict() for labelled in kept],
+        "dropped": [labelled._asdict() for labelled in dropped],
+    }
+    write_text(output / "dataset.json", json.dumps(content, indent=2) + "\n")
+    say(
+        f"{output}: {len(kept)} images with masks of {', '.join(segmenter.classes)}; {len(dropped)} more were dropped,"
+        " the most uncertain"
+    )
+    if broken:
+        say("\n".join([f"{len(broken)} images were left out:", *(f"  {problem}" for problem in broken)]))
+
+
+def files(root: Path, paths: Sequence[Path]) -> Iterator[Unlabelled]:
+    """The images of files."""
+    names = name_pictures([path.relative_to(root) for path in paths])
+    pictures = ImageFiles(list(paths))
+    for index in range(len(pictures)):
+        path, image, problem = pictures[index]
+        yield Unlabelled(names[path.relative_to(root)], image, problem)
+
+
+def samples(
+    generator: DiffusionModel, number: int, sampling: SamplingOptions, batch_size: int, seed: int
+) -> Iterator[Unlabelled]:
+    """Images from a generator, as `sample` draws them."""
+    labels = choose_labels(generator.classes or [], None)
+    for start in range(0, number, batch_size):
+        numbers = range(start, min(start + batch_size, number))
+        wanted = None if labels is None else labels[torch.tensor(numbers) % len(labels)].to(generator.device)
+        for index, image in zip(numbers, draw(generator, numbers, sampling, seed, wanted), strict=True):
+            yield Unlabelled(Path(f"{index:06}.png"), image.float().cpu().expand(3, -1, -1))
+
+
+def label(
+    segmenter: PixelSegmenter, pool: Iterator[Unlabelled], drop: float, output: Path
+) -> tuple[list[Labelled], list[Labelled], list[str]]:
+    """Write images and masks, then remove the most uncertain.
+
+    Returns: the images kept, by their names, those dropped, the most uncertain first, and the problems of others.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    found: list[Labelled] = []
+    broken: list[str] = []
+    for name, image, problem in pool:
+        if image is None:
+            broken.append(problem)
+            continue
+        segmentation = segmenter.segment(image)
+        save_png(to_picture(image), output / "images" / name)
+        save_png(Image.fromarray(segmentation.labels.byte().cpu().numpy()), output / "masks" / name)
+        shown = shares(segmentation.labels, len(segmenter.classes))
+        found.append(Labelled(name.as_posix(), segmentation.score, shown))
+    order = sorted(found, key=lambda labelled: -labelled.uncertainty)
+    dropped = order[: int(drop * len(order))]
+    kept = sorted(order[len(dropped) :])
+    if not kept:
+        raise ValueError(f"no image can be read: {broken[0]}")
+    for labelled in dropped:
+        for kind in ("images", "masks"):
+            (output / kind / labelled.name).unlink()
+    return kept, dropped, broken

@@ -1,0 +1,79 @@
+"""`diffperception distill`: an ordinary labelled data set from a folder, or from a generator."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffperception.cli.distill import distill
+from diffperception.cli.parsing import call
+from diffperception.data.masks import MaskFolder
+from diffperception.generation import DiffusionModel, SamplingOptions
+from diffperception.generation import sample as draw
+from diffperception.segmentation import FitOptions, PixelEnsemble, PixelSegmenter, RGBFeatures
+from tests.cli.test_compare import write_scenes
+from tests.segmentation.test_classifier import scene
+from tests.segmentation.test_features import unet
+
+CLASSES = ["red", "green", "blue"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    write_scenes(folder, range(3, 8))
+    image, mask = scene(0)
+    features = RGBFeatures()
+    classifier = PixelEnsemble(3, 3, 3).fit(features, [image], [mask], FitOptions(max_minibatches=200))
+    PixelSegmenter(features, classifier, CLASSES).save(folder / "segmenter.safetensors")
+    DiffusionModel(None, unet(), image_size=16).save(folder / "generator.safetensors")
+    return folder
+
+
+def run(root: Path, output: Path, *options: str) -> dict:
+    arguments = ["--model", str(root / "segmenter.safetensors"), "--output", str(output), "--device", "cpu"]
+    assert call(distill, [*arguments, *options]) == 0
+    return json.loads((output / "dataset.json").read_text())
+
+
+def test_a_folder_becomes_a_data_set(root: Path, tmp_path: Path) -> None:
+    (root / "images" / "bad.png").write_bytes(b"no picture")
+    content = run(root, tmp_path / "data", "--images", str(root / "images"), "--drop", "0.4")
+    data = MaskFolder(tmp_path / "data" / "images", tmp_path / "data" / "masks", len(content["classes"]))
+    assert len(data) == 3
+    assert [entry["name"] for entry in content["images"]] == data.names
+    least = max(entry["uncertainty"] for entry in content["images"])
+    assert len(content["dropped"]) == 2
+    assert all(entry["uncertainty"] >= least for entry in content["dropped"])
+    segmenter = PixelSegmenter.load(root / "segmenter.safetensors")
+    for name, (image, mask), entry in zip(data.names, data, content["images"], strict=True):
+        truth = MaskFolder(root / "images", root / "masks", 3, unlabelled="skip")
+        assert torch.equal(image, truth.image(truth.names.index(name)))
+        assert torch.equal(mask, segmenter.segment(image).labels)
+        assert (mask == truth.mask(truth.names.index(name))).float().mean() > 0.9
+        assert sum(entry["shares"]) == pytest.approx(1)
+
+
+def test_a_generators_samples_become_one(root: Path, tmp_path: Path) -> None:
+    options = ["--number", "3", "--batch_size", "2", "--drop", "0", "--sampling.steps", "2", "--seed", "5"]
+    run(root, tmp_path / "data", "--generator", str(root / "generator.safetensors"), *options)
+    data = MaskFolder(tmp_path / "data" / "images", tmp_path / "data" / "masks", 3)
+    assert data.names == ["000000.png", "000001.png", "000002.png"]
+    model = DiffusionModel.load(root / "generator.safetensors")
+    drawn = draw(model, [2], SamplingOptions(steps=2), 5)[0]
+    assert torch.allclose(data.image(2), drawn, atol=1 / 255)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either --images or a --generator"),
+        (["--images", "a", "--generator", "b"], "either --images or a --generator"),
+        (["--images", "a", "--drop", "1"], "would leave no image"),
+        (["--images", "a", "--output", "."], "not an empty folder"),
+    ],
+)
+def test_what_cannot_be_done(root: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(root, tmp_path / "data", *options)

@@ -1,0 +1,101 @@
+"""`diffperception extract`: what it writes, what it says before, and how it goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffperception.cli.extract import extract, resized
+from diffperception.cli.parsing import call
+from diffperception.data.images import read_image
+from diffperception.segmentation import DiffusionFeatures
+from diffperception.segmentation.storage import load_maps
+from diffperception.visualize import save_png, to_picture
+from tests.segmentation.test_features import unet
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("extract")
+    generator = torch.Generator().manual_seed(0)
+    for number, name in enumerate(("a.png", "b.png", "more/a.png")):
+        save_png(to_picture(torch.rand(3, 20, 24 + number, generator=generator)), folder / "images" / name)
+    unet().save(folder / "unet.safetensors")
+    return folder
+
+
+def run(root: Path, output: Path, *options: str) -> None:
+    arguments = ["--features", "diffperception.segmentation.DiffusionFeatures.of_generator", "--device", "cpu"]
+    arguments += ["--features.file", str(root / "unet.safetensors"), "--features.blocks", "[0, 4]"]
+    arguments += ["--features.timesteps", "[50]", "--features.window", "32"]
+    assert call(extract, [*arguments, "--images", str(root / "images"), "--output", str(output), *options]) == 0
+
+
+def features_of(root: Path) -> DiffusionFeatures:
+    return DiffusionFeatures.of_generator(root / "unet.safetensors", [0, 4], [50], 32)
+
+
+def test_the_files_hold_the_extractors_maps(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "features"
+    run(root, output)
+    written = sorted(str(path.relative_to(output)) for path in output.rglob("*.*"))
+    assert written == ["a.png.safetensors", "b.png.safetensors", "more/a.png.safetensors", "settings.json"]
+    maps = load_maps(output / "more" / "a.png.safetensors")
+    wanted = features_of(root).maps(read_image(root / "images" / "more" / "a.png") / 255)
+    assert maps.size == (20, 26)
+    assert maps.strides == wanted.strides
+    for ours, theirs in zip(maps.maps, wanted.maps, strict=True):
+        assert ours.dtype == torch.float16
+        assert torch.allclose(ours.float(), theirs, rtol=2e-3, atol=1e-3)
+    numbers = sum(m.nbytes for name in ("a", "b", "more/a") for m in load_maps(output / f"{name}.png.safetensors").maps)
+    assert f"{numbers} bytes" in capsys.readouterr().out
+
+
+def test_it_goes_on_with_what_is_missing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "features"
+    run(root, output)
+    kept, lost = output / "a.png.safetensors", output / "b.png.safetensors"
+    before, content = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    capsys.readouterr()
+    run(root, output)
+    assert kept.stat().st_mtime_ns == before
+    assert lost.read_bytes() == content
+    said = capsys.readouterr().out
+    assert "of which" in said
+    run(root, output)
+    assert "of which 0 bytes are to be written" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"other settings \(dtype\)"):
+        run(root, output, "--dtype", "float32")
+
+
+def test_a_limit_that_is_too_small_says_what_would_fit(root: Path, tmp_path: Path) -> None:
+    sizes = {h * w for h, w in features_of(root).map_sizes(20, 26)}
+    assert len(sizes) == 2
+    with pytest.raises(
+        ValueError, match=r"of 3 images take .* limit of 100.0 kB: 1 of the images .* float16 .* block 4"
+    ):
+        run(root, tmp_path / "features", "--dtype", "float32", "--limit", "100kB")
+    assert not (tmp_path / "features").exists()
+
+
+def test_broken_images_and_other_files(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "good.png").write_bytes((root / "images" / "a.png").read_bytes())
+    run(root, tmp_path / "features", "--images", str(tmp_path / "images"), "--short_side", "16")
+    said = capsys.readouterr().out
+    assert "feature maps of 1 images" in said
+    assert "bad.png" in said
+    assert load_maps(tmp_path / "features" / "good.png.safetensors").size == (16, 19)
+    assert json.loads((tmp_path / "features" / "settings.json").read_text())["short_side"] == 16
+    with pytest.raises(ValueError, match="holds other files"):
+        run(root, tmp_path / "images")
+
+
+def test_sizes_are_those_of_resizing() -> None:
+    from torchvision.transforms.v2 import functional as TF
+
+    for height, width in ((480, 640), (641, 479), (33, 100), (16, 16)):
+        assert TF.resize(torch.zeros(3, height, width), [17]).shape[1:] == resized(height, width, 17)

@@ -1,0 +1,7 @@
+"""`python tools/extract_features.py ...` is `diffperception extract ...`."""
+
+import sys
+
+from diffperception.cli.main import main
+
+sys.exit(main(["extract", *sys.argv[1:]]))
