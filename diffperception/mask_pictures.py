@@ -36,7 +36,12 @@ def uncertainty_map(uncertainty: Tensor) -> Tensor:
 
 
 def segmentation_panels(
-    image: Tensor, labels: Tensor, uncertainty: Tensor, classes: Sequence[str], truth: Tensor | None = None
+    image: Tensor,
+    labels: Tensor,
+    uncertainty: Tensor,
+    classes: Sequence[str],
+    truth: Tensor | None = None,
+    side: int | None = None,
 ) -> Image.Image:
     """Image, true labels if given, predicted labels and their uncertainty, beside each other over the class names.
 
@@ -44,13 +49,14 @@ def segmentation_panels(
         image: (3, H, W).
         labels, truth: (H, W), 0..K-1; truth may be 255.
         uncertainty: (H, W) in nats.
+        side: long side of each in pixels; by default about that of the image.
     """
     panels = {"image": image}
     if truth is not None:
         panels["truth"] = mask_overlay(image, truth)
     panels["prediction"] = mask_overlay(image, labels)
     panels["uncertainty"] = uncertainty_map(uncertainty)
-    row = stack([titled(paint(panel, []), name) for name, panel in panels.items()])
+    row = stack([titled(paint(panel, [], side), name) for name, panel in panels.items()])
     return stack([row, legend(classes)], vertical=True)
 
 

@@ -19,7 +19,7 @@ from diffperception.cli.report import write_text
 from diffperception.data.masks import find_mask
 from diffperception.mask_pictures import contact_sheet, mask_overlay, segmentation_panels, uncertainty_map
 from diffperception.segmentation import PixelSegmenter, Segmentation
-from diffperception.visualize import save_png, titled, to_picture
+from diffperception.visualize import STRIP_SIDE, save_png, titled, to_picture
 
 SHEET = 8  # images on the picture of the most uncertain
 
@@ -110,7 +110,7 @@ class MostUncertain:
     def add(self, score: Score, image: Tensor, found: Segmentation, classes: Sequence[str]) -> None:
         """Take an image (3, H, W), if it is among them."""
         if len(self._kept) < self.number or (self.number and score.uncertainty > self._kept[-1][0]):
-            panels = segmentation_panels(image, found.labels, found.uncertainty, classes)
+            panels = segmentation_panels(image, found.labels, found.uncertainty, classes, side=STRIP_SIDE)
             picture = titled(panels, f"{score.name}: {score.uncertainty:.3f}")
             kept = sorted([*self._kept, (score.uncertainty, picture)], key=lambda pair: -pair[0])
             self._kept = kept[: self.number]
