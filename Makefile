@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs
 
-.PHONY: help install demo test lint types clean
+.PHONY: help install demo demo-segmentation test lint types clean
 
 help: ## say what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 install: $(VENV)/installed ## make .venv and install the tested versions
 
@@ -20,6 +20,13 @@ demo: install ## draw the shapes data set, train a detector on it, print its COC
 	$(BIN)/diffperception shapes --output data/shapes
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train --config configs/detection/shapes.yaml \
 		--output $(RUN)/shapes --overwrite
+
+demo-segmentation: install ## draw shapes, train their generator without labels, segment with ten masks (10 minutes)
+	$(BIN)/diffperception shapes --output data/scenes --min-side 64 --max-side 64 --max-objects 4 --min-size 14
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train --config configs/generation/shapes.yaml \
+		--config configs/generation/shapes_scenes.yaml --data.batch_size 8 --output $(RUN)/scenes_ddpm --overwrite
+	$(BIN)/diffperception train --config configs/segmentation/shapes.yaml --output $(RUN)/scenes_masks --overwrite \
+		--features.file $(RUN)/scenes_ddpm/model.safetensors
 
 test: lint types ## lint, types and the fast tests
 	$(BIN)/python -m pytest
