@@ -128,6 +128,7 @@ def compare(
     named = {name: image for choice in chosen.values() for name, image in zip(choice.names, choice.images, strict=True)}
     images = [*test.images, *named.values()]
     features.to(pick_device(device))
+    start = time.monotonic()
     shown = spread(len(test.names), pictures) if pictures else []
     with tqdm(total=len(missing), desc="compare", unit="result", disable=None) as bar:
         for method, runs in groupby(missing, key=itemgetter(0)):
@@ -137,8 +138,9 @@ def compare(
                 if count == min(labels) and each == seed:
                     write_examples(predictions, test.names, shown, output / "examples" / method)
                 results.add({"method": method, "labels": count, "seed": each, **row})
-                say(in_words(results.rows[-1]))
                 bar.update()
+                left, so_far = results.missing(methods, labels, tried), tqdm.format_interval(time.monotonic() - start)
+                say(f"{in_words(results.rows[-1])}; {so_far} so far, {len(left)} results left")
     report(results, data, test, shown, output)
 
 
