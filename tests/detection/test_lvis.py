@@ -163,5 +163,5 @@ def test_the_package_says_nothing(tmp_path, capfd, caplog):
 
 def test_without_the_package_it_is_said_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lvis", None)  # what Python itself puts there to make an import fail
-    with pytest.raises(ValueError, match=r"needs the lvis package.*pip install 'diffperception\[lvis\]'"):
+    with pytest.raises(ValueError, match=r"needs the lvis package.*pip install -e '\.\[lvis\]'"):
         LvisEvaluator(small_file(tmp_path))
