@@ -1,7 +1,7 @@
 """Timing, and tables of ratios."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -16,13 +16,20 @@ class Row:
 
 def best_seconds(function: Callable[[], object], repeats: int) -> float:
     """The least of `repeats` wall times after one warm-up: what disturbs a run only ever adds time."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+    return best_seconds_in_turn([function], repeats)[0]
+
+
+def best_seconds_in_turn(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """:func:`best_seconds` of each, run alternately: what disturbs for minutes then disturbs all."""
+    for function in functions:
         function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return [min(times) for times in zip(*([_seconds(f) for f in functions] for _ in range(repeats)), strict=True)]
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def ratio_table(unit: Row, rows: list[Row]) -> str:

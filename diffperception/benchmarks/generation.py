@@ -1,0 +1,92 @@
+"""The ADM UNet against diffusers' UNet2DModel of the same layout in the same process: 64 pixels, batch 8, float32."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffperception.benchmarks.timing import Row, best_seconds_in_turn
+from diffperception.models import UNet
+
+SIZE, BATCH = 64, 8
+CHANNELS, MULTIPLIERS, DEPTH, ATTENTION, HEAD_CHANNELS = 64, (1, 2, 2, 4), 2, (4, 8), 64
+TARGET = 0.8
+
+Network = Callable[[], Tensor]
+
+
+def measure(repeats: int, say: Callable[[str], None]) -> list[tuple[Row, list[Row]]]:
+    """A forward pass, then a training step: diffusers' time (the unit), diffusers' with channels last, ours.
+
+    Args:
+        repeats: the best of so many runs counts, with the networks taking turns.
+        say: is told what is measured next.
+
+    Raises:
+        ValueError: if diffusers is not installed.
+    """
+    torch.manual_seed(0)
+    ours, peer, peer_last = _ours(), _diffusers(), _diffusers().to(memory_format=torch.channels_last)
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, peer)]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.01, sizes
+    x, t, noise = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(1000, (BATCH,)), torch.randn(BATCH, 3, SIZE, SIZE)
+    networks: list[tuple[nn.Module, Network]] = [
+        (peer, lambda: peer(x, t).sample),
+        (peer_last, lambda: peer_last(x.contiguous(memory_format=torch.channels_last), t).sample),
+        (ours, lambda: ours(x, t)),
+    ]
+    say("forward passes")
+    with torch.no_grad():
+        forward = best_seconds_in_turn([network for _, network in networks], repeats)
+    say("training steps")
+    steps = best_seconds_in_turn([_training_step(model, network, noise) for model, network in networks], repeats)
+    return [_compared("forward pass", forward), _compared("training step", steps)]
+
+
+def _compared(what: str, seconds: list[float]) -> tuple[Row, list[Row]]:
+    unit = Row(f"diffusers' UNet2DModel, {what} (unit)", seconds[0])
+    return unit, [Row("the same, channels last", seconds[1]), Row(f"our UNet, {what}", seconds[2], TARGET)]
+
+
+def _training_step(model: nn.Module, network: Network, noise: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
+
+    def step() -> None:
+        F.mse_loss(network(), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _ours() -> UNet:
+    return UNet(
+        channels=CHANNELS, multipliers=MULTIPLIERS, depth=DEPTH, attention=ATTENTION, head_channels=HEAD_CHANNELS
+    )
+
+
+def _diffusers() -> Any:
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise ValueError(
+            "This compares with diffusers, which is not installed: run `pip install diffusers`."
+        ) from error
+    attends = [2**level in ATTENTION for level in range(len(MULTIPLIERS))]
+    return UNet2DModel(
+        sample_size=SIZE,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)),
+        block_out_channels=tuple(CHANNELS * multiplier for multiplier in MULTIPLIERS),
+        layers_per_block=DEPTH,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        attention_head_dim=HEAD_CHANNELS,
+        norm_num_groups=32,
+        attn_norm_num_groups=32,
+        resnet_time_scale_shift="scale_shift",
+    )
