@@ -55,6 +55,19 @@ def test_settings_out_of_range_are_named(setting, words):
         SamplerOptions(**setting)
 
 
+def test_a_cpu_predicts_in_portions():
+    detector = tiny_detector()
+    images = [random_image(320, 384, seed) for seed in range(4)]  # three of them fit CPU_PIXELS
+    options = SamplerOptions(steps=1, num_boxes=150)  # twice so many boxes fit CPU_BOXES
+    sizes = []
+    for module in (detector.backbone, detector.head):
+        module.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[-1])))
+    together = detector.predict(images, seeds=range(4), options=options)
+    assert sizes == [3, 1, 2, 2]
+    alone = [detector.predict([image], seeds=[seed], options=options)[0] for seed, image in enumerate(images)]
+    assert_same_detections(together, alone)
+
+
 def test_images_are_encoded_once_for_several_predictions():
     detector = tiny_detector(min_size=64)
     encoded = detector.encode(IMAGES)
