@@ -38,12 +38,13 @@ class _Winograd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         B, _, H, W = x.shape
-        out = x.new_empty(B, H, W, len(weight))
-        squares, blocks, kernels = _squares(x), _blocks(out), _kernels(weight).transpose(1, 2)
-        for part in _parts(x):
-            block = blocks[part]
-            products = torch.bmm(_transform(_INPUT, squares[part]), kernels)
-            torch.add(_transform(_OUTPUT, products).view_as(block), bias, out=block)
+        out, kernels = x.new_empty(B, H, W, len(weight)), _kernels(weight).transpose(1, 2)
+        for images in _image_groups(x):
+            squares, blocks = _squares(x[images]), _blocks(out[images])
+            for rows in _row_groups(x):
+                block = blocks[:, :, :, rows]
+                products = torch.bmm(_transform(_INPUT, squares[:, :, :, rows]), kernels)
+                torch.add(_transform(_OUTPUT, products).view_as(block), bias, out=block)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -51,18 +52,22 @@ class _Winograd(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x_needed, of_weight_needed, of_bias_needed = ctx.needs_input_grad
+        grads, kernels = grad.permute(0, 2, 3, 1), _kernels(weight)
         B, C, H, W = x.shape
-        grads, squares, kernels = grad.permute(0, 2, 3, 1), _squares(x), _kernels(weight)
-        of_x, of_kernels = x.new_zeros(B, H + TILE, W + TILE, C), torch.zeros_like(kernels)
-        for part in _parts(x):
-            products = _transform(_OUTPUT.T, _blocks(grads)[part])
-            if of_weight_needed:
-                of_kernels.baddbmm_(products.transpose(1, 2), _transform(_INPUT, squares[part]))
-            if of_x_needed:
-                of_squares = _transform(_INPUT.T, torch.bmm(products, kernels))
-                _add_squares(of_x, part, of_squares.view(squares[part].shape))
+        of_x, of_kernels = x.new_empty(B, H, W, C), torch.zeros_like(kernels)
+        for images in _image_groups(x):
+            squares, blocks = _squares(x[images]), _blocks(grads[images])
+            of_padded = x.new_zeros(len(x[images]), H + TILE, W + TILE, C)
+            for rows in _row_groups(x):
+                products = _transform(_OUTPUT.T, blocks[:, :, :, rows])
+                shown = squares[:, :, :, rows]
+                if of_weight_needed:
+                    of_kernels.baddbmm_(products.transpose(1, 2), _transform(_INPUT, shown))
+                if of_x_needed:
+                    _add_squares(of_padded, rows, _transform(_INPUT.T, torch.bmm(products, kernels)).view(shown.shape))
+            of_x[images] = of_padded[:, 1 : H + 1, 1 : W + 1]
         return (
-            of_x[:, 1 : H + 1, 1 : W + 1].permute(0, 3, 1, 2) if of_x_needed else None,
+            of_x.permute(0, 3, 1, 2) if of_x_needed else None,
             (_WEIGHT.T @ of_kernels.flatten(1)).T.reshape(weight.shape) if of_weight_needed else None,
             grads.sum((0, 1, 2)) if of_bias_needed else None,
         )
@@ -92,22 +97,18 @@ def _transform(matrix: Tensor, squares: Tensor) -> Tensor:
     return both.view(q * q, -1, squares.shape[-1])
 
 
-Part = tuple[slice, slice, slice, slice]
-
-
-def _parts(x: Tensor) -> Iterator[Part]:
-    """Slices of the squares (6, 6, B, H / 4, W / 4, C), about ``CHUNK`` each: some images, or some rows of one."""
+def _image_groups(x: Tensor) -> Iterator[slice]:
+    """Images of about ``CHUNK`` squares, or single ones."""
     B, _, H, W = x.shape
-    rows = H // TILE
-    images_at_once, rows_at_once = max(1, CHUNK * TILE // (rows * W)), max(1, 2 * CHUNK * TILE // W)
-    for image in range(0, B, images_at_once):
-        for row in range(0, rows, rows_at_once):
-            yield (
-                slice(None),
-                slice(None),
-                slice(image, min(image + images_at_once, B)),
-                slice(row, min(row + rows_at_once, rows)),
-            )
+    at_once = max(1, CHUNK * TILE**2 // (H * W))
+    yield from (slice(first, min(first + at_once, B)) for first in range(0, B, at_once))
+
+
+def _row_groups(x: Tensor) -> Iterator[slice]:
+    """Rows of squares of an image, about twice ``CHUNK`` squares each."""
+    _, _, H, W = x.shape
+    rows, at_once = H // TILE, max(1, 2 * CHUNK * TILE // W)
+    yield from (slice(first, min(first + at_once, rows)) for first in range(0, rows, at_once))
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -124,16 +125,15 @@ def _blocks(rows: Tensor) -> Tensor:
     return rows.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).permute(2, 4, 0, 1, 3, 5)
 
 
-def _add_squares(of_x: Tensor, part: Part, squares: Tensor) -> None:
+def _add_squares(of_padded: Tensor, rows: slice, squares: Tensor) -> None:
     """Add overlapping squares to the padded pixels (B, H + 4, W + 4, C) that they show."""
-    blocks, (_, _, images, rows) = _blocks(of_x), part
-    columns = squares.shape[4]
+    blocks, columns = _blocks(of_padded), squares.shape[4]
     for down in (0, 1):
         for right in (0, 1):
             corner = squares[TILE * down :, TILE * right :][:TILE, :TILE]
             height, width = corner.shape[:2]
             below = slice(rows.start + down, rows.stop + down)
-            blocks[:height, :width, images, below, right : columns + right] += corner
+            blocks[:height, :width, :, below, right : columns + right] += corner
 
 
 def _kernels(weight: Tensor) -> Tensor:
