@@ -1,7 +1,7 @@
 """Scenes of simple shapes drawn from a seed: a small data set with exact boxes and class masks."""
 
 import colorsys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ class Scene:
     image: np.ndarray  # (H, W, 3) uint8 RGB
     owner: np.ndarray  # (H, W) int64: the visible object at a pixel, -1 for background
     boxes: np.ndarray  # (n, 4) int64 x1 y1 x2 y2: bounds of the visible pixels, ends excluded
-    labels: np.ndarray  # (n,) int64, index of CLASSES
+    labels: np.ndarray  # (n,) int64, index of the kinds drawn
 
     @property
     def class_mask(self) -> np.ndarray:
@@ -29,7 +29,12 @@ class Scene:
 
 
 def draw_scene(
-    rng: np.random.Generator, min_side: int = 96, max_side: int = 160, max_objects: int = 8, min_size: int = 22
+    rng: np.random.Generator,
+    min_side: int = 96,
+    max_side: int = 160,
+    max_objects: int = 8,
+    min_size: int = 22,
+    kinds: Sequence[str] | None = None,
 ) -> Scene:
     """Draw one scene of max_objects / 2 to max_objects shapes; later shapes cover earlier ones.
 
@@ -41,7 +46,9 @@ def draw_scene(
         min_side, max_side: bounds of the picture's height and of its width, in pixels.
         max_objects: most objects in a picture; fewer where there is no room.
         min_size: smallest length of a shape in pixels; the largest is 0.6 of the picture's shorter side.
+        kinds: of the shapes, each one of CLASSES; all of them where not given.
     """
+    kinds = kinds or CLASSES
     height, width = rng.integers(min_side, max_side + 1, size=2)
     image = _background(rng, height, width)
     scenery = image.mean(axis=(0, 1))
@@ -49,9 +56,9 @@ def draw_scene(
     areas: list[float] = []
     labels: list[int] = []
     for _ in range(rng.integers((max_objects + 1) // 2, max_objects + 1)):
-        label = int(rng.integers(len(CLASSES)))
+        label = int(rng.integers(len(kinds)))
         for _ in range(MAX_ATTEMPTS):
-            shape = _Shape.random(rng, label, height, width, min_size)
+            shape = _Shape.random(rng, kinds[label], height, width, min_size)
             distance = shape.distance(height, width)
             covered = np.where(distance < 0, len(areas), owner)
             if _all_visible(covered, [*areas, shape.area()]):
@@ -67,18 +74,18 @@ def draw_scene(
 
 @dataclass(frozen=True)
 class _Shape:
-    """A shape of CLASSES[label], turned and stretched; `radii` are its half axes in pixels."""
+    """A shape of a kind in CLASSES, turned and stretched; `radii` are its half axes in pixels."""
 
-    label: int
+    kind: str
     centre: np.ndarray  # (2,) x y
     radii: np.ndarray  # (2,)
     angle: float
 
     @classmethod
-    def random(cls, rng: np.random.Generator, label: int, height: int, width: int, min_size: int) -> "_Shape":
+    def random(cls, rng: np.random.Generator, kind: str, height: int, width: int, min_size: int) -> "_Shape":
         size = np.exp(rng.uniform(np.log(min_size), np.log(0.6 * min(height, width))))
         return cls(
-            label=label,
+            kind=kind,
             centre=rng.uniform(size=2) * (width, height),
             radii=size / 2 * np.array([1, rng.uniform(0.6, 1)]),
             angle=rng.uniform(0, 2 * np.pi),
@@ -90,11 +97,11 @@ class _Shape:
         y = np.arange(height)[:, None] + 0.5 - self.centre[1]
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         u, v = (cos * x + sin * y) / self.radii[0], (cos * y - sin * x) / self.radii[1]
-        return OUTLINES[CLASSES[self.label]](u, v) * self.radii.min()
+        return OUTLINES[self.kind](u, v) * self.radii.min()
 
     def area(self) -> float:
         """Area in pixels where nothing covers or cuts the shape."""
-        return UNIT_AREAS[CLASSES[self.label]] * float(self.radii.prod())
+        return UNIT_AREAS[self.kind] * float(self.radii.prod())
 
 
 def _ellipse(u: np.ndarray, v: np.ndarray) -> np.ndarray:
