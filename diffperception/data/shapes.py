@@ -35,6 +35,7 @@ def draw_scene(
     max_objects: int = 8,
     min_size: int = 22,
     kinds: Sequence[str] | None = None,
+    plain: bool = False,
 ) -> Scene:
     """Draw one scene of max_objects / 2 to max_objects shapes; later shapes cover earlier ones.
 
@@ -47,10 +48,11 @@ def draw_scene(
         max_objects: most objects in a picture; fewer where there is no room.
         min_size: smallest length of a shape in pixels; the largest is 0.6 of the picture's shorter side.
         kinds: of the shapes, each one of CLASSES; all of them where not given.
+        plain: background and shapes have one colour each, without patterns, outlines and noise.
     """
     kinds = kinds or CLASSES
     height, width = rng.integers(min_side, max_side + 1, size=2)
-    image = _background(rng, height, width)
+    image = _background(rng, height, width, plain)
     scenery = image.mean(axis=(0, 1))
     owner = np.full((height, width), -1)
     areas: list[float] = []
@@ -65,9 +67,10 @@ def draw_scene(
                 owner = covered
                 areas.append(shape.area())
                 labels.append(label)
-                _paint(rng, image, distance, scenery)
+                _paint(rng, image, distance, scenery, plain)
                 break
-    image += rng.normal(scale=rng.uniform(0, 0.04), size=image.shape)
+    if not plain:
+        image += rng.normal(scale=rng.uniform(0, 0.04), size=image.shape)
     pixels = np.round(255 * image.clip(0, 1)).astype(np.uint8)
     return Scene(pixels, owner, _bounds(owner, len(areas)), np.array(labels, dtype=np.int64))
 
@@ -169,17 +172,23 @@ def _bounds(owner: np.ndarray, count: int) -> np.ndarray:
     return np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices], dtype=np.int64).reshape(count, 4)
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, scenery: np.ndarray) -> None:
+def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, scenery: np.ndarray, plain: bool) -> None:
     """Blend a shape into the image in place, its edge smoothed over one pixel."""
     colour = _colour(rng, unlike=scenery)
+    fill = colour if plain else _decorated(rng, colour, distance, scenery)
+    coverage = (0.5 - distance).clip(0, 1)[..., None]
+    image += coverage * (fill - image)
+
+
+def _decorated(rng: np.random.Generator, colour: np.ndarray, distance: np.ndarray, scenery: np.ndarray) -> np.ndarray:
+    """(H, W, 3) a shape's colour in a pattern with a shade of it, some with a dark outline."""
     strength = rng.uniform(0.3, 0.65)
     shade = max(strength * colour, 1 - strength * (1 - colour), key=lambda tone: np.linalg.norm(tone - scenery))
     fill = colour + _pattern(rng, *distance.shape)[..., None] * (shade - colour)
     if rng.uniform() < 0.3:
         outline = (distance + 2.5).clip(0, 1)[..., None]
         fill += outline * (0.3 * colour - fill)
-    coverage = (0.5 - distance).clip(0, 1)[..., None]
-    image += coverage * (fill - image)
+    return fill
 
 
 def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -202,10 +211,12 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return (0.5 + 2 * wave).clip(0, 1)
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) a muted colour that drifts into another, with soft blotches."""
+def _background(rng: np.random.Generator, height: int, width: int, plain: bool) -> np.ndarray:
+    """(H, W, 3) a muted colour; unless plain it drifts into another, with soft blotches."""
     hue, value = rng.uniform(), rng.uniform(0.15, 0.9)
     first = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0, 0.4), value))
+    if plain:
+        return np.tile(first, (height, width, 1))
     second = (first + rng.uniform(-0.2, 0.2, size=3)).clip(0, 1)
     pattern = 0.5 * _pattern(rng, height, width) + 0.5 * _blotches(rng, height, width, cell=24)
     return first + pattern[..., None] * (second - first)

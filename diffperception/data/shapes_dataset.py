@@ -33,6 +33,7 @@ class ShapesSettings:
             in folders of their object's class.
         min_size: smallest length of a shape in pixels; the largest is 0.6 of the picture's shorter side.
         kinds: of the shapes, in the order of their labels, each one of CLASSES.
+        plain: background and shapes have one colour each, without patterns, outlines and noise.
     """
 
     train: int = 2000
@@ -43,6 +44,7 @@ class ShapesSettings:
     max_objects: int = 8
     min_size: int = 22
     kinds: Sequence[str] = CLASSES
+    plain: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kinds", tuple(self.kinds))  # a list, as from JSON, is the same
@@ -155,7 +157,13 @@ def _write_scene(
     """Draw and save picture `index` of a split; returns its COCO image entry and its annotations without ids."""
     rng = np.random.default_rng([settings.seed, int(split == "val"), index])
     scene = draw_scene(
-        rng, settings.min_side, settings.max_side, settings.max_objects, settings.min_size, settings.kinds
+        rng,
+        settings.min_side,
+        settings.max_side,
+        settings.max_objects,
+        settings.min_size,
+        settings.kinds,
+        settings.plain,
     )
     name = f"{index:06d}.png"
     if settings.max_objects == 1:

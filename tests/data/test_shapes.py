@@ -130,3 +130,13 @@ def test_only_the_kinds_asked_for_are_drawn_numbered_in_their_order():
     assert np.mean(rings) > 0.5
     assert len(crosses) > 10
     assert not any(crosses)
+
+
+def test_plain_pictures_have_a_colour_for_each_object_and_one_for_the_background():
+    for index in range(10):
+        drawn = scene(index, plain=True)
+        for owner in range(-1, len(drawn.labels)):
+            inside = ndimage.binary_erosion(drawn.owner == owner, iterations=4)  # edges and what tips touch are blended
+            assert len(np.unique(drawn.image[inside], axis=0)) <= 1
+        patterned = scene(index)
+        assert len(np.unique(patterned.image[patterned.owner < 0], axis=0)) > 100
