@@ -13,11 +13,12 @@ from typing import Any, get_args, get_origin
 
 import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from diffperception.cli import TASKS
 
 Command = Callable[..., int | None]
+MODE = "yaml with None"  # of parsers
 KINDS = {
     "PositiveInt": "a whole number above 0",
     "NonNegativeInt": "a whole number from 0 on",
@@ -70,11 +71,14 @@ def chosen_task(arguments: Sequence[str]) -> str | None:
 
 def build_parser(command: Command) -> ArgumentParser:
     """The parser whose options are the parameters of `command` and whose help is its docstring."""
+    set_loader(MODE, _load, (yaml.YAMLError,))
+    set_parsing_settings(unset_sentinel=True)  # without it null passes for a value of any type
     parser = ArgumentParser(
         prog=f"diffperception {command.__name__}",
         description=re.split(r"\n\n(?:Args|Returns|Raises):", inspect.getdoc(command) or "")[0],
         exit_on_error=False,
         allow_abbrev=False,
+        parser_mode=MODE,
     )
     parser.add_argument(
         "--config",
@@ -100,6 +104,11 @@ def build_parser(command: Command) -> ArgumentParser:
             action.option_strings = [f"--{action.dest}"]
             action.metavar = f"{action.dest.upper()} ..."
     return parser
+
+
+def _load(text: str) -> Any:
+    """YAML; jsonargparse hands a null on to the options of a class as the text None."""
+    return None if text == "None" else get_loader("yaml")(text)
 
 
 def parse(parser: ArgumentParser, command: Command, arguments: Sequence[str]) -> Namespace:
@@ -134,9 +143,14 @@ def spell_out(arguments: Sequence[str], lists: Mapping[str, int]) -> list[str]:
         else:
             groups[-1].append(word)
     for group in groups:
-        if group and len(group) > lists.get(group[0], len(group)) and not group[1].startswith("["):
+        if group and len(group) > lists.get(group[0], len(group)) and not _is_whole(group[1:]):
             group[:] = [f"{group[0]}=[{', '.join(group[1:])}]"]
     return [word for group in groups for word in group]
+
+
+def _is_whole(values: list[str]) -> bool:
+    """Whether they are written as a list, or as none, already."""
+    return values[0].startswith("[") or values == ["null"]
 
 
 def _takes_list(annotation: Any) -> bool:
@@ -166,6 +180,7 @@ def _plain(message: str) -> str:
     message = re.sub(r'Parser key "[^"]+":\s*', "", message)
     message = re.sub(r"Type \S.*? expects a function or a callable class: ", "", message)
     message = re.sub(r"\.* Got value: Namespace\(.*", "", message)
+    message = message.replace(" - Expected a <class 'NoneType'>", "")
     message = re.sub(r"Problem with given class_path '([^']+)':\s*", r"\1: ", message)
     message = re.sub(
         r"Expected an? (?:<class '([\w.]+)'>|typing\.(\S.*?))\. Got value:", r"expected \1\2, got", message
@@ -173,6 +188,8 @@ def _plain(message: str) -> str:
     message = re.sub(r"Does not validate against any of the Union subtypes .*", _alternatives, message)
     message = re.sub(r"Not of type (\w+): (.*?) does not conform to restriction .*", r"expected \1, got \2", message)
     message = re.sub(r"Not of type (\w+): (?:invalid|could not) [^:]*: '(.*)'", r"expected \1, got \2", message)
+    message = re.sub(r"Not of type (\w+): \w+\(\) argument must be .*, not '(\w+)'", r"expected \1, got \2", message)
+    message = re.sub(r"(?<=, got )None(?:Type)?$", "null", message)
     message = re.sub(r"(?<=\bexpected )(.*?)(?=, got )", lambda found: _in_words(found[1]), message)
     return f"option {'.'.join(keys)}: {message}" if keys else message
 
@@ -201,15 +218,17 @@ def _suggestion(parser: ArgumentParser, message: str) -> str:
     unknown = re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: --([\w.]+)", message)
     if not unknown:
         return ""
-    near = difflib.get_close_matches(unknown[1] or unknown[2], list(_known(parser, message)), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    known = dict(_known(parser, message))
+    near = difflib.get_close_matches(unknown[1] or unknown[2], known, n=1)
+    return f"; did you mean {known[near[0]] if unknown[2] else near[0]}?" if near else ""
 
 
-def _known(parser: ArgumentParser, message: str) -> Iterator[str]:
-    """The names of the parser's options and of the parameters of the class that the message speaks of."""
-    for name in parser.get_defaults().keys(branches=True):
-        yield name
-        yield name.rpartition(".")[2]
+def _known(parser: ArgumentParser, message: str) -> Iterator[tuple[str, str]]:
+    """What may be meant, with its full name: options, their last words, and parameters of the class spoken of."""
+    names = list(parser.get_defaults().keys(branches=True))
+    yield from ((name.rpartition(".")[2], name) for name in names)
+    yield from ((name, name) for name in names)
     found = re.search(r"class_path[ =]'(\w[\w.]*)\.(\w+)'", message)
     if found:
-        yield from inspect.signature(getattr(importlib.import_module(found[1]), found[2])).parameters
+        parameters = inspect.signature(getattr(importlib.import_module(found[1]), found[2])).parameters
+        yield from ((name, name) for name in parameters)

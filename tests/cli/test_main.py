@@ -11,23 +11,37 @@ from typing import Literal
 import pytest
 
 from diffperception.cli.main import COMMANDS, find, main
-from diffperception.cli.parsing import build_parser, call, sentence
+from diffperception.cli.parsing import build_parser, call, parse, sentence
 
 
 class Engine:
     """Pulls."""
 
 
+class Whistle:
+    def __init__(self, pitch: int = 440, tune: str | None = "high", notes: int | None = 2):
+        """Sounds.
+
+        Args:
+            pitch: in hertz.
+            tune: what is played.
+            notes: how many.
+        """
+        self.sound = (pitch, tune, notes)
+
+
 class Steam(Engine):
-    def __init__(self, wagons: list[str], pressure: int = 3, fuel: str = "coal"):
+    def __init__(self, wagons: list[str], pressure: int = 3, fuel: str = "coal", whistle: str | Whistle | None = None):
         """Pulls with steam.
 
         Args:
             wagons: what is pulled.
             pressure: in bar.
             fuel: what is burnt.
+            whistle: to warn with.
         """
         self.said = f"{'+'.join(wagons)} with {pressure} bar of {fuel}"
+        self.whistle = whistle
 
 
 @dataclass
@@ -98,11 +112,28 @@ def test_a_switch_needs_no_value(base: list[str], given: list[str], meant: bool)
     assert received["count"] == 2
 
 
+WHISTLE = ["--engine.whistle", "tests.cli.test_main.Whistle"]
+
+
+@pytest.mark.parametrize(
+    ("option", "sound"),
+    [("tune", (440, None, 2)), ("notes", (440, "high", None)), ("init_args.notes", (440, "high", None))],
+)
+@pytest.mark.parametrize("equals", [True, False])
+def test_null_unsets_an_option_of_a_model_in_a_model(base: list[str], option: str, sound: tuple, equals: bool) -> None:
+    name = f"--engine.whistle.{option}"
+    call(journey, [*base, *WHISTLE, *([f"{name}=null"] if equals else [name, "null"])])
+    assert received["engine"]([]).whistle.sound == sound
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["--track.lenght", "3"], ["track.lenght", "did you mean track.length?"]),
         (["--engine.presure", "3"], ["engine", "presure", "did you mean pressure?"]),
+        (["--engine.pressure", "null"], ["engine.pressure", "expected a whole number", "null"]),
+        ([*WHISTLE, "--engine.whistle.pitch", "null"], ["engine.whistle.pitch: ", "expected a whole number, got null"]),
+        ([*WHISTLE, "--engine.whistle.pitch", "low"], ["engine.whistle.pitch: ", "expected a whole number, got low"]),
         (["--engine.pressure", "high"], ["engine.pressure", "expected a whole number", "high"]),
         (["--track.gauge", "wide"], ["track.gauge", "narrow", "broad", "wide"]),
         (["--count", "few"], ["option count", "expected a whole number", "few"]),
@@ -131,6 +162,8 @@ def test_a_mistake_is_one_sentence_that_names_it(base: list[str], arguments: lis
         ("track: {lenght: 3}", ["track", "lenght", "did you mean length?"]),
         ("track: 5", ["track", "group of options"]),
         ("engine: {init_args: {presure: 3}}", ["presure", "did you mean pressure?"]),
+        ("count: null", ["option count: expected a whole number, got null"]),
+        ("engine: {init_args: {pressure: null}}", ["option engine.pressure: ", "expected a whole number, got null"]),
         ("engine: [", ["config"]),
     ],
 )
@@ -201,3 +234,15 @@ for name in ("evaluate", "predict", "check", "shapes"):
 assert "lightning" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=300)
+
+
+def test_the_advice_to_unset_the_labels_of_a_unet_can_be_followed() -> None:
+    train = find("train", "generation")
+    layout = "{channels: 32, multipliers: [1], depth: 1, attention: [], head_channels: 32, num_classes: 5}"
+    arguments = ["--model", "diffperception.generation.DiffusionModel", "--data.images", "x", "--output", "y"]
+    arguments += ["--model.unet", f"{{class_path: diffperception.models.UNet, init_args: {layout}}}"]
+    parser = build_parser(train)
+    with pytest.raises(ValueError, match=r"set unet\.num_classes to null"):
+        parser.instantiate(parse(parser, train, arguments)).model(None)
+    model = parser.instantiate(parse(parser, train, [*arguments, "--model.unet.num_classes", "null"])).model(None)
+    assert model.unet.num_classes is None

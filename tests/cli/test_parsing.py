@@ -34,6 +34,7 @@ def measure(
     share: ClosedUnitInterval | None = None,
     seeds: PositiveInt = 1,
     colours: Literal["red", "green"] | list[Literal["red", "green"]] = "red",
+    names: list[str] | None = None,
 ) -> None:
     """Measure.
 
@@ -46,8 +47,9 @@ def measure(
         share: of the whole.
         seeds: how often.
         colours: in what.
+        names: of what.
     """
-    received.update(path_name=path_name, num_boxes=num_boxes, modes=modes, data=data, overwrite=overwrite)
+    received.update(path_name=path_name, num_boxes=num_boxes, modes=modes, data=data, overwrite=overwrite, names=names)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +60,13 @@ def measure(
         ("--num_boxes [100,300]", {"num_boxes": [100, 300]}),
         ("--modes ddim fixed_time --num_boxes 1 2", {"modes": ["ddim", "fixed_time"], "num_boxes": [1, 2]}),
         ("--num-boxes 3", {"num_boxes": 3}),
+        ("--num-boxes 3 --num-boxes null", {"num_boxes": None}),
         ("--num-boxes=3", {"num_boxes": 3}),
         ("--num-boxes 3 4 --overwrite", {"num_boxes": [3, 4], "overwrite": True}),
         ("--data.batch-size 3", {"data": DataOptions(3)}),
+        ("--names None nullable", {"names": ["None", "nullable"]}),
+        ("--names nullable", {"names": ["nullable"]}),
+        ("--names a --names null", {"names": None}),
         ("--path-name a-b --modes c-d", {"path_name": Path("a-b"), "modes": "c-d"}),
         ("--path-name=a-b=c-d", {"path_name": Path("a-b=c-d")}),
     ],
@@ -87,7 +93,9 @@ def test_lists_in_a_file(tmp_path: Path, yaml: str, value: object) -> None:
         ("--seeds x", "option seeds: expected a whole number above 0, got x"),
         ("--colours red blue", "option colours: expected one of red, green, or several, got ['red', 'blue']"),
         ("--num-boxs 1", "unrecognized arguments: --num_boxs 1; did you mean num_boxes?"),
+        ("--batch-sise 1", "unrecognized arguments: --batch_sise 1; did you mean data.batch_size?"),
         ("--data.batch-size 1 2", "unrecognized arguments: 2"),
+        ("--seeds null", "option seeds: expected a whole number above 0, got null"),
     ],
 )
 def test_a_mistake_is_one_sentence(words: str, complaint: str) -> None:
