@@ -43,7 +43,10 @@ def classifier_guidance(
             (gradient,) = torch.autograd.grad(log_probability(x, t).sum(), x)
         estimate = denoiser(x_t, t)
         # Tweedie: x0 = (x_t + sigma^2 score) / alpha, and the scores of p(x_t) and p(y | x_t) add up.
-        shift = scale(weight * schedule.sigma(t).square() / schedule.alpha(t), gradient)
+        # Where x_t is noise alone it tells nothing of the class: no shift, and not infinity times zero.
+        alpha = schedule.alpha(t)
+        strength = torch.where(alpha > 0, weight * schedule.sigma(t).square() / alpha, 0)
+        shift = scale(strength, gradient)
         return estimate._replace(x0=estimate.x0 + shift)
 
     return guided

@@ -53,22 +53,32 @@ def noise_level_grid(steps: int, lowest: float = 0.002, highest: float = 80.0, r
 
 
 def nearest_times(schedule: DiscreteSchedule, levels: Tensor) -> Tensor:
-    """The times of a discrete schedule whose sigma / alpha comes nearest to each level, and -1 for level 0.
+    """Different times of a discrete schedule whose sigma / alpha come near to each level, and -1 for level 0.
 
     Second-order samplers want steps that change evenly in noise level, not in time: a grid of ``noise_level_grid``,
     or of any other levels, serves them better than :func:`timestep_grid`.
 
     Args:
-        levels: (steps + 1,) descending.
+        levels: (steps + 1,) descending, the last one 0. Where they are closer than the schedule's own, the times that
+            come next are taken, so that there are always as many.
 
     Returns:
-        int64, descending, on the CPU; times that would come twice are kept once.
+        (steps + 1,) int64, descending, on the CPU.
+
+    Raises:
+        ValueError: if there are more levels than times.
     """
+    steps = len(levels) - 1
+    if steps > schedule.num_timesteps:
+        raise ValueError(f"Take at most {schedule.num_timesteps} steps on this schedule, not {steps}.")
     times = torch.arange(-1, schedule.num_timesteps)
     ratio = schedule.sigma(times) / schedule.alpha(times)
     # Compared as angles, in which clean and pure noise are equally far from the middle.
-    distance = (levels.to("cpu", torch.float64).atan()[:, None] - ratio.atan()[None, :]).abs()
-    return times[distance.argmin(1)].unique().flip(0)
+    angles = ratio.atan()
+    nearest = torch.bucketize(levels.to("cpu", torch.float64).atan(), (angles[1:] + angles[:-1]) / 2)
+    order = torch.arange(steps + 1)
+    descending = (times[nearest] + order).cummin(0).values - order
+    return torch.maximum(descending, steps - 1 - order)  # as many times are left as steps
 
 
 def add_noise(schedule: Schedule, x0: Tensor, t: Time, noise: Tensor) -> Tensor:

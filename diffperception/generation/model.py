@@ -108,10 +108,10 @@ class DiffusionModel(nn.Module):
         Raises:
             ValueError: if labels or guidance are asked of a model that has not learned them.
         """
-        if labels is None and self.classes is None:
-            return self._denoiser(None)
         if self.classes is None:
-            raise ValueError("This model was trained without classes: leave the labels out.")
+            if labels is not None or guidance != 1.0:
+                raise ValueError("This model was trained without classes: leave labels and guidance out.")
+            return self._denoiser(None)
         if (labels is None or guidance != 1.0) and not self.absent_label:
             raise ValueError(
                 "This model has not learned images without a label, which unlabelled samples and guidance need: give"

@@ -14,7 +14,6 @@ from diffperception.diffusion import (
     Schedule,
     clip,
     nearest_times,
-    noise_level_grid,
     sample_ddim,
     sample_ddpm,
     sample_dpm_solver,
@@ -26,6 +25,8 @@ from diffperception.generation.model import DiffusionModel
 
 Sampler = Literal["dpm_solver", "ddim", "ddpm", "heun"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+# The cosine schedule ends at noise 20,000 times as strong as the signal: most of that way nothing can be told apart.
+NOISIEST = 160.0
 
 
 @dataclass
@@ -46,11 +47,18 @@ class SamplingOptions:
     guidance: float = 1.0
     clip: bool = True
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is a share, 0 to 1, not {self.eta:g}")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler}: leave it out")
+
 
 def time_grid(schedule: Schedule, sampler: Sampler, steps: int) -> Tensor:
     """Times for a sampler, descending to the clean end.
 
-    On discrete schedules the second-order samplers take steps that are even in noise level, the others in time.
+    On discrete schedules the second-order samplers take steps that are even in the logarithm of the noise level
+    (arXiv 2206.00927, section 3.3), the others in time.
 
     Raises:
         ValueError: for fewer steps than one, or more than the schedule has.
@@ -62,9 +70,11 @@ def time_grid(schedule: Schedule, sampler: Sampler, steps: int) -> Tensor:
     grid = timestep_grid(schedule.num_timesteps, steps, "trailing")
     if sampler in ("ddim", "ddpm"):
         return grid
-    first, last = torch.tensor(0), torch.tensor(schedule.num_timesteps - 1)
-    lowest, highest = (float(schedule.sigma(t) / schedule.alpha(t)) for t in (first, last))
-    return nearest_times(schedule, noise_level_grid(steps, lowest, highest))
+    noisiest, cleanest = (schedule.sigma(t) / schedule.alpha(t) for t in (grid[0], torch.tensor(0)))
+    highest = noisiest.clamp(max=NOISIEST)
+    levels = torch.logspace(float(highest.log10()), float(cleanest.log10()), steps, dtype=torch.float64)
+    times = nearest_times(schedule, torch.cat([levels, levels.new_zeros(1)]))
+    return torch.cat([grid[:1], times[1:]])
 
 
 @torch.no_grad()

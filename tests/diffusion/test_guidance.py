@@ -60,6 +60,15 @@ def test_guided_samples_are_of_the_class(mixture: Mixture) -> None:
     assert component(mixture, 0).distance(samples) < 0.03
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_noise_alone_is_not_guided(mixture: Mixture, weight: float) -> None:
+    """At the straight path's start alpha is 0: x_t says nothing of the class, and sigma^2 / alpha is infinite."""
+    x, t = torch.randn(3, 1, dtype=torch.float64), torch.ones(3)
+    own: Denoiser = partial(mixture.denoise, StraightPath())
+    guided = classifier_guidance(own, partial(log_class, mixture, StraightPath(), 1), StraightPath(), weight)
+    assert torch.equal(guided(x, t).x0, own(x, t).x0)
+
+
 @pytest.mark.parametrize(("schedule", "t"), PATHS)
 def test_both_guidances_are_one_at_the_true_classifier(mixture: Mixture, schedule: Schedule, t: Tensor) -> None:
     x, weight = torch.randn(3, 1, dtype=torch.float64), 2.5

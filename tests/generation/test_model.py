@@ -66,6 +66,8 @@ def test_guidance_moves_from_the_unconditional_to_the_conditional_denoiser_and_b
     labels = torch.tensor([0, 1])
     without, plain = model.denoiser()(x, t).x0, model.denoiser(labels)(x, t).x0
     assert not torch.allclose(without, plain)
+    nothing = torch.full((2,), 2)  # the label after those of the classes
+    torch.testing.assert_close(without, model._denoiser(nothing)(x, t).x0)
     for weight in (0.0, 1.0, 3.0):
         guided = model.denoiser(labels, weight)(x, t).x0
         torch.testing.assert_close(guided, without + weight * (plain - without), rtol=1e-4, atol=1e-4)
@@ -75,6 +77,8 @@ def test_labels_and_guidance_need_a_model_that_has_learned_them() -> None:
     plain = DiffusionModel(None, tiny_unet(), image_size=8)
     with pytest.raises(ValueError, match="trained without classes"):
         plain.denoiser(torch.tensor([0]))
+    with pytest.raises(ValueError, match="trained without classes"):
+        plain.denoiser(guidance=2.0)
     labelled = conditional(absent_label=False)
     with pytest.raises(ValueError, match="absent_label"):
         labelled.denoiser(torch.tensor([0]), guidance=2.0)
