@@ -23,7 +23,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     require_file_name(path)
-    described = _describe(model)
+    described = describe(model)
     header = {"format": FORMAT, "class": described["class"], "arguments": json.dumps(described["arguments"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
@@ -73,12 +73,13 @@ def load_model(path: str | Path, allow: tuple[str, ...] = ("diffperception",)) -
     return model.eval()
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module) -> dict[str, Any]:
+    """A model's class and its constructor's arguments, which are JSON-able if its `arguments` are."""
     kind = type(model)
     arguments: dict[str, Any] = model.arguments  # type: ignore[assignment]
     return {
         "class": f"{kind.__module__}:{kind.__qualname__}",
-        "arguments": {k: _describe(v) if isinstance(v, nn.Module) else v for k, v in arguments.items()},
+        "arguments": {k: describe(v) if isinstance(v, nn.Module) else v for k, v in arguments.items()},
     }
 
 

@@ -1,6 +1,9 @@
 """What results on disk were made with."""
 
-from collections.abc import Mapping
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from typing import Any
 
 
@@ -14,3 +17,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "")
         elif a != b:
             names.append(f"{above}{key}")
     return names
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of what nested settings both have, but other values of."""
+    for name in differences(old, new):
+        *above, last = name.split(".")
+        before, after = (reduce(lambda part, key: part[key], above, settings) for settings in (old, new))
+        if last in before and last in after:
+            yield name, before[last], after[last]
+
+
+def in_words(value: Any) -> str:
+    """A value as YAML has it, not too long; a model by its class."""
+    if isinstance(value, Mapping) and "class" in value:
+        return value["class"].rpartition(":")[2]
+    return textwrap.shorten(value if isinstance(value, str) else json.dumps(value), 100, placeholder=" ...")

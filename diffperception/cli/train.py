@@ -78,7 +78,7 @@ def train(
     detector.class_frequencies.copy_(torch.from_numpy(train_set.images_per_class()))
     if init is not None:
         start_from(detector, init, val_set)
-    resume = start_or_go_on(output, resume, overwrite, resolved)
+    resume = start_or_go_on(output, resume, overwrite, resolved, detector)
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     say(
         f"{type(detector).__name__} with {parameters / 1e6:.1f} M parameters learns {len(train_set.classes)} classes"

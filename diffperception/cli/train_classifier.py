@@ -88,7 +88,7 @@ def train(
     torch.manual_seed(seed)
     classifier = model(data.classes())
     train_set, val_set = data.open(classifier.image_size, classifier.in_channels)
-    resume = start_or_go_on(output, resume, overwrite, resolved)
+    resume = start_or_go_on(output, resume, overwrite, resolved, classifier)
     parameters = sum(parameter.numel() for parameter in classifier.parameters())
     say(
         f"{type(classifier).__name__} with {parameters / 1e6:.1f} M parameters learns {len(classifier.classes)} classes"

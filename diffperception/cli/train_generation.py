@@ -87,7 +87,7 @@ def train(
     generator = model(data.classes())
     train_set, val_set = data.open(generator.image_size, generator.unet.in_channels)
     task = GenerationTask(generator, optimizer, seed, objective)
-    resume = start_or_go_on(output, resume, overwrite, resolved)
+    resume = start_or_go_on(output, resume, overwrite, resolved, generator)
     parameters = sum(parameter.numel() for parameter in generator.parameters())
     height, width = generator.image_size
     say(

@@ -1,5 +1,6 @@
 """One training run: from a task, data and options to trained weights, resumable at any step."""
 
+import json
 import logging
 import os
 import pickle
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -17,7 +19,7 @@ from diffperception.tasks.callbacks import Averaging, Checkpoints, Evaluations, 
 from diffperception.tasks.data import TrainingData
 from diffperception.tasks.log import RunLog
 from diffperception.tasks.options import TrainerOptions
-from diffperception.tasks.task import Task
+from diffperception.tasks.task import ARGUMENTS, Task
 
 CHECKPOINT = "last.ckpt"
 
@@ -60,7 +62,7 @@ def fit(
 
     Raises:
         NonFiniteLossError: the loss is infinite or no number.
-        ValueError: the checkpoint cannot be read or belongs to another model.
+        ValueError: the checkpoint cannot be read or belongs to another training step.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -70,7 +72,7 @@ def fit(
     # Of a frozen backbone.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     checkpoint = folder / CHECKPOINT
-    first = checkpoint_step(checkpoint) if resume else 0
+    first = read_checkpoint(checkpoint).step if resume else 0
     record = RunLog(folder, after=first) if rank_zero_only.rank == 0 else None  # type: ignore[attr-defined]
     decay = task.options.ema_decay
     averaging = None if decay is None else Averaging(decay)
@@ -105,7 +107,7 @@ def fit(
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint if resume else None, weights_only=True)
     except RuntimeError as error:
         if resume and "loading state_dict" in str(error):
-            raise ValueError(f"{checkpoint} was written by another model than the one configured now") from None
+            raise ValueError(f"{checkpoint} was written by another training step than the one configured now") from None
         raise
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # lightning turns Ctrl-C into exit code 1
@@ -126,10 +128,27 @@ def machines(options: TrainerOptions) -> tuple[int | str, int]:
     return local, int(os.environ["WORLD_SIZE"]) // local
 
 
-def checkpoint_step(path: Path) -> int:
-    """The step that a checkpoint was written after; ValueError if it is not whole."""
+@dataclass
+class Checkpoint:
+    """What a checkpoint tells of its run.
+
+    Attributes:
+        step: that it was written after.
+        model: the arguments of the model's constructor; those of models among them as `weights.describe` gives them.
+        shapes: of the model's weights, by name.
+    """
+
+    step: int
+    model: dict[str, Any]
+    shapes: dict[str, torch.Size]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """What a checkpoint tells; ValueError if it is not whole."""
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        shapes = {name[6:]: value.shape for name, value in content["state_dict"].items() if name.startswith("model.")}
+        return Checkpoint(content["global_step"], json.loads(content.get(ARGUMENTS, "{}")), shapes)
     except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
         raise ValueError(
             f"{path} is cut short or no checkpoint of ours: start again without --resume and with --overwrite, or fetch"

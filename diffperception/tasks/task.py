@@ -1,5 +1,6 @@
 """The base of all training steps: loss, seeds, optimiser and learning rate, as a LightningModule."""
 
+import json
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -10,7 +11,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffperception import weights
 from diffperception.tasks.options import OptimizerOptions
+
+ARGUMENTS = "model_arguments"  # in a checkpoint, as JSON
 
 
 class NonFiniteLossError(ValueError):
@@ -77,6 +81,19 @@ class Task(LightningModule, ABC):
         optimizer = torch.optim.AdamW(self._groups(), lr=self.lr)
         rates = LambdaLR(optimizer, lambda step: self.options.lr_factor(step, self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Take rates and decay from the options; a resumed run has those of its checkpoint, which may differ."""
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        groups = self._groups()
+        config.scheduler.base_lrs = [group["lr"] for group in groups]
+        factor = self.options.lr_factor(self.trainer.global_step, self.trainer.max_steps)
+        for old, new in zip(optimizer.param_groups, groups, strict=True):
+            old |= {"lr": new["lr"] * factor, "initial_lr": new["lr"], "weight_decay": new["weight_decay"]}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the weights belong to, for a resumed run to compare."""
+        checkpoint[ARGUMENTS] = json.dumps(weights.describe(self.model)["arguments"])
 
     def lr_scale(self, name: str) -> float:
         """What the learning rate of the model's parameter of this name is multiplied by."""

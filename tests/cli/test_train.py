@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from diffperception.cli.main import main
 from diffperception.data.sampling import StepBatchSampler
 from tests.tasks.tiny_data import write_tiny_config
 from tests.tasks.tiny_detector import TinyDetector
+
+
+class DeeperDetector(TinyDetector):
+    """Of the same arguments, but with more weights."""
+
+    def __init__(self, classes: Sequence[str], width: int = 8):
+        super().__init__(classes, width)
+        self.more = torch.nn.Linear(width, width)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +213,55 @@ def test_a_checkpoint_of_another_model_is_refused(
 ) -> None:
     (tmp_path / "last.ckpt").write_bytes((whole / "last.ckpt").read_bytes())
     assert train(config, tmp_path, "--resume", "--model.width", "5") == 2
-    assert "another model" in complaint(capsys)
+    assert f"model.width is 5, but the run in {tmp_path} was begun with 8" in complaint(capsys)
+    assert train(config, tmp_path, "--resume", "--model", "tests.cli.test_train.DeeperDetector") == 2
+    assert "holds the weights of another model than this DeeperDetector" in complaint(capsys)
+    assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--optimizer.ema_decay", "null"], "optimizer.ema_decay is null, but the run in {} was begun with 0.9"),
+        (["--optimizer.backbone_lr_factor", "0.5"], "optimizer.backbone_lr_factor is 0.5, but"),
+        (["--trainer.max_steps", "8"], "trainer.max_steps is 8, but {}/last.ckpt was written after step 9"),
+    ],
+)
+def test_what_the_state_of_a_run_hangs_on_cannot_change_on_the_way(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    for name in ("last.ckpt", "config.yaml"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    assert train(config, tmp_path, "--resume", *options) == 2
+    assert said.format(tmp_path) in complaint(capsys)
+    assert (tmp_path / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
+
+
+def test_other_classes_cannot_go_on_with_a_run(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "last.ckpt").write_bytes((whole / "last.ckpt").read_bytes())
+    annotations = Path(yaml.safe_load(config.read_text())["data"]["train_annotations"])
+    (tmp_path / "other.json").write_text(annotations.read_text().replace("disc", "plate"))
+    files = [part for name in ("train", "val") for part in (f"--data.{name}_annotations", str(tmp_path / "other.json"))]
+    assert train(config, tmp_path, "--resume", *files) == 2
+    assert 'model.classes is ["plate", "square"], but the run' in complaint(capsys)
+
+
+def test_a_resumed_run_follows_its_new_options(config: Path, whole: Path, tmp_path: Path) -> None:
+    for name in ("last.ckpt", "config.yaml"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    new = ["--trainer.max_steps", "10", "--optimizer.lr", "0.5", "--optimizer.schedule", "constant"]
+    new += ["--optimizer.weight_decay", "0.25", "--optimizer.ema_decay", "0.5", "--evaluation.every", "null"]
+    assert train(config, tmp_path, "--resume", *new) == 0
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 10
+    groups = state["optimizer_states"][0]["param_groups"]
+    assert {group["lr"] for group in groups} == {0.5}
+    assert {group["weight_decay"] for group in groups} == {0.25, 0.0}
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["train/lr"]) == 0.5
 
 
 def test_training_starts_from_given_weights_of_the_same_classes(

@@ -87,6 +87,15 @@ def test_training_lowers_the_loss_and_reports_accuracy_by_noise(run: Path) -> No
     assert (run / "pictures" / "curves.png").is_file()
 
 
+def test_a_resumed_run_must_have_the_same_path(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("last.ckpt", "config.yaml"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    command = ["train", "--config", str(run / "config.yaml"), "--output", str(tmp_path), "--resume"]
+    assert main([*command, "--model.schedule", "cosine"]) == 2
+    assert f"model.schedule is cosine, but the run in {tmp_path} was begun with linear: " in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_bytes() == (run / "config.yaml").read_bytes()
+
+
 def test_the_accuracy_is_the_same_in_every_call_and_batch(run: Path) -> None:
     classifier = NoisyClassifier.load(run / "model.safetensors")
     images = ImageFolder(run.parent / "val", (SIDE, SIDE), labelled=True, horizontal_flip=0.0)

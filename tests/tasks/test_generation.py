@@ -15,6 +15,9 @@ from tests.tasks.test_resume import TORCHRUN, assert_same_run, logged, python
 from tests.tasks.tiny_detector import PowerCut
 from tests.tasks.tiny_generator import write_tiny_generator
 
+UNLABELLED = ["--model.unet.num_classes=null", "--model.absent_label", "false", "--objective.label_dropping", "0"]
+PLAIN = ["--model", "diffperception.generation.DiffusionModel"]
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,6 +66,37 @@ def test_two_processes_learn_the_times_from_the_losses_of_both(config: Path, tmp
     assert python(*command, str(tmp_path / "two")) == 0
     state = torch.load(tmp_path / "two" / "last.ckpt", weights_only=True)["state_dict"]
     assert int(state["times.seen"].sum()) == 12 * 2 * 4  # steps, processes, images
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.unet.depth", "2"], "model.unet.depth is 2, but the run in {} was begun with 1: "),
+        (["--model.unet.channels", "64"], "model.unet.channels is 64, but the run in {} was begun with 32: "),
+        ([*PLAIN, "--model.schedule", "cosine", "--model.prediction", "v"], "model.prediction is v, but the run in {}"),
+        (["--objective.times", "uniform"], "objective.times is uniform, but the run in {} was begun with loss_sec"),
+        (["--data.labelled", "false", *UNLABELLED], "data.labelled is false, but the run in {}"),
+        (["--optimizer.ema_decay", "null"], "optimizer.ema_decay is null, but the run in {} was begun with 0.9: "),
+        (["--trainer.max_steps", "4"], "trainer.max_steps is 4, but {}/last.ckpt was written after step 12"),
+    ],
+)
+def test_a_resumed_run_must_be_the_same(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    for name in ("last.ckpt", "config.yaml"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    assert train(config, tmp_path, "--resume", *options) == 2
+    assert said.format(tmp_path) in complaint(capsys)
+    assert (tmp_path / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
+
+
+def test_a_resumed_run_may_change_what_its_weights_do_not_hang_on(config: Path, whole: Path, tmp_path: Path) -> None:
+    for name in ("last.ckpt", "config.yaml"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    options = ["--model.unet.checkpointing", "true", "--model.unet.dropout", "0", "--data.batch_size", "2"]
+    options += ["--preview.samples", "1", "--optimizer.ema_decay", "0.5", "--trainer.max_steps", "13", "--seed", "3"]
+    assert train(config, tmp_path, "--resume", *options) == 0
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 13
 
 
 def test_a_run_leaves_samples_of_the_raw_and_the_averaged_weights(whole: Path) -> None:
