@@ -218,6 +218,10 @@ class Evaluations(Callback):
     def on_train_batch_end(self, trainer: Trainer, task: Task, *_: Any) -> None:  # type: ignore[override]
         self._score_if_due(trainer, task)
 
+    def on_fit_end(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
+        """Of a run that was interrupted in its last evaluation no step is left, so training does not start again."""
+        self._score_if_due(trainer, task)
+
     def _score_if_due(self, trainer: Trainer, task: Task) -> None:
         step = trainer.global_step
         due = self.last if step == trainer.max_steps else bool(self.every) and step % (self.every or 1) == 0

@@ -109,6 +109,17 @@ def test_a_run_leaves_samples_of_the_raw_and_the_averaged_weights(whole: Path) -
     assert rows[0].keys() >= {"train/loss_mse", "train/loss_vlb", "val/held_out_averaged"}
 
 
+def test_a_run_that_died_in_its_last_look_makes_up_for_it(config: Path, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes((whole / "last.ckpt").read_bytes())
+    assert train(config, tmp_path, "--resume") == 0
+    looks = [f"samples_0000012_{kind}.png" for kind in ("averaged", "raw")]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["curves.png", *looks]
+    for name in looks:
+        assert (tmp_path / "pictures" / name).read_bytes() == (whole / "pictures" / name).read_bytes()
+    (row,), last = logged(tmp_path), logged(whole)[-1]
+    assert row == {"step": "12"} | {name: value for name, value in last.items() if name.startswith("val/")}
+
+
 def test_the_exported_generator_is_the_averaged_one(whole: Path) -> None:
     exported = main(["sample", "--model", str(whole / "model.safetensors"), "--output", str(whole / "refused")])
     assert exported == 2  # its class is not of this package
