@@ -213,21 +213,26 @@ class Evaluations(Callback):
         self.scored = 0
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
-        self._score_if_due(trainer, task)
+        if self._is_due(trainer):
+            self._evaluate(trainer, task)
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, *_: Any) -> None:  # type: ignore[override]
-        self._score_if_due(trainer, task)
+        if self._is_due(trainer):
+            self._evaluate(trainer, task)
 
     def on_fit_end(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
         """Of a run that was interrupted in its last evaluation no step is left, so training does not start again."""
-        self._score_if_due(trainer, task)
+        if self._is_due(trainer):
+            task.to(trainer.strategy.root_device)  # which it has left
+            self._evaluate(trainer, task)
 
-    def _score_if_due(self, trainer: Trainer, task: Task) -> None:
+    def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
         due = self.last if step == trainer.max_steps else bool(self.every) and step % (self.every or 1) == 0
-        if not due or step in (0, self.scored) or trainer.should_stop:
-            return
-        self.scored = step
+        return due and step not in (0, self.scored) and not trainer.should_stop
+
+    def _evaluate(self, trainer: Trainer, task: Task) -> None:
+        step = self.scored = trainer.global_step
         averaged = self.averaging.model if self.averaging else task.model
         modes = [(model, model.training) for model in (averaged, task.model)]
         with trainer.strategy.precision_plugin.val_step_context():
