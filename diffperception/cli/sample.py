@@ -1,15 +1,17 @@
 """`diffperception sample`."""
 
+import re
 from pathlib import Path
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.cli import say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import require_room
+from diffperception.data.image_folder import require_picture_channels
 from diffperception.diffusion import Denoiser, classifier_guidance
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
@@ -17,6 +19,7 @@ from diffperception.models import NoisyClassifier
 from diffperception.visualize import image_grid, save_png, to_picture
 
 MOST_IN_GRID = 144
+NUMBERED = re.compile(r"\d{6,}\.png")
 
 
 def sample(
@@ -26,11 +29,11 @@ def sample(
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (the defaults are not changed)
     classes: list[str] | None = None,
     classifier: Path | None = None,
-    classifier_scale: NonNegativeFloat = 1.0,
+    classifier_scale: NonNegativeFloat | None = None,
     height: PositiveInt | None = None,
     width: PositiveInt | None = None,
     batch_size: PositiveInt = 16,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -46,16 +49,19 @@ def sample(
         sampling: how noise becomes an image.
         classes: names of the classes to draw; by default all that the generator has.
         classifier: a noisy classifier, a model.safetensors file, that pulls the images towards the classes.
-        classifier_scale: how hard it pulls.
+        classifier_scale: how hard it pulls; by default 1.
         height: of the images, in pixels; by default that of the images the generator learned from.
         width: likewise.
         batch_size: images drawn at once.
         seed: of the noise.
         device: cpu, cuda, cuda:1, ... or auto.
-        overwrite: write into a folder that is not empty.
+        overwrite: write into a folder that is not empty; the numbered images in it are removed.
     """
     require_room(output, overwrite)
+    if classifier is None and classifier_scale is not None:
+        raise ValueError("classifier_scale is given without a classifier: name one with --classifier, or leave it out")
     generator = DiffusionModel.load(model).to(pick_device(device))
+    require_picture_channels(generator.unet.in_channels)
     guide = None if classifier is None else load_guide(classifier, generator)
     known = (guide.classes if guide else generator.classes) or []
     labels = choose_labels(known, classes)
@@ -68,6 +74,8 @@ def sample(
             wanted = None if labels is None else labels[torch.tensor(numbers) % len(labels)].to(generator.device)
             denoiser = choose_denoiser(generator, guide, wanted, sampling.guidance, classifier_scale)
             images = draw(generator, numbers, sampling, seed, wanted, size, denoiser).float().cpu()
+            if start == 0:  # all options have proved sound
+                remove_images(output / "images")
             for index, image in zip(numbers, images, strict=True):
                 folder = "" if labels is None else known[int(labels[index % len(labels)])]
                 save_png(to_picture(image.expand(3, -1, -1)), output / "images" / folder / f"{index:06}.png")
@@ -75,6 +83,13 @@ def sample(
             bar.update(len(numbers))
     save_png(image_grid(pictures), output / "grid.png")
     say(f"{output / 'images'}: {number} images of {size[0]} x {size[1]} pixels\n{output / 'grid.png'}: the first ones")
+
+
+def remove_images(folder: Path) -> None:
+    """Remove what an earlier call has left, which would be taken for images of this one; no other files."""
+    for path in (*folder.glob("*.png"), *folder.glob("*/*.png")):
+        if NUMBERED.fullmatch(path.name):
+            path.unlink()
 
 
 def load_guide(path: Path, generator: DiffusionModel) -> NoisyClassifier:
@@ -88,7 +103,8 @@ def load_guide(path: Path, generator: DiffusionModel) -> NoisyClassifier:
             )
     if generator.classes is not None and generator.classes != guide.classes:
         raise ValueError(
-            f"{path} knows the classes {', '.join(guide.classes)}, but the generator {', '.join(generator.classes)}"
+            f"{path} knows the classes {', '.join(guide.classes)}, but the generator {', '.join(generator.classes)}:"
+            " train it on pictures of the same classes"
         )
     return guide
 
@@ -110,10 +126,14 @@ def choose_labels(known: list[str], classes: list[str] | None) -> Tensor | None:
 
 
 def choose_denoiser(
-    generator: DiffusionModel, guide: NoisyClassifier | None, labels: Tensor | None, guidance: float, scale: float
+    generator: DiffusionModel,
+    guide: NoisyClassifier | None,
+    labels: Tensor | None,
+    guidance: float,
+    scale: float | None,
 ) -> Denoiser:
-    """The generator's denoiser, pulled towards the labels by a classifier if there is one."""
+    """The generator's denoiser, pulled towards the labels, by default at scale 1, by a classifier if there is one."""
     if guide is None or labels is None:
         return generator.denoiser(labels, guidance)
     own = generator.denoiser(None if generator.classes is None else labels, guidance)
-    return classifier_guidance(own, guide.log_probability(labels), generator.schedule, scale)
+    return classifier_guidance(own, guide.log_probability(labels), generator.schedule, 1.0 if scale is None else scale)

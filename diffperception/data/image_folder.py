@@ -1,11 +1,12 @@
 """Folders of pictures: what generators learn from, and classifiers of whole images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -31,7 +32,8 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         labelled: the folders directly in `folder` are classes.
         channels: 3 (RGB) or 1 (grey).
         horizontal_flip, vertical_flip: shares of crops that are mirrored.
-        on_broken: what to do at a picture that cannot be read: stop, or take the next one.
+        on_broken: what to do at a picture that cannot be read, or is less than half a crop high or wide: stop, or
+            pass over it.
         cached: how many pictures are kept decoded in memory.
 
     Raises:
@@ -57,29 +59,42 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
                 f"data.short_side is {short_side}, but crops of {image_size[0]} x {image_size[1]} pixels are wanted:"
                 f" make it at least {max(image_size)}"
             )
+        require_picture_channels(channels)
         self.folder, self.image_size, self.short_side, self.channels = folder, image_size, short_side, channels
-        sizes = {path: picture_size(path, on_broken) for path in list_pictures(folder, annotations)}
-        self.paths = [path for path, size in sizes.items() if size is not None]
-        self.skipped = len(sizes) - len(self.paths)
-        self._require_pictures(sizes)
+        self.on_broken, self.cached = on_broken, cached
+        found = list_pictures(folder, annotations)
+        with advice():
+            self.paths = self._usable({path: picture_size(path, on_broken) for path in found})
+        self.skipped = len(found) - len(self.paths)
         self.classes = class_folders(folder) if labelled else None
         if labelled and any(path.parent == folder for path in self.paths):
             raise ValueError(f"{folder} holds pictures outside of any class: give each class a folder of its own")
         self.flips = v2.Compose([v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)])
-        self.on_broken, self.cached = on_broken, cached
         self._kept: dict[int, Tensor] = {}
 
-    def _require_pictures(self, sizes: dict[Path, tuple[int, int] | None]) -> None:
-        if not self.paths:
-            raise FileNotFoundError(f"there is no picture that can be read in {self.folder}")
-        small = [path for path in self.paths if min(sizes[path] or ()) < min(self.image_size) // 2]
-        if small:
+    def _usable(self, sizes: dict[Path, tuple[int, int] | None]) -> list[Path]:
+        """The pictures that can be read and are large enough; ValueError for small ones unless they are passed over."""
+        small = [path for path, size in sizes.items() if size and self._is_small(path, size)]
+        if small and self.on_broken == "stop":
             height, width = sizes[small[0]] or (0, 0)
             raise ValueError(
                 f"{small[0]} has {height} x {width} pixels, less than half of the {self.image_size[0]} x"
                 f" {self.image_size[1]} wanted{f', and so have {len(small) - 1} others' if len(small) > 1 else ''}:"
-                " remove what is so small, or learn smaller images"
+                " remove what is so small, pass over it with data.on_broken skip, or learn smaller images"
             )
+        left_out = {*small, *(path for path, size in sizes.items() if size is None)}
+        usable = [path for path in sizes if path not in left_out]
+        if not usable:
+            raise FileNotFoundError(f"there is no picture large enough that can be read in {self.folder}")
+        return usable
+
+    def _is_small(self, path: Path, size: tuple[int, int]) -> bool:
+        """Whether a picture whose header tells this height and width would be enlarged to more than twice its size."""
+
+        def below_half(height: int, width: int) -> bool:
+            return height < self.image_size[0] // 2 or width < self.image_size[1] // 2
+
+        return below_half(*size) and (below_half(*size[::-1]) or not lies_on_its_side(path))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,7 +110,8 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         """The picture at `index`, or the next that can be read where broken ones are passed over."""
         for candidate in range(index, index + len(self)):
             try:
-                return candidate % len(self), self._picture(candidate % len(self))
+                with advice():
+                    return candidate % len(self), self._picture(candidate % len(self))
             except BrokenImageError as error:
                 broken = error
                 if self.on_broken == "stop":
@@ -128,14 +144,31 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         return F.crop(image, top, left, *self.image_size)
 
 
+@contextmanager
+def advice() -> Iterator[None]:
+    """BrokenImageError also says what to do."""
+    try:
+        yield
+    except BrokenImageError as error:
+        raise BrokenImageError(f"{error}: remove it, or pass over such pictures with data.on_broken skip") from error
+
+
+def require_picture_channels(channels: int) -> None:
+    """ValueError for channels that no picture has."""
+    if channels not in (1, 3):
+        raise ValueError(
+            f"pictures have 3 channels, or 1 in grey, but the model has {channels}: set its in_channels to 3 or 1"
+        )
+
+
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, which are the classes of the pictures in them; ValueError for none."""
+    """The names of the folders with pictures in a folder, which are their classes; ValueError for none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    names = {path.relative_to(folder).parts[0] for path in _pictures_below(folder) if path.parent != folder}
     if not names:
-        raise ValueError(f"{folder} holds no folders: labelled pictures are in folders of their classes")
-    return names
+        raise ValueError(f"{folder} holds no folders of pictures: labelled ones are in folders of their classes")
+    return sorted(names)
 
 
 def list_pictures(folder: Path, annotations: Path | None = None) -> Sequence[Path]:
@@ -152,10 +185,18 @@ def list_pictures(folder: Path, annotations: Path | None = None) -> Sequence[Pat
         if missing:
             raise FileNotFoundError(f"{annotations} lists {missing[0]}, which is missing, among {len(missing)} in all")
     else:
-        paths = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+        paths = list(_pictures_below(folder))
     if not paths:
         raise FileNotFoundError(f"there is no picture in {folder}")
     return sorted(paths)
+
+
+def _pictures_below(folder: Path) -> Iterator[Path]:
+    """All but what is hidden, such as the caches of tools and the companions (`._a.png`) that macOS writes."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.suffix.lower() in SUFFIXES and not path.is_dir():
+            yield path
 
 
 def picture_size(path: Path, on_broken: Literal["stop", "skip"]) -> tuple[int, int] | None:
@@ -171,3 +212,9 @@ def picture_size(path: Path, on_broken: Literal["stop", "skip"]) -> tuple[int, i
         if on_broken == "skip":
             return None
         raise BrokenImageError(f"the image {path} cannot be read: {error}") from error
+
+
+def lies_on_its_side(path: Path) -> bool:
+    """Whether height and width change places when a picture is turned as its EXIF orientation says."""
+    with Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) > 4

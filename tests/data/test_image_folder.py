@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from diffperception.data import SeededSamples
 from diffperception.data.image_folder import ImageFolder, class_folders, list_pictures
 from diffperception.data.images import BrokenImageError
+from diffperception.tasks.generation import ImageDataOptions
 
 
 def write(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -74,6 +75,49 @@ def test_folders_are_classes(tmp_path: Path) -> None:
         ImageFolder(tmp_path, (8, 8), labelled=True)
 
 
+def test_hidden_and_empty_folders_are_no_classes_and_hidden_files_no_pictures(tmp_path: Path) -> None:
+    for name in ("b/1.png", ".cache/2.png", "a/.thumbnails/3.png"):
+        write(tmp_path / name, 8, 8)
+    (tmp_path / "b" / "._1.png").write_bytes(b"what macOS writes beside a file")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "b" / "folder.png").mkdir()
+    assert class_folders(tmp_path) == ["b"]
+    assert list_pictures(tmp_path) == [tmp_path / "b" / "1.png"]
+
+
+@pytest.mark.parametrize("flip", ["horizontal_flip", "vertical_flip"])
+def test_flips_are_as_frequent_as_asked_for(tmp_path: Path, flip: str) -> None:
+    write(tmp_path / "a.png", 8, 8)
+    pixels = ImageFolder(tmp_path, (8, 8), horizontal_flip=0.0)[0][0]
+    folder = ImageFolder(tmp_path, (8, 8), **{"horizontal_flip": 0.0, "vertical_flip": 0.0} | {flip: 0.3})  # type: ignore[arg-type]
+    mirrored = pixels.flip(2 if flip == "horizontal_flip" else 1)
+    samples = [SeededSamples(folder)[0, seed][0] for seed in range(200)]
+    assert all(torch.equal(image, pixels) or torch.equal(image, mirrored) for image in samples)
+    assert 35 < sum(torch.equal(image, mirrored) for image in samples) < 85
+
+
+def test_the_options_of_training_reach_the_folder(tmp_path: Path) -> None:
+    for side in ("train", "val"):
+        write(tmp_path / side / "class" / "a.png", 20, 30)
+    options = ImageDataOptions(
+        tmp_path / "train",
+        val_images=tmp_path / "val",
+        short_side=16,
+        labelled=True,
+        horizontal_flip=0.0,
+        vertical_flip=1.0,
+        on_broken="skip",
+        cached=7,
+    )
+    for folder in options.open((8, 8), 1):
+        assert folder is not None
+        assert folder._read(0).shape == (1, 16, 24)
+        plain = ImageFolder(folder.folder, (8, 8), 16, channels=1, horizontal_flip=0.0)
+        for seed in range(4):
+            assert torch.equal(SeededSamples(folder)[0, seed][0], SeededSamples(plain)[0, seed][0].flip(1))
+        assert (folder.classes, folder.on_broken, folder.cached) == (["class"], "skip", 7)
+
+
 def test_annotations_choose_pictures(tmp_path: Path) -> None:
     for name in ("1.png", "2.png"):
         write(tmp_path / name, 8, 8)
@@ -89,14 +133,14 @@ def test_annotations_choose_pictures(tmp_path: Path) -> None:
 def test_broken_pictures_stop_or_are_passed_over(tmp_path: Path) -> None:
     write(tmp_path / "good.png", 8, 8)
     (tmp_path / "header.png").write_bytes(b"no picture")
-    with pytest.raises(BrokenImageError, match=r"header\.png cannot be read"):
+    with pytest.raises(BrokenImageError, match=r"header\.png cannot be read.*: remove it, or .* data\.on_broken skip$"):
         ImageFolder(tmp_path, (8, 8))
     assert ImageFolder(tmp_path, (8, 8), on_broken="skip").skipped == 1
     write(tmp_path / "body.png", 64, 64)
     whole = (tmp_path / "body.png").read_bytes()
     (tmp_path / "body.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "header.png").unlink()
-    with pytest.raises(BrokenImageError, match=r"body\.png cannot be read"):
+    with pytest.raises(BrokenImageError, match=r"body\.png cannot be read.*: remove it, or .* data\.on_broken skip$"):
         ImageFolder(tmp_path, (8, 8))[0]
     assert ImageFolder(tmp_path, (8, 8), on_broken="skip")[0][1]["path"].endswith("good.png")
     (tmp_path / "good.png").unlink()
@@ -114,5 +158,34 @@ def test_what_will_not_do_is_named(tmp_path: Path) -> None:
     write(tmp_path / "tiny.png", 3, 9)
     with pytest.raises(ValueError, match=r"tiny\.png has 3 x 9 pixels"):
         ImageFolder(tmp_path, (8, 8))
+    write(tmp_path / "good.png", 4, 9)
+    assert ImageFolder(tmp_path, (8, 8), on_broken="skip").paths == [tmp_path / "good.png"]
+    with pytest.raises(FileNotFoundError, match="no picture large enough"):
+        ImageFolder(tmp_path, (32, 32), on_broken="skip")
+    with pytest.raises(ValueError, match="set its in_channels to 3 or 1"):
+        ImageFolder(tmp_path, (4, 4), channels=4)
     with pytest.raises(ValueError, match="make it at least 8"):
         ImageFolder(tmp_path, (8, 8), short_side=6)
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [((16, 16), False), ((16, 63), False), ((15, 64), False), ((64, 16), False), ((16, 64), True)],
+    ids=str,
+)
+def test_a_picture_has_half_the_height_and_half_the_width_of_a_crop(
+    tmp_path: Path, size: tuple[int, int], fits: bool
+) -> None:
+    write(tmp_path / "a.png", *size)
+    if fits:
+        assert len(ImageFolder(tmp_path, (32, 128))) == 1
+    else:
+        with pytest.raises(ValueError, match=f"has {size[0]} x {size[1]} pixels, less than half of the 32 x 128"):
+            ImageFolder(tmp_path, (32, 128))
+
+
+def test_a_photograph_on_its_side_is_measured_as_it_is_seen(tmp_path: Path) -> None:
+    orientation = Image.Exif()
+    orientation[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (16, 64)).save(tmp_path / "a.jpg", exif=orientation)  # 64 wide once it is turned
+    assert ImageFolder(tmp_path, (32, 128))[0][0].shape == (3, 32, 128)
