@@ -22,6 +22,7 @@ MODE = "yaml with None"  # of parsers
 KINDS = {
     "PositiveInt": "a whole number above 0",
     "NonNegativeInt": "a whole number from 0 on",
+    "PositiveFloat": "a number above 0",
     "NonNegativeFloat": "a number from 0 on",
     "ClosedUnitInterval": "a number from 0 to 1",
     "int": "a whole number",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from jsonargparse.typing import NonNegativeInt
 
 from diffperception.cli import first_process, say
 from diffperception.cli.evaluate import finish, load_detector
@@ -16,7 +17,7 @@ from diffperception.detection.evaluation import CocoResult
 from diffperception.tasks.data import TrainingData
 from diffperception.tasks.detection import DetectionTask
 from diffperception.tasks.evaluation import EVALUATORS, evaluate_detector, require_classes
-from diffperception.tasks.fitting import fit
+from diffperception.tasks.fitting import fit, require_machine
 from diffperception.tasks.log import RunLog
 from diffperception.tasks.options import DataOptions, EvaluationOptions, OptimizerOptions, TrainerOptions
 from diffperception.visualize import curves, save_png
@@ -37,7 +38,7 @@ def train(
     evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
     training: type[DetectionTask] = DetectionTask,
     init: Path | None = None,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     resume: bool = False,
     overwrite: bool = False,
     resolved: str = "",
@@ -69,6 +70,7 @@ def train(
     """
     if first_process():
         require_room(output, resume, overwrite)
+    require_machine(trainer)
     train_set, val_set = data.open()
     repeats = data.repeats(train_set)
     # What cannot be scored is refused here, not after the training.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import nn
 
 from diffperception.cli import first_process, say
@@ -16,7 +16,7 @@ from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopp
 from diffperception.models import NoisyClassifier
 from diffperception.tasks.classification import ClassificationTask, LabelledImageOptions, held_out_accuracy
 from diffperception.tasks.data import TrainingData
-from diffperception.tasks.fitting import fit
+from diffperception.tasks.fitting import fit, require_machine
 from diffperception.tasks.log import RunLog
 from diffperception.tasks.options import OptimizerOptions, TrainerOptions
 from diffperception.visualize import curves, save_png
@@ -40,7 +40,7 @@ class AccuracyOptions:
         batch_size: images in one pass.
     """
 
-    every: int | None = 1000
+    every: PositiveInt | None = 1000
     images: PositiveInt | None = 256
     ranges: PositiveInt = 5
     batch_size: PositiveInt = 64
@@ -53,7 +53,7 @@ def train(
     optimizer: OptimizerOptions = OptimizerOptions(lr=3e-4, base_batch_size=256, weight_decay=0.05),  # noqa: B008
     trainer: TrainerOptions = TrainerOptions(),  # noqa: B008 (the defaults are not changed)
     evaluation: AccuracyOptions = AccuracyOptions(),  # noqa: B008
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     resume: bool = False,
     overwrite: bool = False,
     resolved: str = "",
@@ -85,6 +85,7 @@ def train(
     """
     if first_process():
         require_room(output, resume, overwrite)
+    require_machine(trainer)
     torch.manual_seed(seed)
     classifier = model(data.classes())
     train_set, val_set = data.open(classifier.image_size, classifier.in_channels)

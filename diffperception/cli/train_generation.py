@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from diffperception.cli import first_process, say
 from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopped, say_where, start_or_go_on
 from diffperception.generation.model import DiffusionModel
-from diffperception.generation.sampling import SamplingOptions, sample
+from diffperception.generation.sampling import SamplingOptions, sample, time_grid
 from diffperception.tasks.data import TrainingData
-from diffperception.tasks.fitting import fit
+from diffperception.tasks.fitting import fit, require_machine
 from diffperception.tasks.generation import GenerationTask, ImageDataOptions, ObjectiveOptions, held_out_loss
 from diffperception.tasks.options import OptimizerOptions, TrainerOptions
 from diffperception.visualize import curves, image_grid, save_png
@@ -37,11 +38,11 @@ class PreviewOptions:
         batch_size: images in one pass.
     """
 
-    every: int | None = 1000
-    samples: int = 36
+    every: PositiveInt | None = 1000
+    samples: PositiveInt = 36
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    held_out: int = 256
-    batch_size: int = 32
+    held_out: PositiveInt = 256
+    batch_size: PositiveInt = 32
 
 
 def train(
@@ -52,7 +53,7 @@ def train(
     trainer: TrainerOptions = TrainerOptions(),  # noqa: B008 (the defaults are not changed)
     objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008
     preview: PreviewOptions = PreviewOptions(),  # noqa: B008
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     resume: bool = False,
     overwrite: bool = False,
     resolved: str = "",
@@ -83,10 +84,12 @@ def train(
     """
     if first_process():
         require_room(output, resume, overwrite)
+    require_machine(trainer)
     torch.manual_seed(seed)
     generator = model(data.classes())
     train_set, val_set = data.open(generator.image_size, generator.unet.in_channels)
     task = GenerationTask(generator, optimizer, seed, objective)
+    require_preview(generator, preview)
     resume = start_or_go_on(output, resume, overwrite, resolved, generator)
     parameters = sum(parameter.numel() for parameter in generator.parameters())
     height, width = generator.image_size
@@ -119,12 +122,28 @@ def train(
     return 0
 
 
+def require_preview(model: DiffusionModel, preview: PreviewOptions) -> None:
+    """ValueError if the model cannot be sampled in this way."""
+    options = preview.sampling
+    try:
+        time_grid(model.schedule, options.sampler, options.steps)
+        model.denoiser(labels_in_turn(model, range(1)), options.guidance)
+    except ValueError as error:
+        raise ValueError(f"option preview.sampling: {error}") from None
+
+
 def draw_samples(model: DiffusionModel, preview: PreviewOptions, seed: int, path: Path) -> None:
     """A grid of samples from noise that is the same for every model and step; labels take turns."""
     images: list[Tensor] = []
     for start in range(0, preview.samples, preview.batch_size):
         indices = range(start, min(start + preview.batch_size, preview.samples))
-        labels = None if model.classes is None else torch.tensor([i % len(model.classes) for i in indices])
-        labels = None if labels is None else labels.to(model.device)
+        labels = labels_in_turn(model, indices)
         images.extend(sample(model, indices, preview.sampling, seed, labels).float().cpu())
     save_png(image_grid(images), path)
+
+
+def labels_in_turn(model: DiffusionModel, indices: range) -> Tensor | None:
+    """The labels (B,) of samples of these numbers; None where the model has none."""
+    if model.classes is None:
+        return None
+    return torch.tensor([i % len(model.classes) for i in indices], device=model.device)

@@ -61,9 +61,13 @@ def time_grid(schedule: Schedule, sampler: Sampler, steps: int) -> Tensor:
     (arXiv 2206.00927, section 3.3), the others in time.
 
     Raises:
-        ValueError: for fewer steps than one, or more than the schedule has.
+        ValueError: for fewer steps than one, or more than the schedule has, or ancestral sampling on a straight path.
     """
     if not isinstance(schedule, DiscreteSchedule):
+        if sampler == "ddpm":
+            raise ValueError(
+                "The sampler ddpm needs a schedule of discrete steps: take ddim with eta 1 on a straight path."
+            )
         if steps < 1:
             raise ValueError(f"Sampling takes at least 1 step, not {steps}.")
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -116,10 +120,7 @@ def sample(
         x = sample_heun(denoiser, schedule, x, grid)
     elif options.sampler == "ddim":
         x = sample_ddim(denoiser, schedule, x, grid, options.eta, noise)
-    elif isinstance(schedule, DiscreteSchedule):
-        x = sample_ddpm(denoiser, schedule, x, grid, noise)
     else:
-        raise ValueError(
-            "The sampler ddpm needs a schedule of discrete steps: take ddim with eta 1 on a straight path."
-        )
+        assert isinstance(schedule, DiscreteSchedule)  # or there would be no grid
+        x = sample_ddpm(denoiser, schedule, x, grid, noise)
     return (x.clamp(-1, 1) + 1) / 2

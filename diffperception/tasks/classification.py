@@ -34,15 +34,6 @@ class LabelledImageOptions(ImageDataOptions):
             raise ValueError(f"{self.images} holds the class {classes[0]} alone: a classifier needs two or more")
         return classes
 
-    def open(self, image_size: tuple[int, int], channels: int) -> tuple[ImageFolder, ImageFolder | None]:
-        train, val = super().open(image_size, channels)
-        if val is not None and val.classes != train.classes:
-            raise ValueError(
-                f"{self.images} and {self.val_images} hold folders of different names: they are the classes, so give"
-                " both the same"
-            )
-        return train, val
-
 
 class ClassificationTask(Task):
     """The step of a noisy classifier: images noised at uniform times of its path, and the cross entropy of its logits.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from diffperception.tasks.callbacks import Averaging, Checkpoints, Evaluations, Reporter, Score
@@ -64,8 +65,7 @@ def fit(
         NonFiniteLossError: the loss is infinite or no number.
         ValueError: the checkpoint cannot be read or belongs to another training step.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    hush()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
     # Of 1 x 1 kernels, whose two memory layouts are the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -118,6 +118,33 @@ def fit(
             record.close()
     trained = averaging.model if averaging else task.model
     return Outcome(trained, trainer.global_step, checkpoints.signal, trainer.strategy.root_device)
+
+
+def require_machine(options: TrainerOptions) -> None:
+    """ValueError if this machine has not what the options would train on."""
+    hush()
+    devices, nodes = machines(options)
+    try:
+        Trainer(
+            accelerator=options.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=options.strategy,
+            precision=options.precision,
+            logger=False,
+            enable_checkpointing=False,
+        )
+    except (MisconfigurationException, ValueError, ImportError) as error:
+        raise ValueError(
+            f"trainer.accelerator {options.accelerator}, devices {options.devices} and strategy {options.strategy} do"
+            f" not suit this machine: {error}"
+        ) from None
+
+
+def hush() -> None:
+    """Let Lightning speak of problems alone."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def machines(options: TrainerOptions) -> tuple[int | str, int]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from diffperception.data.image_folder import ImageFolder, class_folders
@@ -49,21 +50,21 @@ class ImageDataOptions:
     annotations: Path | None = None
     val_images: Path | None = None
     val_annotations: Path | None = None
-    short_side: int | None = None
+    short_side: PositiveInt | None = None
     labelled: bool = False
-    horizontal_flip: float = 0.5
-    vertical_flip: float = 0.0
-    batch_size: int = 32
-    workers: int = 2
+    horizontal_flip: ClosedUnitInterval = 0.5
+    vertical_flip: ClosedUnitInterval = 0.0
+    batch_size: PositiveInt = 32
+    workers: NonNegativeInt = 2
     on_broken: Literal["stop", "skip"] = "stop"
-    cached: int = 0
+    cached: NonNegativeInt = 0
 
     def classes(self) -> list[str] | None:
         """The names of the classes, None without labels."""
         return class_folders(self.images) if self.labelled else None
 
     def open(self, image_size: tuple[int, int], channels: int) -> tuple[ImageFolder, ImageFolder | None]:
-        """The images to learn from, and those to measure the loss on."""
+        """The images to learn from, and those to measure on; ValueError if their folders are of other classes."""
 
         def folder(images: Path, annotations: Path | None) -> ImageFolder:
             return ImageFolder(
@@ -80,7 +81,13 @@ class ImageDataOptions:
             )
 
         train = folder(self.images, self.annotations)
-        return train, None if self.val_images is None else folder(self.val_images, self.val_annotations)
+        val = None if self.val_images is None else folder(self.val_images, self.val_annotations)
+        if val is not None and val.classes != train.classes:
+            raise ValueError(
+                f"{self.images} and {self.val_images} hold folders of different names: they are the classes, so give"
+                " both the same"
+            )
+        return train, val
 
 
 @dataclass
@@ -97,8 +104,8 @@ class ObjectiveOptions:
     """
 
     times: Literal["uniform", "loss_second_moment"] = "uniform"
-    min_snr: float | None = None
-    label_dropping: float = 0.0
+    min_snr: PositiveFloat | None = None
+    label_dropping: ClosedUnitInterval = 0.0
 
     def sampler(self, model: DiffusionModel) -> TimeSampler:
         """What draws the times of a batch; ValueError if the model's path does not have such times."""

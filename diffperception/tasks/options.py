@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 from jsonargparse import lazy_instance
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from diffperception.data import CocoDetection
 from diffperception.data.sampling import repeat_factors
@@ -39,10 +40,10 @@ class DataOptions:
     val_annotations: Path
     val_images: Path
     transforms: Callable = field(default_factory=lambda: lazy_instance(TrainingTransforms))
-    batch_size: int = 16
-    workers: int = 4
+    batch_size: PositiveInt = 16
+    workers: NonNegativeInt = 4
     on_broken: Literal["stop", "skip"] = "stop"
-    repeat_threshold: float | None = None
+    repeat_threshold: NonNegativeFloat | None = None
 
     def open(self) -> tuple[CocoDetection, CocoDetection]:
         """The data sets for training and for scoring; ValueError if their categories differ."""
@@ -81,15 +82,15 @@ class OptimizerOptions:
             (smaller in the first steps); null takes the weights themselves.
     """
 
-    lr: float = 2.5e-5
-    base_batch_size: int = 16
-    backbone_lr_factor: float = 1.0
-    weight_decay: float = 1e-4
-    warmup_steps: int = 1000
+    lr: NonNegativeFloat = 2.5e-5
+    base_batch_size: PositiveInt = 16
+    backbone_lr_factor: NonNegativeFloat = 1.0
+    weight_decay: NonNegativeFloat = 1e-4
+    warmup_steps: NonNegativeInt = 1000
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     drops: tuple[float, ...] = (0.78, 0.93)
-    clip_norm: float | None = 1.0
-    ema_decay: float | None = 0.999
+    clip_norm: PositiveFloat | None = 1.0
+    ema_decay: ClosedUnitInterval | None = 0.999
 
     def lr_factor(self, step: int, steps: int) -> float:
         """What the learning rate is multiplied by at `step` of `steps`."""
@@ -120,21 +121,16 @@ class TrainerOptions:
         checkpoint_every: steps between writings of last.ckpt, from which `--resume` goes on.
     """
 
-    max_steps: int = 10000
-    max_minutes: float | None = None
-    accumulate: int = 1
+    max_steps: PositiveInt = 10000
+    max_minutes: NonNegativeFloat | None = None
+    accumulate: PositiveInt = 1
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: str = "auto"
-    devices: int | Literal["auto"] = "auto"
-    num_nodes: int = 1
+    devices: PositiveInt | Literal["auto"] = "auto"
+    num_nodes: PositiveInt = 1
     strategy: str = "auto"
-    log_every: int = 20
-    checkpoint_every: int = 500
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "accumulate", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name} is {getattr(self, name)}: it must be at least 1")
+    log_every: PositiveInt = 20
+    checkpoint_every: PositiveInt = 500
 
 
 @dataclass
@@ -152,9 +148,9 @@ class EvaluationOptions:
         pictures: how many images are drawn with predictions beside ground truth.
     """
 
-    every: int | None = 1000
-    images: int | None = None
-    batch_size: int = 8
-    max_dets: int | None = None
+    every: PositiveInt | None = 1000
+    images: PositiveInt | None = None
+    batch_size: PositiveInt = 8
+    max_dets: PositiveInt | None = None
     protocol: Protocol = "coco"
-    pictures: int = 8
+    pictures: NonNegativeInt = 8

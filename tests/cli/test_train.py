@@ -289,6 +289,35 @@ def test_nothing_is_written_before_the_data_are_known_to_be_there(
     assert train(config, tmp_path / "run", "--trainer.max_steps", "1") == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("optimizer.base_batch_size", "0", "option optimizer.base_batch_size: expected a whole number above 0, got 0"),
+        ("optimizer.ema_decay", "2", "option optimizer.ema_decay: expected a number from 0 to 1"),
+        ("optimizer.lr", "-1", "option optimizer.lr: expected a number from 0 on, got -1"),
+        ("data.batch_size", "-1", "option data.batch_size: expected a whole number above 0, got -1"),
+        ("evaluation.every", "0", "option evaluation.every: expected a whole number above 0, got 0"),
+        ("trainer.max_steps", "0", "option trainer.max_steps: expected a whole number above 0, got 0"),
+        ("trainer.accelerator", "gpuu", "trainer.accelerator gpuu, devices auto and strategy auto do not suit this"),
+        ("trainer.strategy", "alone", "strategy alone do not suit this machine: "),
+        ("seed", "-1", "option seed: expected a whole number from 0 on, got -1"),
+    ],
+)
+def test_numbers_and_machines_that_will_not_do_are_named_before_anything_is_written(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, said: str
+) -> None:
+    assert train(config, tmp_path / "run", f"--{option}", value) == 2
+    assert said in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_missed(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config, tmp_path / "run", "--trainer.accelerator", "gpu") == 2
+    assert "No supported gpu backend found" in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_data_set_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.json").write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}')
     assert train(config, tmp_path / "run", "--data.train_annotations", str(tmp_path / "empty.json")) == 2

@@ -1,6 +1,5 @@
 """Training a generator: resumed bit for bit, it learns, it shows samples, and it says what is wrong."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,13 @@ from diffperception.cli.main import main
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
 from tests.tasks.test_resume import TORCHRUN, assert_same_run, logged, python
 from tests.tasks.tiny_detector import PowerCut
-from tests.tasks.tiny_generator import write_tiny_generator
+from tests.tasks.tiny_generator import write_tiny_generator, write_tiny_pictures
 
 UNLABELLED = ["--model.unet.num_classes=null", "--model.absent_label", "false", "--objective.label_dropping", "0"]
+NO_ABSENT = ["--model.absent_label", "false", "--model.unet.num_classes", "2", "--objective.label_dropping", "0"]
 PLAIN = ["--model", "diffperception.generation.DiffusionModel"]
+STRAIGHT = [*PLAIN, "--model.schedule", "straight", "--model.prediction", "flow", "--model.learned_range", "false"]
+STRAIGHT += ["--model.unet.out_channels", "3", "--objective.times", "uniform"]
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +186,22 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
         (["--data.images", "nowhere"], "there is no folder nowhere"),
         (["--task", "generatoin"], "no task 'generatoin'"),
         (["--preview.sampling.sampler", "euler"], "expected one of dpm_solver"),
+        (["--preview.sampling.steps", "4"], "option preview.sampling: "),
+        (["--preview.sampling.steps", "0"], "option preview.sampling: "),
+        ([*STRAIGHT, "--preview.sampling.sampler", "ddpm"], "option preview.sampling: The sampler ddpm needs"),
+        ([*NO_ABSENT, "--preview.sampling.guidance", "3"], "option preview.sampling: This model has not learned"),
+        (["--preview.samples", "0"], "option preview.samples: expected a whole number above 0, got 0"),
+        (["--preview.held_out", "0"], "option preview.held_out: expected a whole number above 0, got 0"),
+        (["--preview.batch_size", "0"], "option preview.batch_size: expected a whole number above 0, got 0"),
+        (["--preview.every", "0"], "option preview.every: expected a whole number above 0, got 0"),
+        (["--objective.min_snr", "-1"], "option objective.min_snr: expected a number above 0, got -1"),
+        (["--objective.label_dropping", "1.5"], "option objective.label_dropping: expected a number from 0 to 1, got"),
+        (["--data.batch_size", "-1"], "option data.batch_size: expected a whole number above 0, got -1"),
+        (["--data.horizontal_flip", "2"], "option data.horizontal_flip: expected a number from 0 to 1, got 2"),
+        (["--data.vertical_flip", "-1"], "option data.vertical_flip: expected a number from 0 to 1, got -1"),
+        (["--data.workers", "-1"], "option data.workers: expected a whole number from 0 on, got -1"),
+        (["--trainer.accelerator", "gpuu"], "trainer.accelerator gpuu, devices auto and strategy auto do not suit"),
+        (["--seed", "-1"], "option seed: expected a whole number from 0 on, got -1"),
     ],
 )
 def test_mistakes_end_in_one_sentence(
@@ -194,6 +212,16 @@ def test_mistakes_end_in_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
+def test_held_out_pictures_are_of_the_same_classes(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = write_tiny_pictures(tmp_path / "other")
+    (pictures / "even").rename(pictures / "prime")
+    assert train(config, tmp_path / "run", "--data.val_images", str(pictures)) == 2
+    assert "hold folders of different names" in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number_names_its_pictures(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,4 +229,3 @@ def test_a_loss_that_is_no_number_names_its_pictures(
     said = complaint(capsys)
     assert "not finite" in said
     assert ".png" in said
-    assert json.dumps(said)
