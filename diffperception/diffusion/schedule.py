@@ -90,13 +90,25 @@ class StraightPath(Schedule):
 
 
 def linear_schedule(T: int = 1000) -> DiscreteSchedule:
-    """DDPM's schedule, its 1000 steps' bounds 1e-4 and 0.02 scaled to ``T`` steps (arXiv 2102.09672)."""
+    """DDPM's schedule, its 1000 steps' bounds 1e-4 and 0.02 scaled to ``T`` steps (arXiv 2102.09672).
+
+    Raises:
+        ValueError: for 20 steps or fewer, whose last would leave nothing of the signal.
+    """
+    if T <= 20:
+        raise ValueError(f"A linear schedule takes 21 steps or more, not {T}: raise num_timesteps, or take cosine.")
     scale = 1000 / T
     return DiscreteSchedule(torch.linspace(scale * 1e-4, scale * 0.02, T, dtype=torch.float64, device="cpu"))
 
 
 def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DiscreteSchedule:
-    """The schedule of Improved DDPM (arXiv 2102.09672, eq. 17), with every beta at most ``max_beta``."""
+    """The schedule of Improved DDPM (arXiv 2102.09672, eq. 17), with every beta at most ``max_beta``.
+
+    Raises:
+        ValueError: for no step.
+    """
+    if T < 1:
+        raise ValueError(f"A cosine schedule takes 1 step or more, not {T}: raise num_timesteps.")
     time = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
     alpha_bar = torch.cos((time + s) / (1 + s) * math.pi / 2).square()
     return DiscreteSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))

@@ -69,9 +69,10 @@ def build(
     """
     if (heads is None) == (head_channels is None):
         raise ValueError("Give either heads or head_channels (64 in ADM's models): a checkpoint does not tell them.")
+    head_channels = 64 if head_channels is None else head_channels
     with torch.device("meta"):
-        model = make(heads=heads, head_channels=head_channels or 64, **layout)
-    renamed = rename(state, heads, head_channels or 64, new_attention_order)
+        model = make(heads=heads, head_channels=head_channels, **layout)
+    renamed = rename(state, heads, head_channels, new_attention_order)
     expected = {name: value.shape for name, value in model.state_dict().items()}
     wrong = [name for name in expected | renamed if name not in renamed or expected.get(name) != renamed[name].shape]
     if wrong:

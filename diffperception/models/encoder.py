@@ -1,6 +1,6 @@
 """The half of the ADM UNet that reads the noisy image: stem, encoder and middle (arXiv 2105.05233)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,12 +27,24 @@ class Encoder(nn.Module):
     Attributes:
         stride: how many input pixels wide a pixel of the innermost level is.
         skip_widths: channels of the stem's map and of each stage's.
+
+    Raises:
+        ValueError: if a number is not above 0, or heads do not divide a width.
     """
 
     def __init__(
         self, in_channels: int, channels: int, layers: "Layers", widths: list[int], depth: int, checkpointing: bool
     ) -> None:
         super().__init__()
+        require_positive(
+            {
+                "in_channels": in_channels,
+                "channels": channels,
+                "depth": depth,
+                "heads": layers.heads,
+                "head_channels": layers.head_channels,
+            }
+        )
         self.in_channels = in_channels
         self.channels = channels
         self.checkpointing = checkpointing
@@ -74,11 +86,13 @@ class Encoder(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         """ValueError if images of this size do not halve evenly between levels; it says which would do."""
+        require_positive({"height": height, "width": width})
         if height % self.stride or width % self.stride:
             smaller, larger = ([_round(side, self.stride, up) for side in (height, width)] for up in (0, 1))
+            crop = f"crop to {smaller[0]} x {smaller[1]} or " if all(smaller) else ""
             raise ValueError(
                 f"This {type(self).__name__} halves images to 1/{self.stride}, which {height} x {width} pixels do not "
-                f"allow; crop to {smaller[0]} x {smaller[1]} or pad to {larger[0]} x {larger[1]}."
+                f"allow; {crop}pad to {larger[0]} x {larger[1]}."
             )
 
 
@@ -143,17 +157,26 @@ def level_widths(channels: int, multipliers: Sequence[float], attention: Sequenc
     """The width of each level.
 
     Raises:
-        ValueError: if one is not a multiple of the norms' groups, or no level has a factor in ``attention``.
+        ValueError: if there is none, one is not a multiple of the norms' groups, or no level has a factor in
+            ``attention``.
     """
     widths = [round(channels * multiplier) for multiplier in multipliers]
-    if any(width % NORM_GROUPS or not width for width in widths):
+    if not widths or any(width % NORM_GROUPS or width < 1 for width in widths):
         raise ValueError(
-            f"Every level's width must be a multiple of {NORM_GROUPS}; channels x multipliers are {widths}."
+            f"There must be a level, and every level's width a multiple of {NORM_GROUPS}; channels x multipliers are"
+            f" {widths}."
         )
     factors = [2**level for level in range(len(widths))]
     if not set(attention) <= set(factors):
         raise ValueError(f"The levels' downsampling factors are {factors}; `attention` names {list(attention)}.")
     return widths
+
+
+def require_positive(numbers: Mapping[str, int | None]) -> None:
+    """ValueError naming the first that is given and not above 0."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be above 0, not {number}")
 
 
 def _round(side: int, multiple: int, up: int) -> int:

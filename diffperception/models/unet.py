@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffperception import weights
 from diffperception.models import adm
 from diffperception.models.blocks import NORM_GROUPS, Stage, zeroed
-from diffperception.models.encoder import Encoder, Layers, Resampling, level_widths
+from diffperception.models.encoder import Encoder, Layers, Resampling, level_widths, require_positive
 from diffperception.models.normalization import group_norm
 
 
@@ -49,7 +49,8 @@ class UNet(Encoder):
         block_info: the decoder blocks there are, counted from the innermost as the reference's ``output_blocks``.
 
     Raises:
-        ValueError: if a width is not a multiple of 32 or of its heads, or no level has a factor in ``attention``.
+        ValueError: if a number is not above 0, a width is not a multiple of 32 or of its heads, or no level has a
+            factor in ``attention``.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class UNet(Encoder):
             "resampling": resampling,
             "checkpointing": checkpointing,
         }
+        require_positive({"num_classes": num_classes, "out_channels": out_channels})
         self.num_classes = num_classes
         self.label_emb = None if num_classes is None else nn.Embedding(num_classes, layers.embedding)
         self.decoder, self.block_info = _decoder(layers, list(self.skip_widths), widths, depth)

@@ -41,6 +41,12 @@ def test_a_file_holds_all_that_sampling_needs(tmp_path: Path) -> None:
         assert '"class": "diffperception.models.unet:UNet"' in file.metadata()["arguments"]
 
 
+def test_the_fewest_steps_of_a_path() -> None:
+    for schedule, steps in (("linear", 21), ("cosine", 1)):
+        model = DiffusionModel(None, tiny_unet(), schedule, steps, image_size=8)  # type: ignore[arg-type]
+        assert 0 < float(model.schedule.alpha(steps - 1)) < 1
+
+
 def test_flow_matching_has_its_own_path() -> None:
     model = DiffusionModel(None, tiny_unet(), "straight", prediction="flow", image_size=8)
     assert isinstance(model.schedule, StraightPath)
@@ -51,6 +57,11 @@ def test_flow_matching_has_its_own_path() -> None:
     [
         ({"learned_range": True}, "learned_range needs twice as many"),
         ({"prediction": "flow"}, "flow belongs to the schedule straight"),
+        ({"image_size": 0}, "height must be above 0, not 0"),
+        ({"image_size": (8, -8)}, "width must be above 0, not -8"),
+        ({"num_timesteps": 0}, "21 steps or more, not 0: raise num_timesteps"),
+        ({"num_timesteps": 20}, "21 steps or more, not 20: raise num_timesteps"),
+        ({"num_timesteps": -5, "schedule": "cosine"}, "1 step or more, not -5: raise num_timesteps"),
         ({"image_size": 9}, "crop to 8 x 8 or pad to 10 x 10"),
         ({"classes": CLASSES}, "set unet.num_classes to 2"),
         ({"classes": CLASSES, "absent_label": True}, "set unet.num_classes to 3"),

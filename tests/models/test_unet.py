@@ -155,6 +155,8 @@ def test_the_released_lsun_model_is_understood() -> None:
         ({}, "either heads or head_channels"),
         ({"heads": 2, "head_channels": 16}, "either heads or head_channels"),
         ({"heads": 3}, "heads = 3"),
+        ({"heads": 0}, "heads must be above 0"),
+        ({"head_channels": 0}, "head_channels must be above 0"),
         ({"head_channels": 24}, "head_channels = 24"),
     ],
 )
@@ -335,6 +337,14 @@ def test_group_norm_is_exact_far_from_zero() -> None:
         ({"attention": (3,)}, r"factors are \[1, 2, 4\]; `attention` names \[3\]"),
         ({"head_channels": 48}, "64 channels wide cannot be split evenly by head_channels = 48"),
         ({"heads": 5}, "by heads = 5"),
+        ({"heads": 0}, "heads must be above 0, not 0"),
+        ({"head_channels": 0}, "head_channels must be above 0"),
+        ({"channels": -32}, "multiple of 32"),
+        ({"multipliers": ()}, "must be a level"),
+        ({"depth": 0}, "depth must be above 0"),
+        ({"in_channels": 0}, "in_channels must be above 0"),
+        ({"out_channels": -3}, "out_channels must be above 0"),
+        ({"num_classes": 0}, "num_classes must be above 0"),
     ],
 )
 def test_impossible_layouts_are_refused(changes: dict, message: str) -> None:
@@ -346,6 +356,10 @@ def test_impossible_inputs_are_refused() -> None:
     unet, t = tiny(), torch.tensor([5])
     with pytest.raises(ValueError, match=r"30 x 64 pixels do not allow; crop to 28 x 64 or pad to 32 x 64"):
         unet(torch.zeros(1, 3, 30, 64), t)
+    with pytest.raises(ValueError, match=r"2 x 64 pixels do not allow; pad to 4 x 64"):
+        unet(torch.zeros(1, 3, 2, 64), t)
+    with pytest.raises(ValueError, match="height must be above 0"):
+        unet.check_size(-32, 32)
     with pytest.raises(ValueError, match="3 channels, not 1"):
         unet(torch.zeros(1, 1, 32, 32), t)
     with pytest.raises(ValueError, match="has no classes"):
