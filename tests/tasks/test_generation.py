@@ -1,15 +1,34 @@
 """Training a generator: resumed bit for bit, it learns, it shows samples, and it says what is wrong."""
 
+import itertools
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 from diffperception.cli.main import main
+from diffperception.data.image_folder import ImageFolder
+from diffperception.diffusion import LossSecondMoment
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
+from diffperception.models import UNet
+from diffperception.tasks.generation import (
+    Batch,
+    GenerationTask,
+    ImageDataOptions,
+    ObjectiveOptions,
+    held_out_loss,
+    to_signal,
+)
+from diffperception.tasks.options import OptimizerOptions
+from diffperception.visualize import image_grid, save_png
 from tests.tasks.test_resume import TORCHRUN, assert_same_run, logged, python
 from tests.tasks.tiny_detector import PowerCut
 from tests.tasks.tiny_generator import write_tiny_generator, write_tiny_pictures
@@ -60,6 +79,10 @@ def test_bfloat16_resumes_bit_for_bit(config: Path, tmp_path: Path) -> None:
         train(config, tmp_path / "stopped", *options, "--model.die_at", "5")
     assert train(config, tmp_path / "stopped", *options, "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert train(config, tmp_path / "full", "--trainer.max_steps", "6") == 0
+    half, full = ([float(row["train/loss"]) for row in logged(tmp_path / name)] for name in ("whole", "full"))
+    assert half == pytest.approx(full, rel=0.05)
+    assert half[1:] != full[1:]
 
 
 @pytest.mark.slow
@@ -122,13 +145,160 @@ def test_a_run_that_died_in_its_last_look_makes_up_for_it(config: Path, whole: P
     assert row == {"step": "12"} | {name: value for name, value in last.items() if name.startswith("val/")}
 
 
-def test_the_exported_generator_is_the_averaged_one(whole: Path) -> None:
-    exported = main(["sample", "--model", str(whole / "model.safetensors"), "--output", str(whole / "refused")])
-    assert exported == 2  # its class is not of this package
-    state = torch.load(whole / "last.ckpt", weights_only=True)
-    settings = yaml.safe_load((whole / "config.yaml").read_text())
-    assert settings["task"] == "generation"
-    assert "averaging_state" in state
+@pytest.fixture(scope="module")
+def both(config: Path, whole: Path) -> dict[str, DiffusionModel]:
+    """The generator as it was exported, and with the raw weights of the last checkpoint."""
+    raw = torch.load(whole / "last.ckpt", weights_only=True)["current_model_state"]
+    weights = {
+        "averaged": load_file(whole / "model.safetensors"),
+        "raw": {name[6:]: value for name, value in raw.items() if name.startswith("model.")},
+    }
+    layout = yaml.safe_load(config.read_text())["model"]["init_args"]["unet"]["init_args"]
+    models = {}
+    for kind, state in weights.items():
+        models[kind] = DiffusionModel(
+            ["even", "odd"], UNet(**layout), "cosine", 3, learned_range=True, image_size=8, absent_label=True
+        )
+        models[kind].load_state_dict(state)
+        models[kind].eval()
+    return models
+
+
+def test_the_exported_generator_is_the_averaged_one(whole: Path, both: dict[str, DiffusionModel]) -> None:
+    averages = torch.load(whole / "last.ckpt", weights_only=True)["state_dict"]
+    weights, raw = (model.state_dict() for model in both.values())
+    assert all(torch.equal(value, averages[f"model.{name}"]) for name, value in weights.items())
+    assert not torch.equal(weights["unet.stem.weight"], raw["unet.stem.weight"])
+    assert yaml.safe_load((whole / "config.yaml").read_text())["task"] == "generation"
+
+
+@pytest.mark.parametrize("kind", ["averaged", "raw"])
+def test_the_grids_are_drawn_from_either_weights_with_the_same_noise_and_labels_in_turn(
+    whole: Path, both: dict[str, DiffusionModel], tmp_path: Path, kind: str
+) -> None:
+    def picture(model: DiffusionModel, labels: list[int]) -> bytes:
+        images = sample(model, range(2), SamplingOptions(steps=2), 0, torch.tensor(labels))
+        save_png(image_grid(list(images)), tmp_path / "grid.png")
+        return (tmp_path / "grid.png").read_bytes()
+
+    drawn = picture(both[kind], [0, 1])
+    assert (whole / "pictures" / f"samples_0000012_{kind}.png").read_bytes() == drawn
+    assert drawn not in [
+        picture(both[kind], [0, 0]),
+        *(picture(both[other], [0, 1]) for other in both if other != kind),
+    ]
+
+
+def test_the_held_out_loss_is_the_same_in_every_call_and_leaves_dropout_out(
+    config: Path, whole: Path, both: dict[str, DiffusionModel]
+) -> None:
+    folder = ImageFolder(config.parent / "pictures", (8, 8), labelled=True)
+    first = {kind: held_out_loss(model.train(), folder, 4, 4) for kind, model in both.items()}
+    assert first == {kind: held_out_loss(model.train(), folder, 4, 4) for kind, model in both.items()}
+    assert first["raw"] != first["averaged"]
+    for kind, model in both.items():
+        assert float(logged(whole)[-1][f"val/held_out_{kind}"]) == pytest.approx(first[kind], rel=1e-4)
+        model.eval()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Of 32 pictures of two classes."""
+    images = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return list(images), [{"label": k % 2, "image_id": k, "path": f"{k}.png"} for k in range(32)]
+
+
+def make_task(**objective: Any) -> GenerationTask:
+    """The step of a network none of whose weights is 0."""
+    torch.manual_seed(0)
+    unet = UNet(3, 6, 32, (1,), 1, attention=(), head_channels=32, num_classes=3)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = DiffusionModel(["a", "b"], unet, "cosine", 4, learned_range=True, image_size=4, absent_label=True)
+    return GenerationTask(model, OptimizerOptions(), 0, ObjectiveOptions(**objective))
+
+
+def by_hand(task: GenerationTask, batch: Batch, min_snr: float | None = None) -> tuple[Tensor, Tensor, dict]:
+    """Times, weights and the terms of each picture's loss that the task must draw with seed 5."""
+    generator = torch.Generator().manual_seed(5)
+    x0, labels = to_signal(batch, task.device)
+    t, weights = task.times.sample(len(x0), generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    network = partial(task.model.network, labels=labels)
+    with torch.no_grad():
+        return t, weights, task.model.objective(min_snr)(network, x0, t, noise)
+
+
+def test_the_loss_is_weighted_by_how_rarely_its_times_are_drawn_which_learn_from_it(batch: Batch) -> None:
+    task = make_task(times="loss_second_moment")
+    times = cast(LossSecondMoment, task.times)
+    times.seen.fill_(10)
+    times.losses.copy_(torch.tensor([[4.0], [1.0], [2.0], [8.0]]).expand(4, 10))
+    t, weights, losses = by_hand(task, batch)
+    assert weights.std() > 0.1
+    expected = deepcopy(times)
+    expected.update(t, losses["mse"] + losses["vlb"])
+    terms = task.loss_terms(batch, torch.Generator().manual_seed(5))
+    assert terms.keys() == losses.keys()
+    for name, values in losses.items():
+        torch.testing.assert_close(terms[name].detach(), (weights * values).mean())
+    assert torch.equal(times.seen, 10 + torch.bincount(t, minlength=4))
+    torch.testing.assert_close(times.losses, expected.losses)
+
+
+def test_the_loss_is_weighed_by_the_signal_to_noise_ratio_on_demand(batch: Batch) -> None:
+    terms = {}
+    for min_snr in (None, 0.5):
+        task = make_task(min_snr=min_snr)
+        terms[min_snr] = task.loss_terms(batch, torch.Generator().manual_seed(5))["mse"].detach()
+        torch.testing.assert_close(terms[min_snr], by_hand(task, batch, min_snr)[2]["mse"].mean())
+    assert terms[0.5] < 0.9 * terms[None]
+
+
+def test_a_share_of_the_labels_is_dropped(batch: Batch) -> None:
+    task = make_task(label_dropping=0.25)
+    told = []
+    task.model.unet.register_forward_pre_hook(lambda module, inputs: told.append(inputs[2]))
+    for seed in range(8):
+        task.loss_terms(batch, torch.Generator().manual_seed(seed))
+    labels, own = torch.stack(told), torch.arange(32) % 2
+    dropped = labels == 2
+    assert torch.equal(labels[~dropped], own.expand(8, 32)[~dropped])
+    assert 0.15 < dropped.float().mean() < 0.35
+    assert dropped.any(0).sum() > 16  # others in every batch
+
+
+def test_losses_are_not_in_half_precision(batch: Batch) -> None:
+    task = make_task()
+    x0, _ = to_signal(batch, task.device)
+    t, noise = torch.arange(32) % 4, torch.randn(x0.shape)
+    output = torch.randn(32, 6, 4, 4).bfloat16()
+    half, full = (task.objective(lambda *_, y=y: y, x0, t, noise) for y in (output, output.float()))
+    for name, values in half.items():
+        assert values.dtype == torch.float32
+        assert torch.equal(values, full[name])
+
+
+def test_the_options_of_pictures_reach_them(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "0.png")
+    image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+    def pictures(size: int, **options: Any) -> list[Tensor]:
+        """Three of either folder."""
+        folders = ImageDataOptions(tmp_path / "train", val_images=tmp_path / "val", **options).open((size, size), 3)
+        return [folder[0][0] for folder in folders if folder is not None for _ in range(3)]
+
+    for horizontal, vertical in itertools.product((0.0, 1.0), (0.0, 1.0)):
+        flipped = image.flip([d for d, share in ((2, horizontal), (1, vertical)) if share])
+        for found in pictures(8, horizontal_flip=horizontal, vertical_flip=vertical):
+            torch.testing.assert_close(found, flipped)
+    parts = image.unfold(1, 4, 1).unfold(2, 4, 1).permute(1, 2, 0, 3, 4)
+    for short_side, cut in ((8, True), (None, False)):
+        for found in pictures(4, horizontal_flip=0.0, short_side=short_side):
+            assert bool(torch.isclose(parts, found).flatten(2).all(2).any()) == cut
 
 
 def test_labels_are_dropped_to_the_absent_one(config: Path, tmp_path: Path) -> None:
