@@ -36,13 +36,25 @@ _NAMES = [
 ]
 
 
+# (pattern of our names, argument that decides on these weights); the first that fits.
+_DECIDING = [
+    (r"^label_emb\.", "num_classes"),
+    (r"\.time\.", "scale_shift"),
+    (r"^(encoder|decoder)\.\d+\.\d+\.conv\.", "resampling"),
+    (r"\.(norm|qkv|out)\.(weight|bias)$", "attention"),
+    (r"^out_conv\.", "out_channels"),
+    (r"^stem\.", "in_channels, channels"),
+    (r"", "channels, multipliers, depth"),
+]
+
+
 def is_unet(state: State) -> bool:
-    """Whether the names are those of the reference's ``UNetModel``."""
-    return all(name in state for name in _UNET)
+    """Whether the names are like those of the reference's ``UNetModel``, which alone has a decoder."""
+    return all(name in state for name in _CLASSIFIER) and any(name.startswith("output_blocks.") for name in state)
 
 
 def is_classifier(state: State) -> bool:
-    """Whether the names are those of the reference's ``EncoderUNetModel``."""
+    """Whether the names are like those of the reference's ``EncoderUNetModel``."""
     return all(name in state for name in _CLASSIFIER) and not is_unet(state)
 
 
@@ -74,14 +86,35 @@ def build(
         model = make(heads=heads, head_channels=head_channels, **layout)
     renamed = rename(state, heads, head_channels, new_attention_order)
     expected = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = [name for name in expected | renamed if name not in renamed or expected.get(name) != renamed[name].shape]
-    if wrong:
+    read = f"The checkpoint does not fit the {type(model).__name__} that its other weights describe ({_listed(layout)})"
+    for name in state:
+        ours = _ours(name)
+        if expected.get(ours) != renamed[ours].shape:
+            wanted = f"would be {_size(expected[ours])}" if ours in expected else "would not be there"
+            raise ValueError(
+                f"{read}: {name} is {_size(renamed[ours].shape)}, but by those it {wanted}. Check what it was built"
+                f" with: {_deciding(ours)}."
+            )
+    missing = [name for name in expected if name not in renamed]
+    if missing:
         raise ValueError(
-            f"The checkpoint does not fit the {type(model).__name__} that its other weights describe ({layout}): "
-            f"{len(wrong)} weights are missing, left over or of another shape, such as {', '.join(wrong[:5])}."
+            f"{read}: {len(missing)} weights are missing, such as those of our {missing[0]}. It is not whole, or check"
+            f" what it was built with: {_deciding(missing[0])}."
         )
     model.load_state_dict(renamed, assign=True)
     return model
+
+
+def _listed(layout: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in layout.items())
+
+
+def _size(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _deciding(name: str) -> str:
+    return next(argument for pattern, argument in _DECIDING if re.search(pattern, name))
 
 
 def unet_arguments(state: State) -> dict[str, Any]:
@@ -92,7 +125,7 @@ def unet_arguments(state: State) -> dict[str, Any]:
     """
     missing = [name for name in _UNET if name not in state]
     if missing:
-        raise ValueError(f"This is not a checkpoint of guided-diffusion's UNetModel: it has no {missing[0]}.")
+        raise ValueError(f"This is not a whole checkpoint of guided-diffusion's UNetModel: it has no {missing[0]}.")
     depth, resampling = _decoder_rhythm(state)
     return {
         **_encoder_arguments(state, depth),
@@ -116,7 +149,9 @@ def classifier_arguments(state: State, depth: int | None) -> tuple[dict[str, Any
         raise ValueError("This is a checkpoint of guided-diffusion's UNetModel, not of a classifier.")
     missing = [name for name in _CLASSIFIER if name not in state]
     if missing:
-        raise ValueError(f"This is not a checkpoint of guided-diffusion's EncoderUNetModel: it has no {missing[0]}.")
+        raise ValueError(
+            f"This is not a whole checkpoint of guided-diffusion's EncoderUNetModel: it has no {missing[0]}."
+        )
     depth, resampling = _encoder_rhythm(state, depth)
     layout = {**_encoder_arguments(state, depth), "resampling": resampling}
     if "out.3.weight" in state:

@@ -251,6 +251,10 @@ def test_a_converted_classifier_classifies_as_the_reference(tmp_path, capsys):
         ("layouts", "half", ["--image-size", "8"], "Give either heads or head_channels"),
         ("layouts", "half", ["--heads", "5", "--image-size", "8"], "cannot be split evenly by heads = 5"),
         ("layouts", "half", ["--heads", "2", "--image-size", "9"], "9 x 9 pixels do not allow"),
+        ("layouts", "half", ["--heads", "0", "--image-size", "8"], "heads must be above 0, not 0"),
+        ("layouts", "half", ["--head-channels", "0", "--image-size", "8"], "head_channels must be above 0, not 0"),
+        ("layouts", "half", ["--heads", "2", "--image-size", "0"], "height must be above 0, not 0"),
+        ("layouts", "half", ["--heads", "2", "--image-size", "8", "--num-timesteps", "0"], "raise num_timesteps"),
         ("classifiers", "block", ["--heads", "2", "--depth", "2"], "num_res_blocks"),
     ],
 )
@@ -260,6 +264,27 @@ def test_what_a_checkpoint_does_not_tell_is_asked_for(tmp_path, capsys, name, ki
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+
+
+def test_what_the_model_predicts_is_an_option(tmp_path):
+    path, _ = reference("layouts", "half", tmp_path)
+    options = ["--heads", "2", "--image-size", "8", "--prediction"]
+    assert run(path, tmp_path / "model.safetensors", *options, "v") == 0
+    assert DiffusionModel.load(tmp_path / "model.safetensors").prediction == "v"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"out.2.weight": None}, "UNetModel: it has no out.2.weight"),
+        ({"middle_block.0.in_layers.2.bias": torch.zeros(3)}, "middle_block.0.in_layers.2.bias is 3, but"),
+    ],
+)
+def test_a_unet_that_is_not_whole_is_known_as_one(tmp_path, capsys, change, complaint):
+    path, state = reference("layouts", "half", tmp_path)
+    torch.save({name: value for name, value in (state | change).items() if value is not None}, path)
+    assert run(path, tmp_path / "model.safetensors", "--heads", "2", "--image-size", "8") == 2
+    assert complaint in capsys.readouterr().err
 
 
 def test_upsamplers_and_wrong_numbers_of_names_are_refused(tmp_path, capsys):

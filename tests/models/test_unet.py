@@ -170,13 +170,32 @@ def test_checkpoints_that_do_not_fit_are_explained() -> None:
     with pytest.raises(ValueError, match=r"it has no time_embed\.0\.weight"):
         UNet.from_reference({"conv_in.weight": torch.zeros(1)}, heads=4)
     incomplete = {name: value for name, value in state.items() if name != "middle_block.1.norm.bias"}
-    with pytest.raises(ValueError, match=r"1 weights are missing.* such as middle\.1\.norm\.bias"):
+    with pytest.raises(
+        ValueError, match=r"1 weights are missing, such as those of our middle\.1\.norm\.bias.* attention"
+    ):
         UNet.from_reference(incomplete, heads=4)
-    with pytest.raises(ValueError, match=r"extra\.weight"):
+    with pytest.raises(ValueError, match=r"extra\.weight is 1, but by those it would not be there"):
         UNet.from_reference({**state, "extra.weight": torch.zeros(1)}, heads=4)
-    reshaped = {**state, "out.2.bias": torch.zeros(7)}
-    with pytest.raises(ValueError, match=r"out_conv\.bias"):
-        UNet.from_reference(reshaped, heads=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sizes", "argument"),
+    [
+        ("out.2.bias", (7,), "is 7, but by those it would be 1", "out_channels"),
+        ("middle_block.0.in_layers.2.bias", (8,), "is 8, but by those it would be 64", "channels, multipliers, depth"),
+        ("middle_block.0.emb_layers.1.bias", (128,), "is 128, but by those it would be 64", "scale_shift"),
+        ("middle_block.1.qkv.bias", (192 * 2,), "is 384, but by those it would be 192", "attention"),
+    ],
+)
+def test_a_weight_of_another_layout_is_named_with_the_argument_that_decides_on_it(
+    name: str, shape: tuple[int, ...], sizes: str, argument: str
+) -> None:
+    state = layout_state("conv")
+    assert name in state
+    with pytest.raises(ValueError, match=f"{name} {sizes}.*built with: {argument}") as error:
+        UNet.from_reference({**state, name: torch.zeros(shape)}, heads=4)
+    assert "{" not in str(error.value)
+    assert "channels 32, multipliers" in str(error.value)
 
 
 # What it computes
@@ -350,6 +369,16 @@ def test_group_norm_is_exact_far_from_zero() -> None:
 def test_impossible_layouts_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+
+
+def test_dropout_drops_in_training_alone_and_comes_with_a_checkpoint_as_asked() -> None:
+    x, t, labels = arrays("adm_layouts")["conv_x"], torch.tensor([3.5, 800.25]), torch.tensor([4, 0])
+    unet = UNet.from_reference(layout_state("conv"), heads=4, dropout=0.5, checkpointing=True)
+    assert (unet.arguments["dropout"], unet.checkpointing) == (0.5, True)
+    assert not torch.allclose(unet.train()(x, t, labels), unet(x, t, labels), atol=1e-2)
+    plain = UNet.from_reference(layout_state("conv"), heads=4)
+    assert (plain.arguments["dropout"], plain.checkpointing) == (0.0, False)
+    assert torch.equal(plain.train()(x, t, labels), unet.eval()(x, t, labels))
 
 
 def test_impossible_inputs_are_refused() -> None:
