@@ -28,8 +28,8 @@ demo-segmentation: install ## draw shapes, train their generator without labels,
 	$(BIN)/diffperception train --config configs/segmentation/shapes.yaml --output $(RUN)/scenes_masks --overwrite \
 		--features.file $(RUN)/scenes_ddpm/model.safetensors
 
-test: lint types ## lint, types and the fast tests
-	$(BIN)/python -m pytest
+test: lint types ## lint, types and the fast tests, a file a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
