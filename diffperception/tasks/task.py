@@ -110,7 +110,9 @@ class Task(LightningModule, ABC):
             {
                 "params": parameters,
                 "lr": self.lr * scale,
-                "weight_decay": self.options.weight_decay if decayed else 0.0,
+                "weight_decay": float(self.options.weight_decay)
+                if decayed
+                else 0.0,  # a number that any checkpoint can hold
             }
             for (scale, decayed), parameters in groups.items()
         ]
