@@ -17,13 +17,15 @@ from tqdm import tqdm
 from diffperception.cli import say
 from diffperception.cli.checkpoints import read_checkpoint
 from diffperception.cli.evaluate import pick_device
+from diffperception.cli.main import find
+from diffperception.cli.parsing import build_parser, parse
 from diffperception.cli.report import write_text
 from diffperception.data import SeededSamples
 from diffperception.data.image_folder import ImageFolder, list_pictures
 from diffperception.data.images import read_image
 from diffperception.diffusion import sample_seed
 from diffperception.generation.evaluation import ImageScores, compare
-from diffperception.generation.features import FeatureNetwork, feature_network
+from diffperception.generation.features import RANDOM, FeatureNetwork, feature_network
 from diffperception.generation.model import both_sides
 from diffperception.tasks.evaluation import ignore_interrupts
 from diffperception.tasks.generation import ImageDataOptions
@@ -54,7 +56,7 @@ def evaluate(
 
     Args:
         samples: folder with the generated images.
-        reference: folder with real images, cropped as those that the generator learned from; or the config.yaml of its
+        reference: folder with real images, cropped as those that the generator learned from; or the YAML file of its
             training, whose pictures are then cropped as they were there, as many crops as there are samples.
         features: the feature network: a timm model; random: and a timm model for untrained weights, such as
             random:resnet18, a weak measure that needs no network; or the model.safetensors file of a detector, for its
@@ -70,8 +72,10 @@ def evaluate(
         batch_size: images in one pass.
         workers: processes that read images.
         device: cpu, cuda, cuda:1, ... or auto.
-        seed: of the subsets.
+        seed: of the subsets, and of the crops of a training's pictures.
     """
+    if subset_size == 1:
+        raise ValueError("option subset_size: KID compares 2 images of either kind at least, not 1")
     pictures: dict[str, Sequence[Tensor]] = {"samples": Files(list_pictures(samples))}
     pictures["reference"] = (
         training_crops(reference, len(pictures["samples"]), seed)
@@ -81,6 +85,8 @@ def evaluate(
     counts = {name: len(images) for name, images in pictures.items()}
     require_images(counts, max(neighbours + 1, subset_size or 2))
     chosen = pick_device(device)
+    if weights is None and not features.startswith(RANDOM) and not features.endswith(".safetensors"):
+        say(f"the weights of {features} are fetched, unless they have been before")
     network = feature_network(features, None if weights is None else read_checkpoint(weights)[0], size).to(chosen)
     found = {name: extract(network, images, name, batch_size, workers, chosen) for name, images in pictures.items()}
     say("the features are read; comparing them takes up to some minutes")
@@ -112,7 +118,7 @@ def require_images(counts: dict[str, int], least: int) -> None:
     """ValueError if a folder has fewer images than the scores need."""
     for name, count in counts.items():
         if count < least:
-            raise ValueError(f"these scores need {least} {name} images or more, and there are {count}")
+            raise ValueError(f"the scores need {least} images or more, and there are {count} in the folder of {name}")
 
 
 class Found(NamedTuple):
@@ -154,17 +160,17 @@ def training_crops(config: Path, number: int, seed: int) -> Crops:
     """Crops of the pictures that a run of `train --task generation` learned from, made as it made them.
 
     Raises:
-        ValueError: the file does not hold the options of such a run.
+        ValueError, ArgumentError: the file does not hold the options of such a run.
     """
     if not config.is_file():
         raise FileNotFoundError(f"there is no file {config}: give the config.yaml of a training run, or a folder")
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or settings.get("task") != "generation":
         raise ValueError(f"{config} is not the config.yaml of a run of `train --task generation`")
-    model, data = settings["model"]["init_args"], settings["data"]
-    paths = {name: Path(data[name]) for name in ("images", "annotations") if data[name] is not None}
-    options = replace(ImageDataOptions(**data | paths), val_images=None)
-    train_set, _ = options.open(both_sides(model["image_size"]), model["unet"]["init_args"]["in_channels"])
+    train = find("train", "generation")
+    options = parse(build_parser(train), train, ["--config", str(config), "--output", ""])
+    model, data = options.model.init_args, ImageDataOptions(**vars(options.data))
+    train_set, _ = replace(data, val_images=None).open(both_sides(model.image_size), model.unet.init_args.in_channels)
     return Crops(train_set, number, seed)
 
 

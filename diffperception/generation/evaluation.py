@@ -73,7 +73,7 @@ def kernel_distance(
     """
     real, fake = _pair(real, fake, least=max(2, subset_size))
     if subsets < 1 or subset_size < 2:
-        raise ValueError(f"KID needs a subset of 2 rows at least, not {subsets} of {subset_size}")
+        raise ValueError(f"KID needs 1 subset of 2 rows at least: subsets is {subsets}, subset_size {subset_size}")
 
     def draw(rows: Tensor) -> Tensor:
         return rows[torch.randperm(len(rows), generator=generator)[:subset_size].to(rows.device)]

@@ -1,6 +1,8 @@
 """`diffperception evaluate --task generation` from its options."""
 
 import json
+import shutil
+from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from diffperception.cli.evaluate_generation import evaluate
+from diffperception.cli.evaluate_generation import evaluate, training_crops
 from diffperception.cli.parsing import call, sentence
 
 FEATURES = ["--features", "random:resnet18", "--size", "32", "--workers", "0"]
@@ -101,8 +103,9 @@ def test_a_broken_image_is_named(folders: Path, tmp_path: Path, workers: str) ->
     ("count", "options", "part"),
     [
         (0, [], "no picture in"),
-        (3, [], "4 samples images or more, and there are 3"),
-        (8, ["--subset_size", "9"], "9 samples images or more, and there are 8"),
+        (3, [], "need 4 images or more, and there are 3 in the folder of samples"),
+        (8, ["--subset_size", "9"], "9 images or more, and there are 8"),
+        (8, ["--subset_size", "1"], "option subset_size: KID compares 2 images"),
         (4, ["--features", "resnet19"], "no feature network resnet19"),
         (4, ["--size", "9", "--features", "random:test_vit"], "9 x 9 pixels"),
         (4, ["--weights", "absent.pth"], "no checkpoint absent.pth"),
@@ -116,17 +119,53 @@ def test_a_mistake_is_one_sentence(folders: Path, tmp_path: Path, count: int, op
     assert "\n" not in sentence(error.value)
 
 
-def test_the_reference_may_be_the_pictures_of_a_training_run(folders: Path, tmp_path: Path) -> None:
+def test_samples_that_are_some_of_the_real_images_are_precise_but_lack_variety(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    for picture in sorted((folders / "real").glob("*.png"))[:8]:
+        shutil.copy(picture, tmp_path / "samples")
+    metrics = score(folders, str(tmp_path / "samples"), tmp_path, "--neighbours", "1")["metrics"]
+    assert metrics["precision"] == 1
+    assert metrics["recall"] < 0.9
+
+
+def write_config(folders: Path, path: Path, side: int) -> Path:
+    """As by hand, stating only what differs from the defaults."""
+    unet = {"channels": 32, "multipliers": [1], "attention": [], "depth": 1}
+    data = {"images": str(folders / "real"), "horizontal_flip": 0.0, "short_side": 24}
+    model = {
+        "class_path": "diffperception.generation.DiffusionModel",
+        "init_args": {"image_size": side, "unet": unet},
+    }
+    path.write_text(yaml.safe_dump({"task": "generation", "model": model, "data": data}))
+    return path
+
+
+def test_the_reference_may_be_the_pictures_of_a_training(folders: Path, tmp_path: Path) -> None:
     """Its crops are those of the training; of pictures as large as a crop they are the pictures."""
-    unet = {"class_path": "diffperception.models.UNet", "init_args": {"in_channels": 3}}
-    data = {"images": str(folders / "real"), "annotations": None, "horizontal_flip": 0.0}
-    config = {"task": "generation", "model": {"init_args": {"image_size": 24, "unet": unet}}, "data": data}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    arguments = ["--samples", str(folders / "real"), "--reference", str(tmp_path / "config.yaml"), *FEATURES]
+    config = write_config(folders, tmp_path / "config.yaml", side=24)
+    arguments = ["--samples", str(folders / "real"), "--reference", str(config), *FEATURES]
     assert call(evaluate, [*arguments, "--output", str(tmp_path / "same")]) == 0
     metrics = json.loads((tmp_path / "same" / "metrics.json").read_text())["metrics"]
     assert metrics["fid"] == pytest.approx(0, abs=1e-6)
     assert metrics["precision"] == metrics["recall"] == 1
-    (tmp_path / "config.yaml").write_text("task: detection\n")
+    config.write_text("task: detection\n")
     with pytest.raises(ValueError, match="not the config"):
         call(evaluate, arguments)
+    config.write_text("task: generation\ndata: {imags: x}\n")
+    with pytest.raises(ArgumentError, match="imags"):
+        call(evaluate, arguments)
+
+
+def test_the_crops_are_a_function_of_the_seed(folders: Path, tmp_path: Path) -> None:
+    config = write_config(folders, tmp_path / "config.yaml", side=16)
+    crops = [training_crops(config, 6, seed) for seed in (0, 0, 1)]
+    images = [torch.stack([each[i] for i in range(len(each))]) for each in crops]
+    assert images[0].shape == (6, 3, 16, 16)
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+    distances = []
+    for seed in "01":
+        arguments = ["--samples", str(folders / "good"), "--reference", str(config), *FEATURES, "--seed", seed]
+        assert call(evaluate, [*arguments, "--output", str(tmp_path / seed)]) == 0
+        distances.append(json.loads((tmp_path / seed / "metrics.json").read_text())["metrics"]["fid"])
+    assert distances[0] != pytest.approx(distances[1], rel=1e-3)

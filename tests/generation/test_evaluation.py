@@ -155,3 +155,17 @@ def test_subsets_larger_than_the_sets_are_refused() -> None:
         kernel_distance(normal(9, 3), normal(20, 3), subset_size=10)
     with pytest.raises(ValueError, match="subset of 2"):
         kernel_distance(normal(9, 3), normal(20, 3), subset_size=1)
+
+
+def test_the_deviation_is_that_of_the_subsets() -> None:
+    real, fake = normal(30, 4), normal(30, 4, seed=1)
+    each = torch.Generator().manual_seed(0)
+    values = torch.tensor([kernel_distance(real, fake, 1, 8, each)[0] for _ in range(6)])
+    mean, deviation = kernel_distance(real, fake, 6, 8, torch.Generator().manual_seed(0))
+    assert mean == pytest.approx(values.mean().item(), rel=1e-5)
+    assert deviation == pytest.approx(values.std(correction=0).item(), rel=1e-5)
+
+
+def test_a_row_at_the_very_reach_of_another_lies_within() -> None:
+    real, fake = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[4.0], [6]])
+    assert precision_recall(real, fake, k=1) == (0.5, 0.5)  # 4 reaches to 2, and 6 to 4
