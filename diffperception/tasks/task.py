@@ -106,14 +106,9 @@ class Task(LightningModule, ABC):
             if parameter.requires_grad:
                 decayed = parameter.ndim > 1 and not name.endswith("relative_position_bias_table")
                 groups.setdefault((self.lr_scale(name), decayed), []).append(parameter)
+        decay = float(self.options.weight_decay)  # as jsonargparse gives it no checkpoint could be loaded safely
         return [
-            {
-                "params": parameters,
-                "lr": self.lr * scale,
-                "weight_decay": float(self.options.weight_decay)
-                if decayed
-                else 0.0,  # a number that any checkpoint can hold
-            }
+            {"params": parameters, "lr": self.lr * scale, "weight_decay": decay if decayed else 0.0}
             for (scale, decayed), parameters in groups.items()
         ]
 
