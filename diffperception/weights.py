@@ -54,13 +54,15 @@ def load_model(path: str | Path, allow: tuple[str, ...] = ("diffperception",)) -
         ValueError: not a model file, cut short, or its class lies outside `allow`.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no model file {path}")
+        hint = ": name the model.safetensors in that folder" if Path(path).is_dir() else ""
+        raise FileNotFoundError(f"there is no model file {path}{hint}")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or export it again") from None
+        advice = "take the model.safetensors beside it" if Path(path).suffix == ".ckpt" else "copy or export it again"
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): {advice}") from None
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by diffperception: `diffperception convert` reads foreign checkpoints"

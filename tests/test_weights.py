@@ -45,6 +45,10 @@ def test_a_file_cut_in_half_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
         load_model(path)
+    with pytest.raises(FileNotFoundError, match=r"name the model\.safetensors in that folder"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"take the model\.safetensors beside it"):
+        load_model(path.rename(tmp_path / "last.ckpt"))
 
 
 def test_foreign_and_missing_files_are_named(tmp_path):

@@ -17,8 +17,6 @@ def shapes(
     max_side: int = ShapesSettings.max_side,
     max_objects: int = ShapesSettings.max_objects,
     min_size: int = ShapesSettings.min_size,
-    kinds: list[str] = list(ShapesSettings.kinds),  # noqa: B006 (not changed)
-    plain: bool = ShapesSettings.plain,
     workers: int | None = None,
 ) -> None:
     """Draw a data set of ellipses, rectangles, triangles, stars, crosses and rings to try the other commands on.
@@ -35,11 +33,9 @@ def shapes(
         max_side: largest height and width of a picture, in pixels.
         max_objects: most objects in a picture; with 1, pictures lie in folders of their object's class.
         min_size: smallest length of an object, in pixels.
-        kinds: of the objects, in the order of their class numbers; by default all six.
-        plain: background and objects have one colour each, without patterns, outlines and noise.
         workers: processes that draw; null: one for each core.
     """
-    settings = ShapesSettings(train, val, seed, min_side, max_side, max_objects, min_size, kinds, plain)
+    settings = ShapesSettings(train, val, seed, min_side, max_side, max_objects, min_size)
     with tqdm(total=train + val, desc="draw", unit="image", leave=False, disable=None) as bar:
         drawn = write_shapes(output, settings, workers, on_image=bar.update)
     if drawn:

@@ -1,7 +1,7 @@
 """Scenes of simple shapes drawn from a seed: a small data set with exact boxes and class masks."""
 
 import colorsys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ class Scene:
     image: np.ndarray  # (H, W, 3) uint8 RGB
     owner: np.ndarray  # (H, W) int64: the visible object at a pixel, -1 for background
     boxes: np.ndarray  # (n, 4) int64 x1 y1 x2 y2: bounds of the visible pixels, ends excluded
-    labels: np.ndarray  # (n,) int64, index of the kinds drawn
+    labels: np.ndarray  # (n,) int64, index of CLASSES
 
     @property
     def class_mask(self) -> np.ndarray:
@@ -29,13 +29,7 @@ class Scene:
 
 
 def draw_scene(
-    rng: np.random.Generator,
-    min_side: int = 96,
-    max_side: int = 160,
-    max_objects: int = 8,
-    min_size: int = 22,
-    kinds: Sequence[str] | None = None,
-    plain: bool = False,
+    rng: np.random.Generator, min_side: int = 96, max_side: int = 160, max_objects: int = 8, min_size: int = 22
 ) -> Scene:
     """Draw one scene of max_objects / 2 to max_objects shapes; later shapes cover earlier ones.
 
@@ -47,48 +41,44 @@ def draw_scene(
         min_side, max_side: bounds of the picture's height and of its width, in pixels.
         max_objects: most objects in a picture; fewer where there is no room.
         min_size: smallest length of a shape in pixels; the largest is 0.6 of the picture's shorter side.
-        kinds: of the shapes, each one of CLASSES; all of them where not given.
-        plain: background and shapes have one colour each, without patterns, outlines and noise.
     """
-    kinds = kinds or CLASSES
     height, width = rng.integers(min_side, max_side + 1, size=2)
-    image = _background(rng, height, width, plain)
+    image = _background(rng, height, width)
     scenery = image.mean(axis=(0, 1))
     owner = np.full((height, width), -1)
     areas: list[float] = []
     labels: list[int] = []
     for _ in range(rng.integers((max_objects + 1) // 2, max_objects + 1)):
-        label = int(rng.integers(len(kinds)))
+        label = int(rng.integers(len(CLASSES)))
         for _ in range(MAX_ATTEMPTS):
-            shape = _Shape.random(rng, kinds[label], height, width, min_size)
+            shape = _Shape.random(rng, label, height, width, min_size)
             distance = shape.distance(height, width)
             covered = np.where(distance < 0, len(areas), owner)
             if _all_visible(covered, [*areas, shape.area()]):
                 owner = covered
                 areas.append(shape.area())
                 labels.append(label)
-                _paint(rng, image, distance, scenery, plain)
+                _paint(rng, image, distance, scenery)
                 break
-    if not plain:
-        image += rng.normal(scale=rng.uniform(0, 0.04), size=image.shape)
+    image += rng.normal(scale=rng.uniform(0, 0.04), size=image.shape)
     pixels = np.round(255 * image.clip(0, 1)).astype(np.uint8)
     return Scene(pixels, owner, _bounds(owner, len(areas)), np.array(labels, dtype=np.int64))
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """A shape of a kind in CLASSES, turned and stretched; `radii` are its half axes in pixels."""
+    """A shape of CLASSES[label], turned and stretched; `radii` are its half axes in pixels."""
 
-    kind: str
+    label: int
     centre: np.ndarray  # (2,) x y
     radii: np.ndarray  # (2,)
     angle: float
 
     @classmethod
-    def random(cls, rng: np.random.Generator, kind: str, height: int, width: int, min_size: int) -> "_Shape":
+    def random(cls, rng: np.random.Generator, label: int, height: int, width: int, min_size: int) -> "_Shape":
         size = np.exp(rng.uniform(np.log(min_size), np.log(0.6 * min(height, width))))
         return cls(
-            kind=kind,
+            label=label,
             centre=rng.uniform(size=2) * (width, height),
             radii=size / 2 * np.array([1, rng.uniform(0.6, 1)]),
             angle=rng.uniform(0, 2 * np.pi),
@@ -100,11 +90,11 @@ class _Shape:
         y = np.arange(height)[:, None] + 0.5 - self.centre[1]
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         u, v = (cos * x + sin * y) / self.radii[0], (cos * y - sin * x) / self.radii[1]
-        return OUTLINES[self.kind](u, v) * self.radii.min()
+        return OUTLINES[CLASSES[self.label]](u, v) * self.radii.min()
 
     def area(self) -> float:
         """Area in pixels where nothing covers or cuts the shape."""
-        return UNIT_AREAS[self.kind] * float(self.radii.prod())
+        return UNIT_AREAS[CLASSES[self.label]] * float(self.radii.prod())
 
 
 def _ellipse(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -172,23 +162,17 @@ def _bounds(owner: np.ndarray, count: int) -> np.ndarray:
     return np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices], dtype=np.int64).reshape(count, 4)
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, scenery: np.ndarray, plain: bool) -> None:
+def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, scenery: np.ndarray) -> None:
     """Blend a shape into the image in place, its edge smoothed over one pixel."""
     colour = _colour(rng, unlike=scenery)
-    fill = colour if plain else _decorated(rng, colour, distance, scenery)
-    coverage = (0.5 - distance).clip(0, 1)[..., None]
-    image += coverage * (fill - image)
-
-
-def _decorated(rng: np.random.Generator, colour: np.ndarray, distance: np.ndarray, scenery: np.ndarray) -> np.ndarray:
-    """(H, W, 3) a shape's colour in a pattern with a shade of it, some with a dark outline."""
     strength = rng.uniform(0.3, 0.65)
     shade = max(strength * colour, 1 - strength * (1 - colour), key=lambda tone: np.linalg.norm(tone - scenery))
     fill = colour + _pattern(rng, *distance.shape)[..., None] * (shade - colour)
     if rng.uniform() < 0.3:
         outline = (distance + 2.5).clip(0, 1)[..., None]
         fill += outline * (0.3 * colour - fill)
-    return fill
+    coverage = (0.5 - distance).clip(0, 1)[..., None]
+    image += coverage * (fill - image)
 
 
 def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -211,12 +195,10 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return (0.5 + 2 * wave).clip(0, 1)
 
 
-def _background(rng: np.random.Generator, height: int, width: int, plain: bool) -> np.ndarray:
-    """(H, W, 3) a muted colour; unless plain it drifts into another, with soft blotches."""
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) a muted colour that drifts into another, with soft blotches."""
     hue, value = rng.uniform(), rng.uniform(0.15, 0.9)
     first = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0, 0.4), value))
-    if plain:
-        return np.tile(first, (height, width, 1))
     second = (first + rng.uniform(-0.2, 0.2, size=3)).clip(0, 1)
     pattern = 0.5 * _pattern(rng, height, width) + 0.5 * _blotches(rng, height, width, cell=24)
     return first + pattern[..., None] * (second - first)

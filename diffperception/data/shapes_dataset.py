@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,8 +32,6 @@ class ShapesSettings:
         max_objects: most objects in a picture; half as many are the least, where there is room. With 1, pictures lie
             in folders of their object's class.
         min_size: smallest length of a shape in pixels; the largest is 0.6 of the picture's shorter side.
-        kinds: of the shapes, in the order of their labels, each one of CLASSES.
-        plain: background and shapes have one colour each, without patterns, outlines and noise.
     """
 
     train: int = 2000
@@ -43,17 +41,12 @@ class ShapesSettings:
     max_side: int = 160
     max_objects: int = 8
     min_size: int = 22
-    kinds: Sequence[str] = CLASSES
-    plain: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kinds", tuple(self.kinds))  # a list, as from JSON, is the same
         if min(self.train, self.val, self.seed) < 0 or self.train + self.val == 0:
             raise ValueError("train, val and seed must not be negative, and at least one picture must be asked for")
         if self.max_objects < 1:
             raise ValueError(f"max_objects must be at least 1, not {self.max_objects}")
-        if not self.kinds or len({*self.kinds} & {*CLASSES}) < len(self.kinds):
-            raise ValueError(f"kinds must be different ones of {', '.join(CLASSES)}, not {', '.join(self.kinds)}")
         if not 18 <= self.min_size <= 0.6 * self.min_side <= 0.6 * self.max_side:
             raise ValueError(
                 f"shapes need 18 <= min_size <= 0.6 * min_side and min_side <= max_side, not min_size={self.min_size},"
@@ -114,13 +107,11 @@ def _already_there(output: Path, settings: ShapesSettings) -> bool:
     if not any(output.iterdir()):
         return False
     try:
-        drawn = ShapesSettings(**json.loads((output / SETTINGS_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
+        drawn = json.loads((output / SETTINGS_FILE).read_text())
+    except (OSError, ValueError):
         raise ValueError(f"{output} holds something else than a shapes data set: give a new folder as output") from None
-    if drawn != settings:
-        raise ValueError(
-            f"{output} holds shapes drawn with other settings ({asdict(drawn)}): give a new folder as output"
-        )
+    if drawn != asdict(settings):
+        raise ValueError(f"{output} holds shapes drawn with other settings ({drawn}): give a new folder as output")
     return True
 
 
@@ -146,7 +137,7 @@ def _write_split(
         "info": {"description": f"diffperception shapes, {split}, seed {settings.seed}"},
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": k, "name": name} for k, name in enumerate(settings.kinds, start=1)],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)],
     }
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
@@ -156,18 +147,10 @@ def _write_scene(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Draw and save picture `index` of a split; returns its COCO image entry and its annotations without ids."""
     rng = np.random.default_rng([settings.seed, int(split == "val"), index])
-    scene = draw_scene(
-        rng,
-        settings.min_side,
-        settings.max_side,
-        settings.max_objects,
-        settings.min_size,
-        settings.kinds,
-        settings.plain,
-    )
+    scene = draw_scene(rng, settings.min_side, settings.max_side, settings.max_objects, settings.min_size)
     name = f"{index:06d}.png"
     if settings.max_objects == 1:
-        name = f"{settings.kinds[int(scene.labels[0])]}/{name}"
+        name = f"{CLASSES[int(scene.labels[0])]}/{name}"
         for part in (folder / split, folder / "masks" / split):
             (part / name).parent.mkdir(exist_ok=True)
     Image.fromarray(scene.image).save(folder / split / name, compress_level=1)

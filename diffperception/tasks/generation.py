@@ -42,7 +42,7 @@ class ImageDataOptions:
         vertical_flip: share of images mirrored top to bottom; for scenes without an up and a down.
         batch_size: images in a training batch, for each process.
         workers: processes that read pictures, for each process that trains.
-        on_broken: what to do at a picture that cannot be read: stop, naming it, or take the next one.
+        on_broken: what to do at a picture that cannot be read or is too small: stop, naming it, or take the next one.
         cached: how many pictures each worker keeps in memory, resized.
     """
 

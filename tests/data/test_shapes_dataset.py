@@ -1,6 +1,4 @@
 import json
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -49,25 +47,6 @@ def test_pictures_of_one_object_lie_in_folders_of_its_class(tmp_path):
         assert (tmp_path / "shapes" / "masks" / "train" / name).is_file()
 
 
-def test_kinds_are_the_categories(tmp_path):
-    kinds = ("star", "ellipse")
-    settings = ShapesSettings(train=4, val=0, kinds=kinds)
-    write_shapes(tmp_path / "shapes", settings, workers=1)
-    dataset = CocoDetection(tmp_path / "shapes" / "annotations" / "instances_train.json", tmp_path / "shapes" / "train")
-    assert dataset.classes == list(kinds)
-    scenes = [draw_scene(np.random.default_rng([0, 0, index]), kinds=kinds) for index in range(4)]
-    for drawn, (_, target) in zip(scenes, dataset, strict=True):
-        np.testing.assert_array_equal(target["labels"].numpy(), drawn.labels)
-    assert not write_shapes(tmp_path / "shapes", settings)
-
-
-def test_a_folder_that_does_not_tell_its_kinds_has_all(drawn, tmp_path):
-    shutil.copytree(drawn, tmp_path / "shapes")
-    told = tmp_path / "shapes" / "shapes.json"
-    told.write_text(json.dumps({name: value for name, value in asdict(SMALL).items() if name != "kinds"}))
-    assert not write_shapes(tmp_path / "shapes", SMALL)
-
-
 def test_annotation_ids_are_unique(drawn):
     content = json.loads((drawn / "annotations" / "instances_train.json").read_text())
     ids = [entry["id"] for entry in content["annotations"]]
@@ -114,15 +93,7 @@ def test_stopping_midway_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"train": -1},
-        {"train": 0, "val": 0},
-        {"max_objects": 0},
-        {"min_side": 200},
-        {"min_size": 90},
-        {"kinds": ["disc"]},
-    ],
+    "wrong", [{"train": -1}, {"train": 0, "val": 0}, {"max_objects": 0}, {"min_side": 200}, {"min_size": 90}]
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
