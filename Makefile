@@ -22,9 +22,9 @@ demo: install ## draw the shapes data set, train a detector on it, print its COC
 		--output $(RUN)/shapes --overwrite
 
 demo-segmentation: install ## draw shapes, train their generator without labels, segment with ten masks (10 minutes)
-	$(BIN)/diffperception shapes --output data/scenes --min-side 64 --max-side 64 --max-objects 4 --min-size 18
+	$(BIN)/diffperception shapes --output data/scenes --min-side 40 --max-side 40 --max-objects 3 --min-size 18
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train --config configs/generation/shapes.yaml \
-		--config configs/generation/shapes_scenes.yaml --data.batch_size 8 --output $(RUN)/scenes_ddpm --overwrite
+		--config configs/generation/shapes_scenes.yaml --data.batch_size 4 --output $(RUN)/scenes_ddpm --overwrite
 	$(BIN)/diffperception train --config configs/segmentation/shapes.yaml --output $(RUN)/scenes_masks --overwrite \
 		--features.file $(RUN)/scenes_ddpm/model.safetensors
 

@@ -109,4 +109,5 @@ def test_a_segmenters_configuration_is_accepted_and_its_features_are_built(path:
     )
     assert built.fit.max_minibatches is not None
     if "shapes" in path.name:
-        assert built.data.classes == ["background", *CLASSES]
+        assert built.data.classes == ["background", "shape"]
+        assert built.data.mask_values == {0: 0} | dict.fromkeys(range(1, len(CLASSES) + 1), 1)
