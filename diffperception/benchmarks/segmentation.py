@@ -91,6 +91,11 @@ def measure(threads: int, repeats: int, minibatches: int, say: Callable[[str], N
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         memory = pool.apply(peak_memory, (threads,))
     torch.set_num_threads(threads)
+    return Report(*compare(repeats, minibatches, say), memory)
+
+
+def compare(repeats: int, minibatches: int, say: Callable[[str], None]) -> tuple[list[Comparison], float]:
+    """Speeds, and the largest difference of logits."""
     features, options = RandomMaps(), FitOptions(max_minibatches=minibatches)
     images = _images_that_fit(features.channels)
     masks = _masks(images)
@@ -117,7 +122,7 @@ def measure(threads: int, repeats: int, minibatches: int, say: Callable[[str], N
             10,
         )
     )
-    return Report(rows, difference, memory)
+    return rows, difference
 
 
 def peak_memory(threads: int) -> float:

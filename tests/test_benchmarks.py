@@ -1,0 +1,34 @@
+"""The benchmark of segmentation at small sizes: both ways are the same classifier."""
+
+import pytest
+
+from diffperception.benchmarks import segmentation
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"SIDE": 16, "BLOCKS": [(8, 8), (6, 4), (4, 2)], "MEMBERS": 2, "CLASSES": 3, "IMAGES": 2, "TRAINED": 20}
+    for name, value in sizes.items():
+        monkeypatch.setattr(segmentation, name, value)
+
+
+@pytest.mark.usefixtures("small")
+def test_both_ways_are_the_same_classifier() -> None:
+    rows, difference = segmentation.compare(repeats=1, minibatches=40, say=lambda what: None)
+    assert 0 < difference < 1e-5
+    assert [row.target for row in rows] == [None, None, None, 5, 10]
+    table = segmentation.Report(rows, difference, memory=1.5).table()
+    assert "largest difference of logits: " in table
+    assert "1.50 GiB (at most 4 GB" in table
+
+
+def test_the_whole_task_is_scaled_by_images_and_minibatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segmentation, "IMAGES", 50)
+    monkeypatch.setattr(segmentation, "TRAINED", 1000)
+    row = segmentation._scaled(dense=(6.0, 10.0), ours=(0.3, 2.0), images=3, minibatches=100)
+    assert (row.dense, row.ours) == pytest.approx((200.0, 25.0))
+
+
+@pytest.mark.usefixtures("small")
+def test_memory_is_measured_on_the_whole_task() -> None:
+    assert 0.1 < segmentation.peak_memory(threads=1) < 64
