@@ -2,8 +2,8 @@
 
 import argparse
 import difflib
-import importlib
 import inspect
+import pydoc
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -229,7 +229,7 @@ def _known(parser: ArgumentParser, message: str) -> Iterator[tuple[str, str]]:
     names = list(parser.get_defaults().keys(branches=True))
     yield from ((name.rpartition(".")[2], name) for name in names)
     yield from ((name, name) for name in names)
-    found = re.search(r"class_path[ =]'(\w[\w.]*)\.(\w+)'", message)
-    if found:
-        parameters = inspect.signature(getattr(importlib.import_module(found[1]), found[2])).parameters
+    found = re.search(r"class_path[ =]'(\w[\w.]*)'", message)
+    if found:  # a class, or a method of one that makes it
+        parameters = inspect.signature(pydoc.locate(found[1])).parameters  # type: ignore[arg-type]
         yield from ((name, name) for name in parameters)

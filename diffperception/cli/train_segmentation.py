@@ -70,6 +70,9 @@ def train(
     """
     require_room(output, overwrite)
     train_set, val_set = data.open(seed), data.open_val()
+    if val_set is not None:
+        for index in range(len(val_set)):
+            val_set.image(index)  # a broken one is better found before the training than after
     features = features.to(pick_device(device))
     classifier = PixelEnsemble(features.channels, len(data.classes), members).to(features.device)
     masks = list(train_set.masks)

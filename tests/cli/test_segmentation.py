@@ -249,3 +249,25 @@ def test_the_tool_is_the_command(run: Path, folder: Path, tmp_path: Path, monkey
         runpy.run_path(str(Path(__file__).parents[2] / "tools" / "segment.py"), run_name="__main__")
     assert ended.value.code == 0
     assert (tmp_path / "out/masks/0.png").exists()
+
+
+def test_a_mistyped_option_of_a_class_method_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [f"--features={GENERATOR}", f"--features.file={folder / 'generator.safetensors'}", "--features.block=[0]"]
+    assert train(folder, tmp_path / "run", *more) == 2
+    said = capsys.readouterr().err
+    assert "did you mean blocks?" in said
+    assert said.count("\n") == 1
+
+
+def test_a_broken_picture_to_measure_on_is_found_before_anything_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path, "val", 2)
+    whole = (tmp_path / "images/val/1.png").read_bytes()
+    (tmp_path / "images/val/1.png").write_bytes(whole[: len(whole) // 2])  # its header says a size
+    more = [f"--data.val_images={tmp_path / 'images/val'}", f"--data.val_masks={tmp_path / 'masks/val'}"]
+    assert train(folder, tmp_path / "run", *RGB, *more) == 2
+    assert "val/1.png" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
