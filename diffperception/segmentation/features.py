@@ -1,5 +1,6 @@
 """Where pixels get their features from: a diffusion model, any timm model, or the colours themselves."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from diffperception import weights
-from diffperception.diffusion import DiscreteSchedule, Schedule, linear_schedule
+from diffperception.diffusion import DiscreteSchedule, Schedule, StraightPath, linear_schedule
 from diffperception.models import TimmBackbone, UNet
 from diffperception.segmentation.maps import FeatureMaps, MapInfo, Windows, padded_side
 
@@ -107,7 +108,8 @@ class DiffusionFeatures(FeatureExtractor):
         noise: (C, window, window), used from its upper left corner.
 
     Raises:
-        ValueError: if a block or a time does not exist, or the label is missing or not wanted.
+        ValueError: if a block or a time does not exist or is named twice (times to six digits), or the label is
+            missing or not wanted.
     """
 
     noise: Tensor
@@ -124,6 +126,8 @@ class DiffusionFeatures(FeatureExtractor):
     ) -> None:
         unet = unet if isinstance(unet, UNet) else UNet(**unet)
         _check_blocks(unet, blocks)
+        _check_different("block", [str(block) for block in blocks])
+        _check_different("timestep", [f"{t:g}" for t in timesteps])
         _check_label(unet, label)
         levels = _levels(schedule, timesteps)
         info = [
@@ -264,6 +268,13 @@ def _check_blocks(unet: UNet, blocks: Sequence[int]) -> None:
         raise ValueError(f"this UNet has decoder blocks 0 to {last}; there is no {missing or 'block named'}")
 
 
+def _check_different(kind: str, names: Sequence[str]) -> None:
+    """A map is known by its time and block, times written with six digits."""
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"the {kind} {doubled[0]} is named more than once: name each {kind} once")
+
+
 def _check_label(unet: UNet, label: int | None) -> None:
     if unet.num_classes is None and label is not None:
         raise ValueError("this UNet has no classes; leave the label out")
@@ -286,4 +297,13 @@ def _levels(schedule: Schedule | Sequence[Sequence[float]], times: Sequence[floa
     if not times:
         raise ValueError("name at least one timestep")
     rows = [(schedule.alpha(t), schedule.sigma(t), schedule.conditioning(torch.as_tensor(t))) for t in times]
-    return [[float(value) for value in row] for row in rows]
+    levels = [[float(value) for value in row] for row in rows]
+    outside = [
+        t
+        for t, (signal, noise, _) in zip(times, levels, strict=True)
+        if not (0 <= signal < math.inf and 0 <= noise < math.inf)
+    ]
+    if outside:
+        known = "from 0 to 1, such as 0.05 and 0.15" if isinstance(schedule, StraightPath) else "0 or more"
+        raise ValueError(f"the timesteps {outside} lie outside of this generator's path: its times are {known}")
+    return levels

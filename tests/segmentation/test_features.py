@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffperception.diffusion import StraightPath, linear_schedule
+from diffperception.diffusion import StraightPath, VarianceExploding, linear_schedule
 from diffperception.models import UNet
 from diffperception.segmentation import DiffusionFeatures, FeatureMaps, RGBFeatures, TimmFeatures
 from diffperception.segmentation.maps import Windows, rows_around, upsample, upsample_rows
@@ -147,6 +147,27 @@ def test_continuous_paths_have_times_below_one():
     assert flow.levels == [[0.75, 0.25, 250.0]]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "times", "message"),
+    [
+        (StraightPath(), (50, 0.5, 150), r"\[50, 150\] lie outside .* from 0 to 1"),
+        (StraightPath(), (-0.1,), r"\[-0.1\] lie outside"),
+        (StraightPath(), (float("nan"),), r"\[nan\] lie outside"),
+        (VarianceExploding(), (3.0, -1.0), r"\[-1.0\] lie outside .* 0 or more"),
+        (VarianceExploding(), (float("inf"),), r"\[inf\] lie outside"),
+        (StraightPath(), (0.25, 0.2500000001), "0.25 is named more than once"),
+    ],
+)
+def test_times_outside_of_a_continuous_path_are_refused(schedule, times, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionFeatures(unet(), schedule, (0,), times, window=32)
+
+
+def test_a_continuous_path_has_both_its_ends():
+    flow = DiffusionFeatures(unet(), StraightPath(), (0,), (0, 1), window=32)
+    assert [level[:2] for level in flow.levels] == [[1, 0], [0, 1]]
+
+
 def test_classes_need_a_label_and_it_counts():
     network = unet(num_classes=4)
     with pytest.raises(ValueError, match="any of 0 to 3"):
@@ -164,6 +185,8 @@ def test_classes_need_a_label_and_it_counts():
         ({"timesteps": (50, 1000)}, r"0 to 999, not \[1000\]"),
         ({"timesteps": (0.5,)}, r"whole, 0 to 999, not \[0.5\]"),
         ({"timesteps": ()}, "at least one timestep"),
+        ({"blocks": (0, 3, 0)}, "the block 0 is named more than once"),
+        ({"timesteps": (50, 250, 50.0)}, "the timestep 50 is named more than once"),
         ({"window": 30}, "multiple of 4"),
         ({"label": 1}, "leave the label out"),
     ],

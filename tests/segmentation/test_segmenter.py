@@ -31,6 +31,13 @@ def test_a_saved_generator_knows_its_schedule_window_and_absent_label(tmp_path: 
         assert torch.equal(got, want)
 
 
+def test_times_of_another_path_than_the_generators_are_refused(tmp_path: Path) -> None:
+    """Those that are tried and taken by default are of discrete paths."""
+    DiffusionModel(unet(), "straight", prediction="flow", image_size=16).save(tmp_path / "flow.safetensors")
+    with pytest.raises(ValueError, match=r"\[50, 150, 250\] lie outside of this generator's path: .* from 0 to 1"):
+        DiffusionFeatures.of_generator(tmp_path / "flow.safetensors", (0,))
+
+
 def test_a_unet_alone_has_the_linear_schedule(tmp_path: Path) -> None:
     network = unet()
     network.save(tmp_path / "unet.safetensors")
