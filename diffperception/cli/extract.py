@@ -71,7 +71,7 @@ def extract(
         except BrokenImageError as error:
             broken.append(str(error))
             continue
-        save_maps(features.maps(image).to(getattr(torch, dtype)), features.info, files[path])
+        save_maps(features.maps(image).stored(getattr(torch, dtype), str(path)), features.info, files[path])
     say(f"{output}: feature maps of {len(paths) - len(broken)} images")
     if broken:
         say("left out:\n" + "\n".join(broken))

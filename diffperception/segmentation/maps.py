@@ -37,6 +37,12 @@ class FeatureMaps:
     def to(self, target: torch.device | torch.dtype) -> "FeatureMaps":
         return replace(self, maps=[m.to(target) for m in self.maps])
 
+    def stored(self, dtype: torch.dtype, name: str) -> "FeatureMaps":
+        """In another type; ValueError, naming the image, if that cannot hold one of the values."""
+        for cells in self.maps:
+            check_storable(cells, dtype, name)
+        return self.to(dtype)
+
     def at_points(self, points: Tensor) -> Tensor:
         """Features of pixels, equal to those that :meth:`dense` has there.
 
@@ -58,6 +64,14 @@ class FeatureMaps:
         height, width = self.size
         upsampled = [upsample(m[None], s)[0] for m, s in zip(self.maps, self.strides, strict=True)]
         return torch.cat([m[:, :height, :width] for m in upsampled])
+
+
+def check_storable(cells: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raise a ValueError that names the image if a feature would be infinite in a type, or is not a number."""
+    low, high = cells.aminmax()
+    largest = torch.finfo(dtype).max
+    if not bool((low >= -largest) & (high <= largest)):
+        raise ValueError(f"a feature of {name} is not finite in {dtype}: store the features as float32")
 
 
 def upsample(maps: Tensor, stride: int) -> Tensor:

@@ -31,6 +31,8 @@ def stored_bytes(features: FeatureExtractor, sizes: Iterable[tuple[int, int]], d
 class KeptFeatures(FeatureExtractor):
     """An extractor that computes the maps of an image once and keeps them in memory.
 
+    Its maps are refused with a ValueError where a value is too large for how they are kept.
+
     Args:
         features: what computes them.
         dtype: in which they are kept.
@@ -48,7 +50,7 @@ class KeptFeatures(FeatureExtractor):
         pixels = image.detach().cpu().contiguous()
         key = hashlib.sha256(f"{pixels.dtype} {tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).digest()
         if key not in self.kept:
-            self.kept[key] = self.features.maps(image).to(self.dtype)
+            self.kept[key] = self.features.maps(image).stored(self.dtype, "an image")
         return self.kept[key].to(torch.float32)
 
 

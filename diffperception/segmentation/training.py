@@ -1,5 +1,6 @@
 """Training of pixel classifiers on features that stay at their native resolutions."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,19 @@ from tqdm import tqdm
 
 from diffperception.segmentation.evaluation import IGNORED
 from diffperception.segmentation.features import FeatureExtractor
-from diffperception.segmentation.maps import FeatureMaps, taps
+from diffperception.segmentation.maps import FeatureMaps, check_storable, taps
 from diffperception.segmentation.mlp import PixelMLPs
+
+# What numbers of FitOptions may be; batch norm needs two pixels.
+LEAST = {
+    "batch_size": 2,
+    "epochs": 1,
+    "watch_after": 0,
+    "patience": 1,
+    "max_minibatches": 1,
+    "min_pixels": 0,
+    "seed": 0,
+}
 
 
 @dataclass
@@ -45,9 +57,12 @@ class FitOptions:
     def __post_init__(self) -> None:
         if self.storage not in ("float16", "float32"):
             raise ValueError(f"features are stored as float16 or float32, not {self.storage!r}")
-        for name in ("batch_size", "epochs", "patience"):
-            if getattr(self, name) < 1 + (name == "batch_size"):  # batch norm needs two
-                raise ValueError(f"{name} must be larger than {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
 def member_seed(seed: int, member: int) -> int:
@@ -187,8 +202,7 @@ class LabelledPixels:
             column = 0
             for i in group:
                 cells = maps.maps[i].flatten(1).T
-                if not cells.abs().amax() <= torch.finfo(table.dtype).max:
-                    raise ValueError(f"a feature of {name} is too large for {table.dtype}: set storage to float32")
+                check_storable(cells, table.dtype, name)
                 table[starts[index] : starts[index] + len(cells), column : column + cells.shape[1]] = cells
                 column += cells.shape[1]
 

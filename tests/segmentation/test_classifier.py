@@ -270,10 +270,27 @@ def test_other_faults_end_in_one_sentence():
         PixelEnsemble(13, 3, 1).predict(Pyramid(), image)
     with pytest.raises(ValueError, match="2 to 255 classes"):
         PixelEnsemble(13, 1)
-    with pytest.raises(ValueError, match="set storage to float32"):
+    with pytest.raises(ValueError, match=r"image 0 is not finite in torch\.float16: .* float32"):
         PixelEnsemble(12, 3, 1).fit(Pyramid(scale=1e6), [image], [mask])
-    with pytest.raises(ValueError, match="batch_size must be larger than 1"):
-        FitOptions(batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("batch_size", 1, "at least 2"),
+        ("learning_rate", -1.0, "above 0"),
+        ("learning_rate", math.nan, "above 0"),
+        ("epochs", 0, "at least 1"),
+        ("watch_after", -1, "at least 0"),
+        ("patience", 0, "at least 1"),
+        ("max_minibatches", 0, "at least 1"),
+        ("min_pixels", -1, "at least 0"),
+        ("seed", -3, "at least 0"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused_by_name(name, value, least):
+    with pytest.raises(ValueError, match=f"{name} must be {least}, not {value}"):
+        FitOptions(**{name: value})
 
 
 # In one file

@@ -33,7 +33,7 @@ def test_a_saved_generator_knows_its_schedule_window_and_absent_label(tmp_path: 
 
 def test_times_of_another_path_than_the_generators_are_refused(tmp_path: Path) -> None:
     """Those that are tried and taken by default are of discrete paths."""
-    DiffusionModel(unet(), "straight", prediction="flow", image_size=16).save(tmp_path / "flow.safetensors")
+    DiffusionModel(None, unet(), "straight", prediction="flow", image_size=16).save(tmp_path / "flow.safetensors")
     with pytest.raises(ValueError, match=r"\[50, 150, 250\] lie outside of this generator's path: .* from 0 to 1"):
         DiffusionFeatures.of_generator(tmp_path / "flow.safetensors", (0,))
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from diffperception.segmentation import FeatureMaps
 from diffperception.segmentation.storage import KeptFeatures, in_bytes, parse_bytes, stored_bytes
-from tests.segmentation.test_classifier import scene
+from tests.segmentation.test_classifier import Pyramid, scene
 from tests.segmentation.test_features import diffusion
 
 
@@ -28,6 +29,22 @@ def test_kept_maps_are_computed_once_an_image():
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
         assert torch.equal(b, c)
         assert not d.any()
+
+
+def test_maps_too_large_to_keep_are_refused():
+    image = torch.rand(3, 8, 8)
+    with pytest.raises(ValueError, match=r"a feature of an image is not finite in torch\.float16: .* float32"):
+        KeptFeatures(Pyramid(scale=-1e6)).maps(image)
+    assert KeptFeatures(Pyramid(scale=1e6), torch.float32).maps(image).maps[0].abs().max() > 65504
+
+
+@pytest.mark.parametrize("value", [65600.0, -1e9, float("nan")])
+def test_one_value_is_enough_to_refuse_maps(value):
+    cells = torch.zeros(2, 3, 3)
+    cells[1, 2, 0] = value
+    maps = FeatureMaps([torch.zeros(1, 6, 6), cells], [1, 2], (6, 6))
+    with pytest.raises(ValueError, match=r"a feature of a\.png is not finite"):
+        maps.stored(torch.float16, "a.png")
 
 
 @pytest.mark.parametrize(
