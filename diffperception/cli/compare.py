@@ -119,6 +119,11 @@ def compare(
         seed: the first of the seeds.
         overwrite: replace the results that the output folder holds.
     """
+    bytes_kept = parse_bytes(memory)
+    if not (labels and methods):
+        raise ValueError("name at least one number of labelled images in labels, and one of the methods")
+    if "scratch" in methods:
+        features.unet.check_size(baseline.crop, baseline.crop)
     results = Results(output / "compare.json", fixed_settings(resolved, features), overwrite)
     tried = range(seed, seed + seeds)
     missing = results.missing(methods, labels, tried)
@@ -129,19 +134,18 @@ def compare(
     images = [*test.images, *named.values()]
     features.to(pick_device(device))
     start = time.monotonic()
-    shown = spread(len(test.names), pictures) if pictures else []
     with tqdm(total=len(missing), desc="compare", unit="result", disable=None) as bar:
         for method, runs in groupby(missing, key=itemgetter(0)):
-            learn = learner(method, features, images, parse_bytes(memory), len(data.classes), members, fit, baseline)
+            learn = learner(method, features, images, bytes_kept, len(data.classes), members, fit, baseline)
             for _, count, each in runs:
                 row, predictions = measure(learn, chosen[each].first(count), test, data.classes, each)
                 if count == min(labels) and each == seed:
-                    write_examples(predictions, test.names, shown, output / "examples" / method)
+                    write_examples(predictions, test.names, output / "examples" / method)
                 results.add({"method": method, "labels": count, "seed": each, **row})
                 bar.update()
                 left, so_far = results.missing(methods, labels, tried), tqdm.format_interval(time.monotonic() - start)
                 say(f"{in_words(results.rows[-1])}; {so_far} so far, {len(left)} results left")
-    report(results, data, test, shown, output)
+    report(results, data, test, pictures, output)
 
 
 def resized(image: Tensor, short_side: int | None) -> Tensor:
@@ -248,22 +252,23 @@ def in_words(row: dict[str, Any]) -> str:
     )
 
 
-def write_examples(labels: Sequence[Tensor], names: Sequence[str], shown: Sequence[int], folder: Path) -> None:
-    """Keep the predictions of the images to be drawn, as masks."""
-    for i in shown:
-        save_png(Image.fromarray(labels[i].numpy()), example(folder, names[i]))
+def write_examples(predictions: Sequence[Tensor], names: Sequence[str], folder: Path) -> None:
+    """Keep the predictions of the test images as masks: whichever of them are to be drawn, now or later."""
+    for labels, name in zip(predictions, names, strict=True):
+        save_png(Image.fromarray(labels.numpy()), example(folder, name))
 
 
 def example(folder: Path, name: str) -> Path:
     return folder / f"{name}.png"
 
 
-def report(results: Results, data: MaskDataOptions, test: Labelled, shown: Sequence[int], output: Path) -> None:
+def report(results: Results, data: MaskDataOptions, test: Labelled, pictures: int, output: Path) -> None:
     """Print the table; write it, its curves and the pictures."""
     summary = summarise(results.rows)
     text = f"{markdown(summary)}\n\n{lead_sentence(summary)}"
     write_text(output / "compare.md", text + "\n")
     save_png(label_curves(summary, TITLES), output / "compare.png")
+    shown = spread(len(test.names), pictures) if pictures else []
     rows = [example_row(test, i, output / "examples") for i in shown]
     if rows:
         save_png(stack([*rows, legend(data.classes)], vertical=True), output / "examples.png")

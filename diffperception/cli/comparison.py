@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffperception.cli.report import write_text
-from diffperception.cli.settings import differences
+from diffperception.cli.settings import differences, read_settings
 
 TITLES = {
     "diffusion": "diffusion features",
@@ -34,7 +34,7 @@ class Results:
         self.path, self.settings = path, dict(settings)
         self.rows: list[dict[str, Any]] = []
         if path.exists() and not overwrite:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_settings(path)
             changed = differences(kept["settings"], self.settings)
             if changed:
                 raise ValueError(

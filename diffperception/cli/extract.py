@@ -17,7 +17,7 @@ from diffperception.cli import say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import find_images
 from diffperception.cli.report import write_text
-from diffperception.cli.settings import differences
+from diffperception.cli.settings import differences, read_settings
 from diffperception.data.image_folder import picture_size
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.segmentation import FeatureExtractor
@@ -92,7 +92,7 @@ def settings_of(features: FeatureExtractor, dtype: str, short_side: int | None) 
 def require_same(path: Path, settings: dict[str, Any]) -> None:
     """ValueError if the folder of a settings file holds maps of other settings, or other things."""
     if path.exists():
-        changed = differences(json.loads(path.read_text(encoding="utf-8")), settings)
+        changed = differences(read_settings(path), settings)
         if changed:
             raise ValueError(
                 f"{path.parent} holds features of other settings ({', '.join(changed)}): choose another --output"

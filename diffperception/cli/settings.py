@@ -4,7 +4,19 @@ import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from functools import reduce
+from pathlib import Path
 from typing import Any
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a command keeps; ValueError, which says what to do, if it is broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is broken: remove it and what is beside it, or choose another --output")
+    return content
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> list[str]:

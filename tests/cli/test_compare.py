@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffperception.cli.compare import compare
+from diffperception.cli.compare import Labelled, compare, from_scratch, pixel_classifier
 from diffperception.cli.comparison import lead_sentence, markdown, summarise
 from diffperception.cli.parsing import build_parser, call, parse
+from diffperception.data.masks import MaskFolder
+from diffperception.segmentation import FitOptions, PixelEnsemble, RGBFeatures
+from diffperception.segmentation.baseline import BaselineOptions, predict_labels, segmentation_unet, train_unet
 from diffperception.visualize import save_png, to_picture
 from tests.segmentation.test_classifier import scene
 from tests.segmentation.test_features import unet
@@ -67,6 +70,42 @@ def test_there_is_a_result_for_each_method_number_and_seed(first: Path) -> None:
     assert set(rows[0]["seconds"]) == {"training", "test"}
 
 
+def test_each_seed_chooses_its_own_images(root: Path, first: Path) -> None:
+    rows = json.loads((first / "compare.json").read_text())["results"]
+    for row in rows:
+        folder = MaskFolder(root / "train/images", root / "train/masks", 3, limit=row["labels"], seed=row["seed"])
+        assert row["images"] == folder.names
+    assert len({tuple(row["images"]) for row in rows if row["labels"] == 2}) == 2
+
+
+def labelled_scenes() -> Labelled:
+    images, masks = zip(*(scene(i, 24, 32) for i in range(2)), strict=True)
+    return Labelled(list(images), list(masks), ["a", "b"])
+
+
+def test_pixel_classifiers_differ_by_the_seed_alone() -> None:
+    labelled, few = labelled_scenes(), 20  # minibatches, after which the first weights still show
+    image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+    learn = pixel_classifier(RGBFeatures(), 3, 2, FitOptions(max_minibatches=few))
+    found = [learn(labelled, seed)(image, (24, 32)) for seed in (0, 1)]
+    ensemble = PixelEnsemble(3, 3, 2)
+    ensemble.fit(RGBFeatures(), labelled.images, labelled.masks, FitOptions(max_minibatches=few, seed=1))
+    assert torch.equal(found[1], ensemble.predict(RGBFeatures(), image)[0])
+    assert not torch.equal(*found)
+
+
+def test_the_unet_from_scratch_sees_the_seeds_crops() -> None:
+    labelled, options = labelled_scenes(), BaselineOptions(steps=3, batch_size=2, crop=16, learning_rate=1e-2)
+    image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+    like = unet()
+    found = from_scratch(like, 3, options)(labelled, 1)(image, (24, 32))
+    for seed in (1, 0):
+        torch.manual_seed(1)
+        network = segmentation_unet(like, 3)
+        train_unet(network, labelled.images, labelled.masks, options, seed)
+        assert torch.equal(found, predict_labels(network, image)) == (seed == 1)
+
+
 def test_there_are_a_table_curves_and_pictures(first: Path) -> None:
     table = (first / "compare.md").read_text()
     for words in ("labelled images", "±", "colours", "UNet from scratch", "over the best of the others"):
@@ -75,6 +114,18 @@ def test_there_are_a_table_curves_and_pictures(first: Path) -> None:
         with Image.open(first / name) as picture:
             assert min(picture.size) > 100
     assert len(list((first / "examples" / "rgb").glob("*.png"))) == 3
+
+
+def test_more_pictures_are_drawn_of_finished_results(root: Path, tmp_path: Path) -> None:
+    options = ["--labels", "1", "--seeds", "1", "--methods", "rgb"]
+    sides = []
+    for pictures in ("1", "2"):
+        run(root, tmp_path, *options, "--pictures", pictures)
+        with Image.open(tmp_path / "examples.png") as picture:
+            sides.append(picture.size)
+    assert sides[0][0] == sides[1][0], "the same panels in each row"
+    assert sides[0][1] < sides[1][1]
+    assert len(list((tmp_path / "examples" / "rgb").glob("*.png"))) == 3
 
 
 def test_what_is_finished_is_not_done_again(root: Path, first: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +140,39 @@ def test_what_is_finished_is_not_done_again(root: Path, first: Path, capsys: pyt
 def test_results_of_other_settings_are_not_mixed(root: Path, first: Path) -> None:
     with pytest.raises(ValueError, match=r"other settings \(fit.max_minibatches\)"):
         run(root, first, "--labels", "1", "--methods", "rgb", "--fit.max_minibatches", "151")
+
+
+def test_results_of_another_generator_are_not_mixed(root: Path, first: Path) -> None:
+    file = root / "unet.safetensors"
+    before, other = file.read_bytes(), unet()
+    other.stem.weight.data += 1
+    other.save(file)
+    try:
+        with pytest.raises(ValueError, match=r"other settings \(weights\)"):
+            run(root, first, "--labels", "1", "--methods", "rgb")
+    finally:
+        file.write_bytes(before)
+
+
+def test_a_broken_file_of_results_is_named(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text('{"settings": {')
+    with pytest.raises(ValueError, match=r"compare\.json is broken: remove it"):
+        run(root, tmp_path, "--labels", "1", "--methods", "rgb")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--baseline.crop", "15"], "15 x 15"),
+        (["--memory", "lots", "--methods", "scratch"], "'lots' is no amount of memory"),
+        (["--labels", "[]"], "at least one number of labelled images"),
+        (["--methods", "[]"], "one of the methods"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(root: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(root, tmp_path / "out", "--data.val_images", "nowhere", *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_features_that_do_not_fit_into_memory_are_refused(root: Path, tmp_path: Path) -> None:
