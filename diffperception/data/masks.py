@@ -44,8 +44,8 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
 
     Raises:
         FileNotFoundError: there is no such folder, no image in it, or one that is listed is missing.
-        ValueError: an image has no mask, a mask is broken, of another size than its image or has unknown values, or no
-            pixel has a label.
+        ValueError: there are more than 255 classes, an image has no mask, a mask is broken, of another size than its
+            image or has unknown values, or no pixel has a label.
     """
 
     def __init__(
@@ -216,6 +216,8 @@ def _listed(images: Path, annotations: Path | None) -> Sequence[Path]:
 
 def _label_of_value(num_classes: int, ignore: int | None, values: Mapping[int, int] | None) -> dict[int, int]:
     """The label of each value that masks may hold; ValueError if `mask_values` leads to another than a class."""
+    if num_classes > IGNORED:
+        raise ValueError(f"there are {num_classes} classes, but masks of labels hold at most {IGNORED}: join some")
     ignored = {} if ignore is None else {ignore: IGNORED}
     if values is None:
         return {k: k for k in range(num_classes)} | ignored

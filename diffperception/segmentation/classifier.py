@@ -88,6 +88,7 @@ class PixelEnsemble(nn.Module):
         masks: Sequence[Tensor],
         options: FitOptions | None = None,
         names: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
     ) -> "PixelEnsemble":
         """Train afresh on labelled images; warns where a class has too few pixels to count.
 
@@ -97,6 +98,7 @@ class PixelEnsemble(nn.Module):
             masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
             options: the recipe.
             names: of the images, for messages.
+            classes: names of 0..K-1, for messages.
 
         Raises:
             ValueError: if masks do not fit the images or the classes, or nothing is labelled.
@@ -104,7 +106,7 @@ class PixelEnsemble(nn.Module):
         options = options or FitOptions()
         names = names or [f"image {i}" for i in range(len(masks))]
         self._check_channels(features.channels)
-        checked, notes = checked_masks(images, masks, self.num_classes, options.min_pixels, names)
+        checked, notes = checked_masks(images, masks, self.num_classes, options.min_pixels, names, classes)
         fit_notes(notes)
         pixels = LabelledPixels(features, images, checked, getattr(torch, options.storage), names)
         seeds = [member_seed(options.seed, member) for member in range(self.members)]

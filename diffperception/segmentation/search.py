@@ -34,6 +34,7 @@ def search(
     seconds: float = 600.0,
     pixels: int = 2000,
     seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> list[Probe]:
     """Rank the timesteps x blocks of an extractor, best first.
 
@@ -48,11 +49,12 @@ def search(
         seconds: the time limit.
         pixels: sampled from each image, as many of one class as of another where there are enough.
         seed: of the sampling.
+        names: of the images, for messages.
 
     Raises:
         ValueError: with fewer than two labelled images, and for masks that do not fit.
     """
-    names = [f"image {i}" for i in range(len(masks))]
+    names = names or [f"image {i}" for i in range(len(masks))]
     masks, _ = checked_masks(images, masks, num_classes, 1, names)
     for image, mask, name in zip(images, masks, names, strict=True):
         check_size(image, mask, name)

@@ -23,7 +23,7 @@ class PixelSegmenter(nn.Module):
         short_side: images are resized to this short side, and what is found is brought back to theirs; null for not.
 
     Raises:
-        ValueError: if the ensemble is for other features or another number of classes.
+        ValueError: if the ensemble is for other features or another number of classes, or two have one name.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PixelSegmenter(nn.Module):
         super().__init__()
         self.features = features if isinstance(features, FeatureExtractor) else build_extractor(*features)
         self.classifier = classifier if isinstance(classifier, PixelEnsemble) else PixelEnsemble(**classifier)
-        self.classes = list(classes)
+        self.classes = check_names(classes)
         self.short_side = short_side
         if self.classifier.channels != self.features.channels or self.classifier.num_classes != len(self.classes):
             raise ValueError(
@@ -72,3 +72,11 @@ class PixelSegmenter(nn.Module):
         if not isinstance(model, cls):
             raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         return model
+
+
+def check_names(classes: Sequence[str]) -> list[str]:
+    """The names of classes; ValueError if two are alike, for scores are told by name."""
+    doubled = [name for i, name in enumerate(classes) if name in classes[:i]]
+    if doubled:
+        raise ValueError(f"two classes are named {doubled[0]}: give every class a name of its own")
+    return list(classes)

@@ -16,6 +16,7 @@ from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps, check_storable, taps
 from diffperception.segmentation.mlp import PixelMLPs
 
+NAMED = 3  # in a message; the others are counted
 # What numbers of FitOptions may be; batch norm needs two pixels.
 LEAST = {
     "batch_size": 2,
@@ -71,7 +72,12 @@ def member_seed(seed: int, member: int) -> int:
 
 
 def checked_masks(
-    images: Sequence[Tensor], masks: Sequence[Tensor], num_classes: int, min_pixels: int, names: Sequence[str]
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    num_classes: int,
+    min_pixels: int,
+    names: Sequence[str],
+    classes: Sequence[str] | None = None,
 ) -> tuple[list[Tensor], list[str]]:
     """The masks without classes that have too few pixels, as uint8, and sentences that say what was left out.
 
@@ -79,39 +85,50 @@ def checked_masks(
         images: whose masks they are; none is fetched.
         masks: (H, W) whole numbers, 0..K-1 or 255.
         names: of the images, for messages.
+        classes: names of 0..K-1, for messages; by default their numbers.
 
     Raises:
         ValueError: if a mask has other values or another shape, or nothing at all is labelled.
     """
     if not len(images) == len(masks) == len(names):
         raise ValueError(f"there are {len(images)} images and {len(masks)} masks: every image needs its mask")
-    notes: list[str] = []
-    checked = [_checked_mask(*pair, num_classes, min_pixels, notes) for pair in zip(masks, names, strict=True)]
+    classes = classes or [str(label) for label in range(num_classes)]
+    small: list[str] = []
+    checked = [_checked_mask(*pair, classes, min_pixels, small) for pair in zip(masks, names, strict=True)]
     present = torch.zeros(256, dtype=torch.bool)
     for mask in checked:
         present[mask.unique().long()] = True
+    notes = small[:NAMED]
+    if len(small) > NAMED:
+        notes.append(f"likewise in {len(small) - NAMED} more cases.")
     if not present[:num_classes].any():
         raise ValueError(" ".join(["all pixels of the masks are ignored: label some.", *notes]))
-    absent = (~present[:num_classes]).nonzero()[:, 0].tolist()
+    absent = [classes[label] for label in (~present[:num_classes]).nonzero()[:, 0].tolist()]
     if absent:
-        notes.append(f"no image has pixels of the classes {absent}, which will hardly be predicted.")
+        others = f" and {len(absent) - NAMED} other classes" if len(absent) > NAMED else ""
+        notes.append(
+            f"no image has pixels of class {', '.join(absent[:NAMED])}{others}, which will hardly be predicted."
+        )
     return checked, notes
 
 
-def _checked_mask(mask: Tensor, name: str, num_classes: int, min_pixels: int, notes: list[str]) -> Tensor:
+def _checked_mask(mask: Tensor, name: str, classes: Sequence[str], min_pixels: int, notes: list[str]) -> Tensor:
     if mask.dim() != 2 or mask.is_floating_point():
         raise ValueError(f"the mask of {name} must be whole numbers of shape (height, width), not {tuple(mask.shape)}")
     values, counts = mask.unique(return_counts=True)
-    unknown = [v for v in values.tolist() if v != IGNORED and not 0 <= v < num_classes]
+    unknown = [v for v in values.tolist() if v != IGNORED and not 0 <= v < len(classes)]
     if unknown:
         raise ValueError(
-            f"the mask of {name} has the values {unknown}; the classes are 0 to {num_classes - 1}, ignored is {IGNORED}"
+            f"the mask of {name} has the values {unknown}; the classes are 0 to {len(classes) - 1}, ignored is"
+            f" {IGNORED}"
         )
     mask = mask.to(torch.uint8, copy=True)
     for label, count in zip(values.tolist(), counts.tolist(), strict=True):
         if label != IGNORED and count < min_pixels:
             mask[mask == label] = IGNORED
-            notes.append(f"{name} has only {count} pixels of class {label}; they are ignored.")
+            notes.append(
+                f"{name} has only {count} pixel{'s' * (count > 1)} of class {classes[label]}; they are ignored."
+            )
     return mask
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from jsonargparse.typing import PositiveInt
 
 from diffperception.data.masks import IGNORED, MaskFolder
+from diffperception.segmentation.segmenter import check_names
 
 
 @dataclass
@@ -43,11 +44,11 @@ class MaskDataOptions:
     short_side: PositiveInt | None = None
 
     def open(self, seed: int = 0) -> MaskFolder:
-        """The images to learn from, resized."""
+        """The images to learn from, resized; ValueError if two classes have one name."""
         return MaskFolder(
             self.images,
             self.masks,
-            len(self.classes),
+            len(check_names(self.classes)),
             self.ignore,
             self.mask_values,
             self.annotations,

@@ -168,6 +168,12 @@ def test_unknown_values_are_named(folder: Path) -> None:
         opened(folder, 2, mask_values={0: 0, 255: 2})
 
 
+def test_the_value_of_ignored_pixels_is_no_class(folder: Path) -> None:
+    assert len(opened(folder, 255)) == 8
+    with pytest.raises(ValueError, match="there are 256 classes, but masks of labels hold at most 255"):
+        opened(folder, 256)
+
+
 def test_masks_without_a_label_are_an_error(tmp_path: Path) -> None:
     write(tmp_path / "images/a.png", np.zeros((2, 2, 3), np.uint8))
     write(tmp_path / "masks/a.png", np.full((2, 2), 255, np.uint8))

@@ -19,7 +19,14 @@ from diffperception.segmentation.classifier import summarise
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import MapInfo
 from diffperception.segmentation.mlp import EnsembleBatchNorm, PixelMLPs
-from diffperception.segmentation.training import EarlyStopping, LabelledPixels, member_seed, minibatches, train
+from diffperception.segmentation.training import (
+    EarlyStopping,
+    LabelledPixels,
+    checked_masks,
+    member_seed,
+    minibatches,
+    train,
+)
 from tests.segmentation.test_features import random_maps, unet
 
 
@@ -237,9 +244,27 @@ def test_regions_too_small_are_ignored_and_named():
     mask[mask == 2] = 0
     mask[0, :4] = 2
     with pytest.warns(
-        UserWarning, match=r"b.png has only 4 pixels of class 2; they are ignored\. no image has .* \[2\]"
+        UserWarning, match=r"^b.png has only 4 pixels of class sky; they are ignored\. no image has .* class sky, which"
     ):
-        PixelEnsemble(12, 3, 1).fit(Pyramid(), [image], [mask], FitOptions(max_minibatches=2), ["b.png"])
+        PixelEnsemble(12, 3, 1).fit(
+            Pyramid(), [image], [mask], FitOptions(max_minibatches=2), ["b.png"], ["sea", "land", "sky"]
+        )
+
+
+def test_three_of_many_regions_are_named_and_the_others_counted():
+    mask = torch.arange(100, 300).view(10, 20) % 100  # 100 classes
+    mask[:5] = 100
+    images, masks, names = [torch.zeros(3, 10, 20)] * 2, [mask, mask], ["a.png", "b.png"]
+    few = "a.png has only 1 pixel of class {}; they are ignored."
+    checked, notes = checked_masks(images, masks, 110, 2, names)
+    assert [m.unique().tolist() for m in checked] == [[100, 255]] * 2
+    assert notes == [
+        *(few.format(label) for label in (0, 1, 2)),
+        "likewise in 197 more cases.",
+        "no image has pixels of class 0, 1, 2 and 106 other classes, which will hardly be predicted.",
+    ]
+    with pytest.raises(ValueError, match=r"label some\. (a.png .*){3} likewise in 199 more cases\.$"):
+        checked_masks(images, masks, 110, 999, names)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +337,8 @@ def test_an_exported_segmenter_works_alone(tmp_path):
 def test_a_segmenters_parts_must_fit():
     with pytest.raises(ValueError, match=r"takes 4 features .* gives 3"):
         PixelSegmenter(RGBFeatures(), PixelEnsemble(4, 2), ["a", "b"])
+    with pytest.raises(ValueError, match="two classes are named b: give every class a name of its own"):
+        PixelSegmenter(RGBFeatures(), PixelEnsemble(3, 3), ["b", "a", "b"])
 
 
 def test_a_whole_large_image_never_has_its_dense_features_in_memory(monkeypatch):

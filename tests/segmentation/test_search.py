@@ -56,3 +56,10 @@ def test_one_image_is_too_few():
     features = DiffusionFeatures(unet(), [[1.0, 0.1, 50.0]], (0,), (50,), window=32)
     with pytest.raises(ValueError, match="at least 2 labelled images"):
         search(features, [image], [mask], 3)
+
+
+def test_an_image_that_does_not_fit_is_named():
+    images, masks = zip(scene(0), scene(1), strict=True)
+    features = DiffusionFeatures(unet(), [[1.0, 0.1, 50.0]], (0,), (50,), window=32)
+    with pytest.raises(ValueError, match=r"the mask of b\.png has 29 x 45 pixels"):
+        search(features, images, [masks[0], masks[1][1:]], 3, names=["a.png", "b.png"])

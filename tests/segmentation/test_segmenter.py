@@ -11,6 +11,7 @@ from diffperception.diffusion import linear_schedule
 from diffperception.generation import DiffusionModel
 from diffperception.models import UNet
 from diffperception.segmentation import DiffusionFeatures, PixelEnsemble, PixelSegmenter, RGBFeatures
+from diffperception.tasks.segmentation import MaskDataOptions
 
 
 def unet(num_classes: int | None = None) -> UNet:
@@ -71,3 +72,8 @@ def test_images_are_worked_on_at_one_scale_and_answered_at_theirs(tmp_path: Path
     assert abs(found.uncertainty.mean() - small.uncertainty.mean()) < 0.05 * small.uncertainty.mean()
     same = model.segment(TF.resize(image, [12], antialias=True))
     assert torch.equal(same.votes, small.votes)
+
+
+def test_classes_of_one_name_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two classes are named cell"):
+        MaskDataOptions(tmp_path / "images", tmp_path / "masks", ["cell", "background", "cell"]).open()
