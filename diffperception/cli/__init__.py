@@ -18,6 +18,11 @@ def first_process() -> bool:
     return all(int(os.environ.get(name, 0)) == 0 for name in PROCESS_NUMBERS)
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def say(text: str) -> None:
     """Print `text` for the user, once for all processes. Commands print through this function only."""
     if first_process():

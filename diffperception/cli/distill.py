@@ -1,6 +1,8 @@
 """`diffperception distill`."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffperception.cli import say
+from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import ImageFiles, find_images, name_pictures
 from diffperception.cli.report import write_text
@@ -58,18 +60,19 @@ def distill(
     pixel its class's number), which `train --task segmentation` takes as data.images and data.masks, and
     OUTPUT/dataset.json: the classes, each image's uncertainty (in nats, the mean of its most uncertain tenth) and
     shares of classes, and which images were dropped for being the most uncertain. Images that cannot be read are left
-    out and named at the end.
+    out and named at the end. All of it is in OUTPUT.part until it is finished; what an interrupted run has left there
+    is replaced.
 
     Args:
         model: the segmenter, a model.safetensors file.
         output: folder for the data set; it must be empty.
         images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
         generator: a model.safetensors file to draw images from instead; the classes that it has take turns.
-        number: how many images to draw.
+        number: how many images to draw from the generator.
         drop: share of the images to drop, the most uncertain.
-        sampling: how images are drawn.
+        sampling: how images are drawn from the generator.
         batch_size: images drawn at once.
-        seed: of the noise that images are drawn from.
+        seed: of the noise that the generator's images are drawn from.
         device: cpu, cuda, cuda:1, ... or auto.
     """
     if (images is None) == (generator is None):
@@ -78,6 +81,8 @@ def distill(
         raise ValueError(f"{output} is not an empty folder: choose another --output")
     if drop == 1:
         raise ValueError("drop 1 would leave no image: give a smaller share, such as 0.1")
+    beside = output.absolute().with_name(f"{output.absolute().name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
     place = pick_device(device)
     if generator is not None:
         pool = samples(DiffusionModel.load(generator).to(place), number, sampling, batch_size, seed)
@@ -85,7 +90,12 @@ def distill(
         root, paths = find_images(str(images), output)
         pool, number = files(root, paths), len(paths)
     segmenter = PixelSegmenter.load(model).to(place)
-    kept, dropped, broken = label(segmenter, tqdm(pool, "distill", number, unit="image", disable=None), drop, output)
+    if drop and segmenter.classifier.members < 2:
+        raise ValueError(
+            f"{model} has a single member, which agrees with itself, so no image is more uncertain than another: train"
+            " it with several, or keep all images with --drop 0"
+        )
+    kept, dropped, broken = label(segmenter, tqdm(pool, "distill", number, unit="image", disable=None), drop, beside)
     content = {
         "classes": segmenter.classes,
         "model": str(model),
@@ -93,13 +103,16 @@ def distill(
         "images": [labelled._asdict() for labelled in kept],
         "dropped": [labelled._asdict() for labelled in dropped],
     }
-    write_text(output / "dataset.json", json.dumps(content, indent=2) + "\n")
+    write_text(beside / "dataset.json", json.dumps(content, indent=2) + "\n")
+    if output.exists():
+        output.rmdir()  # the empty folder that it was at the beginning
+    os.replace(beside, output)
     say(
-        f"{output}: {len(kept)} images with masks of {', '.join(segmenter.classes)}; {len(dropped)} more were dropped,"
-        " the most uncertain"
+        f"{output}: {counted(len(kept), 'image')} with masks of {', '.join(segmenter.classes)}; dropped as the most"
+        f" uncertain: {len(dropped)}"
     )
     if broken:
-        say("\n".join([f"{len(broken)} images were left out:", *(f"  {problem}" for problem in broken)]))
+        say("\n".join([f"{counted(len(broken), 'image')} left out:", *(f"  {problem}" for problem in broken)]))
 
 
 def files(root: Path, paths: Sequence[Path]) -> Iterator[Unlabelled]:
@@ -145,11 +158,11 @@ def label(
         save_png(Image.fromarray(segmentation.labels.byte().cpu().numpy()), output / "masks" / name)
         shown = shares(segmentation.labels, len(segmenter.classes))
         found.append(Labelled(name.as_posix(), segmentation.score, shown))
-    order = sorted(found, key=lambda labelled: -labelled.uncertainty)
-    dropped = order[: int(drop * len(order))]
-    kept = sorted(order[len(dropped) :])
-    if not kept:
+    if not found:
         raise ValueError(f"no image can be read: {broken[0]}")
+    order = sorted(found, key=lambda labelled: -labelled.uncertainty)
+    dropped = order[: min(round(drop * len(order)), len(order) - 1)]
+    kept = sorted(order[len(dropped) :])
     for labelled in dropped:
         for kind in ("images", "masks"):
             (output / kind / labelled.name).unlink()

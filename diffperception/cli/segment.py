@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffperception.cli import say
+from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import ImageFiles, find_images, name_pictures, require_room
 from diffperception.cli.report import write_text
@@ -40,7 +40,8 @@ def segment(
     colours), OUTPUT/uncertainty (where the members of the ensemble disagree) and OUTPUT/scores.csv: each image's
     uncertainty (in nats, the mean of its most uncertain tenth) and the shares of the classes. With `--rank` also
     OUTPUT/rank.csv, the images with the most uncertain first, and OUTPUT/rank.png, which shows the first of them:
-    those to label next. Images that cannot be read are left out and named at the end.
+    those to label next. Images that cannot be read are left out and named at the end. scores.csv is written once all
+    images are done: a folder without it is of a run that was interrupted.
 
     Args:
         model: the segmenter, a model.safetensors file.
@@ -58,6 +59,8 @@ def segment(
     if rank and segmenter.classifier.members < 2:
         raise ValueError(f"{model} has a single member, which agrees with itself: to rank, train it with several")
     require_room(output, overwrite)
+    for old in ("scores.csv", "rank.csv", "rank.png"):
+        (output / old).unlink(missing_ok=True)
     files = name_pictures([path.relative_to(root) for path in paths])
     scores: list[Score] = []
     broken: list[str] = []
@@ -76,16 +79,16 @@ def segment(
         top.add(scores[-1], sample.image, found, segmenter.classes)
     if not scores:
         raise ValueError(f"no image can be read: {broken[0]}")
-    write_scores(scores, segmenter.classes, output / "scores.csv")
-    say(f"masks of {len(scores)} images, pictures and scores.csv are in {output}")
     if rank:
         order = sorted(scores, key=lambda score: -score.uncertainty)
         write_rank(order, output / "rank.csv")
         save_png(contact_sheet(top.pictures()), output / "rank.png")
-        first = ", ".join(f"{score.name} ({score.uncertainty:.3f})" for score in order[:SHEET])
+        first = ", ".join(f"{score.name} ({score.uncertainty:.2g})" for score in order[:SHEET])
         say(f"label next, the most uncertain first, all in rank.csv and these in rank.png: {first}")
+    write_scores(scores, segmenter.classes, output / "scores.csv")
+    say(f"masks of {counted(len(scores), 'image')}, pictures and scores.csv are in {output}")
     if broken:
-        say("\n".join([f"{len(broken)} images were left out:", *(f"  {problem}" for problem in broken)]))
+        say("\n".join([f"{counted(len(broken), 'image')} left out:", *(f"  {problem}" for problem in broken)]))
 
 
 class Score(NamedTuple):
@@ -111,7 +114,7 @@ class MostUncertain:
         """Take an image (3, H, W), if it is among them."""
         if len(self._kept) < self.number or (self.number and score.uncertainty > self._kept[-1][0]):
             panels = segmentation_panels(image, found.labels, found.uncertainty, classes, side=STRIP_SIDE)
-            picture = titled(panels, f"{score.name}: {score.uncertainty:.3f}")
+            picture = titled(panels, f"{score.name}: {score.uncertainty:.2g}")
             kept = sorted([*self._kept, (score.uncertainty, picture)], key=lambda pair: -pair[0])
             self._kept = kept[: self.number]
 

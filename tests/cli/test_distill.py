@@ -11,7 +11,7 @@ from diffperception.cli.parsing import call
 from diffperception.data.masks import MaskFolder
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
-from diffperception.segmentation import FitOptions, PixelEnsemble, PixelSegmenter, RGBFeatures
+from diffperception.segmentation import FitOptions, PixelEnsemble, PixelSegmenter, RGBFeatures, Segmentation
 from tests.cli.test_compare import write_scenes
 from tests.segmentation.test_classifier import scene
 from tests.segmentation.test_features import unet
@@ -77,3 +77,53 @@ def test_a_generators_samples_become_one(root: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_done(root: Path, tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(root, tmp_path / "data", *options)
+
+
+def test_the_classes_of_a_generator_take_turns(root: Path, tmp_path: Path) -> None:
+    model = DiffusionModel(["a", "b"], unet(num_classes=2), image_size=16)
+    model.unet.label_emb.weight.data.mul_(20)
+    model.save(tmp_path / "generator.safetensors")
+    options = ["--number", "3", "--batch_size", "2", "--drop", "0", "--sampling.steps", "2"]
+    run(root, tmp_path / "data", "--generator", str(tmp_path / "generator.safetensors"), *options)
+    data = MaskFolder(tmp_path / "data" / "images", tmp_path / "data" / "masks", 3)
+    for number in range(3):
+        drawn = [draw(model, [number], SamplingOptions(steps=2), 0, torch.tensor([label]))[0] for label in (0, 1)]
+        alike = [torch.allclose(data.image(number), image, atol=1 / 255) for image in drawn]
+        assert alike == [number % 2 == 0, number % 2 == 1]
+
+
+def test_an_interrupted_run_is_no_data_set_and_can_be_begun_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, segmented = PixelSegmenter.segment, []
+
+    def interrupted(self: PixelSegmenter, image: torch.Tensor) -> Segmentation:
+        segmented.append(image)
+        if len(segmented) == 2:
+            raise KeyboardInterrupt
+        return whole(self, image)
+
+    options = ["--images", str(root / "images"), "--drop", "0"]
+    monkeypatch.setattr(PixelSegmenter, "segment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "data", *options)
+    monkeypatch.undo()
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "data.part/masks/other.png").touch()
+    (tmp_path / "data").mkdir()
+    run(root, tmp_path / "data", *options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    assert len(list((tmp_path / "data/masks").iterdir())) == 5
+
+
+def test_a_share_of_images_is_rounded(root: Path, tmp_path: Path) -> None:
+    assert len(run(root, tmp_path / "some", "--images", str(root / "images"), "--drop", "0.15")["dropped"]) == 1
+    assert len(run(root, tmp_path / "most", "--images", str(root / "images"), "--drop", "0.99")["images"]) == 1
+
+
+def test_a_single_member_is_never_uncertain(root: Path, tmp_path: Path) -> None:
+    PixelSegmenter(RGBFeatures(), PixelEnsemble(3, 3, 1), CLASSES).save(tmp_path / "one.safetensors")
+    options = ["--model", str(tmp_path / "one.safetensors"), "--images", str(root / "images")]
+    with pytest.raises(ValueError, match=r"single member.*--drop 0"):
+        run(root, tmp_path / "data", *options)
+    assert run(root, tmp_path / "data", *options, "--drop", "0")["dropped"] == []

@@ -14,10 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffperception.cli.main import main
+from diffperception.cli.segment import MostUncertain, Score
 from diffperception.data.masks import MaskFolder
 from diffperception.generation import DiffusionModel
 from diffperception.models import UNet
-from diffperception.segmentation import DiffusionFeatures, MeanIoU, PixelSegmenter
+from diffperception.segmentation import DiffusionFeatures, MeanIoU, PixelSegmenter, Segmentation
 
 COLOURS = np.array([[60, 60, 60], [220, 40, 40], [40, 60, 220]], np.uint8)
 CLASSES = ["ground", "red", "blue"]
@@ -186,7 +187,7 @@ def test_rank_puts_the_strangest_first(
     more = ["--rank", "--labelled", str(tmp_path / "masks/pool")]
     assert segment(run, tmp_path / "images/pool", tmp_path / "out", *more) == 0
     said = capsys.readouterr().out
-    assert "1 images were left out" in said
+    assert "1 image left out" in said
     assert "broken.png" in said
     assert "in rank.png: strange.png" in said
     rows = table(tmp_path / "out" / "rank.csv")
@@ -271,3 +272,25 @@ def test_a_broken_picture_to_measure_on_is_found_before_anything_is_written(
     assert train(folder, tmp_path / "run", *RGB, *more) == 2
     assert "val/1.png" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_sheet_shows_the_most_uncertain_and_of_equals_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffperception.cli.segment.titled", lambda panels, title: title)
+    found = Segmentation(torch.zeros(4, 4).long(), torch.zeros(4, 4), torch.zeros(2, 4, 4), torch.zeros(2, 4, 4))
+    top = MostUncertain(2)
+    for name, uncertainty in (("a", 0.1), ("b", 0.3), ("c", 0.0017), ("d", 0.2), ("e", 0.3), ("f", 0.2), ("g", 0.3)):
+        top.add(Score(name, uncertainty, [1.0]), torch.zeros(3, 4, 4), found, ["ground", "red"])
+    assert top.pictures() == ["b: 0.3", "e: 0.3"]
+
+
+def test_a_run_that_is_not_finished_has_no_scores(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert segment(run, folder / "images/val", tmp_path / "out", "--rank") == 0
+
+    def interrupted(*_: object) -> None:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(PixelSegmenter, "segment", interrupted)
+    assert segment(run, folder / "images/val", tmp_path / "out", "--rank", "--overwrite") == 2
+    assert not {"scores.csv", "rank.csv", "rank.png"} & {path.name for path in (tmp_path / "out").iterdir()}
