@@ -3,14 +3,16 @@
 import json
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from PIL import Image
+from torch import Tensor
 
-from diffperception.cli import say
+from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import require_room
 from diffperception.cli.report import write_text
@@ -62,15 +64,23 @@ def search(
         overwrite: write into a folder that is not empty, replacing files of the same names.
     """
     require_room(output, overwrite)
-    features = DiffusionFeatures.of_generator(model, blocks or [0], timesteps, window, seed, label)
+    features = DiffusionFeatures.of_generator(model, [0] if blocks is None else blocks, timesteps, window, seed, label)
     if blocks is None:
         features = DiffusionFeatures(
             **features.arguments | {"unet": features.unet, "blocks": [*range(len(features.unet.block_info))]}
         )
     features.to(pick_device(device))
     folder = data.open(seed)
-    say(f"{len(features.blocks)} blocks at {len(timesteps)} timesteps, on {len(folder)} images")
-    probes = rank(features, list(folder.images), list(folder.masks), len(data.classes), seconds, pixels, seed)
+    images = list(folder.images)
+    tried_on = f"{counted(len(features.blocks), 'block')}, {counted(len(images), 'image')}"
+    expected = expected_seconds(features, images)
+    say(f"{counted(len(timesteps), 'timestep')} to try with {tried_on}: each takes about {expected:.0f} s")
+    if expected > seconds:
+        say(
+            f"note: the first timestep alone will take more than --seconds {seconds:g}: to be done in time, look at"
+            " fewer images with data.limit, or at smaller ones with data.short_side"
+        )
+    probes = rank(features, images, list(folder.masks), len(data.classes), seconds, pixels, seed)
     tried = list(dict.fromkeys(t for t in features.timesteps if any(probe.timestep == t for probe in probes)))
     suggested = suggest(probes)
     say(table(probes, features))
@@ -82,6 +92,13 @@ def search(
     options = [f"--features.{name} '[{', '.join(f'{v:g}' for v in values)}]'" for name, values in suggested.items()]
     say(f"suggested: {' '.join(options)}")
     say(f"{output / 'search.json'}: all of them; beside it search.png")
+
+
+def expected_seconds(features: DiffusionFeatures, images: Sequence[Tensor]) -> float:
+    """What the features of all images (3, H, W) take at one timestep, judged by the first image's."""
+    start = time.monotonic()
+    features.at_timestep(0).maps(images[0])
+    return (time.monotonic() - start) * sum(image.numel() for image in images) / images[0].numel()
 
 
 def suggest(probes: Sequence[Probe]) -> dict[str, list[float]]:

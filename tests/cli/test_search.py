@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from diffperception.cli.parsing import call
-from diffperception.cli.search import search, suggest
+from diffperception.cli.search import expected_seconds, search, suggest
 from diffperception.segmentation import Probe
 from tests.cli.test_compare import write_scenes
-from tests.segmentation.test_features import unet
+from tests.segmentation.test_features import diffusion, unet
 
 
 def test_blocks_and_timesteps_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,8 +33,24 @@ def test_blocks_and_timesteps_are_ranked(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{100 * scores[0]:.1f}" in said
     with Image.open(tmp_path / "search" / "search.png") as picture:
         assert min(picture.size) > 100
+    assert "2 timesteps to try with 6 blocks, 4 images: each takes about" in said
+    assert "will take more than" not in said
     with pytest.raises(ValueError, match="overwrite"):
         call(search, arguments)
+    with pytest.raises(ValueError, match="no block named"):
+        call(search, [*arguments, "--overwrite", "--blocks", "[]"])
+    short = ["--seconds", "0", "--blocks", "4", "--window", "32", "--overwrite", "--data.limit", "2"]
+    assert call(search, [*arguments, *short]) == 0
+    said = capsys.readouterr().out
+    assert "with 1 block, 2 images" in said
+    assert "note: the first timestep alone will take more than --seconds 0" in said
+
+
+def test_the_expected_time_grows_with_the_pixels() -> None:
+    features, image = diffusion(), torch.rand(3, 64, 64)
+    one = min(expected_seconds(features, [image]) for _ in range(3))
+    many = min(expected_seconds(features, [image] * 100 + [torch.rand(3, 640, 640)]) for _ in range(3))
+    assert 50 < many / one < 800, "200 times as many pixels, on a machine that is never quite even"
 
 
 def test_the_best_on_average_are_suggested() -> None:
