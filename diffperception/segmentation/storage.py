@@ -105,7 +105,7 @@ def parse_bytes(text: str) -> int:
     try:
         number, unit = found.groups() if found else ("", "")
         return round(float(number) * next(size for name, size in UNITS.items() if name.lower() == unit.lower()))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is no amount of memory: write 2GB or 500MB, for example") from None
 
 
