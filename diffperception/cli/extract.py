@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from diffperception.cli import say
+from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import find_images
 from diffperception.cli.report import write_text
@@ -21,9 +21,10 @@ from diffperception.cli.settings import differences, read_settings
 from diffperception.data.image_folder import picture_size
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.segmentation import FeatureExtractor
-from diffperception.segmentation.storage import in_bytes, parse_bytes, save_maps, stored_bytes, weights_digest
+from diffperception.segmentation.storage import file_bytes, in_bytes, parse_bytes, save_maps, weights_digest
 
 SETTINGS = "settings.json"
+LEFT_OUT = "left_out.json"  # images whose headers can be read, but not their pixels: their problems, and of which file
 Size = tuple[int, int]  # height and width
 
 
@@ -39,7 +40,7 @@ def extract(
     """Write the feature maps of images to disk, at their native resolutions: a safetensors file an image.
 
     Before it starts it says how many bytes that will be. It can be interrupted: given again, the command goes on with
-    the images that are missing. Images that cannot be read are left out and named at the end.
+    the images whose files are missing or incomplete. Images that cannot be read are left out and named at the end.
 
     For example: `diffperception extract --features diffperception.segmentation.DiffusionFeatures.of_generator
     --features.file runs/shapes_ddpm/model.safetensors --images photos --output features --limit 2GB`.
@@ -55,13 +56,24 @@ def extract(
         limit: refuse to start if all files would take more than this, such as 2GB.
         device: cpu, cuda, cuda:1, ... or auto.
     """
+    most = None if limit is None else parse_bytes(limit)
     root, paths = find_images(images, output)
     settings = settings_of(features, dtype, short_side)
-    sizes, broken = image_sizes(paths, short_side)
     require_same(output / SETTINGS, settings)
+    known = read_settings(output / LEFT_OUT) if (output / LEFT_OUT).exists() else {}
+    unreadable = {
+        path: known[str(path)]["problem"]
+        for path in paths
+        if str(path) in known and known[str(path)]["file"] == stamp(path)
+    }
+    sizes, broken = image_sizes([path for path in paths if path not in unreadable], short_side)
+    broken += unreadable.values()
+    if not sizes:
+        raise ValueError(f"no image can be read: {broken[0]}")
     files = {path: output / path.relative_to(root).with_name(f"{path.name}.safetensors") for path in sizes}
-    left = [path for path, file in files.items() if not file.exists()]
-    announce(features, sizes, left, settings, limit, output)
+    each = {path: file_bytes(features, size, getattr(torch, dtype)) for path, size in sizes.items()}
+    left = [path for path, file in files.items() if not (file.exists() and file.stat().st_size == each[path])]
+    announce(features, sizes, each, left, settings, most, output)
     write_text(output / SETTINGS, json.dumps(settings, indent=2) + "\n")
     features.to(pick_device(device))
     done = len(files) - len(left)
@@ -70,11 +82,21 @@ def extract(
             image = read_resized(path, short_side)
         except BrokenImageError as error:
             broken.append(str(error))
+            known[str(path)] = {"problem": str(error), "file": stamp(path)}
+            write_text(output / LEFT_OUT, json.dumps(known, indent=2) + "\n")
             continue
         save_maps(features.maps(image).stored(getattr(torch, dtype), str(path)), features.info, files[path])
-    say(f"{output}: feature maps of {len(paths) - len(broken)} images")
+    if len(broken) == len(paths):
+        raise ValueError(f"no image can be read: {broken[0]}")
+    say(f"{output}: feature maps of {counted(len(paths) - len(broken), 'image')}")
     if broken:
         say("left out:\n" + "\n".join(broken))
+
+
+def stamp(path: Path) -> list[int]:
+    """What tells a file from the one that had its name before: bytes, and when it was written."""
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
 
 
 def settings_of(features: FeatureExtractor, dtype: str, short_side: int | None) -> dict[str, Any]:
@@ -131,26 +153,25 @@ def read_resized(path: Path, short_side: int | None) -> Tensor:
 def announce(
     features: FeatureExtractor,
     sizes: dict[Path, Size],
+    each: dict[Path, int],
     left: Sequence[Path],
     settings: dict[str, Any],
-    limit: str | None,
+    limit: int | None,
     output: Path,
 ) -> None:
     """Say how many bytes will be written and how many are free; ValueError where they are too many."""
     dtype = getattr(torch, settings["dtype"])
-    each = {path: stored_bytes(features, [size], dtype) for path, size in sizes.items()}
     total, to_write = sum(each.values()), sum(each[path] for path in left)
     folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     say(
-        f"{len(sizes)} images with {features.channels} features a pixel, {settings['dtype']}: {total} bytes"
+        f"{counted(len(sizes), 'image')} with {features.channels} features a pixel, {settings['dtype']}: {total} bytes"
         f" ({in_bytes(total)}), of which {in_bytes(to_write)} are to be written; {in_bytes(free)} are free"
     )
-    most = total if limit is None else parse_bytes(limit)
-    if total > most:
+    if limit is not None and total > limit:
         raise ValueError(
-            f"the features of {len(sizes)} images take {in_bytes(total)}, more than the limit of {in_bytes(most)}:"
-            f" {what_fits(features, list(each.values()), sizes, dtype, most)}"
+            f"the features of {counted(len(sizes), 'image')} take {in_bytes(total)}, more than the limit of"
+            f" {in_bytes(limit)}: {what_fits(features, list(each.values()), sizes, dtype, limit)}"
         )
     if to_write > free:
         raise ValueError(f"the features take {in_bytes(to_write)}, but only {in_bytes(free)} are free in {folder}")
@@ -162,7 +183,7 @@ def what_fits(
     """Ways to stay under a limit."""
     ways = [f"{sum(total <= most for total in accumulate(each))} of the images would fit"]
     if dtype == torch.float32:
-        half = stored_bytes(features, sizes.values(), torch.float16)
+        half = sum(file_bytes(features, size, torch.float16) for size in sizes.values())
         ways.append(f"float16 would take {in_bytes(half)}")
     cells = [
         sum(h * w for h, w in (features.map_sizes(*size)[i] for size in sizes.values()))

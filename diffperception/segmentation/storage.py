@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps, MapInfo
 
+CODES = {torch.float16: "F16", torch.float32: "F32"}  # of safetensors
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -26,6 +29,20 @@ def stored_bytes(features: FeatureExtractor, sizes: Iterable[tuple[int, int]], d
         for info, (height, width) in zip(features.info, features.map_sizes(*size), strict=True)
     )
     return numbers * dtype.itemsize
+
+
+def file_bytes(features: FeatureExtractor, size: tuple[int, int], dtype: torch.dtype) -> int:
+    """What :func:`save_maps` writes for an image of this height and width, exactly: the header and the numbers."""
+    header: dict[str, Any] = {"__metadata__": _metadata(features.info, size)}
+    shapes = {
+        info.name: [info.channels, *cells] for info, cells in zip(features.info, features.map_sizes(*size), strict=True)
+    }
+    end = 0
+    for name, shape in sorted(shapes.items()):
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return 8 + 8 * math.ceil(len(text) / 8) + end  # its length comes first, and spaces fill it up
 
 
 class KeptFeatures(FeatureExtractor):
@@ -62,17 +79,22 @@ def save_maps(maps: FeatureMaps, info: Sequence[MapInfo], path: Path) -> None:
         info: of the extractor.
     """
     tensors = {about.name: m.cpu().contiguous() for about, m in zip(info, maps.maps, strict=True)}
-    about = {"names": list(tensors), "strides": maps.strides, "size": maps.size}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.touch()
     try:
         permissions = beside.stat().st_mode
-        save_file(tensors, beside, {"maps": json.dumps(about)})
+        save_file(tensors, beside, _metadata(info, maps.size))
         beside.chmod(permissions)  # of any new file; safetensors leaves it to its owner alone
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _metadata(info: Sequence[MapInfo], size: tuple[int, int]) -> dict[str, str]:
+    """What a file says of its maps."""
+    about = {"names": [about.name for about in info], "strides": [about.stride for about in info], "size": size}
+    return {"maps": json.dumps(about)}
 
 
 def load_maps(path: Path) -> FeatureMaps:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def test_the_files_hold_the_extractors_maps(root: Path, tmp_path: Path, capsys: 
     for ours, theirs in zip(maps.maps, wanted.maps, strict=True):
         assert ours.dtype == torch.float16
         assert torch.allclose(ours.float(), theirs, rtol=2e-3, atol=1e-3)
-    numbers = sum(m.nbytes for name in ("a", "b", "more/a") for m in load_maps(output / f"{name}.png.safetensors").maps)
-    assert f"{numbers} bytes" in capsys.readouterr().out
+    on_disk = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
+    assert f": {on_disk} bytes" in capsys.readouterr().out
 
 
 def test_it_goes_on_with_what_is_missing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +71,101 @@ def test_it_goes_on_with_what_is_missing(root: Path, tmp_path: Path, capsys: pyt
         run(root, output, "--dtype", "float32")
 
 
+def test_an_interrupted_run_is_gone_on_with(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, encoded = DiffusionFeatures.encode, []
+
+    def interrupted(self: DiffusionFeatures, images: torch.Tensor) -> list[torch.Tensor]:
+        encoded.append(images)
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        return whole(self, images)
+
+    monkeypatch.setattr(DiffusionFeatures, "encode", interrupted)
+    output = tmp_path / "features"
+    with pytest.raises(KeyboardInterrupt):
+        run(root, output)
+    monkeypatch.undo()
+    first = output / "a.png.safetensors"
+    before, lost = first.stat().st_mtime_ns, output / "b.png.safetensors"
+    lost.with_name(f"{lost.name}.part").write_bytes(first.read_bytes())  # of one that was killed while it wrote
+    assert not lost.exists()
+    run(root, output)
+    assert first.stat().st_mtime_ns == before
+    run(root, tmp_path / "at_once")
+    assert lost.read_bytes() == (tmp_path / "at_once" / lost.name).read_bytes()
+
+
+def test_a_file_that_is_cut_is_written_anew(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "features")
+    file = tmp_path / "features" / "b.png.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    run(root, tmp_path / "features")
+    assert file.read_bytes() == content
+
+
+def test_features_of_another_generator_are_not_mixed(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "features")
+    other, options = unet(), ["--features.file", str(tmp_path / "unet.safetensors")]
+    other.save(tmp_path / "unet.safetensors")
+    run(root, tmp_path / "features", *options)
+    other.stem.weight.data += 1
+    other.save(tmp_path / "unet.safetensors")
+    with pytest.raises(ValueError, match=r"other settings \(weights\)"):
+        run(root, tmp_path / "features", *options)
+
+
+def test_the_limit_is_that_of_all_files_and_the_disk_that_of_those_to_write(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"take 116.0 kB, but only 1.0 kB are free"):
+        run(root, tmp_path / "features")
+    monkeypatch.undo()
+    run(root, tmp_path / "features", "--limit", "117kB")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    run(root, tmp_path / "features")
+    with pytest.raises(ValueError, match=r"take 116.0 kB, more than the limit of 115.0 kB"):
+        run(root, tmp_path / "features", "--limit", "115kB")
+    with pytest.raises(ValueError, match="no amount of memory"):
+        run(root, tmp_path / "features", "--limit", "1e999", "--images", "nowhere")
+
+
+def test_a_picture_of_broken_pixels_is_tried_once(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, whole = tmp_path / "images", (root / "images" / "a.png").read_bytes()
+    images.mkdir()
+    (images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    options = ["--images", str(images)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no image can be read: .*cut\.png"):
+            run(root, tmp_path / "features", *options)
+    (images / "good.png").write_bytes(whole)
+    run(root, tmp_path / "features", *options)
+    capsys.readouterr()
+    run(root, tmp_path / "features", *options)
+    said = capsys.readouterr().out
+    assert "1 image with 96 features" in said
+    assert "of which 0 bytes are to be written" in said
+    assert "cut.png" in said
+    (images / "cut.png").write_bytes(whole)
+    run(root, tmp_path / "features", *options)
+    assert (tmp_path / "features" / "cut.png.safetensors").exists()
+
+
+def test_broken_files_are_named(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"no image can be read: .*bad\.png"):
+        run(root, tmp_path / "features", "--images", str(tmp_path / "images"))
+    assert not (tmp_path / "features").exists()
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "settings.json").write_text('{"dtype": ')
+    with pytest.raises(ValueError, match=r"settings\.json is broken: remove it"):
+        run(root, tmp_path / "features")
+
+
 def test_a_limit_that_is_too_small_says_what_would_fit(root: Path, tmp_path: Path) -> None:
     sizes = {h * w for h, w in features_of(root).map_sizes(20, 26)}
     assert len(sizes) == 2
@@ -86,7 +182,7 @@ def test_broken_images_and_other_files(root: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "images" / "good.png").write_bytes((root / "images" / "a.png").read_bytes())
     run(root, tmp_path / "features", "--images", str(tmp_path / "images"), "--short_side", "16")
     said = capsys.readouterr().out
-    assert "feature maps of 1 images" in said
+    assert "feature maps of 1 image\n" in said
     assert "bad.png" in said
     assert load_maps(tmp_path / "features" / "good.png.safetensors").size == (16, 19)
     assert json.loads((tmp_path / "features" / "settings.json").read_text())["short_side"] == 16

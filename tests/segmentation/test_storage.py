@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from diffperception.segmentation import FeatureMaps
-from diffperception.segmentation.storage import KeptFeatures, in_bytes, parse_bytes, stored_bytes
+from diffperception.segmentation import FeatureMaps, RGBFeatures
+from diffperception.segmentation.storage import KeptFeatures, file_bytes, in_bytes, parse_bytes, save_maps, stored_bytes
 from tests.segmentation.test_classifier import Pyramid, scene
 from tests.segmentation.test_features import diffusion
 
@@ -13,6 +13,14 @@ def test_bytes_are_those_of_the_maps():
     maps = [m for size in sizes for m in features.maps(torch.rand(3, *size)).maps]
     assert stored_bytes(features, sizes, torch.float16) == sum(m.half().nbytes for m in maps)
     assert stored_bytes(features, sizes, torch.float32) == sum(m.nbytes for m in maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [(1, 1), (30, 45), (70, 32)])
+def test_bytes_of_a_file_are_those_on_disk(tmp_path, dtype, size):
+    for features in (diffusion(), RGBFeatures()):
+        save_maps(features.maps(torch.rand(3, *size)).to(dtype), features.info, tmp_path / "maps.safetensors")
+        assert file_bytes(features, size, dtype) == (tmp_path / "maps.safetensors").stat().st_size
 
 
 def test_kept_maps_are_computed_once_an_image():
