@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from diffperception.cli import say
+from diffperception.cli import counted, say
 from diffperception.cli.comparison import TITLES, Results, lead_sentence, markdown, summarise
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.report import write_text
@@ -55,7 +55,8 @@ class Labelled:
         """So many images, chosen by the seed; a larger choice has those of a smaller one and others."""
         folder = replace(data, limit=count).open(seed)
         if len(folder) < count:
-            raise ValueError(f"there are {len(folder)} labelled images in {data.images}, but {count} are to be chosen")
+            found = counted(len(folder), "labelled image")
+            raise ValueError(f"{data.images} has {found}, but {count} are to be chosen")
         return cls(list(folder.images), list(folder.masks), folder.names)
 
     @classmethod
@@ -192,7 +193,7 @@ def keep(features: FeatureExtractor, images: Sequence[Tensor], memory: int, titl
     needed = stored_bytes(features, sizes, torch.float16)
     if needed > memory:
         raise ValueError(
-            f"the {title} of {len(images)} images take {in_bytes(needed)} of memory, but the limit is"
+            f"the {title} of {counted(len(images), 'image')} take {in_bytes(needed)} of memory, but the limit is"
             f" {in_bytes(memory)}: name fewer blocks or timesteps, set a smaller data.short_side, or raise --memory"
         )
     start = time.monotonic()
@@ -247,8 +248,8 @@ def in_words(row: dict[str, Any]) -> str:
     ious = ", ".join(f"{name} {100 * iou:.1f}" for name, iou in row["iou"].items() if iou is not None)
     seconds = f"{row['seconds']['training']:.0f} s training, {row['seconds']['test']:.0f} s test"
     return (
-        f"{TITLES[row['method']]}, {row['labels']} labelled images, seed {row['seed']}: mIoU {100 * row['miou']:.1f}"
-        f" ({ious}); {seconds}"
+        f"{TITLES[row['method']]}, {counted(row['labels'], 'labelled image')}, seed {row['seed']}:"
+        f" mIoU {100 * row['miou']:.1f} ({ious}); {seconds}"
     )
 
 

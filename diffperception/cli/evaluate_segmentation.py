@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-from diffperception.cli import say
+from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import require_room
 from diffperception.cli.report import write_text
@@ -84,7 +84,9 @@ def iou_table(metrics: Mapping[str, Any], images: int) -> str:
     ious = {"mean IoU": metrics["miou"], **{f"  {name}": iou for name, iou in metrics["iou"].items()}}
     width = max(map(len, ious))
     lines = [f"{name:<{width}}  {'-' if iou is None else f'{100 * iou:.1f} %'}" for name, iou in ious.items()]
-    return "\n".join([*lines, f"on the labelled pixels of {images} images; - is in no mask and in no prediction"])
+    return "\n".join(
+        [*lines, f"on the labelled pixels of {counted(images, 'image')}; - is in no mask and in no prediction"]
+    )
 
 
 def draw(model: PixelSegmenter, folder: MaskFolder, output: Path, count: int) -> None:

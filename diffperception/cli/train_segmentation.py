@@ -11,7 +11,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from diffperception.cli import say
+from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.evaluate_segmentation import draw, iou_table, score
 from diffperception.cli.predict import require_room
@@ -105,7 +105,8 @@ def sizes(
     pixels = sum(int((mask != IGNORED).sum()) for mask in masks)
     limit = "" if options.max_minibatches is None else f"; at most {options.max_minibatches} minibatches each"
     return (
-        f"{members} classifiers learn {folder.num_classes} classes from {pixels} pixels of {len(folder)} images;"
+        f"{counted(members, 'classifier')} {'learns' if members == 1 else 'learn'} {folder.num_classes} classes from"
+        f" {pixels} pixels of {counted(len(folder), 'image')};"
         f" {features.channels} features a pixel, {in_bytes(memory)} in memory{limit}"
     )
 

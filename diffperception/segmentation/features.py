@@ -125,6 +125,8 @@ class DiffusionFeatures(FeatureExtractor):
         label: int | None = None,
     ) -> None:
         unet = unet if isinstance(unet, UNet) else UNet(**unet)
+        if unet.in_channels != 3:
+            raise ValueError(f"this UNet takes images of {unet.in_channels} channels: features need one of colour, 3")
         _check_blocks(unet, blocks)
         _check_different("block", [str(block) for block in blocks])
         _check_different("timestep", [f"{t:g}" for t in timesteps])

@@ -48,6 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     unet = UNet(channels=32, multipliers=(1, 1), depth=1, attention=(), head_channels=32)
     DiffusionModel(None, unet, image_size=16).save(path / "generator.safetensors")
+    grey = UNet(**unet.arguments | {"in_channels": 1, "out_channels": 1})
+    DiffusionModel(None, grey, image_size=16).save(path / "grey.safetensors")
     return path
 
 
@@ -216,15 +218,22 @@ def test_a_class_with_too_few_pixels_is_told(folder: Path, tmp_path: Path, capsy
         (["--data.val_masks=null"], "give both data.val_images and data.val_masks"),
         (["--data.masks=nowhere"], "there is no folder of masks nowhere"),
         ([f"--features={GENERATOR}", "--features.file=nowhere"], "there is no model file nowhere"),
+        (
+            [f"--features={GENERATOR}", "--features.file=GREY", "--features.blocks=[0]"],
+            "images of 1 channels: features need",
+        ),
         (["--fit.storage=float8"], "float16 or float32"),
     ],
 )
 def test_mistakes_end_in_one_sentence(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:
+    more = [word.replace("GREY", str(folder / "grey.safetensors")) for word in more]
     assert train(folder, tmp_path / "run", *RGB, *more) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr()
+    said = printed.err
     assert message in said
+    assert "classifiers learn" not in printed.out
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -239,6 +248,7 @@ def test_a_folder_that_holds_something_is_not_written_over(run: Path, folder: Pa
 
 def test_a_single_member_cannot_rank(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(folder, tmp_path / "run", *RGB, "--members", "1") == 0
+    assert "1 classifier learns 3 classes from" in capsys.readouterr().out
     assert segment(tmp_path / "run", folder / "images", tmp_path / "out", "--rank") == 2
     assert "agrees with itself" in capsys.readouterr().err
 
