@@ -1,6 +1,7 @@
 """Feature pyramids for detection: any timm backbone by name, and FPN on top."""
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,11 +57,15 @@ class TimmBackbone(Backbone):
         any_size: dict[str, Any] = {"strict_img_size": False, "always_partition": True} if swin else {}
         with torch.device("meta"):
             probe: Any = timm.create_model(name, features_only=True, **any_size)
+        if "dynamic_img_size" in inspect.signature(type(getattr(probe, "model", probe))).parameters:
+            any_size = {"dynamic_img_size": True}  # so are ViTs
         offered = probe.feature_info.reduction()
         missing = [stride for stride in strides if stride not in offered]
         if missing:
             raise ValueError(f"backbone {name} has feature maps at strides {offered}, not at {missing}")
-        keep = [offered.index(stride) for stride in strides]
+        # Where several maps have a stride, as all of a transformer of one, the last is the deepest.
+        last = dict(zip(offered, probe.feature_info.out_indices, strict=True))
+        keep = [last[stride] for stride in strides]
         model: Any = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=keep, **any_size)
         self.body: nn.Module = freeze_batch_norm_2d(model) if freeze_norm else model
         self.channels = model.feature_info.channels()

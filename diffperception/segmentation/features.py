@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from diffperception import weights
 from diffperception.diffusion import DiscreteSchedule, Schedule, StraightPath, linear_schedule
 from diffperception.models import TimmBackbone, UNet
 from diffperception.segmentation.maps import FeatureMaps, MapInfo, Windows, padded_side
+
+# Windows that are encoded at once: small ones keep no processor busy, large ones need no company and much memory.
+BATCH_WINDOWS = 8
+BATCH_PIXELS = 2**16
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -74,7 +79,11 @@ class FeatureExtractor(nn.Module, ABC):
         below, right = (padded_side(side, self.multiple) - side for side in (height, width))
         padded = F.pad(image[None].to(self.device, torch.float32), (0, right, 0, below), mode="replicate")
         windows = self.windows(*padded.shape[2:])
-        parts = [[m[0] for m in self.encode(padded[:, :, rows, columns])] for rows, columns in windows.places]
+        cut = [padded[0, :, rows, columns] for rows, columns in windows.places]  # all of one size
+        together = max(1, min(BATCH_WINDOWS, BATCH_PIXELS // cut[0][0].numel()))
+        parts: list[tuple[Tensor, ...]] = []
+        for first in range(0, len(cut), together):
+            parts += zip(*self.encode(torch.stack(cut[first : first + together])), strict=True)
         return FeatureMaps(windows.blend(parts, self.strides), self.strides, (height, width))
 
     def windows(self, height: int, width: int) -> Windows:
@@ -211,16 +220,16 @@ class DiffusionFeatures(FeatureExtractor):
 
 
 class TimmFeatures(FeatureExtractor):
-    """The feature maps of any timm model, of images normalised as ImageNet's.
+    """The feature maps of any timm model that takes images of any size, normalised as those it was trained on.
 
     Args:
         name: timm model name.
-        strides: of the maps to take.
+        strides: of the maps to take; where a model has several of a stride, as transformers have, the last is taken.
         pretrained: start from timm's weights (needs the network once).
         window: larger images are cut into windows of this side; null takes images whole.
 
     Raises:
-        ValueError: if there is no such model, or it has no map at one of the strides.
+        ValueError: if there is no such model, it has no map at one of the strides, or takes images of one size alone.
     """
 
     mean: Tensor
@@ -230,13 +239,16 @@ class TimmFeatures(FeatureExtractor):
         self, name: str, strides: Sequence[int] = (4, 8, 16, 32), pretrained: bool = False, window: int | None = None
     ) -> None:
         backbone = TimmBackbone(name, strides, pretrained).eval().requires_grad_(False)
+        _check_any_size(backbone, name)
         channels = zip(backbone.channels, strides, strict=True)
         super().__init__([MapInfo(f"stride {s}", c, s) for c, s in channels], max(strides), window)
         # Loading brings its own weights, so `pretrained` is not kept.
         self.arguments = {"name": name, "strides": list(strides), "pretrained": False, "window": window}
         self.backbone = backbone
-        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
+        about = timm.get_pretrained_cfg(name)
+        mean, std = (about.mean, about.std) if about else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def encode(self, images: Tensor) -> list[Tensor]:
         return self.backbone((images - self.mean) / self.std)
@@ -261,6 +273,17 @@ def build_extractor(name: str, arguments: dict[str, Any]) -> FeatureExtractor:
     if name not in kinds:
         raise ValueError(f"there are no features {name!r}; known are {', '.join(kinds)}")
     return kinds[name](**arguments)
+
+
+@torch.no_grad()
+def _check_any_size(backbone: TimmBackbone, name: str) -> None:
+    side = max(backbone.strides)
+    try:
+        backbone(torch.zeros(1, 3, 2 * side, 3 * side))
+    except (AssertionError, RuntimeError, ValueError) as error:  # timm's models refuse sizes in ways of their own
+        raise ValueError(
+            f"{name} does not take images of any size ({error}): choose a convolutional network, a ViT or a Swin"
+        ) from None
 
 
 def _check_blocks(unet: UNet, blocks: Sequence[int]) -> None:

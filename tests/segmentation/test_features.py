@@ -1,14 +1,22 @@
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffperception.diffusion import StraightPath, VarianceExploding, linear_schedule
 from diffperception.models import UNet
-from diffperception.segmentation import DiffusionFeatures, FeatureMaps, RGBFeatures, TimmFeatures
-from diffperception.segmentation.maps import Windows, rows_around, upsample, upsample_rows
+from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, FeatureMaps, RGBFeatures, TimmFeatures
+from diffperception.segmentation.maps import MapInfo, Windows, rows_around, upsample, upsample_rows
 from tests.parity import filled_state
 
 SCHEDULE = linear_schedule(1000)
+
+
+TIMM = {
+    "resnet18": lambda: TimmFeatures("resnet18", (4, 8), window=32),
+    "test_vit": lambda: TimmFeatures("test_vit", (16,), window=32),
+}
 
 
 def unet(**changes: object) -> UNet:
@@ -82,7 +90,7 @@ def test_blending_passes_evenly_from_one_window_to_the_next():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (30, 17), (3, 5), (61, 40)])
-@pytest.mark.parametrize("make", [diffusion, RGBFeatures, lambda: TimmFeatures("resnet18", (4, 8), window=32)])
+@pytest.mark.parametrize("make", [diffusion, RGBFeatures, *TIMM.values()], ids=["diffusion", "RGB", *TIMM])
 def test_maps_are_of_the_declared_channels_and_sizes_for_any_image(make, size):
     features = make()
     maps = features.maps(torch.rand(3, *size))
@@ -101,6 +109,67 @@ def test_a_pass_a_timestep_with_the_noise_of_the_file():
         for ours, theirs in zip(maps[3 * i : 3 * i + 3], expected, strict=True):
             torch.testing.assert_close(ours, theirs[0])
     assert [info.name for info in features.info][2:4] == ["t50 block 4", "t250 block 0"]
+
+
+class MeansOfWindows(FeatureExtractor):
+    """The mean colours of a window in all its cells, and how many windows came at once."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__([MapInfo("mean", 3, 4)], 4, window)
+        self.batches: list[int] = []
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        self.batches.append(len(images))
+        cells = (images.shape[2] // 4, images.shape[3] // 4)
+        return [images.mean((2, 3), keepdim=True).expand(-1, -1, *cells)]
+
+
+@pytest.mark.parametrize(("window", "batches"), [(16, [8, 8, 4]), (128, [4, 2]), (256, [1, 1])])
+def test_small_windows_are_encoded_together(window, batches):
+    """Each batch holds 2^16 pixels or a window at most; each window keeps its place."""
+    step = window - window // 4
+    columns = sum(batches) // 2
+    image = torch.rand(3, window + step - 3, window + (columns - 1) * step)
+    features = MeansOfWindows(window)
+    maps = features.maps(image)
+    assert features.batches == batches
+    padded = F.pad(image[None], (0, 0, 0, 3), mode="replicate")[0]
+    for row in range(2):
+        for column in range(columns):
+            top, left = row * step, column * step
+            expected = padded[:, top : top + window, left : left + window].mean((1, 2))
+            middle = maps.maps[0][:, (top + window // 2) // 4, (left + window // 2) // 4]
+            torch.testing.assert_close(middle, expected)
+
+
+def test_windows_of_a_unet_do_not_look_at_one_another():
+    features, image = diffusion(), torch.rand(3, 56, 56)
+    together = features.maps(image)
+    parts = [[m[0] for m in features.encode(image[None, :, y : y + 32, x : x + 32])] for y in (0, 24) for x in (0, 24)]
+    alone = Windows(56, 56, 32, 8).blend(parts, features.strides)
+    for a, b in zip(together.maps, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "mean", "std"),
+    [("resnet18", 8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ("test_vit", 16, (0.5,) * 3, (0.5,) * 3)],
+)
+def test_timm_models_get_images_normalised_as_in_their_training(name, stride, mean, std):
+    features, image = TimmFeatures(name, (stride,)), torch.rand(1, 3, 32, 48)
+    normalised = (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(features.maps(image[0]).maps[0], features.backbone(normalised)[0][0])
+    assert not torch.allclose(features.backbone(image)[0], features.backbone(normalised)[0], atol=1e-3)
+
+
+def test_of_a_transformers_maps_the_last_is_taken():
+    body = TimmFeatures("test_vit", (16,)).backbone.body
+    assert len(body.model.blocks) == len(timm.create_model("test_vit").blocks) == body.out_indices[0] + 1 > 1
+
+
+def test_a_timm_model_of_one_image_size_is_refused():
+    with pytest.raises(ValueError, match=r"mixer_s32_224 does not take images of any size \(.*224.*\): choose a"):
+        TimmFeatures("mixer_s32_224", (32,))
 
 
 def test_one_timestep_alone_is_the_same():
