@@ -10,6 +10,7 @@ PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCI
 TASKS = {  # of the commands that do the same for several; the first is meant where none is named
     "train": ("detection", "generation", "classifier", "segmentation"),
     "evaluate": ("detection", "generation", "segmentation"),
+    "convert": ("networks", "segmentation"),
 }
 
 

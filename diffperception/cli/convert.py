@@ -43,7 +43,8 @@ def convert(
     Three kinds are known by their weights' names: detectors of DiffusionDet (ResNet-50/101, Swin-T/S/B), diffusion
     models of guided-diffusion and improved-diffusion, and noisy classifiers of guided-diffusion. Widths, classes and
     layouts are read off names and shapes; what those cannot tell of the last two kinds are the options from --heads to
-    --prediction. Only weights and numbers are read: a checkpoint that would run code is refused.
+    --prediction. Only weights and numbers are read: a checkpoint that would run code is refused. The pixel classifiers
+    of ddpm-segmentation are turned into a segmenter by `--task segmentation`, which has options of its own.
 
     For example: `diffperception convert --checkpoint lsun_cat.pt --output cat.safetensors --head-channels 64
     --image-size 256`.

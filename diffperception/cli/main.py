@@ -31,7 +31,7 @@ COMMANDS = {
     "search": "rank timesteps and blocks of a generator by how well they tell classes apart",
     "distill": "label images, or samples of a generator, with a segmenter: a data set to train on",
     "compare": "what a generator's features are worth where few images are labelled",
-    "convert": "turn a checkpoint of DiffusionDet or guided-diffusion into a model file",
+    "convert": "turn a checkpoint of DiffusionDet, guided-diffusion or ddpm-segmentation into a model file",
 }
 USAGE = (
     "usage: diffperception COMMAND [--config FILE] [--option value] ...\n\n"

@@ -18,7 +18,14 @@ from diffperception.cli.segment import MostUncertain, Score
 from diffperception.data.masks import MaskFolder
 from diffperception.generation import DiffusionModel
 from diffperception.models import UNet
-from diffperception.segmentation import DiffusionFeatures, MeanIoU, PixelSegmenter, Segmentation
+from diffperception.segmentation import (
+    DiffusionFeatures,
+    MeanIoU,
+    PixelSegmenter,
+    Segmentation,
+    load_reference_ensemble,
+)
+from tests.segmentation.test_reference import Classifier, write
 
 COLOURS = np.array([[60, 60, 60], [220, 40, 40], [40, 60, 220]], np.uint8)
 CLASSES = ["ground", "red", "blue"]
@@ -304,3 +311,31 @@ def test_a_run_that_is_not_finished_has_no_scores(
     monkeypatch.setattr(PixelSegmenter, "segment", interrupted)
     assert segment(run, folder / "images/val", tmp_path / "out", "--rank", "--overwrite") == 2
     assert not {"scores.csv", "rank.csv", "rank.png"} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def convert(output: Path, files: list[Path], *more: str) -> int:
+    arguments = ["--checkpoints", *map(str, files), f"--classes=[{', '.join(CLASSES)}]", "--output", str(output)]
+    return main(["convert", "--task", "segmentation", *arguments, *more])
+
+
+def test_classifiers_of_the_reference_become_a_segmenter(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    features = DiffusionFeatures.of_generator(folder / "generator.safetensors", [0, 2], [10])
+    files = [write(tmp_path / f"model_{i}.pth", Classifier(features.channels, 3).eval()) for i in range(2)]
+    more = [f"--features={GENERATOR}", f"--features.file={folder / 'generator.safetensors'}"]
+    more += ["--features.timesteps=[10]", "--features.blocks=[0, 2]"]
+    assert convert(tmp_path / "segmenter.safetensors", files, *more) == 0
+    assert "2 classifiers of 64 features and 3 classes" in capsys.readouterr().out
+    image = torch.rand(3, 24, 32)
+    found = PixelSegmenter.load(tmp_path / "segmenter.safetensors").segment(image)
+    wanted = load_reference_ensemble(files).segment(features.maps(image))
+    torch.testing.assert_close(found.uncertainty, wanted.uncertainty)
+    assert torch.equal(found.labels, wanted.labels)
+    assert len(found.labels.unique()) > 1
+    assert convert(tmp_path / "segmenter.safetensors", files, *more) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert convert(tmp_path / "other.safetensors", files, *more, "--features.blocks=[0]") == 2
+    assert "channels is 64" in capsys.readouterr().err
+    assert not (tmp_path / "other.safetensors").exists()
