@@ -25,6 +25,8 @@ from diffperception.generation import sample as draw
 from diffperception.segmentation import PixelSegmenter
 from diffperception.visualize import save_png, to_picture
 
+DRAWN = 1000  # images of a generator, where no number is given
+
 
 class Unlabelled(NamedTuple):
     """An image (3, H, W), 0..1, and the name of its PNG; or None and what the problem is."""
@@ -47,7 +49,7 @@ def distill(
     output: Path,
     images: str | None = None,
     generator: Path | None = None,
-    number: PositiveInt = 1000,
+    number: PositiveInt = DRAWN,
     drop: ClosedUnitInterval = 0.1,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (the defaults are not changed)
     batch_size: PositiveInt = 16,
@@ -77,6 +79,10 @@ def distill(
     """
     if (images is None) == (generator is None):
         raise ValueError("give either --images or a --generator to draw them from")
+    if images is not None and (number != DRAWN or sampling != SamplingOptions() or seed):
+        raise ValueError(
+            "number, sampling and seed are of images drawn from a --generator: leave them out for --images"
+        )
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"{output} is not an empty folder: choose another --output")
     if drop == 1:

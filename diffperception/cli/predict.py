@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from diffperception.cli import say
+from diffperception.cli import counted, say
 from diffperception.cli.evaluate import load_detector, pick_device, prediction_options
 from diffperception.cli.report import STRIP_STEPS, draw_strip, write_text
 from diffperception.data.images import BrokenImageError, read_image
@@ -226,7 +226,7 @@ class Results:
 
     def summary(self, output: Path) -> str:
         """What was found and where it is, and which images are broken."""
-        lines = [f"{len(self.rows)} detections in {len(self.images)} images are in {output}"]
+        lines = [f"{counted(len(self.rows), 'detection')} in {counted(len(self.images), 'image')}: {output}"]
         if self.broken:
-            lines.append(f"{len(self.broken)} images were left out:")
+            lines.append(f"{counted(len(self.broken), 'image')} left out:")
         return "\n".join(lines + [f"  {problem}" for problem in self.broken])

@@ -70,6 +70,9 @@ def test_a_generators_samples_become_one(root: Path, tmp_path: Path) -> None:
     [
         ([], "either --images or a --generator"),
         (["--images", "a", "--generator", "b"], "either --images or a --generator"),
+        (["--images", "a", "--number", "3"], "leave them out for --images"),
+        (["--images", "a", "--sampling.steps", "3"], "leave them out for --images"),
+        (["--images", "a", "--seed", "3"], "leave them out for --images"),
         (["--images", "a", "--drop", "1"], "would leave no image"),
         (["--images", "a", "--output", "."], "not an empty folder"),
     ],

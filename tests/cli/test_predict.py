@@ -73,7 +73,7 @@ def test_a_folder_gives_results_pictures_and_strips(model, photos, tmp_path, cap
     drawn = ["a.png", "b.png", "c.png"]
     assert pictures == [f"pictures/{name}" for name in drawn] + [f"strips/{name}" for name in drawn[:2]]
     printed = capsys.readouterr().out
-    assert "1 images were left out" in printed
+    assert "1 image left out" in printed
     assert "broken.png" in printed
 
 
