@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,14 +34,14 @@ class Segmentation:
     Args:
         labels: (H, W) int64, the class with most votes, the lowest of several.
         uncertainty: (H, W) float32, entropy of the mean minus mean entropy of the members' probabilities, in nats.
-        probabilities: (K, H, W) float32, mean over the members.
-        votes: (K, H, W) int64, members for each class; float32, between those of the nearest pixels, once resized.
+        votes: (K, h, w) uint8, members for each class, at the size that the classifiers worked at.
+        probabilities: (K, h, w) float32, mean over the members, at that size; None where not asked for.
     """
 
     labels: Tensor
     uncertainty: Tensor
-    probabilities: Tensor
     votes: Tensor
+    probabilities: Tensor | None = None
 
     @property
     def score(self) -> float:
@@ -49,16 +49,24 @@ class Segmentation:
         return image_score(self.uncertainty)
 
     def resized(self, height: int, width: int) -> "Segmentation":
-        """For the image at another size: all but the labels are interpolated, and they follow the votes."""
+        """Labels and uncertainty for the image at another size: interpolated, and the labels follow the votes.
+
+        Votes and probabilities stay as they are; at a photograph's full size they would take gigabytes.
+        """
         if self.labels.shape == (height, width):
             return self
+        most = resize(self.votes[0], height, width)
+        labels = torch.zeros_like(most, dtype=torch.int64)
+        for label in range(1, len(self.votes)):
+            votes = resize(self.votes[label], height, width)
+            labels.masked_fill_(votes > most, label)
+            most = torch.maximum(most, votes)
+        return replace(self, labels=labels, uncertainty=resize(self.uncertainty, height, width))
 
-        def interpolated(values: Tensor) -> Tensor:
-            return F.interpolate(values[None].float(), (height, width), mode="bilinear")[0]
 
-        votes = interpolated(self.votes)
-        uncertainty = interpolated(self.uncertainty[None])[0]
-        return Segmentation(votes.argmax(0), uncertainty, interpolated(self.probabilities), votes)
+def resize(values: Tensor, height: int, width: int) -> Tensor:
+    """(h, w) -> (height, width) float32, bilinear."""
+    return F.interpolate(values[None, None].float(), (height, width), mode="bilinear")[0, 0]
 
 
 class PixelEnsemble(nn.Module):
@@ -70,11 +78,16 @@ class PixelEnsemble(nn.Module):
     Args:
         channels: D, the features of a pixel.
         num_classes: K, at most 255.
-        members: M.
+        members: M, at most 255.
+
+    Raises:
+        ValueError: if there are too many or too few classes or members.
     """
 
     def __init__(self, channels: int, num_classes: int, members: int = 10) -> None:
         super().__init__()
+        if not 1 <= members <= torch.iinfo(torch.uint8).max:  # votes are counted in bytes
+            raise ValueError(f"there must be 1 to 255 members, not {members}")
         if not 2 <= num_classes <= IGNORED:
             raise ValueError(f"there must be 2 to {IGNORED} classes, not {num_classes}")
         self.arguments: dict[str, Any] = {"channels": channels, "num_classes": num_classes, "members": members}
@@ -126,11 +139,21 @@ class PixelEnsemble(nn.Module):
         return segmentation.labels, segmentation.uncertainty
 
     @torch.no_grad()
-    def segment(self, maps: FeatureMaps) -> Segmentation:
-        """Labels, uncertainty, probabilities and votes of an image's pixels."""
-        parts = [summarise(logits) for logits in self._bands(maps)]
-        labels, uncertainty, probabilities, votes = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Segmentation(labels, uncertainty, probabilities.permute(2, 0, 1), votes.permute(2, 0, 1))
+    def segment(self, maps: FeatureMaps, probabilities: bool = False) -> Segmentation:
+        """Labels, uncertainty and votes of an image's pixels, and the classes' probabilities where asked for."""
+        weight = self.mlps.linears[0].weight
+        labels = torch.empty(maps.size, dtype=torch.int64, device=weight.device)
+        uncertainty = torch.empty_like(labels, dtype=weight.dtype)
+        votes = labels.new_empty(self.num_classes, *maps.size, dtype=torch.uint8)
+        mean = torch.empty_like(votes, dtype=weight.dtype) if probabilities else None
+        bottom = 0
+        for logits in self._bands(maps):
+            rows = slice(bottom, bottom := bottom + logits.shape[1])
+            labels[rows], uncertainty[rows], band_mean, band_votes = summarise(logits)
+            votes[:, rows] = band_votes.permute(2, 0, 1)
+            if mean is not None:
+                mean[:, rows] = band_mean.permute(2, 0, 1)
+        return Segmentation(labels, uncertainty, votes, mean)
 
     @torch.no_grad()
     def logits(self, maps: FeatureMaps) -> Tensor:

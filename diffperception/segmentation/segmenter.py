@@ -50,10 +50,10 @@ class PixelSegmenter(nn.Module):
             "short_side": short_side,
         }
 
-    def segment(self, image: Tensor) -> Segmentation:
-        """What the members make of an image (3, H, W; RGB, 0..1), at its size."""
+    def segment(self, image: Tensor, probabilities: bool = False) -> Segmentation:
+        """What the members make of an image (3, H, W; RGB, 0..1), at its size; see :class:`Segmentation`."""
         resized = image if self.short_side is None else TF.resize(image, [self.short_side], antialias=True)
-        found = self.classifier.segment(self.features.maps(resized))
+        found = self.classifier.segment(self.features.maps(resized), probabilities)
         return found.resized(*image.shape[-2:])
 
     def save(self, path: str | Path) -> None:

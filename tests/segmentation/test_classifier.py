@@ -144,6 +144,18 @@ def test_labels_are_the_majoritys_whatever_the_mean_says():
     torch.testing.assert_close(probabilities, logits.softmax(-1).mean(0))
 
 
+def test_an_image_is_summarised_band_by_band(monkeypatch):
+    maps, ensemble = random_maps(37, 18), trained_like(PixelEnsemble(25, 3, members=4))
+    labels, uncertainty, mean, votes = summarise(ensemble.logits(maps).permute(0, 2, 3, 1))
+    monkeypatch.setattr("diffperception.segmentation.classifier.BAND_PIXELS", 300)
+    found = ensemble.segment(maps, probabilities=True)
+    assert torch.equal(found.labels, labels)
+    assert torch.equal(found.votes, votes.permute(2, 0, 1).to(torch.uint8))
+    torch.testing.assert_close(found.uncertainty, uncertainty, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.probabilities, mean.permute(2, 0, 1), rtol=1e-4, atol=1e-5)
+    assert ensemble.segment(maps).probabilities is None
+
+
 def test_an_images_score_is_the_mean_of_its_top_tenth():
     uncertainty = torch.arange(100.0).view(4, 25)[:, torch.randperm(25)]
     assert image_score(uncertainty) == pytest.approx(94.5)
@@ -295,6 +307,8 @@ def test_other_faults_end_in_one_sentence():
         PixelEnsemble(13, 3, 1).predict(Pyramid(), image)
     with pytest.raises(ValueError, match="2 to 255 classes"):
         PixelEnsemble(13, 1)
+    with pytest.raises(ValueError, match="1 to 255 members, not 256"):
+        PixelEnsemble(1, 2, 256)
     with pytest.raises(ValueError, match=r"image 0 is not finite in torch\.float16: .* float32"):
         PixelEnsemble(12, 3, 1).fit(Pyramid(scale=1e6), [image], [mask])
 
@@ -326,9 +340,9 @@ def test_an_exported_segmenter_works_alone(tmp_path):
     segmenter = PixelSegmenter(features, trained_like(PixelEnsemble(features.channels, 2, 2)), ["sky", "sea"])
     segmenter.save(tmp_path / "model.safetensors")
     image = torch.rand(3, 20, 37)
-    expected = segmenter.segment(image)
+    expected = segmenter.segment(image, probabilities=True)
     loaded = PixelSegmenter.load(tmp_path / "model.safetensors")
-    found = loaded.segment(image)
+    found = loaded.segment(image, probabilities=True)
     assert loaded.classes == ["sky", "sea"]
     torch.testing.assert_close(found.probabilities, expected.probabilities)
     assert found.score == pytest.approx(expected.score)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from diffperception.diffusion import linear_schedule
@@ -60,12 +61,18 @@ def test_images_are_worked_on_at_one_scale_and_answered_at_theirs(tmp_path: Path
     model.save(tmp_path / "model.safetensors")
     model = PixelSegmenter.load(tmp_path / "model.safetensors")
     image = torch.rand(3, 24, 36)
-    small = model.classifier.segment(model.features.maps(TF.resize(image, [12], antialias=True)))
-    found = model.segment(image)
+    small = model.classifier.segment(model.features.maps(TF.resize(image, [12], antialias=True)), probabilities=True)
+    found = model.segment(image, probabilities=True)
     assert found.labels.shape == found.uncertainty.shape == (24, 36)
-    assert found.votes.shape == found.probabilities.shape == (3, 24, 36)
+    votes = F.interpolate(small.votes[None].float(), (24, 36), mode="bilinear")[0]
+    assert torch.equal(found.labels, votes.argmax(0))
+    uncertainty = F.interpolate(small.uncertainty[None, None], (24, 36), mode="bilinear")[0, 0]
+    torch.testing.assert_close(found.uncertainty, uncertainty)
+    assert torch.equal(found.votes, small.votes)
+    assert found.probabilities.shape == small.votes.shape == (3, 12, 18)
     np.testing.assert_allclose(found.probabilities.sum(0), 1, atol=1e-5)
-    assert torch.equal(found.votes.argmax(0), found.labels)
+    assert (small.votes.sum(0) == 5).all()
+    assert torch.equal(small.votes.argmax(0), small.labels)
     flat = model.segment(torch.full((3, 24, 36), 0.3))
     assert torch.unique(flat.labels).numel() == 1
     assert small.uncertainty.mean() > 0.05
@@ -77,3 +84,25 @@ def test_images_are_worked_on_at_one_scale_and_answered_at_theirs(tmp_path: Path
 def test_classes_of_one_name_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two classes are named cell"):
         MaskDataOptions(tmp_path / "images", tmp_path / "masks", ["cell", "background", "cell"]).open()
+
+
+def test_predicting_at_a_photographs_size_keeps_no_classes_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor made while predicting is half as large as one byte a class and pixel."""
+    monkeypatch.setattr("diffperception.segmentation.classifier.BAND_PIXELS", 1000)
+    model = PixelSegmenter(RGBFeatures(), PixelEnsemble(3, 40, 2), [str(k) for k in range(40)], short_side=100)
+    image, largest = torch.rand(3, 400, 500), 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = function(*args, **kwargs or {})
+            tensors = [t for t in (result if isinstance(result, tuple) else [result]) if isinstance(t, torch.Tensor)]
+            largest = max([largest, *(t.untyped_storage().nbytes() for t in tensors)])
+            return result
+
+    with Watch():
+        found = model.segment(image)
+    assert found.probabilities is None
+    assert found.labels.shape == found.uncertainty.shape == (400, 500)
+    assert found.votes.dtype == torch.uint8
+    assert 0 < largest < 40 * 400 * 500 / 2
