@@ -18,7 +18,7 @@ from diffperception.segmentation import (
 from diffperception.segmentation.classifier import summarise
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import MapInfo
-from diffperception.segmentation.mlp import EnsembleBatchNorm, PixelMLPs
+from diffperception.segmentation.mlp import EnsembleBatchNorm, PixelMLPs, hidden_widths
 from diffperception.segmentation.training import (
     EarlyStopping,
     LabelledPixels,
@@ -234,6 +234,53 @@ def test_members_stop_each_after_its_patience_and_keep_the_weights_they_had(monk
         )
 
 
+def test_no_member_stops_in_the_passes_before_it_is_watched():
+    image, mask = scene()
+    pixels = LabelledPixels(Pyramid(), [torch.rand_like(image)], [mask.to(torch.uint8)], torch.float32, ["a"])
+    seeds = [member_seed(0, m) for m in range(2)]
+    epoch = -(-mask.numel() // 300)
+
+    def seen(watch_after: int) -> list[int]:
+        options = FitOptions(batch_size=300, watch_after=watch_after, patience=1, epochs=20)
+        return train(PixelMLPs(2, 12, 3, seeds), pixels, seeds, options)
+
+    assert max(seen(0)) < 3 * epoch
+    assert 3 * epoch < min(seen(3)) < 20 * epoch
+
+
+def test_the_recipe_is_the_references():
+    options = FitOptions()
+    assert (options.batch_size, options.learning_rate, options.epochs) == (64, 1e-3, 100)
+    assert (options.watch_after, options.patience, options.max_minibatches) == (4, 50, None)
+    assert [hidden_widths(k) for k in (2, 29, 30, 34)] == [(128, 32)] * 2 + [(256, 128)] * 2
+    mlps = PixelMLPs(2, 500, 3, [0, 1])
+    for layer in mlps.linears:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.15)
+        assert not layer.bias.any()
+
+
+def test_twenty_pixels_of_a_class_are_enough_and_nineteen_are_not():
+    mask = torch.zeros(10, 10, dtype=torch.int64)
+    mask.view(-1)[:20], mask.view(-1)[20:39] = 1, 2
+    (checked,), notes = checked_masks([torch.zeros(3, 10, 10)], [mask], 3, FitOptions().min_pixels, ["a"])
+    assert torch.equal(checked == 1, mask == 1)
+    assert torch.equal(checked == 255, mask == 2)
+    assert notes[0].startswith("a has only 19 pixels of class 2")
+
+
+def test_the_seed_is_of_weights_and_minibatches():
+    image, mask = scene()
+
+    def weights(seed: int) -> Tensor:
+        options = FitOptions(seed=seed, max_minibatches=2)
+        return PixelEnsemble(12, 3, 2).fit(Pyramid(), [image], [mask], options).mlps.linears[0].weight.detach()
+
+    one, same, other = (weights(seed) for seed in (5, 5, 6))
+    torch.testing.assert_close(one, same)
+    assert (one - other).abs().mean() > 0.01
+    assert len({member_seed(seed, member) for seed in range(5) for member in range(5)}) == 25
+
+
 def test_patience_counts_from_the_best_loss():
     stopping = EarlyStopping(2, patience=2)
     losses = [[1.0, 1.0], [2.0, 0.9], [0.5, 0.95], [0.6, 0.9], [0.5, 0.1]]
@@ -338,12 +385,14 @@ def test_numbers_that_train_nothing_are_refused_by_name(name, value, least):
 def test_an_exported_segmenter_works_alone(tmp_path):
     features = DiffusionFeatures(unet(), [[0.9, 0.1, 50.0]], (1, 3), (50,), window=16, seed=7)
     segmenter = PixelSegmenter(features, trained_like(PixelEnsemble(features.channels, 2, 2)), ["sky", "sea"])
+    features.noise.mul_(-0.5)  # other than what the seed would give again
     segmenter.save(tmp_path / "model.safetensors")
     image = torch.rand(3, 20, 37)
     expected = segmenter.segment(image, probabilities=True)
     loaded = PixelSegmenter.load(tmp_path / "model.safetensors")
     found = loaded.segment(image, probabilities=True)
     assert loaded.classes == ["sky", "sea"]
+    assert torch.equal(loaded.features.noise, features.noise)
     torch.testing.assert_close(found.probabilities, expected.probabilities)
     assert found.score == pytest.approx(expected.score)
 

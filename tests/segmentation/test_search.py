@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diffperception.models import UNet
 from diffperception.segmentation import DiffusionFeatures, search
-from diffperception.segmentation.search import _sample
+from diffperception.segmentation.search import _probe, _sample
 from tests.segmentation.test_classifier import scene
 from tests.segmentation.test_features import unet
 
@@ -49,6 +49,15 @@ def test_classes_are_sampled_in_equal_shares():
     points = _sample(mask, 60, torch.Generator().manual_seed(0))
     assert torch.bincount(mask[tuple(points.T)].long()).tolist() == [20, 20, 3]
     assert len(points.unique(dim=0)) == len(points)
+
+
+def test_images_are_scored_by_what_others_taught():
+    """More features than pixels fit any labels; of other images they then know nothing."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(40, 200, generator=generator) for _ in range(4)]
+    labels = [torch.randint(2, (40,), generator=generator) for _ in range(4)]
+    assert _probe(features, labels, 2) < 0.5
+    assert _probe([features[0]] * 4, [labels[0]] * 4, 2) > 0.95
 
 
 def test_one_image_is_too_few():
