@@ -80,7 +80,7 @@ def search(
             f"note: the first timestep alone will take more than --seconds {seconds:g}: to be done in time, look at"
             " fewer images with data.limit, or at smaller ones with data.short_side"
         )
-    probes = rank(features, images, list(folder.masks), len(data.classes), seconds, pixels, seed)
+    probes = rank(features, images, list(folder.masks), len(data.classes), seconds, pixels, seed, folder.names)
     tried = list(dict.fromkeys(t for t in features.timesteps if any(probe.timestep == t for probe in probes)))
     suggested = suggest(probes)
     say(table(probes, features))

@@ -79,7 +79,7 @@ def train(
     say(sizes(features, train_set, masks, members, fit))
     start = time.monotonic()
     with warnings_said():
-        classifier.fit(features, train_set.images, masks, fit, train_set.names)
+        classifier.fit(features, train_set.images, masks, fit, train_set.names, data.classes)
     seconds = {"training": time.monotonic() - start}
     model = PixelSegmenter(features, classifier, data.classes, data.short_side)
     start_folder(output, overwrite, resolved)
