@@ -21,7 +21,7 @@ demo: install ## draw the shapes data set, train a detector on it, print its COC
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train --config configs/detection/shapes.yaml \
 		--output $(RUN)/shapes --overwrite
 
-demo-segmentation: install ## draw shapes, train their generator without labels, segment with ten masks (10 minutes)
+demo-segmentation: install ## draw shapes, train their generator without labels, find shapes with ten masks (6 minutes)
 	$(BIN)/diffperception shapes --output data/scenes --min-side 40 --max-side 40 --max-objects 3 --min-size 18
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train --config configs/generation/shapes.yaml \
 		--config configs/generation/shapes_scenes.yaml --data.batch_size 4 --output $(RUN)/scenes_ddpm --overwrite

@@ -214,7 +214,7 @@ def test_a_class_with_too_few_pixels_is_told(folder: Path, tmp_path: Path, capsy
     Image.fromarray(mask).save(tmp_path / "masks/train/1.png")
     more = [f"--data.images={tmp_path / 'images/train'}", f"--data.masks={tmp_path / 'masks/train'}"]
     assert train(folder, tmp_path / "run", *RGB, *more) == 0
-    assert "note: 1.png has only 4 pixels of class 2; they are ignored." in capsys.readouterr().out
+    assert "note: 1.png has only 4 pixels of class blue; they are ignored." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
