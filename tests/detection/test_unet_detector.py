@@ -80,7 +80,9 @@ def test_images_of_any_size_are_predicted_alike_alone_and_together(
     build: Callable[..., Detector], generator: Path
 ) -> None:
     detector = build(generator)
-    assert_same_detections(detector.predict(IMAGES), [detector.predict([image])[0] for image in IMAGES])
+    apart = [detector.predict([image])[0] for image in IMAGES]
+    # How many images are together decides on the algorithm of the UNet's convolutions, and so on the rounding.
+    assert_same_detections(detector.predict(IMAGES), apart, pixels=0.1)
     assert_same_detections(detector.predict(IMAGES), detector.predict(IMAGES))
 
 
