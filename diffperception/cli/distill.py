@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
@@ -17,7 +16,7 @@ from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import ImageFiles, find_images, name_pictures
 from diffperception.cli.report import write_text
-from diffperception.cli.sample import choose_labels
+from diffperception.cli.sample import choose_labels, in_turn
 from diffperception.cli.segment import shares
 from diffperception.data.image_folder import require_picture_channels
 from diffperception.generation import DiffusionModel, SamplingOptions
@@ -138,7 +137,7 @@ def samples(
     labels = choose_labels(generator.classes or [], None)
     for start in range(0, number, batch_size):
         numbers = range(start, min(start + batch_size, number))
-        wanted = None if labels is None else labels[torch.tensor(numbers) % len(labels)].to(generator.device)
+        wanted = in_turn(labels, numbers, generator.device)
         for index, image in zip(numbers, draw(generator, numbers, sampling, seed, wanted), strict=True):
             yield Unlabelled(Path(f"{index:06}.png"), image.float().cpu().expand(3, -1, -1))
 

@@ -71,7 +71,7 @@ def sample(
     with tqdm(total=number, desc="sample", unit="image", disable=None) as bar:
         for start in range(0, number, batch_size):
             numbers = range(start, min(start + batch_size, number))
-            wanted = None if labels is None else labels[torch.tensor(numbers) % len(labels)].to(generator.device)
+            wanted = in_turn(labels, numbers, generator.device)
             denoiser = choose_denoiser(generator, guide, wanted, sampling.guidance, classifier_scale)
             images = draw(generator, numbers, sampling, seed, wanted, size, denoiser).float().cpu()
             if start == 0:  # all options have proved sound
@@ -123,6 +123,11 @@ def choose_labels(known: list[str], classes: list[str] | None) -> Tensor | None:
             else "this generator was trained without classes: leave --classes out, or give a --classifier"
         )
     return torch.tensor([known.index(name) for name in classes or known]) if known else None
+
+
+def in_turn(labels: Tensor | None, numbers: range, device: torch.device) -> Tensor | None:
+    """The labels (B,) of images of these numbers, which take turns; None where there are none."""
+    return None if labels is None else labels[torch.tensor(numbers) % len(labels)].to(device)
 
 
 def choose_denoiser(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffperception.cli import first_process, say
 from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopped, say_where, start_or_go_on
+from diffperception.cli.sample import choose_labels, in_turn
 from diffperception.generation.model import DiffusionModel
 from diffperception.generation.sampling import SamplingOptions, sample, time_grid
 from diffperception.tasks.data import TrainingData
@@ -127,7 +128,7 @@ def require_preview(model: DiffusionModel, preview: PreviewOptions) -> None:
     options = preview.sampling
     try:
         time_grid(model.schedule, options.sampler, options.steps)
-        model.denoiser(labels_in_turn(model, range(1)), options.guidance)
+        model.denoiser(in_turn(choose_labels(model.classes or [], None), range(1), model.device), options.guidance)
     except ValueError as error:
         raise ValueError(f"option preview.sampling: {error}") from None
 
@@ -135,15 +136,9 @@ def require_preview(model: DiffusionModel, preview: PreviewOptions) -> None:
 def draw_samples(model: DiffusionModel, preview: PreviewOptions, seed: int, path: Path) -> None:
     """A grid of samples from noise that is the same for every model and step; labels take turns."""
     images: list[Tensor] = []
+    known = choose_labels(model.classes or [], None)
     for start in range(0, preview.samples, preview.batch_size):
         indices = range(start, min(start + preview.batch_size, preview.samples))
-        labels = labels_in_turn(model, indices)
+        labels = in_turn(known, indices, model.device)
         images.extend(sample(model, indices, preview.sampling, seed, labels).float().cpu())
     save_png(image_grid(images), path)
-
-
-def labels_in_turn(model: DiffusionModel, indices: range) -> Tensor | None:
-    """The labels (B,) of samples of these numbers; None where the model has none."""
-    if model.classes is None:
-        return None
-    return torch.tensor([i % len(model.classes) for i in indices], device=model.device)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,12 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
     if items is None:
         return {name: value}
     return {path: leaf for key, part in items for path, leaf in flatten(part, f"{name}/{key}").items()}
+
+
+def copy_run(run: Path, folder: Path) -> None:
+    """What a resumed run needs of a run."""
+    for name in ("last.ckpt", "config.yaml"):
+        shutil.copy(run / name, folder / name)
 
 
 def assert_same_run(one: Path, other: Path) -> None:
