@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffperception.cli.main import main
 from diffperception.data.sampling import StepBatchSampler
+from tests.tasks.test_resume import copy_run
 from tests.tasks.tiny_data import write_tiny_config
 from tests.tasks.tiny_detector import TinyDetector
 
@@ -230,8 +231,7 @@ def test_a_checkpoint_of_another_model_is_refused(
 def test_what_the_state_of_a_run_hangs_on_cannot_change_on_the_way(
     config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    for name in ("last.ckpt", "config.yaml"):
-        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    copy_run(whole, tmp_path)
     assert train(config, tmp_path, "--resume", *options) == 2
     assert said.format(tmp_path) in complaint(capsys)
     assert (tmp_path / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
@@ -249,8 +249,7 @@ def test_other_classes_cannot_go_on_with_a_run(
 
 
 def test_a_resumed_run_follows_its_new_options(config: Path, whole: Path, tmp_path: Path) -> None:
-    for name in ("last.ckpt", "config.yaml"):
-        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    copy_run(whole, tmp_path)
     new = ["--trainer.max_steps", "10", "--optimizer.lr", "0.5", "--optimizer.schedule", "constant"]
     new += ["--optimizer.weight_decay", "0.25", "--optimizer.ema_decay", "0.5", "--evaluation.every", "null"]
     assert train(config, tmp_path, "--resume", *new) == 0

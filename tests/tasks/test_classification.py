@@ -24,6 +24,7 @@ from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier, UNet
 from diffperception.tasks.classification import held_out_accuracy
 from diffperception.tasks.generation import time_at
+from tests.tasks.test_resume import copy_run
 
 SIDE, SPREAD = 8, 0.05
 PATTERN = torch.cat([torch.full((SIDE // 2,), -0.5), torch.full((SIDE // 2,), 0.5)])  # dark to the left, bright
@@ -88,8 +89,7 @@ def test_training_lowers_the_loss_and_reports_accuracy_by_noise(run: Path) -> No
 
 
 def test_a_resumed_run_must_have_the_same_path(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("last.ckpt", "config.yaml"):
-        (tmp_path / name).write_bytes((run / name).read_bytes())
+    copy_run(run, tmp_path)
     command = ["train", "--config", str(run / "config.yaml"), "--output", str(tmp_path), "--resume"]
     assert main([*command, "--model.schedule", "cosine"]) == 2
     assert f"model.schedule is cosine, but the run in {tmp_path} was begun with linear: " in capsys.readouterr().err

@@ -29,7 +29,7 @@ from diffperception.tasks.generation import (
 )
 from diffperception.tasks.options import OptimizerOptions
 from diffperception.visualize import image_grid, save_png
-from tests.tasks.test_resume import TORCHRUN, assert_same_run, logged, python
+from tests.tasks.test_resume import TORCHRUN, assert_same_run, copy_run, logged, python
 from tests.tasks.tiny_detector import PowerCut
 from tests.tasks.tiny_generator import write_tiny_generator, write_tiny_pictures
 
@@ -108,16 +108,14 @@ def test_two_processes_learn_the_times_from_the_losses_of_both(config: Path, tmp
 def test_a_resumed_run_must_be_the_same(
     config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    for name in ("last.ckpt", "config.yaml"):
-        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    copy_run(whole, tmp_path)
     assert train(config, tmp_path, "--resume", *options) == 2
     assert said.format(tmp_path) in complaint(capsys)
     assert (tmp_path / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
 
 
 def test_a_resumed_run_may_change_what_its_weights_do_not_hang_on(config: Path, whole: Path, tmp_path: Path) -> None:
-    for name in ("last.ckpt", "config.yaml"):
-        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    copy_run(whole, tmp_path)
     options = ["--model.unet.checkpointing", "true", "--model.unet.dropout", "0", "--data.batch_size", "2"]
     options += ["--preview.samples", "1", "--optimizer.ema_decay", "0.5", "--trainer.max_steps", "13", "--seed", "3"]
     assert train(config, tmp_path, "--resume", *options) == 0
