@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffperception.segmentation import FeatureExtractor, FeatureMaps, FitOptions, MapInfo, PixelEnsemble
-from diffperception.segmentation.classifier import summarise
+from diffperception.segmentation.ensemble import summarise
 from diffperception.segmentation.mlp import hidden_widths
-from diffperception.segmentation.training import LabelledPixels, member_seed, train
+from diffperception.segmentation.pixels import LabelledPixels, member_seed, train
 
 SIDE = 256
 BLOCKS = [(1024, 8), (512, 8), (512, 8), (512, 4), (256, 2)]  # channels and stride; three timesteps have them

@@ -22,7 +22,7 @@ from diffperception.cli.evaluate import pick_device
 from diffperception.cli.report import write_text
 from diffperception.cli.train_segmentation import warnings_said
 from diffperception.data.masks import read_mask
-from diffperception.mask_pictures import legend, mask_overlay
+from diffperception.detection.inference import spread
 from diffperception.models import UNet
 from diffperception.segmentation import (
     DiffusionFeatures,
@@ -33,10 +33,10 @@ from diffperception.segmentation import (
     RGBFeatures,
 )
 from diffperception.segmentation.baseline import BaselineOptions, predict_labels, segmentation_unet, train_unet
-from diffperception.segmentation.storage import KeptFeatures, in_bytes, parse_bytes, stored_bytes, weights_digest
-from diffperception.tasks.evaluation import spread
-from diffperception.tasks.segmentation import MaskDataOptions
-from diffperception.visualize import STRIP_SIDE, label_curves, paint, save_png, stack, titled
+from diffperception.segmentation.feature_cache import KeptFeatures, in_bytes, parse_bytes, stored_bytes, weights_digest
+from diffperception.training.recipes.segmentation import MaskDataOptions
+from diffperception.visualization.draw import STRIP_SIDE, label_curves, paint, save_png, stack, titled
+from diffperception.visualization.panels import legend, mask_overlay
 
 Method = Literal["diffusion", "untrained", "rgb", "scratch"]
 FREE = ("labels", "seed", "seeds", "methods", "pictures", "memory", "device", "output", "overwrite", "debug")

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from diffperception.cli import say
 from diffperception.cli.checkpoints import EMA, read_checkpoint
-from diffperception.coco import labels_of, read_coco
+from diffperception.data.coco_file import labels_of, read_coco
 from diffperception.detection import DiffusionDet
 from diffperception.diffusion import Prediction, ScheduleName
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier, UNet, adm
-from diffperception.weights import require_file_name
+from diffperception.models.base import require_file_name
 
 Model = DiffusionDet | DiffusionModel | NoisyClassifier
 USES = {

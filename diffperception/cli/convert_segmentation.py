@@ -5,8 +5,8 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from diffperception.cli import counted, say
+from diffperception.models.base import require_file_name
 from diffperception.segmentation import FeatureExtractor, PixelSegmenter, load_reference_ensemble
-from diffperception.weights import require_file_name
 
 
 def convert(

@@ -22,7 +22,7 @@ from diffperception.data.image_folder import require_picture_channels
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
 from diffperception.segmentation import PixelSegmenter
-from diffperception.visualize import save_png, to_picture
+from diffperception.visualization.draw import save_png, to_picture
 
 DRAWN = 1000  # images of a generator, where no number is given
 

@@ -13,11 +13,11 @@ from diffperception.cli import first_process, say
 from diffperception.cli.report import draw_pictures, write_audit, write_scores
 from diffperception.data import CocoDetection
 from diffperception.detection import Detector, DiffusionDet
-from diffperception.detection.evaluation import CocoResult
+from diffperception.detection.evaluator import CocoResult
+from diffperception.detection.inference import EVALUATORS, Protocol, evaluate_detector, join_processes
 from diffperception.detection.sampler import Mode
-from diffperception.tasks.audit import Audit, audit_detector, combine
-from diffperception.tasks.evaluation import EVALUATORS, Protocol, evaluate_detector, join_processes
-from diffperception.weights import load_model
+from diffperception.detection.sweep import Audit, audit_detector, combine
+from diffperception.models.base import Model
 
 
 def evaluate(
@@ -153,7 +153,7 @@ def prediction_options(detector: Detector, settings: dict[str, Any]) -> dict[str
 
 def load_detector(path: Path, trust: str | None = None) -> Detector:
     """The detector that a model file holds, in evaluation mode on the CPU; ValueError if it is none."""
-    model = load_model(path, allow=("diffperception", *([trust] if trust else [])))
+    model = Model.load(path, allow=(trust,) if trust else ())
     if not isinstance(model, Detector):
         raise ValueError(f"{path} holds a {type(model).__name__}, which is not a detector")
     return model

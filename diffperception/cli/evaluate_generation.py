@@ -23,12 +23,12 @@ from diffperception.cli.report import write_text
 from diffperception.data import SeededSamples
 from diffperception.data.image_folder import ImageFolder, list_pictures
 from diffperception.data.images import read_image
+from diffperception.detection.inference import ignore_interrupts
 from diffperception.diffusion import sample_seed
-from diffperception.generation.evaluation import ImageScores, compare
-from diffperception.generation.features import RANDOM, FeatureNetwork, feature_network
-from diffperception.generation.model import both_sides
-from diffperception.tasks.evaluation import ignore_interrupts
-from diffperception.tasks.generation import ImageDataOptions
+from diffperception.generation.evaluator import ImageScores, compare
+from diffperception.generation.feature_networks import RANDOM, FeatureNetwork, feature_network
+from diffperception.models.generator import both_sides
+from diffperception.training.recipes.generation import ImageDataOptions
 
 SUBSET_SIZE = 1000  # as KID is usually measured
 

@@ -13,10 +13,10 @@ from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import require_room
 from diffperception.cli.report import write_text
 from diffperception.data.masks import IGNORED, MaskFolder
-from diffperception.mask_pictures import segmentation_panels
+from diffperception.detection.inference import spread
 from diffperception.segmentation import MeanIoU, PixelSegmenter
-from diffperception.tasks.evaluation import spread
-from diffperception.visualize import save_png
+from diffperception.visualization.draw import save_png
+from diffperception.visualization.panels import segmentation_panels
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from diffperception.cli.settings import differences, read_settings
 from diffperception.data.image_folder import picture_size
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.segmentation import FeatureExtractor
-from diffperception.segmentation.storage import file_bytes, in_bytes, parse_bytes, save_maps, weights_digest
+from diffperception.segmentation.feature_cache import file_bytes, in_bytes, parse_bytes, save_maps, weights_digest
 
 SETTINGS = "settings.json"
 LEFT_OUT = "left_out.json"  # images whose headers can be read, but not their pixels: their problems, and of which file
@@ -45,7 +45,7 @@ def extract(
     For example: `diffperception extract --features diffperception.segmentation.DiffusionFeatures.of_generator
     --features.file runs/shapes_ddpm/model.safetensors --images photos --output features --limit 2GB`.
 
-    The files hold the maps by their names, and are read by `diffperception.segmentation.storage.load_maps`.
+    The files hold the maps by their names, and are read by `diffperception.segmentation.feature_cache.load_maps`.
 
     Args:
         features: what gives the maps: DiffusionFeatures.of_generator, TimmFeatures or RGBFeatures.

@@ -22,9 +22,9 @@ from diffperception.cli.evaluate import load_detector, pick_device, prediction_o
 from diffperception.cli.report import STRIP_STEPS, draw_strip, write_text
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.detection import Detector, DiffusionDet, image_seed
-from diffperception.detection.evaluation import results_rows
-from diffperception.tasks.evaluation import require_options
-from diffperception.visualize import THRESHOLD, draw_detections, save_png
+from diffperception.detection.evaluator import results_rows
+from diffperception.detection.inference import require_options
+from diffperception.visualization.draw import THRESHOLD, draw_detections, save_png
 
 SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from diffperception.data import CocoDetection
 from diffperception.detection import Detector, DiffusionDet, SamplerOptions, image_seed
-from diffperception.detection.evaluation import CocoResult
-from diffperception.tasks.audit import Audit
-from diffperception.tasks.evaluation import spread
-from diffperception.visualize import THRESHOLD, audit_curves, save_png, side_by_side, trajectory_strip
+from diffperception.detection.evaluator import CocoResult
+from diffperception.detection.inference import spread
+from diffperception.detection.sweep import Audit
+from diffperception.visualization.draw import THRESHOLD, audit_curves, save_png, side_by_side, trajectory_strip
 
 STRIP_STEPS = 4  # of the strips, where no number of steps is asked for
 

@@ -12,8 +12,8 @@ from torch import nn
 from diffperception.cli import first_process, say
 from diffperception.cli.report import write_text
 from diffperception.cli.settings import changes, in_words
-from diffperception.tasks.fitting import CHECKPOINT, Checkpoint, read_checkpoint
-from diffperception.weights import describe
+from diffperception.models.base import describe
+from diffperception.training.run import CHECKPOINT, Checkpoint, read_checkpoint
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"

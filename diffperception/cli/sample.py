@@ -16,7 +16,7 @@ from diffperception.diffusion import Denoiser, classifier_guidance
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
 from diffperception.models import NoisyClassifier
-from diffperception.visualize import image_grid, save_png, to_picture
+from diffperception.visualization.draw import image_grid, save_png, to_picture
 
 MOST_IN_GRID = 144
 NUMBERED = re.compile(r"\d{6,}\.png")

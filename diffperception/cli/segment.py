@@ -17,9 +17,9 @@ from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import ImageFiles, find_images, name_pictures, require_room
 from diffperception.cli.report import write_text
 from diffperception.data.masks import find_mask
-from diffperception.mask_pictures import contact_sheet, mask_overlay, segmentation_panels, uncertainty_map
 from diffperception.segmentation import PixelSegmenter, Segmentation
-from diffperception.visualize import STRIP_SIDE, save_png, titled, to_picture
+from diffperception.visualization.draw import STRIP_SIDE, save_png, titled, to_picture
+from diffperception.visualization.panels import contact_sheet, mask_overlay, segmentation_panels, uncertainty_map
 
 SHEET = 8  # images on the picture of the most uncertain
 

@@ -13,14 +13,14 @@ from diffperception.cli.report import draw_pictures
 from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopped, say_where, start_or_go_on
 from diffperception.data import CocoDetection
 from diffperception.detection import Detector
-from diffperception.detection.evaluation import CocoResult
-from diffperception.tasks.data import TrainingData
-from diffperception.tasks.detection import DetectionTask
-from diffperception.tasks.evaluation import EVALUATORS, evaluate_detector, require_classes
-from diffperception.tasks.fitting import fit, require_machine
-from diffperception.tasks.log import RunLog
-from diffperception.tasks.options import DataOptions, EvaluationOptions, OptimizerOptions, TrainerOptions
-from diffperception.visualize import curves, save_png
+from diffperception.detection.evaluator import CocoResult
+from diffperception.detection.inference import EVALUATORS, evaluate_detector, require_classes
+from diffperception.training.data import TrainingData
+from diffperception.training.loggers import RunLog
+from diffperception.training.options import DataOptions, EvaluationOptions, OptimizerOptions, TrainerOptions
+from diffperception.training.recipes.detection import DetectionTask
+from diffperception.training.run import fit, require_machine
+from diffperception.visualization.draw import curves, save_png
 
 FILES = {
     WEIGHTS: "the trained detector, for `diffperception evaluate` and `predict`",

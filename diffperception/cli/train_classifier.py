@@ -14,12 +14,12 @@ from diffperception.cli import first_process, say
 from diffperception.cli.report import write_text
 from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopped, say_where, start_or_go_on
 from diffperception.models import NoisyClassifier
-from diffperception.tasks.classification import ClassificationTask, LabelledImageOptions, held_out_accuracy
-from diffperception.tasks.data import TrainingData
-from diffperception.tasks.fitting import fit, require_machine
-from diffperception.tasks.log import RunLog
-from diffperception.tasks.options import OptimizerOptions, TrainerOptions
-from diffperception.visualize import curves, save_png
+from diffperception.training.data import TrainingData
+from diffperception.training.loggers import RunLog
+from diffperception.training.options import OptimizerOptions, TrainerOptions
+from diffperception.training.recipes.noisy_classifier import ClassificationTask, LabelledImageOptions, held_out_accuracy
+from diffperception.training.run import fit, require_machine
+from diffperception.visualization.draw import curves, save_png
 
 FILES = {
     WEIGHTS: "the trained classifier, for `diffperception sample --classifier`",

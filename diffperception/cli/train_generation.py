@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from diffperception.cli import first_process, say
 from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopped, say_where, start_or_go_on
 from diffperception.cli.sample import choose_labels, in_turn
-from diffperception.generation.model import DiffusionModel
 from diffperception.generation.sampling import SamplingOptions, sample, time_grid
-from diffperception.tasks.data import TrainingData
-from diffperception.tasks.fitting import fit, require_machine
-from diffperception.tasks.generation import GenerationTask, ImageDataOptions, ObjectiveOptions, held_out_loss
-from diffperception.tasks.options import OptimizerOptions, TrainerOptions
-from diffperception.visualize import curves, image_grid, save_png
+from diffperception.models.generator import DiffusionModel
+from diffperception.training.data import TrainingData
+from diffperception.training.options import OptimizerOptions, TrainerOptions
+from diffperception.training.recipes.generation import GenerationTask, ImageDataOptions, ObjectiveOptions, held_out_loss
+from diffperception.training.run import fit, require_machine
+from diffperception.visualization.draw import curves, image_grid, save_png
 
 FILES = {
     WEIGHTS: "the trained generator, for `diffperception sample`",

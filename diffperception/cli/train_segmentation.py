@@ -19,8 +19,8 @@ from diffperception.cli.report import write_text
 from diffperception.cli.run_folder import WEIGHTS, say_where, start_folder
 from diffperception.data.masks import IGNORED, MaskFolder
 from diffperception.segmentation import FeatureExtractor, FitOptions, PixelEnsemble, PixelSegmenter
-from diffperception.segmentation.storage import in_bytes, stored_bytes
-from diffperception.tasks.segmentation import MaskDataOptions
+from diffperception.segmentation.feature_cache import in_bytes, stored_bytes
+from diffperception.training.recipes.segmentation import MaskDataOptions
 
 FILES = {
     WEIGHTS: "features and classifier, for `segment` and `evaluate --task segmentation`",

@@ -1,7 +1,7 @@
 """Data sets, transforms, sampling and checks."""
 
+from diffperception.data.batches import SeededSamples, StepBatchSampler, collate
 from diffperception.data.coco import CocoDetection
-from diffperception.data.sampling import SeededSamples, StepBatchSampler, collate
 from diffperception.data.shapes_dataset import ShapesSettings, write_shapes
 from diffperception.data.transforms import TrainingTransforms
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffperception.coco import read_coco
 from diffperception.data.annotations import CocoTable, tabulate
+from diffperception.data.check_report import Problem, Report
+from diffperception.data.coco_file import read_coco
 from diffperception.data.images import BrokenImageError, read_image
-from diffperception.data.report import Problem, Report
 from diffperception.data.summary import summarize
 
 TOLERANCE = 1.0  # pixels by which a box may reach over the border: annotation tools round

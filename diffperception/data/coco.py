@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.coco import labels_of, read_coco
 from diffperception.data.annotations import ADVICE, CocoTable, tabulate
+from diffperception.data.batches import images_per_class
+from diffperception.data.coco_file import labels_of, read_coco
 from diffperception.data.images import BrokenImageError, read_image
-from diffperception.data.sampling import images_per_class
 
 Target = dict[str, Any]
 

@@ -4,24 +4,21 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from diffperception import weights
-from diffperception.detection import reference
 from diffperception.detection.boxes import decode_boxes, encode_boxes, give_area
 from diffperception.detection.criterion import LossWeights, draw_federated_classes, set_losses
-from diffperception.detection.head import DynamicHead
+from diffperception.detection.heads.boxes import DynamicHead
 from diffperception.detection.matcher import PaddedTargets, match
-from diffperception.detection.pooling import FeaturePyramid
 from diffperception.detection.sampler import SamplerOptions, Step, sample_boxes, select_detections
 from diffperception.diffusion import add_noise, cosine_schedule
-from diffperception.models import FPN, Backbone, build_backbone, pad_images
+from diffperception.models import Backbone, Model, build_backbone, build_pyramid, pad_images
+from diffperception.models.convert import diffusiondet
+from diffperception.models.ops.pooling import FeaturePyramid
 
 # What a CPU predicts at once: with more, blocks of memory outgrow the 32 MB that glibc keeps for reuse, and filling new
 # pages took a batch of four images a fifth of its time.
@@ -29,7 +26,7 @@ CPU_PIXELS = 400_000
 CPU_BOXES = 320
 
 
-class Detector(nn.Module, ABC):
+class Detector(Model, ABC):
     """What every detector offers, ours or a user's.
 
     Args:
@@ -41,7 +38,7 @@ class Detector(nn.Module, ABC):
         class_frequencies: (K,) number of training images with each class; training sets it, ones before.
     """
 
-    arguments: dict[str, Any]  # of the constructor: JSON-able, or models that have some; `save` writes them
+    kind = "detector"
     class_frequencies: Tensor
 
     def __init__(self, classes: Sequence[str], min_size: int | None = None, max_size: int | None = None):
@@ -74,22 +71,6 @@ class Detector(nn.Module, ABC):
             images: as in `loss`, of any sizes.
             seeds: of each image's noise, for detectors that draw some; 0 by default.
         """
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def save(self, path: str | Path) -> None:
-        """Write weights, constructor arguments and class names to one safetensors file."""
-        weights.save_model(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Detector":
-        """Read what `save` wrote; the file names the class, which must be this one or a subclass of it."""
-        model = weights.load_model(path)
-        if not isinstance(model, cls):
-            raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
-        return model.eval()
 
     def resize(self, image: Tensor) -> Tensor:
         """The image as prediction sees it: (3, H, W) -> (3, H', W')."""
@@ -170,10 +151,8 @@ class DiffusionDet(Detector):
         min_size: int | None = 800,
         max_size: int | None = 1333,
     ):
-        # Loading brings its own weights, so `pretrained` is not kept.
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")} | {"pretrained": False}
         super().__init__(classes, min_size, max_size)
-        self.arguments = arguments
+        self.record(pretrained=False)  # loading brings its own weights
         self.num_boxes = num_boxes
         self.steps = steps
         self.signal_scale = signal_scale
@@ -184,7 +163,7 @@ class DiffusionDet(Detector):
         self.schedule = cosine_schedule(num_timesteps)
         body = build_backbone(backbone, strides, pretrained, freeze_norm)
         self.pad_multiple = body.multiple
-        self.backbone = FPN(body, width, fpn_norm)
+        self.backbone = build_pyramid(body, width, fpn_norm)
         self.head = DynamicHead(
             len(self.classes),
             stages,
@@ -214,8 +193,8 @@ class DiffusionDet(Detector):
         Raises:
             ValueError: it names the weights that are missing, left over or of another shape.
         """
-        detector = cls(**reference.constructor_arguments(state_dict, classes))
-        detector.load_state_dict(reference.rename(state_dict, detector))
+        detector = cls(**diffusiondet.constructor_arguments(state_dict, classes))
+        detector.load_state_dict(diffusiondet.rename(state_dict, detector))
         return detector.eval()
 
     def forward(self, images: list[Tensor], boxes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,11 +44,10 @@ class FCOS(Detector):
         min_size: int | None = 800,
         max_size: int | None = 1333,
     ):
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")} | {"pretrained": False}
         if width < 64 or width % 32:
             raise ValueError(f"FCOS needs a width of 64 or more, in multiples of 32 (its group norm), not {width}")
         super().__init__(classes, min_size, max_size)
-        self.arguments = arguments
+        self.record(pretrained=False)  # loading brings its own weights
         body = build_backbone(backbone, strides, pretrained, freeze_norm)
         levels = [strides[0] * 2**i for i in range(len(strides) + 2)]
         self.model = fcos.FCOS(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from diffperception.detection.evaluation import (
+from diffperception.detection.evaluator import (
     CocoEvaluator,
     GroundTruth,
     Measurement,

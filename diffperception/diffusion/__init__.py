@@ -1,51 +1,48 @@
 """The diffusion core: schedules, parameterisations, sampling, losses and guidance for any tensor with a batch axis."""
 
-from diffperception.diffusion.denoiser import Denoiser, Estimate, Network, NetworkDenoiser, clip
+from diffperception.diffusion.denoiser import Denoiser, DenoiserOutput, Network, NetworkDenoiser, clip
 from diffperception.diffusion.guidance import classifier_free_guidance, classifier_guidance
-from diffperception.diffusion.noise import SampleNoise, sample_seed
+from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed
 from diffperception.diffusion.objective import (
     LossSecondMoment,
     Objective,
     TimeSampler,
     UniformTimes,
-    UniformTimesteps,
     variational_bound,
 )
-from diffperception.diffusion.parameterization import Prediction, scale, target, to_eps, to_x0, x0_gain
 from diffperception.diffusion.posterior import (
     learned_log_variance,
     posterior_log_variance,
     posterior_mean,
     posterior_std,
 )
-from diffperception.diffusion.samplers import Draw, sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun
-from diffperception.diffusion.sampling import (
-    Spacing,
-    add_noise,
-    ddim_step,
-    heun_step,
-    nearest_times,
-    noise_level_grid,
-    second_order_x0,
-    timestep_grid,
-)
+from diffperception.diffusion.prediction import Prediction, scale, target, to_eps, to_x0, x0_gain
+from diffperception.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun
 from diffperception.diffusion.schedule import (
     DiscreteSchedule,
+    FlowSchedule,
     Schedule,
     ScheduleName,
-    StraightPath,
+    Spacing,
     Time,
     VarianceExploding,
     cosine_schedule,
     linear_schedule,
     named_schedule,
+    timestep_grid,
+)
+from diffperception.diffusion.steps import (
+    add_noise,
+    ddim_step,
+    heun_step,
+    second_order_x0,
 )
 
 __all__ = [
     "Denoiser",
     "DiscreteSchedule",
-    "Draw",
-    "Estimate",
+    "NoiseFn",
+    "DenoiserOutput",
     "LossSecondMoment",
     "Network",
     "NetworkDenoiser",
@@ -55,11 +52,10 @@ __all__ = [
     "Schedule",
     "ScheduleName",
     "Spacing",
-    "StraightPath",
+    "FlowSchedule",
     "Time",
     "TimeSampler",
     "UniformTimes",
-    "UniformTimesteps",
     "VarianceExploding",
     "add_noise",
     "classifier_free_guidance",
@@ -67,12 +63,12 @@ __all__ = [
     "clip",
     "cosine_schedule",
     "ddim_step",
+    "derive_seed",
     "heun_step",
     "learned_log_variance",
+    "name_seed",
     "linear_schedule",
     "named_schedule",
-    "nearest_times",
-    "noise_level_grid",
     "posterior_log_variance",
     "posterior_mean",
     "posterior_std",

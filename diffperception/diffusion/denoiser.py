@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from diffperception.diffusion.parameterization import Prediction, to_x0
+from diffperception.diffusion.prediction import Prediction, to_x0
 from diffperception.diffusion.schedule import Schedule
 
 
-class Estimate(NamedTuple):
+class DenoiserOutput(NamedTuple):
     """What a denoiser makes of a noisy sample.
 
     Attributes:
@@ -22,11 +22,11 @@ class Estimate(NamedTuple):
 
 
 Network = Callable[[Tensor, Tensor], Tensor]
-Denoiser = Callable[[Tensor, Tensor], Estimate]
+Denoiser = Callable[[Tensor, Tensor], DenoiserOutput]
 
 
 class NetworkDenoiser:
-    """A network and a schedule as a denoiser: (x_t (B, C, ...), t (B,)) -> :class:`Estimate`.
+    """A network and a schedule as a denoiser: (x_t (B, C, ...), t (B,)) -> :class:`DenoiserOutput`.
 
     Args:
         network: (x_t, ``schedule.conditioning(t)``) -> prediction (B, C, ...), or (B, 2C, ...) with a learned range.
@@ -43,11 +43,11 @@ class NetworkDenoiser:
         self.prediction = prediction
         self.learned_range = learned_range
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Estimate:
-        output = self.network(x_t, self.schedule.conditioning(t))
-        prediction, variance_range = split_range(output, self.learned_range)
+    def __call__(self, x_t: Tensor, t: Tensor) -> DenoiserOutput:
+        raw = self.network(x_t, self.schedule.conditioning(t))
+        prediction, variance_range = split_range(raw, self.learned_range)
         x0 = to_x0(self.prediction, prediction, x_t, self.schedule.alpha(t), self.schedule.sigma(t))
-        return Estimate(x0, variance_range)
+        return DenoiserOutput(x0, variance_range)
 
 
 def split_range(output: Tensor, learned_range: bool) -> tuple[Tensor, Tensor | None]:
@@ -61,8 +61,8 @@ def split_range(output: Tensor, learned_range: bool) -> tuple[Tensor, Tensor | N
 def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
     """The denoiser with every signal kept in ``low``..``high``; goes around guidance, not inside it."""
 
-    def clipped(x_t: Tensor, t: Tensor) -> Estimate:
-        estimate = denoiser(x_t, t)
-        return estimate._replace(x0=estimate.x0.clamp(low, high))
+    def clipped(x_t: Tensor, t: Tensor) -> DenoiserOutput:
+        output = denoiser(x_t, t)
+        return output._replace(x0=output.x0.clamp(low, high))
 
     return clipped

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffperception.diffusion.denoiser import Denoiser, Estimate
-from diffperception.diffusion.parameterization import scale
+from diffperception.diffusion.denoiser import Denoiser, DenoiserOutput
+from diffperception.diffusion.prediction import scale
 from diffperception.diffusion.schedule import Schedule
 
 
@@ -17,7 +17,7 @@ def classifier_free_guidance(conditional: Denoiser, unconditional: Denoiser, wei
     mix as noises do, since both are linear in one another at a given x_t. A learned variance is the conditional one.
     """
 
-    def guided(x_t: Tensor, t: Tensor) -> Estimate:
+    def guided(x_t: Tensor, t: Tensor) -> DenoiserOutput:
         with_condition, without = conditional(x_t, t), unconditional(x_t, t)
         return with_condition._replace(x0=torch.lerp(without.x0, with_condition.x0, weight))
 
@@ -36,17 +36,17 @@ def classifier_guidance(
         weight: how hard to pull; 0 leaves the denoiser as it is.
     """
 
-    def guided(x_t: Tensor, t: Tensor) -> Estimate:
+    def guided(x_t: Tensor, t: Tensor) -> DenoiserOutput:
         # Samplers run without gradients; the classifier's is needed here alone.
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(log_probability(x, t).sum(), x)
-        estimate = denoiser(x_t, t)
+        output = denoiser(x_t, t)
         # Tweedie: x0 = (x_t + sigma^2 score) / alpha, and the scores of p(x_t) and p(y | x_t) add up.
         # Where x_t is noise alone it tells nothing of the class: no shift, and not infinity times zero.
         alpha = schedule.alpha(t)
         strength = torch.where(alpha > 0, weight * schedule.sigma(t).square() / alpha, 0)
         shift = scale(strength, gradient)
-        return estimate._replace(x0=estimate.x0 + shift)
+        return output._replace(x0=output.x0 + shift)
 
     return guided

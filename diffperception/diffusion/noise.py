@@ -1,28 +1,48 @@
-"""Noise as a function of a sample's seed alone, so that results depend neither on the batch nor on the device."""
+"""All seeds and draws of the project: functions of numbers that are passed in, so that results do not depend on batches.
 
-from collections.abc import Sequence
+Draws are made on the CPU by default, so that every device starts from the same numbers. A generator of another device
+draws there instead, which saves the copy and gives other numbers.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+NoiseFn = Callable[[Tensor], Tensor]  # standard normal noise of a tensor's shape, dtype and device
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed that is a function of these numbers, from 0 on, alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of the noise of sample number `index` in a run with this seed, independent of batch and process."""
-    return int(np.random.SeedSequence([seed, abs(index), int(index < 0)]).generate_state(1, np.uint64)[0] >> 1)
+    """The seed of the noise of sample, or image, number ``index`` in a run with this seed: the same in any batch."""
+    return derive_seed(seed, abs(index), int(index < 0))
+
+
+def name_seed(seed: int, name: str) -> int:
+    """The seed of the noise of an image that is known by its file's name alone."""
+    return sample_seed(seed, zlib.crc32(name.encode()))
 
 
 class SampleNoise:
-    """Standard normal draws for a batch, each sample's from a CPU generator of its own.
+    """Standard normal draws for a batch, each sample's from a generator of its own.
 
     Args:
-        seeds: one a sample.
+        seeds: one per sample.
+        device: where numbers are drawn; those of a GPU are others than the CPU's.
     """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, like: Tensor) -> Tensor:
-        """Noise of the shape (B, ...), dtype and device of ``like``; a :data:`Draw` for samplers."""
-        shape = like.shape[1:]
-        return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators]).to(like)
+        """Noise of the shape (B, ...), dtype and device of ``like``."""
+        drawn = [
+            torch.randn(like.shape[1:], generator=generator, device=generator.device) for generator in self.generators
+        ]
+        return torch.stack(drawn).to(like)

@@ -6,15 +6,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from diffperception.diffusion.denoiser import Estimate, Network, split_range
-from diffperception.diffusion.parameterization import Prediction, scale, target, to_x0, x0_gain
+from diffperception.diffusion.denoiser import DenoiserOutput, Network, split_range
 from diffperception.diffusion.posterior import learned_log_variance, posterior_log_variance, posterior_mean
-from diffperception.diffusion.sampling import add_noise
-from diffperception.diffusion.schedule import DiscreteSchedule, Schedule
+from diffperception.diffusion.prediction import Prediction, scale, target, to_x0, x0_gain
+from diffperception.diffusion.schedule import Schedule
+from diffperception.diffusion.steps import add_noise
 
 
 class Objective:
-    """The loss of one noised batch; ``prediction="flow"`` on a :class:`StraightPath` is flow matching.
+    """The loss of one noised batch; ``prediction="flow"`` on a :class:`FlowSchedule` is flow matching.
 
     Args:
         schedule: the path from signal to noise.
@@ -35,8 +35,8 @@ class Objective:
         learned_range: bool = False,
         min_snr: float | None = None,
     ) -> None:
-        if learned_range and not isinstance(schedule, DiscreteSchedule):
-            raise ValueError("A learned range needs a schedule of discrete steps, such as linear or cosine.")
+        if learned_range:
+            schedule.require_discrete("A learned range")
         self.schedule = schedule
         self.prediction = prediction
         self.learned_range = learned_range
@@ -59,11 +59,11 @@ class Objective:
         # Under autocast the output is in half precision; losses are not.
         prediction, variance_range = split_range(output.to(x0.dtype), self.learned_range)
         losses = {"mse": self._weighted_mse(prediction, x0, t, noise)}
-        if isinstance(self.schedule, DiscreteSchedule) and variance_range is not None:
+        if variance_range is not None:
             alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-            estimate = Estimate(to_x0(self.prediction, prediction.detach(), x_t, alpha, sigma), variance_range)
-            bound = variational_bound(self.schedule, x0, x_t, t, estimate)
-            losses["vlb"] = bound * (self.schedule.num_timesteps / 1000)
+            found = DenoiserOutput(to_x0(self.prediction, prediction.detach(), x_t, alpha, sigma), variance_range)
+            bound = variational_bound(self.schedule, x0, x_t, t, found)
+            losses["vlb"] = bound * (self.schedule.require_discrete("A learned range") / 1000)
         return losses
 
     def _weighted_mse(self, prediction: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -76,19 +76,19 @@ class Objective:
         return scale(snr.clamp(max=self.min_snr) * x0_gain(self.prediction, alpha, sigma).square(), mse)
 
 
-def variational_bound(schedule: DiscreteSchedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Estimate) -> Tensor:
+def variational_bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, output: DenoiserOutput) -> Tensor:
     """The term of the variational bound at ``t``, in bits a dimension, (B,) (Improved DDPM, arXiv 2102.09672, eq. 4-7).
 
     Args:
         x0: (B, C, ...) signal of 8 bits, -1..1.
         x_t: (B, C, ...) its noised sample.
         t: (B,) times.
-        estimate: what the denoiser makes of ``x_t``, with a variance range.
+        output: what the denoiser makes of ``x_t``, with a variance range.
     """
-    assert estimate.variance_range is not None
+    assert output.variance_range is not None
     s = t - 1
-    mean = posterior_mean(schedule, x_t, estimate.x0, t, s)
-    log_variance = learned_log_variance(schedule, estimate.variance_range, t, s)
+    mean = posterior_mean(schedule, x_t, output.x0, t, s)
+    log_variance = learned_log_variance(schedule, output.variance_range, t, s)
     true_mean = posterior_mean(schedule, x_t, x0, t, s)
     true_log_variance = scale(posterior_log_variance(schedule, t, s), torch.ones_like(x0))
     divergence = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
@@ -130,26 +130,15 @@ class TimeSampler(Protocol):
         """Learn from the losses (N,) found at times (N,); give those of every process."""
 
 
-class UniformTimesteps:
-    """Integers 0..num_timesteps-1, each as likely."""
-
-    def __init__(self, num_timesteps: int) -> None:
-        self.num_timesteps = num_timesteps
-
-    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        t = torch.randint(self.num_timesteps, (batch,), generator=generator, device=generator.device)
-        return t, torch.ones_like(t, dtype=torch.float32)
-
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        pass
-
-
 class UniformTimes:
-    """Real times in 0..1, for the straight path."""
+    """All times of a path, each as likely."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        t = torch.rand(batch, generator=generator, device=generator.device)
-        return t, torch.ones_like(t)
+        t = self.schedule.uniform(batch, generator)
+        return t, torch.ones_like(t, dtype=torch.float32)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         pass

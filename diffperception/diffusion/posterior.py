@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from diffperception.diffusion.parameterization import scale
-from diffperception.diffusion.schedule import DiscreteSchedule, Schedule, Time
+from diffperception.diffusion.prediction import scale
+from diffperception.diffusion.schedule import Schedule, Time
 
 
 def posterior_mean(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, s: Time) -> Tensor:
@@ -25,18 +25,18 @@ def posterior_std(schedule: Schedule, t: Time, s: Time) -> Tensor:
     return schedule.sigma(s) / schedule.sigma(t) * _added_variance(schedule, t, s).sqrt()
 
 
-def posterior_log_variance(schedule: DiscreteSchedule, t: Time, s: Time) -> Tensor:
+def posterior_log_variance(schedule: Schedule, t: Time, s: Time) -> Tensor:
     """Log variance of q(x_s | x_t, x0), of the shape of ``t``.
 
     Where ``s`` is the clean end there is no variance; that of the step before, of equal length, stands in for it
     (Improved DDPM, arXiv 2102.09672, section 3.1).
     """
     t, s = torch.as_tensor(t), torch.as_tensor(s)
-    before = (2 * t - s).clamp(max=schedule.num_timesteps - 1)
+    before = (2 * t - s).clamp(max=schedule.require_discrete("a learned variance") - 1)
     return 2 * posterior_std(schedule, torch.where(s < 0, before, t), torch.where(s < 0, t, s)).log()
 
 
-def learned_log_variance(schedule: DiscreteSchedule, variance_range: Tensor, t: Time, s: Time) -> Tensor:
+def learned_log_variance(schedule: Schedule, variance_range: Tensor, t: Time, s: Time) -> Tensor:
     """Log variance between the posterior's (-1) and that of the noise added from ``s`` to ``t`` (1).
 
     Improved DDPM, arXiv 2102.09672, eq. 15.

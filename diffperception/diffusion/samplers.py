@@ -11,38 +11,38 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffperception.diffusion.denoiser import Denoiser, Estimate
+from diffperception.diffusion.denoiser import Denoiser, DenoiserOutput
 from diffperception.diffusion.posterior import learned_log_variance, posterior_mean
-from diffperception.diffusion.sampling import ddim_step, heun_step, second_order_x0
-from diffperception.diffusion.schedule import DiscreteSchedule, Schedule
+from diffperception.diffusion.schedule import Schedule
+from diffperception.diffusion.steps import ddim_step, heun_step, second_order_x0
 
-Draw = Callable[[Tensor], Tensor]
+NoiseFn = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
 def sample_ddim(
-    denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: Tensor, eta: float = 0.0, draw: Draw = torch.randn_like
+    denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: Tensor, eta: float = 0.0, draw: NoiseFn = torch.randn_like
 ) -> Tensor:
     """DDIM (arXiv 2010.02502); with ``eta = 1`` ancestral sampling with the posterior's own variance. First order."""
     for t, s in pairwise(grid):
-        estimate = _denoise(denoiser, x, t)
-        x = ddim_step(schedule, x, estimate.x0, t, s, eta, draw(x) if eta > 0 else None)
+        found = _denoise(denoiser, x, t)
+        x = ddim_step(schedule, x, found.x0, t, s, eta, draw(x) if eta > 0 else None)
     return x
 
 
 @torch.no_grad()
 def sample_ddpm(
-    denoiser: Denoiser, schedule: DiscreteSchedule, x: Tensor, grid: Tensor, draw: Draw = torch.randn_like
+    denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: Tensor, draw: NoiseFn = torch.randn_like
 ) -> Tensor:
     """Ancestral sampling (arXiv 2006.11239), with the learned variance (arXiv 2102.09672) where there is one."""
     for t, s in pairwise(grid):
-        estimate = _denoise(denoiser, x, t)
-        if estimate.variance_range is None:
-            x = ddim_step(schedule, x, estimate.x0, t, s, 1.0, draw(x))
+        found = _denoise(denoiser, x, t)
+        if found.variance_range is None:
+            x = ddim_step(schedule, x, found.x0, t, s, 1.0, draw(x))
             continue
-        std = (learned_log_variance(schedule, estimate.variance_range, t, s) / 2).exp()
+        std = (learned_log_variance(schedule, found.variance_range, t, s) / 2).exp()
         noise = torch.where(schedule.sigma(s) > 0, std * draw(x), 0)
-        x = (posterior_mean(schedule, x, estimate.x0, t, s) + noise).to(x.dtype)
+        x = (posterior_mean(schedule, x, found.x0, t, s) + noise).to(x.dtype)
     return x
 
 
@@ -68,5 +68,5 @@ def sample_heun(denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: Tensor)
     return ddim_step(schedule, x, _denoise(denoiser, x, grid[-2]).x0, grid[-2], grid[-1])
 
 
-def _denoise(denoiser: Denoiser, x: Tensor, t: Tensor) -> Estimate:
+def _denoise(denoiser: Denoiser, x: Tensor, t: Tensor) -> DenoiserOutput:
     return denoiser(x, t.to(x.device).expand(len(x)))

@@ -2,21 +2,32 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Time = Tensor | float
-ScheduleName = Literal["linear", "cosine", "straight"]
+ScheduleName = Literal["linear", "cosine", "flow"]
+Spacing = Literal["leading", "trailing", "linspace", "diffusiondet"]
+# The cosine schedule ends at noise 20,000 times as strong as the signal: most of that way nothing can be told apart.
+NOISIEST = 160.0
 
 
 class Schedule(ABC):
     """How much signal and how much noise there is at time ``t``.
 
     ``alpha`` and ``sigma`` take a tensor of any shape, or a Python number, and return float64 of the same shape on the
-    same device. A schedule is not a module: casting a model to another dtype leaves it alone.
+    same device (float32 on devices that do not know float64). A schedule is not a module: casting a model to another
+    dtype leaves it alone.
+
+    Attributes:
+        num_timesteps: T of a path of discrete steps, whose times are 0..T-1 and -1, the clean end; None of others.
     """
+
+    num_timesteps: int | None = None
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:
@@ -26,9 +37,68 @@ class Schedule(ABC):
     def sigma(self, t: Time) -> Tensor:
         """Standard deviation of the noise."""
 
+    @abstractmethod
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Tensor:
+        """Times from the noisiest to the clean end; consecutive pairs are the steps of a sampler.
+
+        Args:
+            steps: how many.
+            spacing: which times of a path of discrete steps, see :func:`timestep_grid`.
+
+        Returns: (steps + 1,) descending, on the CPU.
+
+        Raises:
+            ValueError: for fewer steps than one, or more than there are.
+        """
+
+    @abstractmethod
+    def from_fraction(self, fraction: Tensor) -> Tensor:
+        """The times (B,) at fractions (B,) of the way from the clean end, 0, to pure noise, 1 (excluded)."""
+
+    @abstractmethod
+    def uniform(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) times, each as likely, on the generator's device."""
+
     def conditioning(self, t: Tensor) -> Tensor:
         """The time as a network is told it, about 0 to 1000 whatever the path's own unit."""
         return t
+
+    def even_grid(self, steps: int) -> Tensor:
+        """As :meth:`grid`, but for second-order samplers, which want steps even in the logarithm of the noise level.
+
+        (DPM-Solver, arXiv 2206.00927, section 3.3.)
+        """
+        return self.grid(steps)
+
+    def level(self, timestep: float) -> tuple[float, float, float]:
+        """Signal, noise and the time as a network is told it, at a time that a user names.
+
+        Raises:
+            ValueError: if the path has no such time.
+        """
+        self.require_times([timestep])
+        values = (self.alpha(timestep), self.sigma(timestep), self.conditioning(torch.as_tensor(timestep)))
+        signal, noise, time = map(float, values)
+        return signal, noise, time
+
+    def require_times(self, times: Sequence[float]) -> None:
+        """ValueError, which says what would do, if the path lacks one of these times."""
+        ends = [(float(self.alpha(t)), float(self.sigma(t))) for t in times]
+        outside = [
+            t for t, (alpha, sigma) in zip(times, ends, strict=True) if not (0 <= alpha < math.inf and 0 <= sigma)
+        ]
+        if outside:
+            raise ValueError(f"the timesteps {outside} lie outside of this path: {self.times_in_words()}")
+
+    def require_discrete(self, what: str) -> int:
+        """T; ValueError if ``what`` needs discrete steps and the path has none."""
+        if self.num_timesteps is None:
+            raise ValueError(f"{what} needs a schedule of discrete steps, such as linear or cosine.")
+        return self.num_timesteps
+
+    def times_in_words(self) -> str:
+        """Which times there are, for messages."""
+        return "its times are 0 or more"
 
 
 class DiscreteSchedule(Schedule):
@@ -40,6 +110,8 @@ class DiscreteSchedule(Schedule):
     Raises:
         ValueError: if a beta lies outside (0, 1).
     """
+
+    num_timesteps: int
 
     def __init__(self, betas: Tensor) -> None:
         betas = betas.to("cpu", torch.float64)
@@ -58,35 +130,154 @@ class DiscreteSchedule(Schedule):
     def sigma(self, t: Time) -> Tensor:
         return self._look_up(1, t)
 
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Tensor:
+        return timestep_grid(self.num_timesteps, steps, spacing)
+
+    def even_grid(self, steps: int) -> Tensor:
+        grid = self.grid(steps)
+        noisiest, cleanest = (self.sigma(t) / self.alpha(t) for t in (grid[0], torch.tensor(0)))
+        highest = noisiest.clamp(max=NOISIEST)
+        levels = torch.logspace(float(highest.log10()), float(cleanest.log10()), steps, dtype=torch.float64)
+        times = self.timesteps(torch.cat([levels, levels.new_zeros(1)]))
+        return torch.cat([grid[:1], times[1:]])
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """Different times whose sigma / alpha come near to each noise level, and -1 for level 0.
+
+        Args:
+            levels: (steps + 1,) descending, the last one 0. Where they are closer than the schedule's own, the times
+                that come next are taken, so that there are always as many.
+
+        Returns:
+            (steps + 1,) int64, descending, on the CPU.
+
+        Raises:
+            ValueError: if there are more levels than times.
+        """
+        steps = len(levels) - 1
+        if steps > self.num_timesteps:
+            raise ValueError(f"Take at most {self.num_timesteps} steps on this schedule, not {steps}.")
+        times = torch.arange(-1, self.num_timesteps)
+        ratio = self.sigma(times) / self.alpha(times)
+        # Compared as angles, in which clean and pure noise are equally far from the middle.
+        angles = ratio.atan()
+        nearest = torch.bucketize(levels.to("cpu", torch.float64).atan(), (angles[1:] + angles[:-1]) / 2)
+        order = torch.arange(steps + 1)
+        descending = (times[nearest] + order).cummin(0).values - order
+        return torch.maximum(descending, steps - 1 - order)  # as many times are left as steps
+
+    def from_fraction(self, fraction: Tensor) -> Tensor:
+        return (fraction * self.num_timesteps).long()
+
+    def uniform(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
+
+    def level(self, timestep: float) -> tuple[float, float, float]:
+        self.require_times([timestep])
+        return super().level(int(timestep))
+
+    def require_times(self, times: Sequence[float]) -> None:
+        wrong = [t for t in times if t not in range(self.num_timesteps)]
+        if wrong:
+            raise ValueError(f"the timesteps {wrong} lie outside of this path: {self.times_in_words()}")
+
+    def times_in_words(self) -> str:
+        return f"its times are whole, 0 to {self.num_timesteps - 1}"
+
     def _look_up(self, row: int, t: Time) -> Tensor:
         t = torch.as_tensor(t)
         if t.device not in self._tables:
-            self._tables[t.device] = self._tables[torch.device("cpu")].to(t.device)
+            table = self._tables[torch.device("cpu")]
+            self._tables[t.device] = table.to(precise(t.device)).to(t.device)
         # index_select, unlike indexing, refuses times below -1 instead of counting from the end.
         return self._tables[t.device][row].index_select(0, (t + 1).reshape(-1)).reshape(t.shape)
 
 
 class VarianceExploding(Schedule):
-    """``alpha = 1``, ``sigma = t`` for t >= 0: the path of arXiv 2206.00364, where time is the noise level itself."""
+    """``alpha = 1``, ``sigma = t`` for t >= 0: the path of EDM (arXiv 2206.00364), whose time is the noise level.
+
+    Args:
+        lowest, highest: noise levels between which a grid runs and times are drawn.
+        rho: how much steps gather at low noise (eq. 5).
+    """
+
+    def __init__(self, lowest: float = 0.002, highest: float = 80.0, rho: float = 7.0) -> None:
+        self.lowest, self.highest, self.rho = lowest, highest, rho
 
     def alpha(self, t: Time) -> Tensor:
-        return torch.ones_like(_float64(t))
+        return torch.ones_like(_real(t))
 
     def sigma(self, t: Time) -> Tensor:
-        return _float64(t)
+        return _real(t)
+
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Tensor:
+        """Noise levels from ``highest`` to ``lowest``, then 0 (eq. 5)."""
+        _require_steps(steps)
+        ends = self.highest ** (1 / self.rho), self.lowest ** (1 / self.rho)
+        levels = torch.linspace(*ends, steps, dtype=torch.float64) ** self.rho
+        return torch.cat([levels, levels.new_zeros(1)])
+
+    def from_fraction(self, fraction: Tensor) -> Tensor:
+        low, high = self.lowest ** (1 / self.rho), self.highest ** (1 / self.rho)
+        return (low + fraction * (high - low)) ** self.rho
+
+    def uniform(self, count: int, generator: torch.Generator) -> Tensor:
+        return self.from_fraction(torch.rand(count, generator=generator, device=generator.device))
 
 
-class StraightPath(Schedule):
-    """``alpha = 1 - t``, ``sigma = t`` for t in 0..1: the path of flow matching (arXiv 2210.02747)."""
+class FlowSchedule(Schedule):
+    """``alpha = 1 - t``, ``sigma = t`` for t in 0..1: the straight path of flow matching (arXiv 2210.02747)."""
 
     def alpha(self, t: Time) -> Tensor:
-        return 1 - _float64(t)
+        return 1 - _real(t)
 
     def sigma(self, t: Time) -> Tensor:
-        return _float64(t)
+        return _real(t)
+
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Tensor:
+        _require_steps(steps)
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def from_fraction(self, fraction: Tensor) -> Tensor:
+        return fraction
+
+    def uniform(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(count, generator=generator, device=generator.device)
 
     def conditioning(self, t: Tensor) -> Tensor:
         return 1000 * t
+
+    def times_in_words(self) -> str:
+        return "its times are from 0 to 1, such as 0.05 and 0.15"
+
+
+def timestep_grid(num_timesteps: int, steps: int, spacing: Spacing) -> Tensor:
+    """Times from the noisiest to -1, the clean end; consecutive pairs are the steps.
+
+    ``leading``, ``trailing`` and ``linspace`` are named as in diffusers (arXiv 2305.08891, table 2); ``diffusiondet``
+    is the integers of linspace(-1, T-1, steps + 1) (arXiv 2211.09788). guided-diffusion's respacing "25" is 25 steps of
+    ``linspace``, its "ddim25" 25 of ``leading``. A single step of ``leading`` or ``linspace`` starts at 0.
+
+    Returns:
+        (steps + 1,) int64, descending, on the CPU.
+
+    Raises:
+        ValueError: if ``steps`` is not in 1..``num_timesteps`` or the spacing is unknown.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"Take between 1 and {num_timesteps} steps on this schedule, not {steps}.")
+    last = num_timesteps - 1
+    if spacing == "leading":
+        times = np.arange(steps) * (num_timesteps // steps)
+    elif spacing == "trailing":
+        times = np.round(np.arange(1, steps + 1) * (num_timesteps / steps)) - 1
+    elif spacing == "linspace":
+        times = np.round(np.linspace(0, last, steps))
+    elif spacing == "diffusiondet":
+        times = torch.linspace(-1, last, steps + 1)[1:].numpy()
+    else:
+        raise ValueError(f"A spacing is one of {', '.join(get_args(Spacing))}, not {spacing!r}.")
+    return torch.tensor([*times[::-1].astype(int), -1])
 
 
 def linear_schedule(T: int = 1000) -> DiscreteSchedule:
@@ -115,11 +306,22 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
 
 
 def named_schedule(name: ScheduleName, num_timesteps: int) -> Schedule:
-    """The path of a name, with so many steps where it is of discrete steps, which the straight one is not."""
-    if name == "straight":
-        return StraightPath()
+    """The path of a name, with so many steps where it is of discrete steps, which ``flow`` is not."""
+    if name == "flow":
+        return FlowSchedule()
     return linear_schedule(num_timesteps) if name == "linear" else cosine_schedule(num_timesteps)
 
 
-def _float64(t: Time) -> Tensor:
-    return torch.as_tensor(t).to(torch.float64)
+def precise(device: torch.device) -> torch.dtype:
+    """The most exact type of numbers that a device computes with: Apple's GPUs do not know float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _real(t: Time) -> Tensor:
+    t = torch.as_tensor(t)
+    return t.to(precise(t.device))
+
+
+def _require_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"Sampling takes at least 1 step, not {steps}.")

@@ -1,6 +1,6 @@
 """Generators of images: the model, drawing samples, and judging them."""
 
-from diffperception.generation.model import DiffusionModel
 from diffperception.generation.sampling import SamplingOptions, sample
+from diffperception.models import DiffusionModel
 
 __all__ = ["DiffusionModel", "SamplingOptions", "sample"]

@@ -2,31 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffperception.diffusion import (
     Denoiser,
-    DiscreteSchedule,
     SampleNoise,
     Schedule,
     clip,
-    nearest_times,
     sample_ddim,
     sample_ddpm,
     sample_dpm_solver,
     sample_heun,
     sample_seed,
-    timestep_grid,
 )
-from diffperception.generation.model import DiffusionModel
+from diffperception.models import DiffusionModel
+from diffperception.models.conditioners import Said
 
 Sampler = Literal["dpm_solver", "ddim", "ddpm", "heun"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-# The cosine schedule ends at noise 20,000 times as strong as the signal: most of that way nothing can be told apart.
-NOISIEST = 160.0
+FIRST_ORDER: tuple[Sampler, ...] = ("ddim", "ddpm")
 
 
 @dataclass
@@ -54,31 +50,16 @@ class SamplingOptions:
             raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler}: leave it out")
 
 
-def time_grid(schedule: Schedule, sampler: Sampler, steps: int) -> Tensor:
+def sampling_grid(schedule: Schedule, sampler: Sampler, steps: int) -> Tensor:
     """Times for a sampler, descending to the clean end.
 
-    On discrete schedules the second-order samplers take steps that are even in the logarithm of the noise level
-    (arXiv 2206.00927, section 3.3), the others in time.
-
     Raises:
-        ValueError: for fewer steps than one, or more than the schedule has, or ancestral sampling on a straight path.
+        ValueError: for fewer steps than one, or more than the schedule has, or ancestral sampling on a path without
+            discrete steps.
     """
-    if not isinstance(schedule, DiscreteSchedule):
-        if sampler == "ddpm":
-            raise ValueError(
-                "The sampler ddpm needs a schedule of discrete steps: take ddim with eta 1 on a straight path."
-            )
-        if steps < 1:
-            raise ValueError(f"Sampling takes at least 1 step, not {steps}.")
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    grid = timestep_grid(schedule.num_timesteps, steps, "trailing")
-    if sampler in ("ddim", "ddpm"):
-        return grid
-    noisiest, cleanest = (schedule.sigma(t) / schedule.alpha(t) for t in (grid[0], torch.tensor(0)))
-    highest = noisiest.clamp(max=NOISIEST)
-    levels = torch.logspace(float(highest.log10()), float(cleanest.log10()), steps, dtype=torch.float64)
-    times = nearest_times(schedule, torch.cat([levels, levels.new_zeros(1)]))
-    return torch.cat([grid[:1], times[1:]])
+    if sampler == "ddpm":
+        schedule.require_discrete("The sampler ddpm")
+    return schedule.grid(steps) if sampler in FIRST_ORDER else schedule.even_grid(steps)
 
 
 @torch.no_grad()
@@ -87,17 +68,17 @@ def sample(
     indices: Sequence[int],
     options: SamplingOptions,
     seed: int = 0,
-    labels: Tensor | None = None,
+    said: Said | None = None,
     image_size: tuple[int, int] | None = None,
     denoiser: Denoiser | None = None,
 ) -> Tensor:
-    """Images, each a function of the seed and its own index.
+    """Images, each a function of the seed and its own index (up to rounding, which may depend on the batch).
 
     Args:
         indices: B numbers of images; the same number gives the same image in whatever batch.
         options: how.
         seed: of all images.
-        labels: (B,) int64 classes wanted.
+        said: of each image, as the model's conditioner reads it: labels (B,) of the classes wanted, for example.
         image_size: height and width; those the model learned by default.
         denoiser: to use instead of the model's own, such as one that a classifier guides.
 
@@ -108,12 +89,12 @@ def sample(
         ValueError: for a size or labels that the model does not take, or ancestral sampling on a straight path.
     """
     schedule = model.schedule
-    denoiser = denoiser or model.denoiser(labels, options.guidance)
-    denoiser = clip(denoiser) if options.clip else denoiser
-    grid = time_grid(schedule, options.sampler, options.steps)
+    denoiser = denoiser or model.denoiser(said, options.guidance)
+    denoiser = clip(denoiser) if options.clip and model.space.bounded else denoiser
+    grid = sampling_grid(schedule, options.sampler, options.steps)
     noise = SampleNoise([sample_seed(seed, index) for index in indices])
-    shape = (len(indices), model.unet.in_channels, *(image_size or model.image_size))
-    x = noise(torch.empty(shape, device=model.device))
+    shape = model.signal_shape(*(image_size or model.image_size))
+    x = noise(torch.empty((len(indices), *shape), device=model.device))
     if options.sampler == "dpm_solver":
         x = sample_dpm_solver(denoiser, schedule, x, grid)
     elif options.sampler == "heun":
@@ -121,6 +102,5 @@ def sample(
     elif options.sampler == "ddim":
         x = sample_ddim(denoiser, schedule, x, grid, options.eta, noise)
     else:
-        assert isinstance(schedule, DiscreteSchedule)  # or there would be no grid
         x = sample_ddpm(denoiser, schedule, x, grid, noise)
-    return (x.clamp(-1, 1) + 1) / 2
+    return model.space.decode(x)

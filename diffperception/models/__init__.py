@@ -1,18 +1,41 @@
-"""Networks that know nothing of a task: backbones, the diffusion UNet and the classifier that guides it."""
+"""Networks that know nothing of a task: the base of all models, the UNet and its generator, backbones, their parts."""
 
-from diffperception.models.backbone import FPN, Backbone, TimmBackbone, build_backbone, pad_images
-from diffperception.models.classifier import NoisyClassifier
-from diffperception.models.unet import BlockInfo, UNet
-from diffperception.models.unet_backbone import UNetBackbone
+from diffperception.models.backbones import (
+    FPN,
+    Backbone,
+    TimmBackbone,
+    UNetBackbone,
+    build_backbone,
+    build_pyramid,
+    pad_images,
+)
+from diffperception.models.base import Model
+from diffperception.models.condition import Condition
+from diffperception.models.conditioners import ClassLabels, Conditioner
+from diffperception.models.feature_info import FeatureInfo
+from diffperception.models.generator import DiffusionModel
+from diffperception.models.reader import ActivationReader
+from diffperception.models.space import Pixels, Space
+from diffperception.models.unet.noisy_classifier import NoisyClassifier
+from diffperception.models.unet.unet import UNet
 
 __all__ = [
     "FPN",
+    "ActivationReader",
     "Backbone",
-    "BlockInfo",
+    "ClassLabels",
+    "Condition",
+    "Conditioner",
+    "DiffusionModel",
+    "FeatureInfo",
+    "Model",
     "NoisyClassifier",
+    "Pixels",
+    "Space",
     "TimmBackbone",
     "UNet",
     "UNetBackbone",
     "build_backbone",
+    "build_pyramid",
     "pad_images",
 ]

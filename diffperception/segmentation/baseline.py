@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.models import UNet
-from diffperception.segmentation.evaluation import IGNORED
+from diffperception.segmentation.evaluator import IGNORED
 from diffperception.segmentation.maps import padded_side
-from diffperception.segmentation.training import check_size
+from diffperception.segmentation.pixels import check_size
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises; then it falls along a half cosine
 REPORTED = 20  # steps whose mean loss is told

@@ -1,29 +1,25 @@
 """Where pixels get their features from: a diffusion model, any timm model, or the colours themselves."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from diffperception import weights
-from diffperception.diffusion import DiscreteSchedule, Schedule, StraightPath, linear_schedule
-from diffperception.models import TimmBackbone, UNet
-from diffperception.segmentation.maps import FeatureMaps, MapInfo, Windows, padded_side
+from diffperception.models import ActivationReader, DiffusionModel, FeatureInfo, Model, TimmBackbone, UNet
+from diffperception.models.reader import load_generator
+from diffperception.segmentation.maps import FeatureMaps, Windows, padded_side
 
 # Windows that are encoded at once: small ones keep no processor busy, large ones need no company and much memory.
 BATCH_WINDOWS = 8
 BATCH_PIXELS = 2**16
 
 
-class FeatureExtractor(nn.Module, ABC):
+class FeatureExtractor(Model, ABC):
     """Images of any size to feature maps. Its weights are not trained.
 
     Args:
@@ -36,9 +32,7 @@ class FeatureExtractor(nn.Module, ABC):
         ValueError: if the window is not a multiple.
     """
 
-    arguments: dict[str, Any]  # of the constructor; JSON-able
-
-    def __init__(self, info: Sequence[MapInfo], multiple: int = 1, window: int | None = None) -> None:
+    def __init__(self, info: Sequence[FeatureInfo], multiple: int = 1, window: int | None = None) -> None:
         super().__init__()
         if window is not None and (window % multiple or window < 2 * multiple):
             raise ValueError(f"the window must be a multiple of {multiple} pixels and at least two, not {window}")
@@ -54,10 +48,6 @@ class FeatureExtractor(nn.Module, ABC):
     @property
     def strides(self) -> list[int]:
         return [map_info.stride for map_info in self.info]
-
-    @property
-    def device(self) -> torch.device:
-        return next((tensor.device for tensor in self.state_dict().values()), torch.device("cpu"))
 
     @abstractmethod
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -98,124 +88,52 @@ class FeatureExtractor(nn.Module, ABC):
 
 
 class DiffusionFeatures(FeatureExtractor):
-    """What decoder blocks of a diffusion model's UNet give for an image noised to a few times (arXiv 2112.03126).
+    """What a diffusion model's network sees in an image noised to a few times (arXiv 2112.03126).
 
-    All images and times share one noise, drawn on the CPU and kept among the weights. Each time is one pass of the
-    UNet, which stops after the last block. Maps come time by time, and for each in the order of the blocks.
+    The noise is kept among the weights. Maps come time by time, and for each in the order of the blocks.
 
     Args:
-        unet: the network, or its constructor's arguments; it is put into evaluation mode and its weights are fixed.
-        schedule: the path that the network was trained on; or what it says at each of the times: its signal, its noise
-            and the time as the network is told it.
-        blocks: decoder blocks, indices among ``unet.block_info``.
+        generator: the model.safetensors file of a generator, which knows its schedule, or of a UNet alone, on the linear
+            schedule of 1000 steps; or such a model. It is put into evaluation mode and its weights are fixed.
+        blocks: decoder blocks, indices among the generator's `block_info`.
         timesteps: times of the schedule.
-        window: side of the images that the network was trained on; larger ones are cut into windows.
+        window: larger images are cut into windows of this side; null for what the generator was trained on.
         seed: of the noise.
-        label: of a network with classes: the class to tell it, such as the absent label of classifier-free guidance.
-
-    Attributes:
-        noise: (C, window, window), used from its upper left corner.
+        label: the class to tell a generator that has classes; null for none, if it has learned that.
 
     Raises:
-        ValueError: if a block or a time does not exist or is named twice (times to six digits), or the label is
-            missing or not wanted.
+        FileNotFoundError: there is no such file.
+        ValueError: it holds another model, or a block, a time or the label does not suit it.
     """
-
-    noise: Tensor
 
     def __init__(
         self,
-        unet: UNet | dict[str, Any],
-        schedule: Schedule | Sequence[Sequence[float]],
-        blocks: Sequence[int] = (5, 6, 7, 8, 12),
-        timesteps: Sequence[float] = (50, 150, 250),
-        window: int = 256,
-        seed: int = 0,
-        label: int | None = None,
-    ) -> None:
-        unet = unet if isinstance(unet, UNet) else UNet(**unet)
-        if unet.in_channels != 3:
-            raise ValueError(f"this UNet takes images of {unet.in_channels} channels: features need one of colour, 3")
-        _check_blocks(unet, blocks)
-        _check_different("block", [str(block) for block in blocks])
-        _check_different("timestep", [f"{t:g}" for t in timesteps])
-        _check_label(unet, label)
-        levels = _levels(schedule, timesteps)
-        info = [
-            MapInfo(f"t{t:g} block {block}", unet.block_info[block].channels, unet.block_info[block].stride)
-            for t in timesteps
-            for block in blocks
-        ]
-        super().__init__(info, unet.stride, window)
-        self.arguments = {
-            "unet": unet.arguments,
-            "schedule": levels,
-            "blocks": list(blocks),
-            "timesteps": list(timesteps),
-            "window": window,
-            "seed": seed,
-            "label": label,
-        }
-        self.unet = unet.eval().requires_grad_(False)
-        self.levels, self.blocks, self.timesteps, self.label = levels, list(blocks), list(timesteps), label
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(unet.in_channels, window, window, generator=generator, device="cpu")
-        self.register_buffer("noise", noise.to(unet.stem.weight.device))
-
-    @classmethod
-    def of_generator(
-        cls,
-        file: Path,
+        generator: DiffusionModel | UNet | str | Path,
         blocks: Sequence[int] = (5, 6, 7, 8, 12),
         timesteps: Sequence[float] = (50, 150, 250),
         window: int | None = None,
         seed: int = 0,
         label: int | None = None,
-    ) -> "DiffusionFeatures":
-        """Of a saved generator, which knows its schedule; or of a UNet alone, on the linear schedule of 1000 steps.
+    ) -> None:
+        model = load_generator(generator)
+        side = window or max(model.image_size)
+        side = max(padded_side(side, model.stride), 2 * model.stride)
+        reader = ActivationReader(model, blocks, timesteps, label, side, seed)
+        super().__init__(reader.info, reader.multiple, window or side)
+        self.record(generator=model, window=self.window)
+        self.reader = reader.eval().requires_grad_(False)
 
-        Args:
-            file: a model.safetensors file.
-            blocks: decoder blocks, indices among the UNet's `block_info`.
-            timesteps: times of the schedule.
-            window: larger images are cut into windows of this side; null for what the generator was trained on.
-            seed: of the noise.
-            label: the class to tell a network that has classes; null for its absent label, where it has one.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it holds another model, or a block or a time does not exist.
-        """
-        model = weights.load_model(file)
-        unet = getattr(model, "unet", model)
-        if not isinstance(unet, UNet):
-            raise ValueError(f"{file} holds a {type(model).__name__}: give the file of a generator or a UNet")
-        if label is None and getattr(model, "absent_label", False):
-            label = (unet.num_classes or 0) - 1  # the last one
-        side = window or max(getattr(model, "image_size", (256,)))
-        side = max(padded_side(side, unet.stride), 2 * unet.stride)
-        return cls(unet, getattr(model, "schedule", linear_schedule(1000)), blocks, timesteps, side, seed, label)
+    @property
+    def generator(self) -> DiffusionModel:
+        return self.reader.generator
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        clean = 2 * images - 1
-        noise = self.noise[:, : images.shape[2], : images.shape[3]]
-        labels = None if self.label is None else torch.full((len(images),), self.label, device=images.device)
-        maps = []
-        for signal, sigma, time in self.levels:
-            noisy = (signal * clean + sigma * noise).to(self.unet.stem.weight.dtype)
-            times = torch.full((len(images),), time, device=images.device)
-            maps += self.unet.activations(noisy, times, self.blocks, labels)
-        return [m.float() for m in maps]
+        return [m.float() for m in self.reader(images)]
 
     def at_timestep(self, index: int) -> "DiffusionFeatures":
         """The same network and noise with a single one of the times."""
-        arguments = self.arguments | {
-            "unet": self.unet,
-            "schedule": [self.levels[index]],
-            "timesteps": [self.timesteps[index]],
-        }
-        features = DiffusionFeatures(**arguments)
-        features.noise = self.noise
+        features = DiffusionFeatures(**self.arguments | {"timesteps": [self.reader.timesteps[index]]})
+        features.reader.noise = self.reader.noise
         return features
 
 
@@ -240,10 +158,8 @@ class TimmFeatures(FeatureExtractor):
     ) -> None:
         backbone = TimmBackbone(name, strides, pretrained).eval().requires_grad_(False)
         _check_any_size(backbone, name)
-        channels = zip(backbone.channels, strides, strict=True)
-        super().__init__([MapInfo(f"stride {s}", c, s) for c, s in channels], max(strides), window)
-        # Loading brings its own weights, so `pretrained` is not kept.
-        self.arguments = {"name": name, "strides": list(strides), "pretrained": False, "window": window}
+        super().__init__(backbone.info, max(strides), window)
+        self.record(pretrained=False)  # loading brings its own weights
         self.backbone = backbone
         about = timm.get_pretrained_cfg(name)
         mean, std = (about.mean, about.std) if about else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -258,21 +174,10 @@ class RGBFeatures(FeatureExtractor):
     """The colours of a pixel, -1..1: what any other features should beat."""
 
     def __init__(self) -> None:
-        super().__init__([MapInfo("RGB", 3, 1)])
-        self.arguments = {}
+        super().__init__([FeatureInfo("RGB", 3, 1)])
 
     def encode(self, images: Tensor) -> list[Tensor]:
         return [2 * images - 1]
-
-
-def build_extractor(name: str, arguments: dict[str, Any]) -> FeatureExtractor:
-    """The extractor of a class name and its constructor's arguments, as an exported file tells them."""
-    kinds: dict[str, type[FeatureExtractor]] = {
-        kind.__name__: kind for kind in (DiffusionFeatures, TimmFeatures, RGBFeatures)
-    }
-    if name not in kinds:
-        raise ValueError(f"there are no features {name!r}; known are {', '.join(kinds)}")
-    return kinds[name](**arguments)
 
 
 @torch.no_grad()
@@ -284,51 +189,3 @@ def _check_any_size(backbone: TimmBackbone, name: str) -> None:
         raise ValueError(
             f"{name} does not take images of any size ({error}): choose a convolutional network, a ViT or a Swin"
         ) from None
-
-
-def _check_blocks(unet: UNet, blocks: Sequence[int]) -> None:
-    missing = [block for block in blocks if block not in range(len(unet.block_info))]
-    if missing or not blocks:
-        last = len(unet.block_info) - 1
-        raise ValueError(f"this UNet has decoder blocks 0 to {last}; there is no {missing or 'block named'}")
-
-
-def _check_different(kind: str, names: Sequence[str]) -> None:
-    """A map is known by its time and block, times written with six digits."""
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"the {kind} {doubled[0]} is named more than once: name each {kind} once")
-
-
-def _check_label(unet: UNet, label: int | None) -> None:
-    if unet.num_classes is None and label is not None:
-        raise ValueError("this UNet has no classes; leave the label out")
-    if unet.num_classes is not None and (label is None or label not in range(unet.num_classes)):
-        raise ValueError(
-            f"this UNet has classes: give as label the absent label that it was trained with, or any of 0 to "
-            f"{unet.num_classes - 1}, not {label}"
-        )
-
-
-def _levels(schedule: Schedule | Sequence[Sequence[float]], times: Sequence[float]) -> list[list[float]]:
-    """Signal, noise and the network's time at each of the times."""
-    if not isinstance(schedule, Schedule):
-        return [list(level) for level in schedule]
-    if isinstance(schedule, DiscreteSchedule):
-        wrong = [t for t in times if t not in range(schedule.num_timesteps)]
-        if wrong:
-            raise ValueError(f"the timesteps must be whole, 0 to {schedule.num_timesteps - 1}, not {wrong}")
-        times = [int(t) for t in times]
-    if not times:
-        raise ValueError("name at least one timestep")
-    rows = [(schedule.alpha(t), schedule.sigma(t), schedule.conditioning(torch.as_tensor(t))) for t in times]
-    levels = [[float(value) for value in row] for row in rows]
-    outside = [
-        t
-        for t, (signal, noise, _) in zip(times, levels, strict=True)
-        if not (0 <= signal < math.inf and 0 <= noise < math.inf)
-    ]
-    if outside:
-        known = "from 0 to 1, such as 0.05 and 0.15" if isinstance(schedule, StraightPath) else "0 or more"
-        raise ValueError(f"the timesteps {outside} lie outside of this generator's path: its times are {known}")
-    return levels

@@ -10,15 +10,6 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class MapInfo:
-    """What a feature map is: its name, its channels, and how many input pixels wide one of its cells is."""
-
-    name: str
-    channels: int
-    stride: int
-
-
-@dataclass(frozen=True)
 class FeatureMaps:
     """The features of one image, kept small: upsampled, they would be ``D x H x W`` numbers.
 

@@ -13,8 +13,8 @@ from diffperception.cli.parsing import build_parser, call, parse
 from diffperception.data.masks import MaskFolder
 from diffperception.segmentation import FitOptions, PixelEnsemble, RGBFeatures
 from diffperception.segmentation.baseline import BaselineOptions, predict_labels, segmentation_unet, train_unet
-from diffperception.visualize import save_png, to_picture
-from tests.segmentation.test_classifier import scene
+from diffperception.visualization.draw import save_png, to_picture
+from tests.segmentation.test_ensemble import scene
 from tests.segmentation.test_features import unet
 
 METHODS = ["diffusion", "untrained", "rgb", "scratch"]

@@ -13,7 +13,7 @@ from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
 from diffperception.segmentation import FitOptions, PixelEnsemble, PixelSegmenter, RGBFeatures, Segmentation
 from tests.cli.test_compare import write_scenes
-from tests.segmentation.test_classifier import scene
+from tests.segmentation.test_ensemble import scene
 from tests.segmentation.test_features import unet
 
 CLASSES = ["red", "green", "blue"]

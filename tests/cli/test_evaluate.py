@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from diffperception.cli.main import main
-from tests.tasks.tiny_data import write_tiny_data
-from tests.tasks.tiny_detector import TinyDetector
+from tests.training.tiny_data import write_tiny_data
+from tests.training.tiny_detector import TinyDetector
 
 ROOT = Path(__file__).parents[2]
 

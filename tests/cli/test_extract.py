@@ -11,8 +11,8 @@ from diffperception.cli.extract import extract, resized
 from diffperception.cli.parsing import call
 from diffperception.data.images import read_image
 from diffperception.segmentation import DiffusionFeatures
-from diffperception.segmentation.storage import load_maps
-from diffperception.visualize import save_png, to_picture
+from diffperception.segmentation.feature_cache import load_maps
+from diffperception.visualization.draw import save_png, to_picture
 from tests.segmentation.test_features import unet
 
 

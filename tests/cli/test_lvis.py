@@ -8,7 +8,7 @@ import pytest
 
 from diffperception.cli.main import main
 from tests.detection.test_lvis import needs_lvis
-from tests.tasks.tiny_data import write_tiny_config
+from tests.training.tiny_data import write_tiny_config
 
 WITHOUT = "needs the lvis package"
 

@@ -10,10 +10,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from diffperception.cli.main import main
 from diffperception.cli.predict import name_pictures, noise_seed
-from diffperception.coco import labels_of
+from diffperception.data.coco_file import labels_of
 from diffperception.data.images import read_image
 from diffperception.detection import FCOS, DiffusionDet, SamplerOptions
-from diffperception.detection.evaluation import CocoEvaluator, results_rows
+from diffperception.detection.evaluator import CocoEvaluator, results_rows
 
 CLASSES = ["circle", "square", "star"]
 

@@ -13,7 +13,7 @@ from diffperception.cli.main import main
 from diffperception.diffusion import classifier_guidance
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
 from diffperception.models import NoisyClassifier, UNet
-from diffperception.visualize import image_grid, to_picture
+from diffperception.visualization.draw import image_grid, to_picture
 
 CLASSES = ["disc", "square"]
 TINY: dict[str, Any] = {"channels": 32, "multipliers": (1,), "depth": 1, "attention": (), "head_channels": 32}

@@ -25,7 +25,7 @@ from diffperception.segmentation import (
     Segmentation,
     load_reference_ensemble,
 )
-from tests.segmentation.test_reference import Classifier, write
+from tests.models.convert.test_ddpm_segmentation import Classifier, write
 
 COLOURS = np.array([[60, 60, 60], [220, 40, 40], [40, 60, 220]], np.uint8)
 CLASSES = ["ground", "red", "blue"]

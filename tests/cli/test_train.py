@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file
 
 from diffperception.cli.main import main
-from diffperception.data.sampling import StepBatchSampler
-from tests.tasks.test_resume import copy_run
-from tests.tasks.tiny_data import write_tiny_config
-from tests.tasks.tiny_detector import TinyDetector
+from diffperception.data.batches import StepBatchSampler
+from tests.training.test_resume import copy_run
+from tests.training.tiny_data import write_tiny_config
+from tests.training.tiny_detector import TinyDetector
 
 
 class DeeperDetector(TinyDetector):

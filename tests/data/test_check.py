@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffperception.data import CocoDetection
 from diffperception.data.check import check_coco
-from diffperception.data.report import Problem
+from diffperception.data.check_report import Problem
 
 from .large_coco import CHECK, LOAD, cost, write_large
 

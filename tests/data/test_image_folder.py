@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from diffperception.data import SeededSamples
 from diffperception.data.image_folder import ImageFolder, class_folders, list_pictures
 from diffperception.data.images import BrokenImageError
-from diffperception.tasks.generation import ImageDataOptions
+from diffperception.training.recipes.generation import ImageDataOptions
 
 
 def write(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:

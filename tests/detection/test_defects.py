@@ -12,16 +12,16 @@ from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet, SamplerOptions
 from diffperception.detection.criterion import set_losses
 from diffperception.detection.detector import image_sizes
-from diffperception.detection.evaluation import CocoEvaluator
+from diffperception.detection.evaluator import CocoEvaluator
 from diffperception.detection.matcher import PaddedTargets, match
 from diffperception.detection.sampler import BoxNoise, image_seed, select_detections
-from diffperception.tasks.detection import DetectionTask
-from diffperception.tasks.evaluation import evaluate_detector
-from diffperception.tasks.options import OptimizerOptions
-from diffperception.tasks.task import NonFiniteLossError
+from diffperception.training.recipes.detection import DetectionTask
+from diffperception.detection.inference import evaluate_detector
+from diffperception.training.options import OptimizerOptions
+from diffperception.training.module import NonFiniteLossError
 from tests.detection.scenes import CLASSES, random_boxes, random_image, random_target, tiny_detector
-from tests.tasks.tiny_data import write_tiny_config
-from tests.tasks.tiny_detector import UnpluggedDiffusionDet
+from tests.training.tiny_data import write_tiny_config
+from tests.training.tiny_detector import UnpluggedDiffusionDet
 
 IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2), random_image(96, 64, 3)]
 
@@ -104,7 +104,7 @@ def test_6_several_steps_without_renewal(mode):
 
 def test_7_what_is_saved_and_scored_is_the_average_of_the_weights(tmp_path):
     config, run = write_tiny_config(tmp_path), tmp_path / "run"
-    options = ["--model", "tests.tasks.tiny_detector.UnpluggedDiffusionDet", "--trainer.max_steps", "3"]
+    options = ["--model", "tests.training.tiny_detector.UnpluggedDiffusionDet", "--trainer.max_steps", "3"]
     assert main(["train", "--config", str(config), "--output", str(run), *options]) == 0
 
     parts = torch.load(run / "last.ckpt", weights_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffperception.detection.evaluation import CocoEvaluator, CocoResult
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult
 from diffperception.detection.lvis import LvisEvaluator
 
 from .test_evaluation import as_predictions, boxes, item, random_case

@@ -10,9 +10,9 @@ from torchvision.ops import box_iou
 
 from diffperception.detection import DiffusionDet, SamplerOptions
 from diffperception.detection.detector import image_sizes
-from diffperception.detection.head import DynamicHead
+from diffperception.detection.heads.boxes import DynamicHead
 from diffperception.detection.matcher import PaddedTargets, match
-from diffperception.detection.reference import constructor_arguments, rename
+from diffperception.models.convert.diffusiondet import constructor_arguments, rename
 from diffperception.diffusion import cosine_schedule
 from diffperception.models import FPN, TimmBackbone
 from tests.detection.sampling import check_sampling, middle_score

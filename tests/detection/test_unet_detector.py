@@ -11,12 +11,12 @@ from diffperception.cli.main import main
 from diffperception.detection import FCOS, Detector, DiffusionDet
 from diffperception.generation import DiffusionModel
 from diffperception.models import UNetBackbone, pad_images
-from diffperception.tasks.detection import DetectionTask
-from diffperception.tasks.options import OptimizerOptions
+from diffperception.training.recipes.detection import DetectionTask
+from diffperception.training.options import OptimizerOptions
 from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
 from tests.detection.test_detector import assert_same_detections
-from tests.models.test_unet import tiny
-from tests.tasks.tiny_data import write_tiny_config
+from tests.models.unet.test_unet import tiny
+from tests.training.tiny_data import write_tiny_config
 
 IMAGES = [random_image(32, 48, 1), random_image(37, 26, 2), random_image(30, 47, 3)]
 TARGETS = [random_target(n, *image.shape[1:], seed=n) for n, image in zip([3, 0, 5], IMAGES, strict=True)]

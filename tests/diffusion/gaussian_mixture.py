@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffperception.diffusion import Estimate, Schedule, scale
+from diffperception.diffusion import DenoiserOutput, Schedule, scale
 
 
 @dataclass
@@ -20,11 +20,11 @@ class Mixture:
         noised = torch.distributions.Normal(alpha * self.means, ((alpha * self.stds) ** 2 + sigma**2).sqrt())
         return noised.log_prob(x_t) + self.weights.log()
 
-    def denoise(self, schedule: Schedule, x_t: Tensor, t: Tensor) -> Estimate:
+    def denoise(self, schedule: Schedule, x_t: Tensor, t: Tensor) -> DenoiserOutput:
         alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
         gain = alpha * self.stds**2 / ((alpha * self.stds) ** 2 + sigma**2)
         component = self.means + gain * (x_t - alpha * self.means)
-        return Estimate((self.log_joint(schedule, x_t, t).softmax(1) * component).sum(1, keepdim=True))
+        return DenoiserOutput((self.log_joint(schedule, x_t, t).softmax(1) * component).sum(1, keepdim=True))
 
     def start(self, schedule: Schedule, t: Tensor, count: int, seed: int = 0) -> Tensor:
         """(count, 1) samples noised as at ``t``."""

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from diffperception.diffusion import (
     Denoiser,
-    Estimate,
+    DenoiserOutput,
     Schedule,
-    StraightPath,
+    FlowSchedule,
     VarianceExploding,
     classifier_free_guidance,
     classifier_guidance,
@@ -23,7 +23,7 @@ from tests.diffusion.gaussian_mixture import Mixture
 PATHS = [
     (cosine_schedule(), torch.tensor([10, 400, 800])),
     (VarianceExploding(), torch.tensor([0.1, 1.0, 5.0])),
-    (StraightPath(), torch.tensor([0.1, 0.5, 0.9])),
+    (FlowSchedule(), torch.tensor([0.1, 0.5, 0.9])),
 ]
 
 
@@ -64,8 +64,8 @@ def test_guided_samples_are_of_the_class(mixture: Mixture) -> None:
 def test_noise_alone_is_not_guided(mixture: Mixture, weight: float) -> None:
     """At the straight path's start alpha is 0: x_t says nothing of the class, and sigma^2 / alpha is infinite."""
     x, t = torch.randn(3, 1, dtype=torch.float64), torch.ones(3)
-    own: Denoiser = partial(mixture.denoise, StraightPath())
-    guided = classifier_guidance(own, partial(log_class, mixture, StraightPath(), 1), StraightPath(), weight)
+    own: Denoiser = partial(mixture.denoise, FlowSchedule())
+    guided = classifier_guidance(own, partial(log_class, mixture, FlowSchedule(), 1), FlowSchedule(), weight)
     assert torch.equal(guided(x, t).x0, own(x, t).x0)
 
 
@@ -82,14 +82,16 @@ def test_weights_of_zero_and_one_choose_a_denoiser() -> None:
     yes, no = torch.randn(2, 2, 3)
     learned = torch.zeros(2, 3)
     for weight, expected in ((0.0, no), (1.0, yes)):
-        guided = classifier_free_guidance(lambda x, t: Estimate(yes, learned), lambda x, t: Estimate(no), weight)
+        guided = classifier_free_guidance(
+            lambda x, t: DenoiserOutput(yes, learned), lambda x, t: DenoiserOutput(no), weight
+        )
         estimate = guided(yes, torch.zeros(2))
         assert torch.equal(estimate.x0, expected)
         assert estimate.variance_range is learned
 
 
 def test_clipping_keeps_the_signal_in_range() -> None:
-    clipped = clip(lambda x, t: Estimate(x, x), -0.5, 0.7)(torch.tensor([[-2.0, 0.1, 2.0]]), torch.zeros(1))
+    clipped = clip(lambda x, t: DenoiserOutput(x, x), -0.5, 0.7)(torch.tensor([[-2.0, 0.1, 2.0]]), torch.zeros(1))
     assert torch.equal(clipped.x0, torch.tensor([[-0.5, 0.1, 0.7]]))
     assert clipped.variance_range is not None
     assert clipped.variance_range.max() == 2

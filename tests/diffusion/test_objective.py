@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from diffperception.diffusion import (
     DiscreteSchedule,
-    Estimate,
+    DenoiserOutput,
     LossSecondMoment,
     NetworkDenoiser,
     Objective,
     Prediction,
-    StraightPath,
+    FlowSchedule,
     UniformTimes,
-    UniformTimesteps,
+    UniformTimes,
     VarianceExploding,
     add_noise,
     cosine_schedule,
@@ -66,15 +66,15 @@ def test_flow_matching_is_the_same_code_on_the_straight_path() -> None:
         seen.append((x, time))
         return torch.zeros_like(x)
 
-    loss = Objective(StraightPath(), "flow")(network, x0, t, noise)["mse"]
+    loss = Objective(FlowSchedule(), "flow")(network, x0, t, noise)["mse"]
     assert torch.allclose(loss, (noise - x0).square().flatten(1).mean(1))
     weight = t.double()[:, None, None, None]
     assert torch.allclose(seen[0][0], (1 - weight) * x0 + weight * noise)
     assert torch.equal(seen[0][1], 1000 * t)
 
 
-@pytest.mark.parametrize("path", [StraightPath(), VarianceExploding()])
-def test_a_learned_range_needs_discrete_steps(path: StraightPath | VarianceExploding) -> None:
+@pytest.mark.parametrize("path", [FlowSchedule(), VarianceExploding()])
+def test_a_learned_range_needs_discrete_steps(path: FlowSchedule | VarianceExploding) -> None:
     with pytest.raises(ValueError, match="discrete steps"):
         Objective(path, learned_range=True)
 
@@ -87,7 +87,7 @@ def test_the_bound_is_least_at_the_true_posterior() -> None:
     x_t = add_noise(schedule, x0, t, noise)
 
     def bound(x0_guess: Tensor, place: float) -> Tensor:
-        return variational_bound(schedule, x0, x_t, t, Estimate(x0_guess, torch.full_like(x0, place)))
+        return variational_bound(schedule, x0, x_t, t, DenoiserOutput(x0_guess, torch.full_like(x0, place)))
 
     assert torch.allclose(bound(x0, -1.0), torch.zeros(4, dtype=torch.float64), atol=1e-9)
     assert (bound(x0, -0.5) > 0).all()
@@ -98,7 +98,7 @@ def test_the_bound_of_a_wrong_mean_is_known() -> None:
     """With the true variance the divergence is (mean difference)^2 / (2 variance), in bits."""
     schedule, (x0, t, noise) = linear_schedule(), batch()
     x_t = add_noise(schedule, x0, t, noise)
-    estimate = Estimate(x0 + 0.1, torch.full_like(x0, -1))
+    estimate = DenoiserOutput(x0 + 0.1, torch.full_like(x0, -1))
     alpha_t, alpha_s, sigma_t = schedule.alpha(t), schedule.alpha(t - 1), schedule.sigma(t)
     beta = 1 - (alpha_t / alpha_s).square()
     shift = 0.1 * alpha_s * beta / sigma_t.square()
@@ -111,7 +111,7 @@ def test_the_first_timestep_is_the_decoders_likelihood() -> None:
     t = torch.zeros(4, dtype=torch.int64)
     x0 = (x0 * 127.5 + 127.5).round() / 127.5 - 1
     x_t = add_noise(schedule, x0, t, noise)
-    bound = variational_bound(schedule, x0, x_t, t, Estimate(x0, torch.ones_like(x0)))
+    bound = variational_bound(schedule, x0, x_t, t, DenoiserOutput(x0, torch.ones_like(x0)))
     # At t = 0 the mean is the signal itself and the learned variance at its upper bound is beta_0 = 1e-4.
     inner = math.erf(1 / 255 / math.sqrt(2 * 1e-4))
     outer = (1 + inner) / 2
@@ -177,7 +177,7 @@ def test_the_bound_is_scaled_to_a_thousand_steps() -> None:
 
 
 def test_uniform_timesteps_cover_the_schedule() -> None:
-    t, weights = UniformTimesteps(10).sample(10_000, torch.Generator().manual_seed(0))
+    t, weights = UniformTimes(10).sample(10_000, torch.Generator().manual_seed(0))
     assert t.bincount(minlength=10).min() > 850
     assert weights.eq(1).all()
     times, _ = UniformTimes().sample(10_000, torch.Generator().manual_seed(0))

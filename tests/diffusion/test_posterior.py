@@ -3,7 +3,7 @@ import torch
 
 from diffperception.diffusion import (
     Schedule,
-    StraightPath,
+    FlowSchedule,
     VarianceExploding,
     cosine_schedule,
     ddim_step,
@@ -22,7 +22,7 @@ from diffperception.diffusion import (
         (cosine_schedule(), 999, 300),
         (cosine_schedule(), 3, -1),
         (VarianceExploding(), 3.0, 0.5),
-        (StraightPath(), 0.9, 0.2),
+        (FlowSchedule(), 0.9, 0.2),
     ],
 )
 def test_mean_and_spread_are_bayes(schedule: Schedule, t: float, s: float) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from diffperception.diffusion import (
     Denoiser,
     DiscreteSchedule,
-    Estimate,
+    DenoiserOutput,
     Schedule,
-    StraightPath,
+    FlowSchedule,
     VarianceExploding,
     cosine_schedule,
     linear_schedule,
@@ -37,9 +37,9 @@ def straight_grid(steps: int) -> Tensor:
 PATHS: list[tuple[Schedule, Callable[[int], Tensor]]] = [
     (cosine_schedule(), lambda steps: nearest_times(cosine_schedule(), noise_level_grid(steps, lowest=0.01))),
     (VarianceExploding(), noise_level_grid),
-    (StraightPath(), straight_grid),
+    (FlowSchedule(), straight_grid),
 ]
-PATH_NAMES = ["cosine", "exploding", "straight"]
+PATH_NAMES = ["cosine", "exploding", "flow"]
 DETERMINISTIC: list[tuple[Loop, int]] = [(sample_ddim, 1), (sample_dpm_solver, 2), (sample_heun, 2)]
 
 
@@ -69,7 +69,7 @@ def test_every_sampler_reaches_the_distribution(
 
 @pytest.mark.parametrize(("loop", "order"), DETERMINISTIC, ids=["ddim", "dpm-solver", "heun"])
 @pytest.mark.parametrize(
-    "path", [VarianceExploding(), StraightPath(), linear_schedule(20_000)], ids=[*PATH_NAMES[1:], "linear"]
+    "path", [VarianceExploding(), FlowSchedule(), linear_schedule(20_000)], ids=[*PATH_NAMES[1:], "linear"]
 )
 def test_errors_fall_at_the_claimed_order(mixture: Mixture, path: Schedule, loop: Loop, order: int) -> None:
     """Twice the steps, error / 2^order, against the same equation solved with many more."""
@@ -103,8 +103,8 @@ def test_dpm_solver_is_diffusers() -> None:
         x = scheduler.step(sine(x, t), t, x).prev_sample
     schedule = linear_schedule()
 
-    def denoiser(x: Tensor, t: Tensor) -> Estimate:
-        return Estimate(to_x0("eps", sine(x, int(t[0])), x, schedule.alpha(t), schedule.sigma(t)))
+    def denoiser(x: Tensor, t: Tensor) -> DenoiserOutput:
+        return DenoiserOutput(to_x0("eps", sine(x, int(t[0])), x, schedule.alpha(t), schedule.sigma(t)))
 
     assert torch.allclose(sample_dpm_solver(denoiser, schedule, start, grid), x, rtol=1e-3, atol=1e-3)
 
@@ -115,9 +115,9 @@ def test_learned_variance_is_what_ancestral_sampling_draws_with(place: float) ->
     schedule, grid = cosine_schedule(), torch.tensor([600, 400, -1])
     seen: list[Tensor] = []
 
-    def denoiser(x: Tensor, t: Tensor) -> Estimate:
+    def denoiser(x: Tensor, t: Tensor) -> DenoiserOutput:
         seen.append(x)
-        return Estimate(torch.full_like(x, 0.5), torch.full_like(x, place))
+        return DenoiserOutput(torch.full_like(x, 0.5), torch.full_like(x, place))
 
     samples = sample_ddpm(denoiser, schedule, torch.zeros(100_000, 1), grid)
     lower = posterior_std(schedule, 600, 400).square()
@@ -132,7 +132,7 @@ def test_learned_variance_is_what_ancestral_sampling_draws_with(place: float) ->
 def test_samplers_keep_no_graph_and_take_few_steps(loop: Loop, steps: int) -> None:
     weight = torch.ones(1, requires_grad=True)
     grid = timestep_grid(1000, steps, "trailing")
-    x = loop(lambda x, t: Estimate(weight.expand_as(x)), cosine_schedule(), torch.randn(2, 3), grid)
+    x = loop(lambda x, t: DenoiserOutput(weight.expand_as(x)), cosine_schedule(), torch.randn(2, 3), grid)
     assert not x.requires_grad
     assert torch.equal(x, torch.ones(2, 3))
 

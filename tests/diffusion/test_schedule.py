@@ -7,7 +7,7 @@ import torch
 
 from diffperception.diffusion import (
     DiscreteSchedule,
-    StraightPath,
+    FlowSchedule,
     VarianceExploding,
     add_noise,
     cosine_schedule,
@@ -44,7 +44,7 @@ def test_cosine_schedule_is_the_papers() -> None:
 
 @pytest.mark.parametrize("t", [7, torch.tensor(7), torch.tensor([3, 9]), torch.tensor([[0, -1, 5]])])
 def test_values_are_float64_of_the_shape_of_t(t: int | torch.Tensor) -> None:
-    for schedule in (linear_schedule(), VarianceExploding(), StraightPath()):
+    for schedule in (linear_schedule(), VarianceExploding(), FlowSchedule()):
         for value in (schedule.alpha(t), schedule.sigma(t)):
             assert value.dtype == torch.float64
             assert value.shape == torch.as_tensor(t).shape
@@ -77,8 +77,8 @@ def test_continuous_paths() -> None:
     t = torch.tensor([0.0, 0.25, 1.0])
     assert VarianceExploding().alpha(t).tolist() == [1, 1, 1]
     assert VarianceExploding().sigma(t).tolist() == [0, 0.25, 1]
-    assert StraightPath().alpha(t).tolist() == [1, 0.75, 0]
-    assert StraightPath().sigma(t).tolist() == [0, 0.25, 1]
+    assert FlowSchedule().alpha(t).tolist() == [1, 0.75, 0]
+    assert FlowSchedule().sigma(t).tolist() == [0, 0.25, 1]
 
 
 def test_noised_samples_have_the_paths_mean_and_spread() -> None:
@@ -102,4 +102,4 @@ def test_names_stand_for_their_paths_on_any_default_device() -> None:
         named = [named_schedule(name, 50) for name in ("linear", "cosine")]
     for schedule, expected in zip(named, (linear_schedule(50), cosine_schedule(50)), strict=True):
         assert torch.equal(schedule.alpha(times), expected.alpha(times))
-    assert isinstance(named_schedule("straight", 50), StraightPath)
+    assert isinstance(named_schedule("flow", 50), FlowSchedule)

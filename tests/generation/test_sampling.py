@@ -10,7 +10,7 @@ from torch import Tensor
 from diffperception.diffusion import (
     Denoiser,
     DiscreteSchedule,
-    Estimate,
+    DenoiserOutput,
     SampleNoise,
     clip,
     cosine_schedule,
@@ -24,11 +24,11 @@ from diffperception.diffusion import (
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
 from diffperception.generation.sampling import SAMPLERS, Sampler, time_grid
 from tests.diffusion.gaussian_mixture import Mixture
-from tests.generation.test_model import conditional, tiny_unet
+from tests.models.test_generator import conditional, tiny_unet
 
 
 def oracle(x0: Tensor) -> Denoiser:
-    return lambda x, t: Estimate(x0.expand_as(x))
+    return lambda x, t: DenoiserOutput(x0.expand_as(x))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_labels_change_the_image() -> None:
 
 
 def test_flow_matching_is_sampled_on_the_same_code() -> None:
-    straight = DiffusionModel(None, tiny_unet(), "straight", prediction="flow", image_size=8)
+    straight = DiffusionModel(None, tiny_unet(), "flow", prediction="flow", image_size=8)
     told: list[float] = []
     straight.unet.register_forward_pre_hook(lambda unet, inputs: told.append(float(inputs[1][0])))
     for sampler in ("ddim", "heun", "dpm_solver"):

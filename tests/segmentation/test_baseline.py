@@ -10,7 +10,7 @@ from diffperception.segmentation.baseline import (
     segmentation_unet,
     train_unet,
 )
-from tests.segmentation.test_classifier import scene
+from tests.segmentation.test_ensemble import scene
 from tests.segmentation.test_features import unet
 
 

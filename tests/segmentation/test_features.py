@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.diffusion import StraightPath, VarianceExploding, linear_schedule
+from diffperception.diffusion import FlowSchedule, VarianceExploding, linear_schedule
 from diffperception.models import UNet
 from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, FeatureMaps, RGBFeatures, TimmFeatures
 from diffperception.segmentation.maps import MapInfo, Windows, rows_around, upsample, upsample_rows
@@ -212,19 +212,19 @@ def test_features_of_a_reference_checkpoint():
 
 def test_continuous_paths_have_times_below_one():
     features = diffusion()
-    flow = DiffusionFeatures(features.unet, StraightPath(), (0,), (0.25,), window=32)
+    flow = DiffusionFeatures(features.unet, FlowSchedule(), (0,), (0.25,), window=32)
     assert flow.levels == [[0.75, 0.25, 250.0]]
 
 
 @pytest.mark.parametrize(
     ("schedule", "times", "message"),
     [
-        (StraightPath(), (50, 0.5, 150), r"\[50, 150\] lie outside .* from 0 to 1"),
-        (StraightPath(), (-0.1,), r"\[-0.1\] lie outside"),
-        (StraightPath(), (float("nan"),), r"\[nan\] lie outside"),
+        (FlowSchedule(), (50, 0.5, 150), r"\[50, 150\] lie outside .* from 0 to 1"),
+        (FlowSchedule(), (-0.1,), r"\[-0.1\] lie outside"),
+        (FlowSchedule(), (float("nan"),), r"\[nan\] lie outside"),
         (VarianceExploding(), (3.0, -1.0), r"\[-1.0\] lie outside .* 0 or more"),
         (VarianceExploding(), (float("inf"),), r"\[inf\] lie outside"),
-        (StraightPath(), (0.25, 0.2500000001), "0.25 is named more than once"),
+        (FlowSchedule(), (0.25, 0.2500000001), "0.25 is named more than once"),
     ],
 )
 def test_times_outside_of_a_continuous_path_are_refused(schedule, times, message):
@@ -233,7 +233,7 @@ def test_times_outside_of_a_continuous_path_are_refused(schedule, times, message
 
 
 def test_a_continuous_path_has_both_its_ends():
-    flow = DiffusionFeatures(unet(), StraightPath(), (0,), (0, 1), window=32)
+    flow = DiffusionFeatures(unet(), FlowSchedule(), (0,), (0, 1), window=32)
     assert [level[:2] for level in flow.levels] == [[1, 0], [0, 1]]
 
 

@@ -12,7 +12,7 @@ from diffperception.diffusion import linear_schedule
 from diffperception.generation import DiffusionModel
 from diffperception.models import UNet
 from diffperception.segmentation import DiffusionFeatures, PixelEnsemble, PixelSegmenter, RGBFeatures
-from diffperception.tasks.segmentation import MaskDataOptions
+from diffperception.training.recipes.segmentation import MaskDataOptions
 
 
 def unet(num_classes: int | None = None) -> UNet:
@@ -35,7 +35,7 @@ def test_a_saved_generator_knows_its_schedule_window_and_absent_label(tmp_path: 
 
 def test_times_of_another_path_than_the_generators_are_refused(tmp_path: Path) -> None:
     """Those that are tried and taken by default are of discrete paths."""
-    DiffusionModel(None, unet(), "straight", prediction="flow", image_size=16).save(tmp_path / "flow.safetensors")
+    DiffusionModel(None, unet(), "flow", prediction="flow", image_size=16).save(tmp_path / "flow.safetensors")
     with pytest.raises(ValueError, match=r"\[50, 150, 250\] lie outside of this generator's path: .* from 0 to 1"):
         DiffusionFeatures.of_generator(tmp_path / "flow.safetensors", (0,))
 
@@ -88,7 +88,7 @@ def test_classes_of_one_name_are_refused_before_anything_is_read(tmp_path: Path)
 
 def test_predicting_at_a_photographs_size_keeps_no_classes_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor made while predicting is half as large as one byte a class and pixel."""
-    monkeypatch.setattr("diffperception.segmentation.classifier.BAND_PIXELS", 1000)
+    monkeypatch.setattr("diffperception.segmentation.ensemble.BAND_PIXELS", 1000)
     model = PixelSegmenter(RGBFeatures(), PixelEnsemble(3, 40, 2), [str(k) for k in range(40)], short_side=100)
     image, largest = torch.rand(3, 400, 500), 0
 

@@ -1,0 +1,381 @@
+"""COCO's average precision on pycocotools, for any number of detections and for predictions spread over processes."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from math import isnan, nan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from diffperception.data.coco_file import labels_of, read_coco
+
+NEARLY_ZERO = 5e-4  # an AP that a table with three digits shows as 0
+
+
+@dataclass(frozen=True)
+class CocoResult:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: AP, AP50, AP75, APs, APm, APl, AR1, AR10 and AR<max_dets>, each in 0..1, or nan where the file has no
+            object to find (of that size).
+        per_class: AP of each class; nan for a class without objects.
+        objects: number of objects of each class, crowds not counted.
+        detections: the predictions as rows of a COCO results file: image_id, category_id, bbox (xywh, pixels), score.
+        notes: what was left out of the evaluation or is missing from it, a sentence each.
+        explanation: why AP is 0 or undefined, in one sentence; None where there is nothing to explain.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, float]
+    objects: dict[str, int]
+    detections: list[dict[str, Any]]
+    notes: list[str]
+    explanation: str | None
+
+    def table(self) -> str:
+        """The metrics, the AP of each class, and the notes, as lines of text."""
+        summary = [f"{name:>6}" for name in self.metrics], [_number(value) for value in self.metrics.values()]
+        width = max([len(name) for name in self.per_class] + [len("class")])
+        classes = [f"{name:<{width}}  {_number(ap)}  {self.objects[name]:>7}" for name, ap in self.per_class.items()]
+        lines = ["  ".join(row) for row in summary] + ["", f"{'class':<{width}}  {'AP':>6}  objects", *classes]
+        remarks = [*self.notes, *([self.explanation] if self.explanation else [])]
+        return "\n".join(lines + (["", *remarks] if remarks else []))
+
+
+class CocoEvaluator:
+    """Collects predictions image by image and scores them against a COCO annotation file.
+
+    Every image of the file counts, whether it was predicted or not. Boxes without area are left out, in the file and
+    among the predictions: nothing can overlap them, so they could only lower the best score that is possible.
+
+    Args:
+        annotations: COCO JSON file.
+        max_dets: how many detections of a class count in an image, the best scores first; by default COCO's 100.
+        image_ids: evaluate these images of the file only.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or is no COCO annotation file, or `max_dets` is below 1.
+    """
+
+    default_max_dets = 100
+
+    def __init__(
+        self, annotations: str | Path, max_dets: int | None = None, image_ids: Iterable[int] | None = None
+    ) -> None:
+        self.max_dets = self.default_max_dets if max_dets is None else max_dets
+        if self.max_dets < 1:
+            raise ValueError(f"max_dets is {max_dets}: at least 1 detection an image must count")
+        self.truth = GroundTruth(annotations, image_ids)
+        self.reset()
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the labels 0..K-1."""
+        return self.truth.classes
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Category ids of the labels 0..K-1."""
+        return self.truth.category_ids
+
+    def reset(self) -> None:
+        """Forget the predictions; the annotations stay."""
+        self._predictions: dict[int, dict[str, Tensor]] = {}
+
+    def update(self, image_ids: Sequence[int], predictions: Sequence[dict[str, Tensor]]) -> None:
+        """Take the predictions of some images; an image that was taken before is ignored.
+
+        Args:
+            image_ids: ids in the annotation file.
+            predictions: for each image `boxes` (n, 4) xyxy in pixels of the original image, `scores` (n,) and `labels`
+                (n,) in 0..K-1.
+        """
+        for image_id, prediction in zip(image_ids, predictions, strict=True):
+            kept = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
+            self._predictions.setdefault(int(image_id), kept)
+
+    def gather(self) -> None:
+        """Give every process the predictions of all, each image once; does nothing in a single process."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, self._predictions)
+        # Lower ranks win, so that every process keeps the same copy of an image that a sampler has handed out twice.
+        self._predictions = {image_id: kept for part in reversed(parts) for image_id, kept in part.items()}
+
+    def compute(self) -> CocoResult:
+        """Score the predictions taken so far. The order in which they came does not matter."""
+        ids = sorted(self._predictions)
+        result = self._score(_stack(ids, [self._predictions[i] for i in ids]), ids)
+        absent = len(self.truth.image_ids - self._predictions.keys())
+        if absent:
+            total = len(self.truth.image_ids)
+            result.notes.append(f"{absent} of {total} images were not predicted: their objects count as missed.")
+        return result
+
+    def score_results(self, results: str | Path) -> CocoResult:
+        """Score a COCO results file: a JSON list of rows with image_id, category_id, bbox (xywh in pixels) and score.
+
+        Raises:
+            FileNotFoundError, ValueError: the file is missing or is not what it should be.
+        """
+        detections = _from_rows(_read_results(Path(results)), self.category_ids)
+        return self._score(detections, np.unique(detections.image_ids).tolist())
+
+    def measure(self, rows: list[dict[str, Any]]) -> "Measurement":
+        """Metrics of rows of a COCO results file, by the rules of the protocol."""
+        limits = sorted({1, 10, self.max_dets})
+        evaluation = _run(self.truth, rows, limits)
+        # (T, R, K, A, M) and (T, K, A, M); -1 where there is no object
+        precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+        best = precision[..., limits.index(self.max_dets)]
+        metrics = precision_metrics(best)
+        metrics |= {f"AR{limit}": mean_defined(recall[:, :, 0, m]) for m, limit in enumerate(limits)}
+        return Measurement(metrics, best[..., 0], best_overlap(evaluation.ious))
+
+    def _score(self, detections: "_Detections", seen: Sequence[int]) -> CocoResult:
+        usable = _usable(self.truth, detections)
+        rows = _rows(detections.where(usable), self.category_ids)
+        measured = self.measure(rows)
+        found = measured.metrics["AP"] >= NEARLY_ZERO
+        return CocoResult(
+            metrics=measured.metrics,
+            per_class={name: mean_defined(measured.precision[:, :, k]) for k, name in enumerate(self.classes)},
+            objects=self.truth.objects,
+            detections=rows,
+            notes=_notes(self.truth, usable),
+            explanation=None if found else _explain(self.truth, detections, seen, measured.overlap),
+        )
+
+
+class Measurement(NamedTuple):
+    """What a protocol measures."""
+
+    metrics: dict[str, float]
+    precision: np.ndarray  # (T, R, K) at T thresholds of IoU and R of recall; -1 where a class has no object
+    overlap: float  # the best IoU of a prediction with an object of its class
+
+
+def best_overlap(ious: dict[tuple[int, int], Any]) -> float:
+    """The largest of the IoUs of each image and class."""
+    return max((float(iou.max()) for iou in ious.values() if np.size(iou)), default=0.0)
+
+
+def precision_metrics(precision: np.ndarray) -> dict[str, float]:
+    """AP of all, at IoU 0.50 and 0.75, and of small, medium and large objects, from (T, R, K, A) precision."""
+    metrics = {
+        "AP": mean_defined(precision[..., 0]),
+        "AP50": mean_defined(precision[0, ..., 0]),
+        "AP75": mean_defined(precision[5, ..., 0]),
+    }
+    return metrics | {name: mean_defined(precision[..., area]) for name, area in (("APs", 1), ("APm", 2), ("APl", 3))}
+
+
+def mean_defined(values: np.ndarray) -> float:
+    """Mean over what is not -1; nan where all is. Rounded: COCOeval divides by tp + fp + 2e-16, so gives 1 - 2e-16."""
+    defined = values[values > -1]
+    return round(float(defined.mean()), 12) if defined.size else nan
+
+
+def results_rows(
+    image_ids: Sequence[int], predictions: Sequence[dict[str, Tensor]], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Predictions as rows of a COCO results file; label k has the category id `category_ids[k]`."""
+    return _rows(_stack(image_ids, predictions), category_ids)
+
+
+class _Detections(NamedTuple):
+    image_ids: np.ndarray  # (n,)
+    labels: np.ndarray  # (n,)
+    boxes: np.ndarray  # (n, 4) xyxy
+    scores: np.ndarray  # (n,)
+
+    def where(self, mask: np.ndarray) -> "_Detections":
+        return _Detections._make(column[mask] for column in self)
+
+
+class GroundTruth:
+    """What an annotation file has in the chosen images: `annotations` with an area, of which `count` are to find."""
+
+    def __init__(self, path: str | Path, image_ids: Iterable[int] | None) -> None:
+        content = read_coco(path)
+        self.name = Path(path).name
+        self.categories = content["categories"]
+        self.category_ids, self.classes = labels_of(self.categories)
+        known = {image["id"]: image for image in content["images"]}
+        self.image_ids = set(known) if image_ids is None else known.keys() & set(image_ids)
+        self.images = [known[i] for i in self.image_ids]
+        found = [a for a in content["annotations"] if a["image_id"] in self.image_ids]
+        self.annotations = [_object(i, a) for i, a in enumerate(found, 1) if _has_area(a)]
+        self.without_area = len(found) - len(self.annotations)
+        counts = Counter(o["category_id"] for o in self.annotations if not o["iscrowd"])
+        self.objects = {name: counts[c] for c, name in zip(self.category_ids, self.classes, strict=True)}
+        self.count = sum(self.objects.values())
+        self.extent = max((sum(o["bbox"][i::2]) for o in self.annotations for i in (0, 1)), default=0.0)
+
+    def content(self, annotations: list[dict[str, Any]]) -> dict[str, Any]:
+        """A COCO file's content with these annotations, objects or detections, of the images."""
+        return {"images": self.images, "categories": self.categories, "annotations": annotations}
+
+
+def _has_area(annotation: dict[str, Any]) -> bool:
+    box = annotation.get("bbox") or []
+    return len(box) == 4 and box[2] > 0 and box[3] > 0
+
+
+def _object(number: int, annotation: dict[str, Any]) -> dict[str, Any]:
+    box = annotation["bbox"]
+    return {
+        "id": number,
+        "image_id": annotation["image_id"],
+        "category_id": annotation["category_id"],
+        "bbox": box,
+        "area": annotation.get("area", box[2] * box[3]),
+        "iscrowd": annotation.get("iscrowd", 0),
+    }
+
+
+def _coco(content: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = content
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def as_detections(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a results file with what an annotation has beside: id, area, iscrowd."""
+    return [
+        row | {"id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        for number, row in enumerate(rows, 1)  # COCOeval takes a match with id 0 for no match
+    ]
+
+
+def _stack(ids: Sequence[int], predictions: Sequence[dict[str, Tensor]]) -> _Detections:
+    def column(key: str, empty: Tensor) -> np.ndarray:
+        return torch.cat([empty, *(p[key].cpu() for p in predictions)]).numpy()
+
+    return _Detections(
+        image_ids=np.repeat(np.array(ids, dtype=np.int64), [len(p["scores"]) for p in predictions]),
+        labels=column("labels", torch.zeros(0, dtype=torch.int64)),
+        boxes=column("boxes", torch.zeros(0, 4, dtype=torch.float64)),
+        scores=column("scores", torch.zeros(0, dtype=torch.float64)),
+    )
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no results file {path}")
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
+    keys = {"image_id", "category_id", "bbox", "score"}
+    if isinstance(rows, list) and all(
+        isinstance(row, dict) and keys <= row.keys() and len(row["bbox"]) == 4 for row in rows
+    ):
+        return rows
+    raise ValueError(f"{path} is not a COCO results file: it must be a list of rows with {', '.join(sorted(keys))}")
+
+
+def _from_rows(rows: list[dict[str, Any]], category_ids: Sequence[int]) -> _Detections:
+    label = {category_id: k for k, category_id in enumerate(category_ids)}
+    xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
+    return _Detections(
+        image_ids=np.array([row["image_id"] for row in rows], dtype=np.int64),
+        labels=np.array([label.get(row["category_id"], -1) for row in rows], dtype=np.int64),
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        scores=np.array([row["score"] for row in rows], dtype=np.float64),
+    )
+
+
+def _sizes(boxes: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # infinite boxes are left out, not warned about
+        return boxes[:, 2:] - boxes[:, :2]
+
+
+def _usable(truth: GroundTruth, detections: _Detections) -> np.ndarray:
+    known = np.isin(detections.image_ids, list(truth.image_ids))
+    labelled = (detections.labels >= 0) & (detections.labels < len(truth.classes))
+    finite = np.isfinite(detections.boxes).all(axis=1) & np.isfinite(detections.scores)
+    return known & labelled & finite & (_sizes(detections.boxes) > 0).all(axis=1)
+
+
+def _rows(detections: _Detections, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    boxes = detections.boxes.astype(np.float64)
+    xywh = np.concatenate([boxes[:, :2], _sizes(boxes)], axis=1).round(4)  # float32 carries no more, and JSON is short
+    columns = (
+        detections.image_ids.tolist(),
+        np.array(category_ids, dtype=np.int64)[detections.labels].tolist(),
+        xywh.tolist(),
+        detections.scores.tolist(),
+    )
+    return [
+        dict(zip(("image_id", "category_id", "bbox", "score"), row, strict=True)) for row in zip(*columns, strict=True)
+    ]
+
+
+def _run(truth: GroundTruth, rows: list[dict[str, Any]], limits: list[int]) -> COCOeval:
+    with redirect_stdout(io.StringIO()):
+        objects, found = _coco(truth.content(truth.annotations)), _coco(truth.content(as_detections(rows)))
+        evaluation = COCOeval(objects, found, "bbox")
+        evaluation.params.maxDets = limits
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def _number(value: float) -> str:
+    return f"{'-' if isnan(value) else format(value, '.3f'):>6}"
+
+
+def _notes(truth: GroundTruth, usable: np.ndarray) -> list[str]:
+    notes = []
+    if truth.without_area:
+        notes.append(f"{truth.without_area} objects of {truth.name} have no area and are left out.")
+    if not usable.all():
+        left_out = np.count_nonzero(~usable)
+        notes.append(
+            f"{left_out} of {usable.size} predicted boxes are left out: "
+            "their image or class is unknown, or they are not finite or have no area."
+        )
+    return notes
+
+
+def _explain(truth: GroundTruth, detections: _Detections, seen: Sequence[int], overlap: float) -> str:
+    """The first reason for an AP of 0 that the data show."""
+    boxes, labels, classes = detections.boxes, detections.labels, len(truth.classes)
+    if not truth.count:
+        return f"AP is undefined: {truth.name} has no object to find in the {len(truth.image_ids)} images evaluated."
+    if not seen:
+        return "AP is 0 because no image was predicted."
+    if truth.image_ids.isdisjoint(seen):
+        example = f"{min(seen)} is predicted, {min(truth.image_ids)} is in the file"
+        return f"AP is 0 because none of the predicted image ids is in {truth.name} ({example})."
+    if not len(boxes):
+        return f"AP is 0 because no box was predicted in any of the {len(seen)} images."
+    if not np.isfinite(boxes).all():
+        return "AP is 0 and predicted boxes are not finite: the model has diverged."
+    if ((labels < 0) | (labels >= classes)).any():
+        return (
+            f"AP is 0 and predicted classes are not those of {truth.name}: "
+            f"labels count its {classes} categories, in the order of their ids, from 0 to {classes - 1}."
+        )
+    if np.abs(boxes).max() <= 2 < truth.extent:
+        return "AP is 0 and the predicted boxes look normalised to 0..1: give them in pixels of the original image."
+    if (_sizes(boxes) <= 0).any(axis=1).mean() > 0.25:
+        return "AP is 0 and many predicted boxes end before they begin: give x1, y1, x2, y2, not width and height."
+    return (
+        f"AP is 0 because the predicted boxes miss the objects (the best IoU within a class is {overlap:.2f}): "
+        "the model has learnt too little, or the boxes are in pixels of another size."
+    )

@@ -1,0 +1,97 @@
+"""The steps between two times: pure functions, stateless, for any Gaussian path."""
+
+import torch
+from torch import Tensor
+
+from diffperception.diffusion.posterior import posterior_std
+from diffperception.diffusion.prediction import scale
+from diffperception.diffusion.schedule import Schedule, Time
+
+
+def add_noise(schedule: Schedule, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
+    """``x_t = alpha(t) x0 + sigma(t) noise``, in x0's dtype.
+
+    Args:
+        x0: (B, ...) signal.
+        t: time, one or one per sample: () or (B,).
+        noise: standard normal, of x0's shape.
+    """
+    return (scale(schedule.alpha(t), x0) + scale(schedule.sigma(t), noise)).to(x0.dtype)
+
+
+def ddim_step(
+    schedule: Schedule,
+    x_t: Tensor,
+    x0: Tensor,
+    t: Time,
+    s: Time,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """From time ``t`` to the cleaner time ``s`` (DDIM, arXiv 2010.02502, eq. 12, on any Gaussian path).
+
+    The noise in ``x_t`` is recomputed from ``x0``, which may therefore have been clipped. ``eta = 1`` draws from the
+    ancestral posterior q(x_s | x_t, x0), DDPM's step; ``eta = 0`` is deterministic.
+
+    Args:
+        x_t: (B, ...) sample at ``t``.
+        x0: (B, ...) predicted signal.
+        t, s: times, one or one per sample: () or (B,).
+        eta: fraction of the posterior's standard deviation that is drawn anew, in 0..1.
+        noise: standard normal, of x_t's shape; needed where ``eta`` is above 0.
+
+    Returns:
+        (B, ...) sample at ``s``, in x_t's dtype.
+
+    Raises:
+        ValueError: if ``eta`` is above 0 and there is no noise.
+    """
+    alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
+    alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
+    tau = eta * posterior_std(schedule, t, s)
+    kept = (sigma_s.square() - tau.square()).clamp(min=0).sqrt() / sigma_t
+    x_s = scale(alpha_s - kept * alpha_t, x0) + scale(kept, x_t)
+    if eta > 0:
+        if noise is None:
+            raise ValueError(f"A step with eta = {eta} draws new noise; give it as `noise`.")
+        x_s = x_s + scale(tau, noise)
+    return x_s.to(x_t.dtype)
+
+
+def second_order_x0(schedule: Schedule, x0: Tensor, x0_before: Tensor, before: Time, t: Time, s: Time) -> Tensor:
+    """The signal that makes a DDIM step from ``t`` to ``s`` one of DPM-Solver++(2M) (arXiv 2211.01095, eq. 21).
+
+    Args:
+        x0: (B, ...) signal predicted at ``t``.
+        x0_before: (B, ...) signal predicted at ``before``, where the last step began.
+        before, t, s: times, () or (B,), ever cleaner. A step to the clean end stays first order.
+    """
+    ratio = (_log_snr(schedule, s) - _log_snr(schedule, t)) / (_log_snr(schedule, t) - _log_snr(schedule, before))
+    ahead = torch.where(ratio.isfinite(), ratio / 2, 0)
+    return scale(1 + ahead, x0) - scale(ahead, x0_before)
+
+
+def heun_step(schedule: Schedule, x_t: Tensor, x0_t: Tensor, x_s: Tensor, x0_s: Tensor, t: Time, s: Time) -> Tensor:
+    """From ``t`` to ``s`` with the mean of the slopes at both (Heun; arXiv 2206.00364, algorithm 1).
+
+    Divided by alpha + sigma every Gaussian path is the straight one, whose slope ``eps - x0`` is finite everywhere,
+    pure noise included; there the two slopes are averaged.
+
+    Args:
+        x_t: (B, ...) sample at ``t``.
+        x0_t: (B, ...) signal predicted from it.
+        x_s: (B, ...) sample at ``s`` after a DDIM step.
+        x0_s: (B, ...) signal predicted from that one.
+        t, s: times, () or (B,); ``s`` is cleaner, but not the clean end.
+    """
+    sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
+    total_t, total_s = schedule.alpha(t) + sigma_t, schedule.alpha(s) + sigma_s
+    half = (sigma_s / total_s - sigma_t / total_t) / 2
+    slopes = scale(1 / sigma_t, x_t) - scale(total_t / sigma_t, x0_t)
+    slopes = slopes + scale(1 / sigma_s, x_s) - scale(total_s / sigma_s, x0_s)
+    return (scale(total_s / total_t, x_t) + scale(total_s * half, slopes)).to(x_t.dtype)
+
+
+def _log_snr(schedule: Schedule, t: Time) -> Tensor:
+    """log(alpha / sigma): half the log signal-to-noise ratio, the time of arXiv 2211.01095."""
+    return (schedule.alpha(t) / schedule.sigma(t)).log()

@@ -1,0 +1,83 @@
+"""The activations of a diffusion model's network as a detector's feature maps (label-efficient use: arXiv 2112.03126)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffperception.models.backbones.base import Backbone
+from diffperception.models.feature_info import FeatureInfo
+from diffperception.models.generator import DiffusionModel
+from diffperception.models.ops.normalization import group_norm
+from diffperception.models.reader import ActivationReader, strides_in_words
+from diffperception.models.unet.blocks import NORM_GROUPS
+from diffperception.models.unet.unet import UNet
+
+
+class UNetBackbone(Backbone):
+    """The normalised activations of a diffusion UNet's decoder, which sees images at one noise level.
+
+    The noise is the same for every image, in training too, see :class:`ActivationReader`.
+
+    Args:
+        unet: file of a saved UNet or DiffusionModel, or such a model. A UNet alone was trained on the linear schedule
+            of 1000 steps; a DiffusionModel knows its own.
+        blocks: decoder blocks to read, as `block_info` counts them: one per stride, each stride twice the next.
+        timestep: of the schedule: the noise level that images are brought to, from 0.
+        frozen: leave the UNet as it is: in evaluation mode, without gradients; else it is fine-tuned.
+        label: the class that a UNet with classes is told; by default none, if it has learned that.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no such model, or the other arguments do not fit it; the message says what would.
+    """
+
+    mean = (0.5, 0.5, 0.5)  # the generator's pixels are -1..1
+    std = (0.5, 0.5, 0.5)
+
+    def __init__(
+        self,
+        unet: str | Path | DiffusionModel | UNet,
+        blocks: Sequence[int],
+        timestep: float = 50,
+        frozen: bool = True,
+        label: int | None = None,
+    ):
+        super().__init__()
+        ordered = sorted(blocks, reverse=True)
+        self.reader = ActivationReader(unet, ordered, [timestep], label)
+        generator = self.reader.generator
+        self.record(unet=generator, blocks=ordered)
+        self.info = [
+            FeatureInfo(f"block {b}", i.channels, i.stride) for b, i in zip(ordered, self.reader.info, strict=True)
+        ]
+        _require_pyramid(ordered, self.strides, generator)
+        self.multiple = self.reader.multiple
+        self.frozen = frozen
+        # The residual stream grows from block to block, and nothing has normalised it yet.
+        self.norms = nn.ModuleList(nn.GroupNorm(NORM_GROUPS, channels) for channels in self.channels)
+        for module in [generator] if frozen else self.reader.unused():
+            module.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "UNetBackbone":
+        """As of every module, but a frozen UNet stays in evaluation mode."""
+        super().train(mode)
+        self.reader.train(mode and not self.frozen)
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W), normalised -> one (B, channels[l], H / strides[l], W / strides[l]) per level."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self.reader.read(self.reader.generator.space.compress(images))
+        return [group_norm(norm, m) for norm, m in zip(self.norms, maps, strict=True)]  # type: ignore[arg-type]
+
+
+def _require_pyramid(blocks: Sequence[int], strides: Sequence[int], generator: DiffusionModel) -> None:
+    """ValueError if a pyramid cannot be built on blocks of these strides."""
+    if list(strides) != [strides[0] * 2**level for level in range(len(strides))]:
+        raise ValueError(
+            f"blocks {list(blocks)} have strides {list(strides)}, but a pyramid needs one per stride, each twice the one"
+            f" before; this UNet has {strides_in_words(generator.block_info)}"
+        )

@@ -1,0 +1,260 @@
+"""Models on disk: weights, and the constructor's arguments, in one safetensors file. Loading runs no code from a file."""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
+
+from diffperception.files import require_file_name, written_beside
+
+FORMAT = "diffperception-2"
+PACKAGE = "diffperception"
+ModelType = TypeVar("ModelType", bound="Model")
+
+
+class Model(nn.Module):
+    """A network that can be saved and loaded, and what users' own networks derive from.
+
+    The arguments of the outermost constructor are recorded in :attr:`arguments`, defaults included; nothing has to be
+    said for that. They must be JSON-able, or other models, dataclasses, or lists and dictionaries of these. A
+    constructor that replaces an argument by what it stands for says so with :meth:`record`.
+
+    Attributes:
+        kind: what the file of such a model says that it is: a detector, a segmenter, a generator, ...
+        arguments: of the constructor, by name.
+    """
+
+    kind: str = "model"
+    arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+
+    def record(self, **arguments: Any) -> None:
+        """What the file shall hold in place of arguments that the outermost constructor was given."""
+        self.arguments |= {name: value for name, value in arguments.items() if name in self.arguments}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU for a model without any."""
+        return next((tensor.device for tensor in self.state_dict().values()), torch.device("cpu"))
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and constructor's arguments to one safetensors file; an interruption leaves the old one.
+
+        Raises:
+            ValueError: there is a folder of that name, or an argument cannot be kept in a file.
+        """
+        path = Path(path)
+        require_file_name(path)
+        described = describe(self)
+        arguments = json.dumps(described["arguments"])
+        header = {"format": FORMAT, "kind": self.kind, "class": described["class"], "arguments": arguments}
+        with written_beside(path) as beside:
+            permissions = beside.stat().st_mode
+            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, beside, header)
+            beside.chmod(permissions)  # as of any new file: safetensors makes its own readable by the owner alone
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        allow: tuple[str, ...] = (),
+    ) -> Self:
+        """The model of a file, in evaluation mode. No random weights are drawn first.
+
+        Args:
+            path: what :meth:`save` wrote.
+            device: where to put it; the CPU by default.
+            dtype: of its floating point weights; by default the file's.
+            allow: packages, beside this one, that the file may name classes from: yours, if it holds a model of yours.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is not a model file, is cut short, holds another model than this class, or names a class
+                outside of ``allow``.
+        """
+        header, state = _read(Path(path))
+        with _without_drawing():
+            model = rebuild(_described(header, path), path, (PACKAGE, *allow))
+        if not isinstance(model, cls):
+            raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit the {type(model).__name__} it describes: {error}") from None
+        return model.to(device=device, dtype=dtype).eval()
+
+
+def file_kind(path: str | Path) -> str:
+    """What a model file says that it is (:attr:`Model.kind`), read from its header alone.
+
+    Raises:
+        FileNotFoundError, ValueError: as :meth:`Model.load`.
+    """
+    with _opened(Path(path)) as file:
+        return _header(file, path).get("kind", Model.kind)
+
+
+def describe(value: Any) -> Any:
+    """A model's class and its constructor's arguments, as JSON can hold them; so for all that lies within.
+
+    Raises:
+        ValueError: an argument is nothing that a file can keep.
+    """
+    if isinstance(value, Model):
+        return {"class": class_name(type(value)), "arguments": describe(value.arguments)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return {"class": class_name(type(value)), "arguments": describe(fields)}
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"a {type(value).__name__} cannot be kept in a model file: give numbers, texts, models derived from"
+        " diffperception.models.Model, or dataclasses"
+    )
+
+
+def class_name(kind: type) -> str:
+    """`package.module:Class`, as files name it."""
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def rebuild(described: Any, path: str | Path, allow: tuple[str, ...]) -> Any:
+    """What :func:`describe` made JSON of.
+
+    Args:
+        described: nested numbers, texts, lists, dictionaries, and `{"class": ..., "arguments": ...}`.
+        path: of the file, for messages.
+        allow: packages whose classes may be named.
+
+    Raises:
+        ValueError: a class lies outside of ``allow``, or is none of a model.
+    """
+    if isinstance(described, list):
+        return [rebuild(item, path, allow) for item in described]
+    if not isinstance(described, dict):
+        return described
+    if described.keys() != {"class", "arguments"}:
+        return {key: rebuild(item, path, allow) for key, item in described.items()}
+    kind = _resolve(described["class"], path, allow)
+    try:
+        return kind(**rebuild(described["arguments"], path, allow))
+    except TypeError as error:
+        raise ValueError(f"{path} describes a {kind.__name__} of another version ({error})") from None
+
+
+def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, which first notes its arguments, unless that of a subclass has."""
+    signature = inspect.signature(constructor)
+
+    @functools.wraps(constructor)
+    def recording(self: Model, *args: Any, **kwargs: Any) -> None:
+        if "arguments" not in self.__dict__:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            self.__dict__["arguments"] = _by_keyword(bound)
+        constructor(self, *args, **kwargs)
+
+    return recording
+
+
+def _by_keyword(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments but the instance, those of `**kwargs` among them."""
+    given: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        given |= value if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return given
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves tensors as they are where modules fill them with random numbers of the global generator."""
+
+    FILLS = (Tensor.uniform_, Tensor.normal_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        fills = func in self.FILLS or getattr(func, "__module__", None) == "torch.nn.init"
+        if fills and kwargs.get("generator") is None:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _without_drawing() -> Iterator[None]:
+    """Modules built within start with whatever is in memory; torch's global generator stays as it is."""
+    with torch.random.fork_rng(devices=[]), _Undrawn():
+        yield
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and the tensors of a safetensors file that :meth:`Model.save` wrote."""
+    with _opened(path) as file:
+        return _header(file, path), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; ValueError, which says what to do, if it is none."""
+    if not path.is_file():
+        hint = ": name the model.safetensors in that folder" if path.is_dir() else ""
+        raise FileNotFoundError(f"there is no model file {path}{hint}")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        advice = "take the model.safetensors beside it" if path.suffix == ".ckpt" else "copy or export it again"
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): {advice}") from None
+
+
+def _header(file: Any, path: str | Path) -> dict[str, str]:
+    header = file.metadata() or {}
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was not written by this version of diffperception: `diffperception convert` reads foreign"
+            " checkpoints"
+        )
+    return header
+
+
+def _described(header: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    try:
+        return {"class": header["class"], "arguments": json.loads(header["arguments"])}
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} does not say which model it holds: export it again") from None
+
+
+def _resolve(name: str, path: str | Path, allow: tuple[str, ...]) -> type:
+    """The class that a file names; ValueError unless it is a model's, or a dataclass, of an allowed package."""
+    module, _, attribute = name.partition(":")
+    if module.split(".")[0] not in allow:
+        raise ValueError(f"{path} names the class {name}: pass allow=({module.split('.')[0]!r},) if you trust it")
+    try:
+        found = functools.reduce(getattr, attribute.split("."), cast(Any, importlib.import_module(module)))
+    except (ImportError, AttributeError):
+        raise ValueError(f"{path} names {name}, which there is not in this version") from None
+    if isinstance(found, type) and (issubclass(found, Model) or dataclasses.is_dataclass(found)):
+        return found
+    raise ValueError(f"{path} names {name}, which is not a model of this version")

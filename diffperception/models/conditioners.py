@@ -1,0 +1,92 @@
+"""From what is said of an image (its class, later its caption) to the condition that a denoiser is told."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffperception.models.base import Model
+from diffperception.models.condition import Condition
+
+Said = Any  # of a batch, as one kind of conditioner reads it: labels (B,), or a list of texts
+
+
+class Conditioner(Model, ABC):
+    """Makes a :class:`Condition`; its weights are trained with the denoiser.
+
+    Attributes:
+        has_absent: whether it has a value for nothing being said, which classifier-free guidance needs.
+    """
+
+    has_absent: bool = False
+
+    @abstractmethod
+    def forward(self, said: Said) -> Condition:
+        """The condition of a batch of B samples."""
+
+    @abstractmethod
+    def read(self, targets: Sequence[Mapping[str, Any]]) -> Said:
+        """What the targets of a batch say.
+
+        Raises:
+            ValueError: they do not say what it needs.
+        """
+
+    @abstractmethod
+    def absent(self, batch: int) -> Said:
+        """What stands for nothing being said of B samples."""
+
+    @abstractmethod
+    def drop(self, said: Said, dropped: Tensor) -> Said:
+        """What was said, but nothing of the samples that ``dropped`` (B,) bool, on the CPU, names."""
+
+    @abstractmethod
+    def choose(self, names: Sequence[str] | None, numbers: Sequence[int]) -> Said:
+        """What is said of the samples of these numbers where a user wants these names; they take turns.
+
+        Args:
+            names: classes, or texts; all that there are by default.
+
+        Raises:
+            ValueError: it knows none of that name.
+        """
+
+
+class ClassLabels(Conditioner):
+    """An embedding per class, as in ADM (arXiv 2105.05233); said are labels (B,) int64, 0..K-1.
+
+    Args:
+        classes: names of the K labels.
+        channels: E, of the embeddings.
+        null_class: there is one more, K, that stands for none, as classifier-free guidance needs.
+    """
+
+    def __init__(self, classes: Sequence[str], channels: int, null_class: bool = False) -> None:
+        super().__init__()
+        self.classes = list(classes)
+        self.has_absent = null_class
+        self.embedding = nn.Embedding(len(self.classes) + null_class, channels)
+
+    def forward(self, said: Tensor) -> Condition:
+        return Condition(vector=self.embedding(said.to(self.embedding.weight.device)))
+
+    def read(self, targets: Sequence[Mapping[str, Any]]) -> Tensor:
+        labels = [target.get("label") for target in targets]
+        if None in labels:
+            raise ValueError("the images have no labels, which this model learns from: set data.labelled to true")
+        return torch.tensor(labels)
+
+    def absent(self, batch: int) -> Tensor:
+        return torch.full((batch,), len(self.classes))
+
+    def drop(self, said: Tensor, dropped: Tensor) -> Tensor:
+        return torch.where(dropped.to(said.device), len(self.classes), said)
+
+    def choose(self, names: Sequence[str] | None, numbers: Sequence[int]) -> Tensor:
+        unknown = [name for name in names or [] if name not in self.classes]
+        if unknown:
+            raise ValueError(f"there is no class {unknown[0]}: the generator knows {', '.join(self.classes)}")
+        labels = torch.tensor([self.classes.index(name) for name in names or self.classes])
+        return labels[torch.tensor(list(numbers)) % len(labels)]

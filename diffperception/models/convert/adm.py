@@ -1,0 +1,263 @@
+"""Checkpoints of guided-diffusion and improved-diffusion: the model they hold, and their weights under our names."""
+
+import re
+from collections.abc import Callable, Mapping
+from math import isqrt
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+LABELS = "label_emb.weight"  # (K, E), which a generator of ours keeps in its conditioner
+
+_CLASSIFIER = ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight")
+_UNET = (*_CLASSIFIER, "output_blocks.0.0.in_layers.0.weight", "out.2.weight")
+
+# (pattern, replacement) from the reference's names to ours; every one applies.
+_NAMES = [
+    (r"^input_blocks\.0\.0\.", "stem."),
+    (r"^input_blocks\.", "encoder."),
+    (r"^middle_block\.", "middle."),
+    (r"^output_blocks\.", "decoder."),
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.", ".time."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.skip_connection\.", ".skip."),
+    (r"\.proj_out\.", ".out."),
+    (r"\.op\.", ".conv."),
+    (r"^out\.0\.", "out_norm."),
+    (r"^out\.2\.positional_embedding$", "pool.positions"),
+    (r"^out\.2\.qkv_proj\.", "pool.qkv."),
+    (r"^out\.(2\.c_proj|3)\.", "pool.out."),
+    (r"^out\.2\.", "out_conv."),
+]
+
+
+# (pattern of our names, argument that decides on these weights); the first that fits.
+_DECIDING = [
+    (r"\.time\.", "scale_shift"),
+    (r"^(encoder|decoder)\.\d+\.\d+\.conv\.", "resampling"),
+    (r"\.(norm|qkv|out)\.(weight|bias)$", "attention"),
+    (r"^out_conv\.", "out_channels"),
+    (r"^stem\.", "in_channels, channels"),
+    (r"", "channels, multipliers, depth"),
+]
+
+
+def is_unet(state: State) -> bool:
+    """Whether the names are like those of the reference's ``UNetModel``, which alone has a decoder."""
+    return all(name in state for name in _CLASSIFIER) and any(name.startswith("output_blocks.") for name in state)
+
+
+def is_classifier(state: State) -> bool:
+    """Whether the names are like those of the reference's ``EncoderUNetModel``."""
+    return all(name in state for name in _CLASSIFIER) and not is_unet(state)
+
+
+def build(
+    make: Callable[..., Model],
+    layout: Mapping[str, Any],
+    state: State,
+    heads: int | None,
+    head_channels: int | None,
+    new_attention_order: bool,
+) -> Model:
+    """The model of a checkpoint, with its weights.
+
+    Args:
+        make: the model's constructor.
+        layout: its arguments, all but those of heads.
+        state: the checkpoint's state dict; its tensors become the model's.
+        heads, head_channels: attention heads at every width, or channels of a head.
+        new_attention_order: as for :func:`rename`.
+
+    Raises:
+        ValueError: if not one of ``heads`` and ``head_channels`` is given or it does not divide a width, or if
+            weights are missing, left over or of another shape.
+    """
+    if (heads is None) == (head_channels is None):
+        raise ValueError("Give either heads or head_channels (64 in ADM's models): a checkpoint does not tell them.")
+    head_channels = 64 if head_channels is None else head_channels
+    with torch.device("meta"):
+        model = make(heads=heads, head_channels=head_channels, **layout)
+    renamed = rename(state, heads, head_channels, new_attention_order)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    read = f"The checkpoint does not fit the {type(model).__name__} that its other weights describe ({_listed(layout)})"
+    for name in state:
+        ours = _ours(name)
+        if expected.get(ours) != renamed[ours].shape:
+            wanted = f"would be {_size(expected[ours])}" if ours in expected else "would not be there"
+            raise ValueError(
+                f"{read}: {name} is {_size(renamed[ours].shape)}, but by those it {wanted}. Check what it was built"
+                f" with: {_deciding(ours)}."
+            )
+    missing = [name for name in expected if name not in renamed]
+    if missing:
+        raise ValueError(
+            f"{read}: {len(missing)} weights are missing, such as those of our {missing[0]}. It is not whole, or check"
+            f" what it was built with: {_deciding(missing[0])}."
+        )
+    model.load_state_dict(renamed, assign=True)
+    return model
+
+
+def _listed(layout: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in layout.items())
+
+
+def _size(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _deciding(name: str) -> str:
+    return next(argument for pattern, argument in _DECIDING if re.search(pattern, name))
+
+
+def unet_arguments(state: State) -> dict[str, Any]:
+    """What shapes tell of a UNet's arguments: all but its heads, dropout and checkpointing.
+
+    Raises:
+        ValueError: if the names are not those of the reference's ``UNetModel``.
+    """
+    if LABELS in state:
+        raise ValueError(
+            "This UNet has an embedding of labels: take the whole generator, which keeps it beside the UNet."
+        )
+    missing = [name for name in _UNET if name not in state]
+    if missing:
+        raise ValueError(f"This is not a whole checkpoint of guided-diffusion's UNetModel: it has no {missing[0]}.")
+    depth, resampling = _decoder_rhythm(state)
+    return {
+        **_encoder_arguments(state, depth),
+        "out_channels": _shape(state, "out.2.weight")[0],
+        "resampling": resampling,
+    }
+
+
+def classifier_arguments(state: State, depth: int | None) -> tuple[dict[str, Any], int]:
+    """What shapes tell of a noisy classifier's arguments, all but its heads, dropout and checkpointing; its classes.
+
+    Args:
+        depth: residual blocks a level, where the names fit more than one number.
+
+    Raises:
+        ValueError: if the names are not those of the reference's ``EncoderUNetModel``, if it pools by another layer
+            than attention or averages, or if the depth must be given or does not fit.
+    """
+    if is_unet(state):
+        raise ValueError("This is a checkpoint of guided-diffusion's UNetModel, not of a classifier.")
+    missing = [name for name in _CLASSIFIER if name not in state]
+    if missing:
+        raise ValueError(
+            f"This is not a whole checkpoint of guided-diffusion's EncoderUNetModel: it has no {missing[0]}."
+        )
+    depth, resampling = _encoder_rhythm(state, depth)
+    layout = {**_encoder_arguments(state, depth), "resampling": resampling}
+    if "out.3.weight" in state:
+        return layout | {"pool": "adaptive"}, _shape(state, "out.3.weight")[0]
+    if "out.2.positional_embedding" not in state:
+        raise ValueError("The classifier pools neither by attention nor by averages; no other pooling is read.")
+    # One position is that of the mean.
+    side = isqrt(_shape(state, "out.2.positional_embedding")[1] - 1)
+    image_size = side * 2 ** (len(layout["multipliers"]) - 1)
+    return layout | {"pool": "attention", "image_size": image_size}, _shape(state, "out.2.c_proj.weight")[0]
+
+
+def _encoder_arguments(state: State, depth: int) -> dict[str, Any]:
+    channels = _shape(state, "time_embed.0.weight")[1]
+    firsts = [f"input_blocks.{first}" for first in range(1, _encoder_blocks(state), depth + 1)]
+    widths = [_shape(state, f"{first}.0.out_layers.0.weight")[0] for first in firsts]
+    return {
+        "in_channels": _shape(state, "input_blocks.0.0.weight")[1],
+        "channels": channels,
+        "multipliers": [width // channels if width % channels == 0 else width / channels for width in widths],
+        "depth": depth,
+        "attention": [2**level for level, first in enumerate(firsts) if f"{first}.1.qkv.weight" in state],
+        "scale_shift": _shape(state, "input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0],
+    }
+
+
+def _shape(state: State, name: str) -> torch.Size:
+    if name not in state:
+        raise ValueError(f"The checkpoint has no {name}: it is not whole, or not guided-diffusion's.")
+    return state[name].shape
+
+
+def _decoder_rhythm(state: State) -> tuple[int, str]:
+    """Residual blocks a level, and what resamples between levels, from where the first level of the decoder ends."""
+    for name in sorted(state, key=_block):
+        match = re.match(r"output_blocks\.(\d+)\.[12]\.(in_layers\.0|conv)\.weight", name)
+        if match:
+            return int(match[1]), "conv" if match[2] == "conv" else "block"
+    # Resampling without weights leaves its blocks without names.
+    indices = {_block(name) for name in state if name.startswith("input_blocks.")}
+    first_gap = next(i for i in range(len(indices) + 1) if i not in indices)
+    return first_gap - 1, "pool"
+
+
+def _encoder_rhythm(state: State, depth: int | None) -> tuple[int, str]:
+    """The same from the encoder alone, whose downsampling residual blocks are named as the others."""
+    blocks = _encoder_blocks(state)
+    for i in range(1, blocks):
+        if f"input_blocks.{i}.0.op.weight" in state:
+            return i - 1, "conv"
+        if f"input_blocks.{i}.0.in_layers.0.weight" not in state:
+            return i - 1, "pool"
+    fitting = [d for d in range(1, blocks) if blocks % (d + 1) == 0 and _may_have_depth(state, blocks, d)]
+    if depth is None and len(fitting) == 1:
+        return fitting[0], "block"
+    if depth not in fitting:
+        raise ValueError(
+            f"The checkpoint's names fit a depth (num_res_blocks) of {' or '.join(map(str, fitting)) or 'no number'}, "
+            f"not {depth}: give the depth it was built with."
+        )
+    return depth, "block"
+
+
+def _may_have_depth(state: State, blocks: int, depth: int) -> bool:
+    """Whether widths change and attention comes and goes at the first blocks of levels of this depth alone."""
+    for i in range(1, blocks):
+        place = i % (depth + 1)  # 1 is the first of a level, 0 the one that downsamples
+        attends, level_attends = (f"input_blocks.{j}.1.qkv.weight" in state for j in (i, i - place + 1))
+        widens = f"input_blocks.{i}.0.skip_connection.weight" in state
+        if attends != (level_attends and place > 0) or (widens and place != 1):
+            return False
+    return True
+
+
+def _encoder_blocks(state: State) -> int:
+    """Blocks of the encoder, the stem among them: a multiple of one more than the depth."""
+    return 1 + max(_block(name) for name in state if name.startswith("input_blocks."))
+
+
+def _block(name: str) -> int:
+    return int(name.split(".")[1]) if re.match(r"(in|out)put_blocks\.\d", name) else -1
+
+
+def rename(state: State, heads: int | None, head_channels: int, new_attention_order: bool) -> dict[str, Tensor]:
+    """The reference's weights under our names.
+
+    Args:
+        heads, head_channels: as for the UNet.
+        new_attention_order: rows of the qkv weights go by q, k, v and then by heads, as ours do; else the other way.
+    """
+    renamed = {}
+    for name, value in state.items():
+        if ".qkv." in name and not new_attention_order:
+            count = heads or value.shape[0] // 3 // head_channels
+            value = value.unflatten(0, (count, 3, -1)).transpose(0, 1).flatten(0, 2)
+        if name.endswith((".qkv.weight", ".proj_out.weight", ".qkv_proj.weight", ".c_proj.weight", "out.3.weight")):
+            value = value.flatten(1)  # a convolution of one position is a linear layer
+        renamed[_ours(name)] = value
+    return renamed
+
+
+def _ours(name: str) -> str:
+    for pattern, replacement in _NAMES:
+        name = re.sub(pattern, replacement, name)
+    # The reference counts the stem as the encoder's first block.
+    return re.sub(r"^encoder\.(\d+)", lambda match: f"encoder.{int(match[1]) - 1}", name)

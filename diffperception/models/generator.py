@@ -1,0 +1,262 @@
+"""A generator of images: a denoising network with its path, its space and what it is told, in one file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffperception.diffusion import (
+    Denoiser,
+    NetworkDenoiser,
+    Objective,
+    Prediction,
+    ScheduleName,
+    classifier_free_guidance,
+    named_schedule,
+)
+from diffperception.models.base import Model
+from diffperception.models.condition import Condition
+from diffperception.models.conditioners import ClassLabels, Conditioner, Said
+from diffperception.models.convert import adm
+from diffperception.models.feature_info import FeatureInfo
+from diffperception.models.space import Pixels, Space
+from diffperception.models.unet.unet import UNet
+
+
+class DiffusionModel(Model):
+    """The only door to a denoising network: all that training, sampling and reading activations need to know.
+
+    Args:
+        classes: names of the labels, None for a model without.
+        network: the denoiser; with ``learned_range`` it has twice as many channels of output as of input.
+        conditioner: makes what the network is told; by default an embedding per class, if there are classes.
+        space: of the signal that is noised; by default the pixels.
+        schedule: linear (DDPM), cosine (Improved DDPM) or flow (the straight path of flow matching; its ``prediction``
+            is ``flow``).
+        num_timesteps: T of the discrete schedules.
+        prediction: what the network predicts.
+        learned_range: it learns the variance too (Improved DDPM, arXiv 2102.09672).
+        image_size: side, or height and width, of the images it learned from; what is sampled by default.
+        null_class: there is a label that stands for none, as classifier-free guidance needs.
+
+    Raises:
+        ValueError: if the parts do not fit each other.
+    """
+
+    kind = "generator"
+
+    def __init__(
+        self,
+        classes: Sequence[str] | None,
+        network: UNet,
+        conditioner: Conditioner | None = None,
+        space: Space | None = None,
+        schedule: ScheduleName = "linear",
+        num_timesteps: int = 1000,
+        prediction: Prediction = "eps",
+        learned_range: bool = False,
+        image_size: int | tuple[int, int] = 64,
+        null_class: bool = False,
+    ) -> None:
+        super().__init__()
+        height, width = both_sides(image_size)
+        self.classes = None if classes is None else list(classes)
+        self.network = network
+        self.space = space or Pixels(network.in_channels)
+        self.schedule = named_schedule(schedule, num_timesteps)
+        self.prediction = prediction
+        self.learned_range = learned_range
+        self.image_size = (height, width)
+        if conditioner is None and self.classes is not None:
+            conditioner = ClassLabels(self.classes, network.embedding, null_class)
+        self.conditioner = conditioner
+        self._require_fit(schedule)
+
+    @classmethod
+    def of_network(cls, network: UNet) -> "DiffusionModel":
+        """A network that was saved alone, which learned on the linear schedule of 1000 steps."""
+        learned_range = network.out_channels == 2 * network.in_channels
+        return cls(None, network, learned_range=learned_range, image_size=max(256, 2 * network.stride)).eval()
+
+    @classmethod
+    def from_reference(
+        cls,
+        state: Mapping[str, Tensor],
+        image_size: int | tuple[int, int],
+        classes: Sequence[str] | None = None,
+        schedule: ScheduleName = "linear",
+        num_timesteps: int = 1000,
+        prediction: Prediction = "eps",
+        num_heads: int | None = None,
+        num_head_channels: int | None = None,
+        new_attention_order: bool = False,
+    ) -> "DiffusionModel":
+        """The generator of a guided-diffusion or improved-diffusion checkpoint, with its weights.
+
+        Args:
+            state: the checkpoint's state dict; its tensors become the model's.
+            image_size: side, or height and width, of the images it was trained on, which a checkpoint does not tell.
+            classes: names of its labels; numbers by default.
+            schedule, num_timesteps, prediction: what it was trained with, which a checkpoint does not tell either.
+            num_heads, num_head_channels, new_attention_order: as for :meth:`UNet.from_reference`.
+
+        Raises:
+            ValueError: as :meth:`UNet.from_reference`; if there are not as many classes; or if it enlarges images.
+        """
+        labels = state.get(adm.LABELS)
+        state = {name: value for name, value in state.items() if name != adm.LABELS}
+        network = UNet.from_reference(state, num_heads, num_head_channels, new_attention_order)
+        channels, outputs = network.in_channels, network.out_channels
+        # The upsamplers of guided-diffusion see a small image beside the noisy one.
+        if outputs not in (channels, 2 * channels) or channels == 6:
+            raise ValueError(
+                f"the UNet takes {channels} channels and gives {outputs}: it enlarges images, or is conditioned on"
+                " another one, which is not supported"
+            )
+        count = 0 if labels is None else len(labels)
+        names = [str(label) for label in range(count)] if classes is None else list(classes)
+        if len(names) != count:
+            raise ValueError(f"{len(names)} class names are given for a UNet of {count or 'no'} classes")
+        model = cls(
+            names if count else None,
+            network,
+            schedule=schedule,
+            num_timesteps=num_timesteps,
+            prediction=prediction,
+            learned_range=outputs == 2 * channels,
+            image_size=image_size,
+        )
+        if labels is not None and model.conditioner is not None:
+            try:
+                model.conditioner.load_state_dict({"embedding.weight": labels})
+            except RuntimeError as error:
+                raise ValueError(f"{adm.LABELS} does not fit this UNet: {error}") from None
+        return model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's weights."""
+        return next(self.network.parameters()).dtype
+
+    @property
+    def stride(self) -> int:
+        """What the height and width of images must be multiples of."""
+        return self.network.stride * self.space.stride
+
+    @property
+    def block_info(self) -> list[FeatureInfo]:
+        """The network's blocks that can be read, with their strides in pixels of the image."""
+        stride = self.space.stride
+        return [FeatureInfo(info.name, info.channels, info.stride * stride) for info in self.network.block_info]
+
+    @property
+    def has_absent(self) -> bool:
+        """Whether it has learned images of which nothing is said."""
+        return self.conditioner is None or self.conditioner.has_absent
+
+    def signal_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the signal of an image of this size; ValueError if the network does not take such images."""
+        stride = self.space.stride
+        if height % stride or width % stride:
+            raise ValueError(f"images must be multiples of {self.stride} pixels high and wide, not {height} x {width}")
+        self.network.check_size(height // stride, width // stride)
+        return self.space.channels, height // stride, width // stride
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """The network's output for noisy signals (B, C, h, w) and times (B,), as the schedule tells them."""
+        return self.network(x, t, condition)
+
+    def activations(
+        self, x: Tensor, t: Tensor, blocks: Sequence[int], condition: Condition | None = None
+    ) -> list[Tensor]:
+        """What blocks of the network give, see :attr:`block_info`; what follows the last of them is not computed."""
+        return self.network.activations(x, t, blocks, condition)
+
+    def condition(self, said: Said | None) -> Condition | None:
+        """What the network is told where this is said; nothing is said of images where ``said`` is None.
+
+        Raises:
+            ValueError: if it has not learned images of which nothing is said, or is told nothing at all.
+        """
+        if self.conditioner is None:
+            if said is not None:
+                raise ValueError("This model was trained without classes: leave labels out.")
+            return None
+        if said is None:
+            if not self.conditioner.has_absent:
+                raise ValueError(
+                    "This model has not learned images without a label: give labels, or train it with null_class."
+                )
+            said = self.conditioner.absent(1)
+        return self.conditioner(said)
+
+    def objective(self, min_snr: float | None = None) -> Objective:
+        """The training loss."""
+        return Objective(self.schedule, self.prediction, self.learned_range, min_snr)
+
+    def denoiser(self, said: Said | None = None, guidance: float = 1.0) -> Denoiser:
+        """What samplers work on.
+
+        Args:
+            said: what is wanted of B samples, such as labels (B,); None where the model is told nothing, or for
+                nothing in particular.
+            guidance: weight of classifier-free guidance; 1 is none.
+
+        Raises:
+            ValueError: if this is asked of a model that has not learned it.
+        """
+        if guidance == 1.0:
+            return self._denoiser(self.condition(said))
+        if self.conditioner is None or not self.conditioner.has_absent:
+            raise ValueError(
+                "This model has not learned images without a label, which guidance needs: give guidance 1, or train it"
+                " with classes and null_class."
+            )
+        absent = self._denoiser(self.condition(None))
+        return (
+            absent if said is None else classifier_free_guidance(self._denoiser(self.condition(said)), absent, guidance)
+        )
+
+    def _denoiser(self, condition: Condition | None) -> Denoiser:
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            return self(x, t, None if condition is None else condition.expand(len(x)))
+
+        return NetworkDenoiser(network, self.schedule, self.prediction, self.learned_range)
+
+    def _require_fit(self, schedule: ScheduleName) -> None:
+        channels, outputs = self.network.in_channels, self.network.out_channels
+        if outputs != channels * (2 if self.learned_range else 1):
+            raise ValueError(
+                f"The network has {channels} channels in and {outputs} out: learned_range needs twice as many out, else"
+                " as many as in; set network.out_channels or learned_range."
+            )
+        if (self.prediction == "flow") != (schedule == "flow"):
+            raise ValueError("The prediction flow belongs to the schedule flow, and to no other: set both.")
+        if channels != self.space.channels:
+            raise ValueError(f"The network has {channels} channels in, but its space {self.space.channels}.")
+        self.signal_shape(*self.image_size)
+
+
+def as_generator(model: Any, source: object = "this file") -> DiffusionModel:
+    """The generator that a model is, or whose network it is; ValueError for any other model.
+
+    Args:
+        model: what was loaded.
+        source: where from, for the message.
+    """
+    if isinstance(model, UNet):
+        return DiffusionModel.of_network(model)
+    if not isinstance(model, DiffusionModel):
+        raise ValueError(f"{source} holds a {type(model).__name__}: give the file of a generator or a UNet")
+    return model
+
+
+def both_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a square's side, or of the two as they are."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

@@ -1,0 +1,150 @@
+"""The parts of the ADM UNet (Diffusion Models Beat GANs, arXiv 2105.05233): residual blocks, attention, resampling."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffperception.models.ops.convolution import Conv1x1, Conv3x3
+from diffperception.models.ops.normalization import group_norm
+
+NORM_GROUPS = 32
+
+
+def time_embedding(t: Tensor, channels: int) -> Tensor:
+    """Sinusoids of times (B,), cosines first -> (B, channels) float32 (arXiv 1706.03762, section 3.5)."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, channels % 2))
+
+
+class Stage(nn.ModuleList):
+    """Layers in a row, each told the time."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb)
+        return x
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, conv, then norm modulated by time, SiLU, dropout, conv, added to the (projected) input.
+
+    Args:
+        channels_in: C of the input.
+        channels: C' of the output.
+        embedding: E of the time embedding.
+        dropout: share dropped before the second convolution.
+        scale_shift: time scales and shifts the second norm's output; else it is added before that norm.
+        resample: ``down`` halves height and width before the first convolution and on the skip, ``up`` doubles them.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        embedding: int,
+        dropout: float,
+        scale_shift: bool,
+        resample: Literal["down", "up"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.resample = resample
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, channels_in)
+        self.conv1 = Conv3x3(channels_in, channels)
+        self.time = nn.Linear(embedding, 2 * channels if scale_shift else channels)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeroed(Conv3x3(channels, channels))
+        self.skip = nn.Identity() if channels_in == channels else Conv1x1(channels_in, channels)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, H, W) and the activated embedding (B, E) -> (B, C', H', W')."""
+        x, h = self._first(x, group_norm(self.norm1, x, activate=True))
+        if self.scale_shift:
+            scale, shift = self.time(emb).chunk(2, dim=1)
+            h = group_norm(self.norm2, h, scale, shift, activate=True)
+        else:
+            h = group_norm(self.norm2, h + self.time(emb)[:, :, None, None], activate=True)
+        return self.skip(x) + self.conv2(self.dropout(h))
+
+    def _first(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The skip and the first convolution, both at the new size."""
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2), self.conv1(F.avg_pool2d(h, 2))
+        if self.resample == "up":
+            return double(x), double_and_convolve(h, self.conv1)
+        return x, self.conv1(h)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions of a map, added to it.
+
+    Args:
+        channels: C, a multiple of ``heads``.
+        heads: number of heads.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape; the embedding is not used."""
+        B, C, H, W = x.shape
+        tokens = group_norm(self.norm, x).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        q, k, v = self.qkv(tokens).view(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        return x + self.out(mixed).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Half the height and width: a strided convolution, or the mean of 2 x 2 pixels where nothing is learned."""
+
+    def __init__(self, channels: int, learned: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if learned else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2) if self.conv is None else self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width by repeating pixels, then a convolution if it is learned."""
+
+    def __init__(self, channels: int, learned: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if learned else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return double(x) if self.conv is None else double_and_convolve(x, self.conv)
+
+
+def double(x: Tensor) -> Tensor:
+    """Every pixel repeated in a square of 2 x 2."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def double_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv(double(x))`` of a 3 x 3 convolution, with 4 instead of 9 products an output.
+
+    Of the nine pixels under the kernel only four differ. A transposed convolution of stride 2 meets just those, if its
+    kernel is the flipped one summed over each square of 2 x 2.
+    """
+    flipped = conv.weight.flip(2, 3).transpose(0, 1)
+    rows = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))
+    return F.conv_transpose2d(x, F.pad(rows, (0, 1)) + F.pad(rows, (1, 0)), conv.bias, stride=2, padding=1)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with parameters of zero: a branch that starts by adding nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

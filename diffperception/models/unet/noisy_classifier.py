@@ -1,0 +1,180 @@
+"""The classifier of noisy images that guides a diffusion model (Diffusion Models Beat GANs, arXiv 2105.05233)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffperception.diffusion import ScheduleName, named_schedule
+from diffperception.models.convert import adm
+from diffperception.models.ops.normalization import group_norm
+from diffperception.models.unet.blocks import NORM_GROUPS, zeroed
+from diffperception.models.unet.encoder import Encoder, Layers, Resampling, level_widths
+
+Pooling = Literal["attention", "adaptive"]
+
+
+class NoisyClassifier(Encoder):
+    """Noisy images and times to classes: the encoder half of the UNet, and a pooling head.
+
+    Args:
+        classes: names of the labels 0..K-1.
+        schedule, num_timesteps: the path its images are noised on, that of the diffusion model it is to guide.
+        image_size: height and width of the images, or one number for both. Attention pooling takes this size alone.
+        in_channels, channels, multipliers, depth, attention, heads, head_channels, dropout, scale_shift, resampling,
+            checkpointing: as for :class:`~diffperception.models.UNet`.
+        pool: one query of attention, made of the mean, over all positions of the last map; or the mean alone.
+
+    Raises:
+        ValueError: as for the UNet, or if the image size does not halve evenly between levels.
+    """
+
+    kind = "classifier"
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        schedule: ScheduleName = "linear",
+        num_timesteps: int = 1000,
+        image_size: int | Sequence[int] = 64,
+        in_channels: int = 3,
+        channels: int = 128,
+        multipliers: Sequence[float] = (1, 2, 3, 4),
+        depth: int = 2,
+        attention: Sequence[int] = (2, 4, 8),
+        heads: int | None = None,
+        head_channels: int = 64,
+        dropout: float = 0.0,
+        scale_shift: bool = True,
+        resampling: Resampling = "block",
+        pool: Pooling = "attention",
+        checkpointing: bool = False,
+    ) -> None:
+        layers = Layers(4 * channels, attention, heads, head_channels, dropout, scale_shift, resampling)
+        widths = level_widths(channels, multipliers, attention)
+        super().__init__(in_channels, channels, layers, widths, depth, checkpointing)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.classes = list(classes)
+        self.schedule = named_schedule(schedule, num_timesteps)
+        self.image_size = (height, width)
+        self.check_size(height, width)
+        self.out_norm = nn.GroupNorm(NORM_GROUPS, widths[-1])
+        self.pool: nn.Module
+        if pool == "attention":
+            positions = (height // self.stride) * (width // self.stride)
+            self.pool = AttentionPool(positions, widths[-1], layers.heads_of(widths[-1]), len(self.classes))
+        else:
+            self.pool = AveragePool(widths[-1], len(self.classes))
+
+    @classmethod
+    def from_reference(
+        cls,
+        state: Mapping[str, Tensor],
+        classes: Sequence[str] | None = None,
+        schedule: ScheduleName = "linear",
+        num_timesteps: int = 1000,
+        heads: int | None = None,
+        head_channels: int | None = None,
+        new_attention_order: bool = False,
+        depth: int | None = None,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> "NoisyClassifier":
+        """The classifier of a guided-diffusion checkpoint, with its weights.
+
+        Args:
+            state: the checkpoint's state dict; its tensors become the model's.
+            classes: names of the classes; numbers if None.
+            schedule, num_timesteps: of the path it was trained on, which a checkpoint does not tell.
+            heads, head_channels, new_attention_order: as for :meth:`UNet.from_reference`; the published classifiers
+                have 64 channels a head.
+            depth: residual blocks a level, the reference's ``num_res_blocks``; needed where the names fit several.
+            dropout, checkpointing: as for the constructor.
+
+        Raises:
+            ValueError: if heads or depth must be given or do not fit, if there are not as many classes, if the
+                classifier pools in another way, or if weights are missing, left over or of another shape.
+        """
+        layout, number = adm.classifier_arguments(state, depth)
+        if classes is not None and len(classes) != number:
+            raise ValueError(f"{len(classes)} class names are given for a classifier of {number} classes.")
+        make = partial(cls, classes or [str(label) for label in range(number)], schedule, num_timesteps)
+        layout |= {"dropout": dropout, "checkpointing": checkpointing}
+        return adm.build(make, layout, state, heads, head_channels, new_attention_order)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Classify.
+
+        Args:
+            x: (B, C, H, W) noisy images, -1..1.
+            t: (B,) times, 0..1000, whole or not.
+
+        Returns:
+            (B, K) logits.
+
+        Raises:
+            ValueError: for another number of channels or a size that the classifier does not take.
+        """
+        *_, h = self.encode(x, F.silu(self.embed(x, t)))
+        return self.pool(F.silu(group_norm(self.out_norm, h)))
+
+    def _check_image(self, x: Tensor) -> None:
+        super()._check_image(x)
+        if isinstance(self.pool, AttentionPool) and x.shape[2:] != self.image_size:
+            height, width = self.image_size
+            raise ValueError(
+                f"This NoisyClassifier pools by attention over images of {height} x {width} pixels, not {x.shape[2]} x "
+                f"{x.shape[3]}: resize them, or train one with pool = adaptive, which takes any size."
+            )
+
+    def log_probability(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """What :func:`~diffperception.diffusion.classifier_guidance` needs: (x (B, C, H, W), t (B,)) -> (B,) log p.
+
+        Args:
+            labels: (B,) int64 classes wanted; the times are those of :attr:`schedule`.
+        """
+
+        def log_probability(x: Tensor, t: Tensor) -> Tensor:
+            logits = self(x, self.schedule.conditioning(t))
+            return -F.cross_entropy(logits.to(x.dtype), labels.expand(len(x)), reduction="none")
+
+        return log_probability
+
+
+class AttentionPool(nn.Module):
+    """What the mean of all positions, as a query, finds among them and itself (as in CLIP, arXiv 2103.00020).
+
+    Args:
+        positions: of the map, height x width.
+        channels: C of the map, a multiple of ``heads``.
+        heads: number of heads.
+        out_channels: K of the result.
+    """
+
+    def __init__(self, positions: int, channels: int, heads: int, out_channels: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positions = nn.Parameter(torch.randn(channels, 1 + positions) / channels**0.5)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K)."""
+        x = x.flatten(2)
+        tokens = (torch.cat([x.mean(2, keepdim=True), x], dim=2) + self.positions).transpose(1, 2)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q[:, :, :1], k, v).flatten(1))
+
+
+class AveragePool(nn.Module):
+    """The mean of all positions of a (B, C, H, W) map, and a linear layer that starts at zero, to (B, K)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.out = zeroed(nn.Linear(channels, out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x.mean((2, 3)))

@@ -1,0 +1,168 @@
+"""The ADM UNet (Diffusion Models Beat GANs, arXiv 2105.05233): the generator whose activations perception reads."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffperception.models.condition import Condition
+from diffperception.models.convert import adm
+from diffperception.models.feature_info import FeatureInfo
+from diffperception.models.ops.normalization import group_norm
+from diffperception.models.unet.blocks import NORM_GROUPS, Stage, zeroed
+from diffperception.models.unet.encoder import Encoder, Layers, Resampling, level_widths, require_positive
+
+
+class UNet(Encoder):
+    """Noisy images and times to a prediction, for any height and width that halve evenly between levels.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the prediction; those of the image if None, twice as many for a learned variance.
+        channels: width that the multipliers multiply.
+        multipliers: width of each level; between levels height and width halve.
+        depth: residual blocks a level of the encoder; the decoder has one more.
+        attention: downsampling factors, 1, 2, 4, ..., whose blocks are followed by attention.
+        heads: attention heads, the same at every width; if None, one for every ``head_channels``.
+        head_channels: channels of a head where ``heads`` is None.
+        dropout: share of activations dropped in residual blocks.
+        scale_shift: time scales and shifts normalised activations (adaptive group norm); else it is added to them.
+        resampling: down- and upsampling by residual blocks, by convolutions, or without weights.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+
+    Attributes:
+        block_info: the decoder blocks there are, counted from the innermost as the reference's ``output_blocks``;
+            strides are in cells of the input.
+        embedding: E, channels of the time's embedding, to which a condition's vector is added.
+
+    Raises:
+        ValueError: if a number is not above 0, a width is not a multiple of 32 or of its heads, or no level has a
+            factor in ``attention``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        channels: int = 128,
+        multipliers: Sequence[float] = (1, 2, 2, 2),
+        depth: int = 2,
+        attention: Sequence[int] = (4, 8),
+        heads: int | None = None,
+        head_channels: int = 64,
+        dropout: float = 0.0,
+        scale_shift: bool = True,
+        resampling: Resampling = "block",
+        checkpointing: bool = False,
+    ) -> None:
+        layers = Layers(4 * channels, attention, heads, head_channels, dropout, scale_shift, resampling)
+        widths = level_widths(channels, multipliers, attention)
+        super().__init__(in_channels, channels, layers, widths, depth, checkpointing)
+        require_positive({"out_channels": out_channels})
+        self.decoder, self.block_info = _decoder(layers, list(self.skip_widths), widths, depth)
+        self.out_channels = out_channels or in_channels
+        self.out_norm = nn.GroupNorm(NORM_GROUPS, widths[0])
+        self.out_conv = zeroed(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
+
+    @classmethod
+    def from_reference(
+        cls,
+        state: Mapping[str, Tensor],
+        heads: int | None = None,
+        head_channels: int | None = None,
+        new_attention_order: bool = False,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> "UNet":
+        """The UNet of a guided-diffusion or improved-diffusion checkpoint, with its weights.
+
+        The arguments are what shapes cannot tell; those of the reference are named ``num_heads``,
+        ``num_head_channels`` and ``use_new_attention_order``. ADM's models have 64 channels a head.
+
+        Args:
+            state: the checkpoint's state dict; its tensors become the model's.
+            heads: attention heads at every width.
+            head_channels: channels of a head; this or ``heads``.
+            new_attention_order: q, k, v come before heads in the qkv weights.
+            dropout, checkpointing: as for :class:`UNet`.
+
+        Raises:
+            ValueError: if the checkpoint has labels (:meth:`DiffusionModel.from_reference` takes those), not one of ``heads`` and ``head_channels`` is given or it does not divide a width, or if
+                weights are missing, left over or of another shape.
+        """
+        layout = adm.unet_arguments(state) | {"dropout": dropout, "checkpointing": checkpointing}
+        return adm.build(cls, layout, state, heads, head_channels, new_attention_order)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """Predict.
+
+        Args:
+            x: (B, C, H, W) noisy images, -1..1.
+            t: (B,) times, 0..1000, whole or not.
+            condition: whose vector (B, E) is added to the time's embedding; no other slot is read.
+
+        Returns:
+            (B, out_channels, H, W).
+
+        Raises:
+            ValueError: for a size that does not halve evenly, another number of channels, or a condition with slots
+                that it does not read.
+        """
+        *_, h = self._decoder_outputs(x, t, condition)
+        return self.out_conv(group_norm(self.out_norm, h, activate=True)).contiguous()
+
+    def activations(
+        self, x: Tensor, t: Tensor, blocks: Sequence[int], condition: Condition | None = None
+    ) -> list[Tensor]:
+        """What decoder blocks give; those after the last one named are not computed.
+
+        Args:
+            x, t, condition: as for :meth:`forward`.
+            blocks: indices among :attr:`block_info`, which tells their channels and strides.
+
+        Returns:
+            A (B, channels, H / stride, W / stride) tensor for each, in the order named.
+
+        Raises:
+            ValueError: for a block that does not exist, and as :meth:`forward`.
+        """
+        missing = [i for i in blocks if i not in range(len(self.block_info))]
+        if missing or not blocks:
+            raise ValueError(f"Name decoder blocks among 0 to {len(self.block_info) - 1}, not {missing or 'none'}.")
+        outputs = islice(self._decoder_outputs(x, t, condition), max(blocks) + 1)
+        wanted = {i: h for i, h in enumerate(outputs) if i in blocks}
+        return [wanted[i] for i in blocks]
+
+    def _decoder_outputs(self, x: Tensor, t: Tensor, condition: Condition | None) -> Iterator[Tensor]:
+        emb = self.embed(x, t)
+        if condition is not None:
+            _require_readable(condition)
+            emb = emb if condition.vector is None else emb + condition.vector
+        emb = F.silu(emb)
+        *skips, h = self.encode(x, emb)
+        for stage in self.decoder:
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
+            yield h
+
+
+def _require_readable(condition: Condition) -> None:
+    if not (condition.tokens is None and condition.maps is None):
+        raise ValueError("This UNet is told a condition's vector alone: it has no layers for tokens or maps.")
+
+
+def _decoder(
+    layers: Layers, skips: list[int], widths: list[int], depth: int
+) -> tuple[nn.ModuleList, list[FeatureInfo]]:
+    """The decoder's stages and what they give."""
+    width = widths[-1]
+    stages, info = nn.ModuleList(), []
+    for level, level_width in reversed(list(enumerate(widths))):
+        for i in range(depth + 1):
+            stage = layers.stage(width + skips.pop(), level_width, 2**level)
+            width = level_width
+            rises = level > 0 and i == depth
+            info.append(FeatureInfo(f"block {len(stages)}", width, 2 ** (level - rises)))
+            stages.append(Stage([*stage, layers.up(width)] if rises else stage))
+    return stages, info

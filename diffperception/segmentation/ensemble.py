@@ -1,0 +1,240 @@
+"""An ensemble of pixel classifiers on feature maps (arXiv 2112.03126), without ever upsampling the features."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffperception.models import Model
+from diffperception.segmentation.evaluator import IGNORED
+from diffperception.segmentation.features import FeatureExtractor
+from diffperception.segmentation.maps import FeatureMaps, rows_around, upsample_rows
+from diffperception.segmentation.mlp import PixelMLPs
+from diffperception.segmentation.pixels import (
+    FitOptions,
+    LabelledPixels,
+    checked_masks,
+    fit_notes,
+    member_seed,
+    train,
+)
+
+BAND_PIXELS = 8192  # at once through the layers after the first: small enough for the processor's cache
+FINE_STRIDE = 2  # maps up to this stride go through the first layer in bands, not whole: their sums would be large
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What the members make of an image.
+
+    Args:
+        labels: (H, W) int64, the class with most votes, the lowest of several.
+        uncertainty: (H, W) float32, entropy of the mean minus mean entropy of the members' probabilities, in nats.
+        votes: (K, h, w) uint8, members for each class, at the size that the classifiers worked at.
+        probabilities: (K, h, w) float32, mean over the members, at that size; None where not asked for.
+    """
+
+    labels: Tensor
+    uncertainty: Tensor
+    votes: Tensor
+    probabilities: Tensor | None = None
+
+    @property
+    def score(self) -> float:
+        """How uncertain the image is: the mean of the most uncertain tenth of its pixels."""
+        return image_score(self.uncertainty)
+
+    def resized(self, height: int, width: int) -> "Segmentation":
+        """Labels and uncertainty for the image at another size: interpolated, and the labels follow the votes.
+
+        Votes and probabilities stay as they are; at a photograph's full size they would take gigabytes.
+        """
+        if self.labels.shape == (height, width):
+            return self
+        most = resize(self.votes[0], height, width)
+        labels = torch.zeros_like(most, dtype=torch.int64)
+        for label in range(1, len(self.votes)):
+            votes = resize(self.votes[label], height, width)
+            labels.masked_fill_(votes > most, label)
+            most = torch.maximum(most, votes)
+        return replace(self, labels=labels, uncertainty=resize(self.uncertainty, height, width))
+
+
+def resize(values: Tensor, height: int, width: int) -> Tensor:
+    """(h, w) -> (height, width) float32, bilinear."""
+    return F.interpolate(values[None, None].float(), (height, width), mode="bilinear")[0, 0]
+
+
+class PixelEnsemble(Model):
+    """Members that classify pixels by their features, trained and applied together.
+
+    Bilinear upsampling is linear and acts on each channel alone, so the first linear layer commutes with it: it is
+    applied at the maps' native resolutions, and its few outputs are upsampled instead of the many features.
+
+    Args:
+        channels: D, the features of a pixel.
+        num_classes: K, at most 255.
+        members: M, at most 255.
+
+    Raises:
+        ValueError: if there are too many or too few classes or members.
+    """
+
+    def __init__(self, channels: int, num_classes: int, members: int = 10) -> None:
+        super().__init__()
+        if not 1 <= members <= torch.iinfo(torch.uint8).max:  # votes are counted in bytes
+            raise ValueError(f"there must be 1 to 255 members, not {members}")
+        if not 2 <= num_classes <= IGNORED:
+            raise ValueError(f"there must be 2 to {IGNORED} classes, not {num_classes}")
+        self.channels, self.num_classes, self.members = channels, num_classes, members
+        self.mlps = PixelMLPs(members, channels, num_classes, [member_seed(0, m) for m in range(members)]).eval()
+
+    def fit(
+        self,
+        features: FeatureExtractor,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        options: FitOptions | None = None,
+        names: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> "PixelEnsemble":
+        """Train afresh on labelled images; warns where a class has too few pixels to count.
+
+        Args:
+            features: the extractor, of as many channels as this was built for.
+            images: (3, H, W) each, RGB, 0..1, of any sizes; fetched one at a time.
+            masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
+            options: the recipe.
+            names: of the images, for messages.
+            classes: names of 0..K-1, for messages.
+
+        Raises:
+            ValueError: if masks do not fit the images or the classes, or nothing is labelled.
+        """
+        options = options or FitOptions()
+        names = names or [f"image {i}" for i in range(len(masks))]
+        self._check_channels(features.channels)
+        checked, notes = checked_masks(images, masks, self.num_classes, options.min_pixels, names, classes)
+        fit_notes(notes)
+        pixels = LabelledPixels(features, images, checked, getattr(torch, options.storage), names)
+        seeds = [member_seed(options.seed, member) for member in range(self.members)]
+        device = self.mlps.device
+        self.mlps = PixelMLPs(self.members, self.channels, self.num_classes, seeds).to(pixels.labels.device)
+        weight = self.mlps.linears[0].weight
+        order = pixels.channel_order([info.channels for info in features.info]).to(weight.device)
+        weight.data = weight.data[:, :, order]
+        train(self.mlps, pixels, seeds, options)
+        weight.data = weight.data[:, :, order.argsort()]
+        self.mlps.to(device)
+        return self
+
+    def predict(self, features: FeatureExtractor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (H, W) int64 and their uncertainty (H, W) float32; :meth:`segment` tells more."""
+        segmentation = self.segment(features.maps(image))
+        return segmentation.labels, segmentation.uncertainty
+
+    @torch.no_grad()
+    def segment(self, maps: FeatureMaps, probabilities: bool = False) -> Segmentation:
+        """Labels, uncertainty and votes of an image's pixels, and the classes' probabilities where asked for."""
+        weight = self.mlps.linears[0].weight
+        labels = torch.empty(maps.size, dtype=torch.int64, device=weight.device)
+        uncertainty = torch.empty_like(labels, dtype=weight.dtype)
+        votes = labels.new_empty(self.num_classes, *maps.size, dtype=torch.uint8)
+        mean = torch.empty_like(votes, dtype=weight.dtype) if probabilities else None
+        bottom = 0
+        for logits in self._bands(maps):
+            rows = slice(bottom, bottom := bottom + logits.shape[1])
+            labels[rows], uncertainty[rows], band_mean, band_votes = summarise(logits)
+            votes[:, rows] = band_votes.permute(2, 0, 1)
+            if mean is not None:
+                mean[:, rows] = band_mean.permute(2, 0, 1)
+        return Segmentation(labels, uncertainty, votes, mean)
+
+    @torch.no_grad()
+    def logits(self, maps: FeatureMaps) -> Tensor:
+        """(M, K, H, W) of every member."""
+        return torch.cat(list(self._bands(maps)), 1).permute(0, 3, 1, 2)
+
+    def _bands(self, maps: FeatureMaps) -> Iterator[Tensor]:
+        """The members' logits (M, rows, W, K) of one band of the image after the other."""
+        self._check_channels(sum(len(m) for m in maps.maps))
+        height, width = maps.size
+        (weight, bias), second, third = self.mlps.folded()
+        grouped = _by_stride(maps.to(weight.dtype).to(weight.device), weight)
+        whole = {s: _first_layer(cells, w) for s, (cells, w) in grouped.items() if s > FINE_STRIDE}
+        step = math.lcm(*maps.strides)
+        rows = step * max(1, BAND_PIXELS // (step * width))
+        for top in range(0, height, rows):
+            bottom = min(top + rows, -(-height // step) * step)
+            bands = []
+            for stride, (cells, w) in grouped.items():
+                around = rows_around(top, bottom, stride)
+                native = whole[stride][around] if stride in whole else _first_layer(cells[:, around], w)
+                bands.append((native, stride))
+            logits = [
+                _classify(
+                    _upsampled(bands, m, top, bottom), bias[m], second[0][m], second[1][m], third[0][m], third[1][m]
+                )
+                for m in range(self.members)
+            ]
+            yield torch.stack(logits)[:, : height - top, :width]
+
+    def _check_channels(self, channels: int) -> None:
+        if channels != self.channels:
+            raise ValueError(
+                f"this classifier takes {self.channels} features a pixel, but the extractor gives {channels}: "
+                "use the blocks and timesteps that it was built for"
+            )
+
+
+def image_score(uncertainty: Tensor) -> float:
+    """Mean of the most uncertain tenth of the pixels of an (H, W) map, at least one."""
+    values = uncertainty.flatten()
+    return float(values.topk(max(1, len(values) // 10)).values.mean())
+
+
+def _by_stride(maps: FeatureMaps, weight: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Maps of equal stride joined, (C, h, w), with their part of the first layer, (M, hidden, C)."""
+    parts = weight.split([len(m) for m in maps.maps], 2)
+
+    def joined(tensors: Sequence[Tensor], stride: int, axis: int) -> Tensor:
+        return torch.cat([t for t, s in zip(tensors, maps.strides, strict=True) if s == stride], axis)
+
+    return {s: (joined(maps.maps, s, 0), joined(parts, s, 2)) for s in sorted(set(maps.strides))}
+
+
+def _first_layer(cells: Tensor, weight: Tensor) -> Tensor:
+    """(C, h, w) cells and (M, hidden, C) weights -> (h, w, M, hidden)."""
+    outputs = cells.flatten(1).T @ weight.flatten(0, 1).T
+    return outputs.view(*cells.shape[1:], *weight.shape[:2])
+
+
+def _upsampled(bands: list[tuple[Tensor, int]], member: int, top: int, bottom: int) -> Tensor:
+    """A member's first layer at the pixels of a band, without its bias: (rows, W, hidden)."""
+    total: Tensor | None = None
+    for native, stride in bands:
+        cells = native[:, :, member].permute(2, 0, 1)[None]
+        part = upsample_rows(cells, stride, top, bottom)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total[0].permute(1, 2, 0)
+
+
+def _classify(z: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor) -> Tensor:
+    """(rows, W, hidden) of a member's first layer -> its logits (rows, W, K)."""
+    hidden = (z + bias).relu_()
+    return F.linear(F.linear(hidden, weight2, bias2).relu_(), weight3, bias3)
+
+
+def summarise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(M, rows, W, K) -> labels and uncertainty (rows, W), mean probabilities and votes (rows, W, K)."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    mean = p.mean(0)
+    uncertainty = torch.special.entr(mean).sum(-1) + (p * log_p).sum(-1).mean(0)
+    choices = logits.argmax(-1).movedim(0, -1)  # (rows, W, M)
+    votes = torch.zeros_like(mean, dtype=torch.int64).scatter_add_(-1, choices, torch.ones_like(choices))
+    return votes.argmax(-1), uncertainty.clamp(min=0), mean, votes

@@ -1,0 +1,121 @@
+"""Which timesteps and blocks a data set needs, by a quick linear probe of each."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from diffperception.segmentation.evaluator import IGNORED, MeanIoU
+from diffperception.segmentation.features import DiffusionFeatures
+from diffperception.segmentation.pixels import check_size, checked_masks
+
+RIDGE = 1e-2  # weight of the penalty beside the mean square of standardised features
+FOLDS = 2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How well a linear classifier on one block at one timestep does on images that it was not fitted to."""
+
+    timestep: float
+    block: int
+    miou: float
+
+
+def search(
+    features: DiffusionFeatures,
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    num_classes: int,
+    seconds: float = 600.0,
+    pixels: int = 2000,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+) -> list[Probe]:
+    """Rank the timesteps x blocks of an extractor, best first.
+
+    Ridge regression of the classes on sampled pixels of half of the images, scored on the pixels of the other half,
+    and the other way round. Timesteps are tried in their order until another one would pass the time limit; the first
+    always is.
+
+    Args:
+        features: all candidates.
+        images: (3, H, W) each, 0..1; at least two.
+        masks: (H, W) each, 0..K-1 or 255.
+        seconds: the time limit.
+        pixels: sampled from each image, as many of one class as of another where there are enough.
+        seed: of the sampling.
+        names: of the images, for messages.
+
+    Raises:
+        ValueError: with fewer than two labelled images, and for masks that do not fit.
+    """
+    names = names or [f"image {i}" for i in range(len(masks))]
+    masks, _ = checked_masks(images, masks, num_classes, 1, names)
+    for image, mask, name in zip(images, masks, names, strict=True):
+        check_size(image, mask, name)
+    generator = torch.Generator().manual_seed(seed)
+    points = [_sample(mask, pixels, generator) for mask in masks]
+    used = [i for i, place in enumerate(points) if len(place)]
+    if len(used) < FOLDS:
+        raise ValueError(
+            f"a search needs at least {FOLDS} labelled images, for it tries on some what it learns on others"
+        )
+    labels = [masks[i][tuple(points[i].T)].long() for i in used]
+    start = time.monotonic()
+    probes: list[Probe] = []
+    for number, timestep in enumerate(tqdm(features.timesteps, "search", unit="timestep", leave=False, disable=None)):
+        spent = time.monotonic() - start
+        if number and spent + spent / number > seconds:
+            break
+        of_images = _features_at(features.at_timestep(number), [(images[i], points[i]) for i in used])
+        for block, values in zip(features.blocks, of_images, strict=True):
+            probes.append(Probe(timestep, block, _probe(values, labels, num_classes)))
+    return sorted(probes, key=lambda probe: -probe.miou)
+
+
+def _sample(mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(N, 2) rows and columns of labelled pixels, drawn without replacement from the classes in equal shares."""
+    order = torch.randperm(mask.numel(), generator=generator)
+    shuffled = mask.flatten()[order]
+    present = [label for label in shuffled.unique().tolist() if label != IGNORED]
+    share = count // max(1, len(present))
+    chosen = [order[(shuffled == label).nonzero()[:share, 0]] for label in present]
+    flat = torch.cat([torch.empty(0, dtype=torch.int64), *chosen])
+    return torch.stack([flat // mask.shape[1], flat % mask.shape[1]], 1)
+
+
+def _features_at(features: DiffusionFeatures, samples: list[tuple[Tensor, Tensor]]) -> list[list[Tensor]]:
+    """For each block the (N, C) features of each image's points."""
+    widths = [info.channels for info in features.info]
+    of_images = [features.maps(image).at_points(points.to(features.device)).cpu() for image, points in samples]
+    return [list(column) for column in zip(*(x.split(widths, 1) for x in of_images), strict=True)]
+
+
+def _probe(features: list[Tensor], labels: list[Tensor], num_classes: int) -> float:
+    """mIoU over the images, each predicted by the ridge regression of the other fold."""
+    score = MeanIoU(num_classes)
+    for fold in range(FOLDS):
+        fitted = [i for i in range(len(labels)) if i % FOLDS != fold]
+        weight, mean, scale = _ridge(
+            torch.cat([features[i] for i in fitted]), torch.cat([labels[i] for i in fitted]), num_classes
+        )
+        for i in set(range(len(labels))) - set(fitted):
+            score.update((_with_one((features[i] - mean) / scale) @ weight).argmax(1), labels[i])
+    return score.mean()
+
+
+def _ridge(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (C + 1, K) on standardised features and a one, and the features' mean and scale (C,)."""
+    mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    x = _with_one((x - mean) / scale)
+    penalty = RIDGE * len(x) * torch.eye(x.shape[1])
+    return torch.linalg.solve(x.T @ x + penalty, x.T @ F.one_hot(labels, num_classes).float()), mean, scale
+
+
+def _with_one(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 1), value=1.0)

@@ -1,0 +1,299 @@
+import json
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from diffperception.data.coco_file import labels_of
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult
+
+BCCD = Path(__file__).parents[3] / "shared/data/bccd/annotations/instances_test.json"
+
+
+def write_coco(path: Path, objects: list[dict[str, Any]], images: int, category_ids: list[int]) -> Path:
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 400, "height": 300} for i in range(images)],
+        "categories": [{"id": c, "name": f"class {c}"} for c in category_ids],
+        "annotations": [{"id": number, **o} for number, o in enumerate(objects)],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def item(image_id: int, category_id: int, *xywh: float, **extra: Any) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": category_id, "bbox": list(xywh), **extra}
+
+
+def as_predictions(path: Path) -> tuple[list[int], list[dict[str, Tensor]]]:
+    """The objects of a file, as a perfect detector would predict them."""
+    content = json.loads(path.read_text())
+    label = {c: k for k, c in enumerate(labels_of(content["categories"])[0])}
+    image_ids = [image["id"] for image in content["images"]]
+    predictions = []
+    for image_id in image_ids:
+        mine = [a for a in content["annotations"] if a["image_id"] == image_id]
+        boxes = torch.tensor([a["bbox"] for a in mine], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([label[a["category_id"]] for a in mine], dtype=torch.int64)
+        predictions.append({"boxes": boxes, "scores": torch.ones(len(mine)), "labels": labels})
+    return image_ids, predictions
+
+
+def random_case(folder: Path, images: int = 30, seed: int = 0) -> tuple[Path, list[int], list[dict[str, Tensor]]]:
+    """Random objects of all sizes, some crowds, and noisy, doubled and wrong predictions of them."""
+    random = np.random.default_rng(seed)
+    objects = [
+        item(
+            int(random.integers(images)),
+            int(random.choice([3, 7, 90])),
+            *random.uniform(0, 250, 2).tolist(),
+            *random.uniform(5, 150, 2).tolist(),
+            id=number,
+            area=random.uniform(20, 20000),
+            iscrowd=int(random.random() < 0.1),
+        )
+        for number in range(1, 6 * images)  # pycocotools itself needs ids above 0
+    ]
+    path = write_coco(folder / "random.json", objects, images, [90, 3, 7])
+
+    generator = torch.Generator().manual_seed(seed)
+    image_ids, perfect = as_predictions(path)
+    predictions = []
+    for p in perfect:
+        boxes = p["boxes"].repeat(2, 1)
+        boxes = boxes + torch.randn(boxes.shape, generator=generator) * 8
+        boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+        labels = torch.where(
+            torch.rand(len(boxes), generator=generator) < 0.8,
+            p["labels"].repeat(2),
+            torch.randint(3, (len(boxes),), generator=generator),
+        )
+        predictions.append({"boxes": boxes, "labels": labels, "scores": torch.rand(len(boxes), generator=generator)})
+    return path, image_ids, predictions
+
+
+def score(path: Path, predicted: list[int], predictions: list[dict[str, Tensor]], **options: Any) -> CocoResult:
+    evaluator = CocoEvaluator(path, **options)
+    evaluator.update(predicted, predictions)
+    return evaluator.compute()
+
+
+def boxes(*rows: tuple[float, float, float, float], label: int = 0, scores: list[float] | None = None):
+    return {
+        "boxes": torch.tensor(rows, dtype=torch.float32).reshape(-1, 4),
+        "scores": torch.tensor(scores if scores is not None else [0.9] * len(rows)),
+        "labels": torch.full((len(rows),), label),
+    }
+
+
+def test_ground_truth_as_predictions_scores_one(tmp_path):
+    objects = [
+        item(0, 5, 10, 10, 50, 40),  # no area, no iscrowd, annotation id 0
+        item(0, 5, 20, 15, 50, 40),
+        item(0, 5, 10, 10, 50, 40),  # the same box twice
+        item(0, 5, 0.1, 0.2, 33.3, 77.7, iscrowd=1, area=9.0),
+        item(0, 5, 5, 5, 120, 100, iscrowd=1, area=12000),
+        item(1, 2, 30, 30, 0, 20, area=0),  # cannot be found by any box
+        item(1, 2, 30, 30, 20, 20, area=10),
+        item(1, 9, 60, 60, 200, 200, area=40000),
+    ]
+    path = write_coco(tmp_path / "a.json", objects, images=3, category_ids=[9, 5, 2])
+    result = score(path, *as_predictions(path))
+    assert set(result.per_class.values()) == {1.0}
+    assert {result.metrics[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")} == {1.0}
+    assert result.objects == {"class 2": 1, "class 5": 3, "class 9": 1}
+    assert result.explanation is None
+    assert any("1 objects" in note for note in result.notes)
+
+
+def test_ground_truth_of_real_photographs_scores_one():
+    if not BCCD.exists():
+        pytest.skip("the BCCD photographs are not here (../shared/data/bccd)")
+    result = score(BCCD, *as_predictions(BCCD))
+    assert result.metrics["AP"] == 1.0
+    assert set(result.per_class) == {"RBC", "WBC", "Platelets"}
+
+
+def test_hand_computed_average_precision(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10), item(1, 1, 0, 0, 10, 10)], 2, [1])
+    # In order of score: found, missed, found. Precision is 1 up to recall 1/2 (51 of 101 points), then 2/3.
+    predictions = [boxes((0, 0, 10, 10), (100, 100, 110, 110), scores=[0.9, 0.8]), boxes((0, 0, 10, 10), scores=[0.7])]
+    assert score(path, [0, 1], predictions).metrics["AP"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101, abs=1e-12)
+    # An IoU of 0.76 counts at the six thresholds 0.50 to 0.75 of ten.
+    result = score(path, [0, 1], [boxes((0, 0, 10, 7.6)), boxes((0, 0, 10, 7.6))])
+    assert result.metrics["AP"] == pytest.approx(0.6, abs=1e-12)
+    assert result.metrics["AP50"] == result.metrics["AP75"] == 1.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_agrees_with_pycocotools(tmp_path, seed):
+    path, image_ids, predictions = random_case(tmp_path, seed=seed)
+    result = score(path, image_ids, predictions)
+    truth = COCO(str(path))
+    reference = COCOeval(truth, truth.loadRes(json.loads(json.dumps(result.detections))), "bbox")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    assert 0.1 < result.metrics["AP"] < 0.9
+    assert list(result.metrics.values()) == pytest.approx(reference.stats[:9].tolist(), abs=1e-9)
+
+
+def test_order_batches_and_repeated_images_do_not_matter(tmp_path):
+    path, image_ids, predictions = random_case(tmp_path)
+    expected = score(path, image_ids, predictions)
+    evaluator = CocoEvaluator(path)
+    for i in torch.randperm(len(image_ids), generator=torch.Generator().manual_seed(3)).tolist():
+        evaluator.update([image_ids[i]], [predictions[i]])
+    evaluator.update(image_ids[:3], predictions[3:6])  # padding of a distributed sampler: taken before, so ignored
+    assert evaluator.compute() == expected
+    evaluator.reset()
+    assert evaluator.compute().metrics["AP"] == 0
+
+
+def as_json(result: CocoResult) -> str:
+    return json.dumps([result.metrics, result.per_class, result.detections])
+
+
+def gather_in_process(rank: int, folder: str, path: Path, image_ids: list[int], predictions: list[dict[str, Tensor]]):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    evaluator = CocoEvaluator(path)
+    mine = [*range(rank, len(image_ids), 2), 0]  # both processes predict image 0
+    evaluator.update([image_ids[i] for i in mine], [predictions[i] for i in mine])
+    evaluator.gather()
+    Path(folder, f"{rank}.json").write_text(as_json(evaluator.compute()))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_score_as_one(tmp_path):
+    path, image_ids, predictions = random_case(tmp_path, images=5)
+    alone = CocoEvaluator(path)
+    alone.update(image_ids, predictions)
+    alone.gather()  # nothing to gather
+    result = alone.compute()
+    arguments = (str(tmp_path), path, image_ids, predictions)
+    torch.multiprocessing.spawn(gather_in_process, arguments, nprocs=2)
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.json").read_text() == as_json(result)
+
+
+def test_more_detections_than_100_can_count(tmp_path):
+    objects = [item(0, 1, 3 * i, 5 * j, 2, 4) for i in range(15) for j in range(10)]
+    path = write_coco(tmp_path / "crowded.json", objects, 1, [1])
+    image_ids, predictions = as_predictions(path)
+    assert score(path, image_ids, predictions).metrics["AR100"] == pytest.approx(100 / 150)
+    crowded = score(path, image_ids, predictions, max_dets=200)
+    assert crowded.metrics["AP"] == crowded.metrics["AR200"] == 1.0
+    few = score(path, image_ids, predictions, max_dets=3)
+    assert few.metrics["AR3"] == pytest.approx(3 / 150)
+    with pytest.raises(ValueError, match="at least 1"):
+        CocoEvaluator(path, max_dets=0)
+
+
+def test_images_without_predictions_count_unless_left_out(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(i, 1, 0, 0, 10, 10) for i in range(4)], 4, [1])
+    predictions = [boxes((0, 0, 10, 10))] * 2
+    result = score(path, [0, 1], predictions)
+    assert result.metrics["AR1"] == 0.5
+    assert "2 of 4 images were not predicted" in result.table()
+    subset = score(path, [0, 1], predictions, image_ids=[0, 1])
+    assert subset.metrics["AP"] == 1.0
+    assert subset.notes == []
+
+
+@pytest.mark.parametrize(
+    ("image_id", "prediction", "words"),
+    [
+        (0, boxes(), "no box was predicted in any of the 1 images"),
+        (77, boxes((0, 0, 10, 10)), "none of the predicted image ids is in a.json (77 is predicted, 0 is in the file)"),
+        (0, boxes((0, 0, 10, 10), label=3), "from 0 to 2"),
+        (0, boxes((0, 0, 10, 10), label=-1), "from 0 to 2"),
+        (0, boxes((0.25, 0.3, 0.5, 0.6)), "normalised"),
+        (0, boxes((100, 90, 40, 30)), "x1, y1, x2, y2"),
+        (0, boxes((float("nan"), 90, 40, 30)), "diverged"),
+        (0, boxes((200, 190, 240, 230)), "the best IoU within a class is 0.00"),
+    ],
+)
+def test_says_why_ap_is_zero(tmp_path, image_id, prediction, words):
+    path = write_coco(tmp_path / "a.json", [item(0, c, 100, 90, 40, 30) for c in (1, 2, 3)], 1, [1, 2, 3])
+    result = score(path, [image_id], [prediction])
+    assert result.metrics["AP"] == 0
+    assert words in result.explanation
+    assert result.explanation in result.table()
+
+
+def test_says_that_labels_are_counted_from_one(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, c, 100, 90, 40, 30) for c in range(1, 21)], 1, list(range(1, 21)))
+    image_ids, predictions = as_predictions(path)
+    predictions[0]["labels"] += 1
+    predictions[0]["boxes"] += 200 * predictions[0]["labels"][:, None]
+    assert "from 0 to 19" in score(path, image_ids, predictions).explanation
+
+
+def test_says_why_ap_is_undefined(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 9, 9, iscrowd=1)], 1, [1])
+    result = score(path, [0], [boxes((0, 0, 10, 10))])
+    assert isnan(result.metrics["AP"])
+    assert "no object to find" in result.explanation
+    assert "nan" not in result.table()
+
+
+def test_says_that_nothing_was_predicted(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 9, 9)], 1, [1])
+    assert "no image was predicted" in CocoEvaluator(path).compute().explanation
+
+
+def test_a_results_file_scores_as_the_predictions_it_was_written_from(tmp_path, capsys):
+    path, image_ids, predictions = random_case(tmp_path)
+    result = score(path, image_ids, predictions)
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(result.detections))
+    again = CocoEvaluator(path).score_results(results)
+    assert again.metrics == result.metrics
+    assert again.detections == result.detections
+    assert {row["category_id"] for row in result.detections} == {3, 7, 90}
+    assert capsys.readouterr().out == ""
+
+
+def test_table_shows_every_class_and_metric(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1, 2])
+    table = score(path, [0], [boxes((0, 0, 10, 10))]).table()
+    assert "AR100" in table
+    assert [line.split() for line in table.splitlines() if line.startswith("class ")] == [
+        ["class", "AP", "objects"],
+        ["class", "1", "1.000", "1"],
+        ["class", "2", "-", "0"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("[]", "must hold the lists"), ('{"images": [', "cut short"), ('{"images": []}', "must hold the lists")],
+)
+def test_bad_annotation_files_are_named(tmp_path, content, words):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=words) as error:
+        CocoEvaluator(path)
+    assert "bad.json" in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+        CocoEvaluator(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("content", ["{}", '[{"image_id": 1}]', '[{"image_id": 0, "category_id": 1, "bbox": [1], "s'])
+def test_bad_results_files_are_named(tmp_path, content):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"results\.json"):
+        CocoEvaluator(path).score_results(tmp_path / "results.json")
+
+
+def test_categories_of_the_same_name_stay_apart():
+    """Exports of Roboflow hold an unused category 0 that is named like the first one."""
+    categories = [{"id": 1, "name": "fish"}, {"id": 0, "name": "fish"}, {"id": 4, "name": "crab"}]
+    assert labels_of(categories) == ([0, 1, 4], ["fish (id 0)", "fish (id 1)", "crab"])

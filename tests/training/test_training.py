@@ -1,0 +1,142 @@
+"""The parts of training: rates, seeds, parameter groups, averages, logs, data, scores."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffperception.data import CocoDetection
+from diffperception.detection import DiffusionDet
+from diffperception.training.callbacks import Averaging, clock
+from diffperception.training.data import TimedLoader
+from diffperception.training.recipes.detection import DetectionTask
+from diffperception.detection.inference import evaluate_detector, spread
+from diffperception.training.loggers import RunLog
+from diffperception.training.options import DataOptions, OptimizerOptions
+from diffperception.training.module import batch_seed
+from tests.training.tiny_data import write_tiny_data
+from tests.training.tiny_detector import TinyDetector
+
+
+def test_the_rate_rises_linearly_and_then_follows_its_schedule() -> None:
+    options = OptimizerOptions(warmup_steps=100, schedule="cosine")
+    assert options.lr_factor(0, 1100) == pytest.approx(0.01)
+    assert options.lr_factor(50, 1100) == pytest.approx((0.01 + 1) / 2)
+    assert options.lr_factor(100, 1100) == pytest.approx(1)
+    assert options.lr_factor(350, 1100) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert options.lr_factor(600, 1100) == pytest.approx(0.5)
+    assert options.lr_factor(1100, 1100) == pytest.approx(0)
+    stepped = OptimizerOptions(warmup_steps=0, schedule="steps", drops=(0.5, 0.75))
+    assert [stepped.lr_factor(step, 8) for step in (0, 3, 4, 5, 6, 7)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert OptimizerOptions(warmup_steps=0, schedule="constant").lr_factor(7, 8) == 1
+
+
+def test_no_two_batches_share_a_seed() -> None:
+    seeds = {batch_seed(seed, rank, step) for seed in range(4) for rank in range(4) for step in range(50)}
+    assert len(seeds) == 4 * 4 * 50
+    assert batch_seed(1, 2, 3) == batch_seed(1, 2, 3)
+
+
+class Groups(DetectionTask):
+    lr = 0.5  # what a trainer would say
+
+
+def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
+    detector = DiffusionDet(["a"], "resnet10t", strides=(8, 16), width=16, stages=1, ffn_width=16, num_heads=2)
+    detector.head.requires_grad_(False)
+    task = Groups(detector, OptimizerOptions(backbone_lr_factor=0.1, weight_decay=0.2), seed=0)
+    groups = task._groups()
+    grouped = [parameter for group in groups for parameter in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in detector.parameters() if p.requires_grad}
+    assert len(grouped) == len({id(p) for p in grouped})
+    body = {id(p) for p in detector.backbone.backbone.body.parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["lr"] == pytest.approx(0.05 if id(parameter) in body else 0.5)
+            assert group["weight_decay"] == (0.2 if parameter.ndim > 1 else 0.0)
+
+
+def test_the_average_is_the_recursion_it_claims_to_be() -> None:
+    averaging = Averaging(decay=0.9)
+    average, counter = torch.tensor([1.0, 2.0]), torch.tensor(3)
+    expected = average.clone()
+    for n in range(1, 200):
+        value = torch.tensor([float(n), -1.0])
+        averaging._blend([average, counter], [value, torch.tensor(n)], torch.tensor(n))
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+        assert torch.allclose(average, expected)  # in the first updates too, whose decay is smaller
+    assert counter == 199
+
+
+def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.write(2, {"train/loss": 1.25})
+    log.write(4, {"train/loss": 1})
+    log.write(4, {"val/AP": 0.5})
+    log.write(6, {"train/loss": 0.75})
+    log.close()
+    resumed = RunLog(tmp_path, after=4)
+    resumed.write(5, {"train/lr": 0.1})
+    resumed.close()
+    lines = (tmp_path / "metrics.csv").read_text().split()
+    assert lines == ["step,train/loss,val/AP,train/lr", "2,1.25,,", "4,1,0.5,", "5,,,0.1"]
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_time_spent_waiting_for_data_is_counted() -> None:
+    def slow() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.05)
+            yield number
+
+    loader = TimedLoader(slow())
+    assert list(loader) == [0, 1, 2]
+    assert 0.15 <= loader.waited < 1
+
+
+def test_data_sets_with_other_categories_are_refused(tmp_path: Path) -> None:
+    annotations, images = write_tiny_data(tmp_path / "a")
+    other = tmp_path / "other.json"
+    other.write_text(annotations.read_text().replace("disc", "plate"))
+    with pytest.raises(ValueError, match="different categories"):
+        DataOptions(annotations, images, other, images).open()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path, batch_size: int) -> None:
+    dataset = CocoDetection(*write_tiny_data(tmp_path / "data"))
+    torch.manual_seed(0)
+    detector = TinyDetector(dataset.classes)
+    single = evaluate_detector(detector, dataset, batch_size=1, seed=5)
+    batched = evaluate_detector(detector, dataset, batch_size=batch_size, seed=5)
+    assert len(batched.detections) == len(dataset)
+    assert [row["score"] for row in batched.detections] == pytest.approx([row["score"] for row in single.detections])
+    assert batched.metrics == pytest.approx(single.metrics, nan_ok=True)
+    other = evaluate_detector(detector, dataset, batch_size=batch_size, seed=6)
+    assert [row["score"] for row in other.detections] != [row["score"] for row in single.detections]
+
+
+def test_some_images_spread_over_the_set_are_scored(tmp_path: Path) -> None:
+    assert spread(10, None) == list(range(10))
+    assert spread(10, 4) == [0, 2, 5, 7]
+    assert spread(3, 8) == [0, 1, 2]
+    dataset = CocoDetection(*write_tiny_data(tmp_path / "data"))
+    result = evaluate_detector(TinyDetector(dataset.classes), dataset, images=2)
+    assert {row["image_id"] for row in result.detections} == {10, 13}
+    assert not result.notes  # the other images do not count as missed
+
+
+def test_a_detector_of_other_classes_or_with_unknown_options_is_refused(tmp_path: Path) -> None:
+    dataset = CocoDetection(*write_tiny_data(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"3 classes \(a, b, c\).*2 \(disc, square\)"):
+        evaluate_detector(TinyDetector(["a", "b", "c"]), dataset)
+    with pytest.raises(ValueError, match="TinyDetector has no option steps"):
+        evaluate_detector(TinyDetector(dataset.classes), dataset, options={"steps": 4})
+
+
+def test_times_are_written_as_a_clock_shows_them() -> None:
+    assert [clock(seconds) for seconds in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

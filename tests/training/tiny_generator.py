@@ -1,0 +1,100 @@
+"""A folder of small pictures, the configuration that trains a generator on it, and one that loses power."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from diffperception.diffusion import Objective
+from diffperception.generation import DiffusionModel
+from diffperception.models import UNet
+from tests.training.tiny_detector import PowerCut
+
+
+def write_tiny_pictures(folder: Path, number: int = 6) -> Path:
+    """Noise in two folders, the classes."""
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        path = folder / ("even" if i % 2 == 0 else "odd") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (10, 12, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def write_tiny_generator(folder: Path) -> Path:
+    """The pictures and a configuration with everything that has a state: labels, dropout, learned times and range."""
+    pictures = str(write_tiny_pictures(folder / "pictures"))
+    unet = {
+        "out_channels": 6,
+        "channels": 32,
+        "multipliers": [1, 1],
+        "depth": 1,
+        "attention": [],
+        "head_channels": 32,
+        "num_classes": 3,
+        "dropout": 0.1,
+    }
+    config = {
+        "task": "generation",
+        "model": {
+            "class_path": "tests.training.tiny_generator.UnpluggedModel",
+            "init_args": {
+                "unet": {"class_path": "diffperception.models.UNet", "init_args": unet},
+                "num_timesteps": 3,
+                "learned_range": True,
+                "image_size": 8,
+                "absent_label": True,
+            },
+        },
+        "data": {"images": pictures, "val_images": pictures, "labelled": True, "batch_size": 4, "workers": 0},
+        "objective": {"times": "loss_second_moment", "label_dropping": 0.3},
+        "optimizer": {"lr": 0.003, "base_batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9},
+        "trainer": {"max_steps": 12, "log_every": 1, "checkpoint_every": 3, "accelerator": "cpu"},
+        "preview": {"every": 4, "samples": 2, "held_out": 4, "sampling": {"steps": 2}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
+class UnpluggedModel(DiffusionModel):
+    """Ends the program with PowerCut when its loss is asked for the `die_at`-th time."""
+
+    def __init__(
+        self,
+        classes: Sequence[str] | None,
+        unet: UNet,
+        num_timesteps: int = 1000,
+        learned_range: bool = False,
+        image_size: int | tuple[int, int] = 64,
+        absent_label: bool = False,
+        die_at: int | None = None,
+    ):
+        super().__init__(
+            classes,
+            unet,
+            "cosine",
+            num_timesteps=num_timesteps,
+            learned_range=learned_range,
+            image_size=image_size,
+            absent_label=absent_label,
+        )
+        self.left = die_at
+
+    def objective(self, min_snr: float | None = None) -> Objective:
+        """The loss, for as long as there is power; the held-out loss does not count."""
+        return super().objective(min_snr) if self.left is None else UnpluggedObjective(self)
+
+
+class UnpluggedObjective(Objective):
+    def __init__(self, model: UnpluggedModel):
+        super().__init__(model.schedule, model.prediction, model.learned_range)
+        self.model = model
+
+    def __call__(self, *arguments):  # type: ignore[no-untyped-def]
+        if self.model.training and self.model.left is not None:
+            self.model.left -= 1
+            if self.model.left == 0:
+                raise PowerCut
+        return super().__call__(*arguments)
