@@ -18,8 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffperception.segmentation import FeatureExtractor, FeatureMaps, FitOptions, MapInfo, PixelEnsemble
-from diffperception.segmentation.ensemble import summarise
+from diffperception.models import FeatureInfo
+from diffperception.segmentation import FeatureExtractor, FeatureMaps, FitOptions, PixelEnsemble
+from diffperception.segmentation.ensemble import combine_members
 from diffperception.segmentation.mlp import hidden_widths
 from diffperception.segmentation.pixels import LabelledPixels, member_seed, train
 
@@ -69,7 +70,7 @@ class RandomMaps(FeatureExtractor):
     """Maps of the reference's shapes, the same random ones for every image."""
 
     def __init__(self) -> None:
-        super().__init__([MapInfo(f"stride {stride}", channels, stride) for channels, stride in 3 * BLOCKS], 8)
+        super().__init__([FeatureInfo(f"stride {stride}", channels, stride) for channels, stride in 3 * BLOCKS], 8)
         generator = torch.Generator().manual_seed(0)
         sides = [(info.channels, SIDE // info.stride) for info in self.info]
         self.drawn = [torch.randn(1, channels, side, side, generator=generator) for channels, side in sides]
@@ -196,7 +197,7 @@ def _predict_densely(networks: list[nn.Sequential], maps: FeatureMaps) -> tuple[
     """What `PixelEnsemble.segment` returns, and the logits (M, 1, H W, K)."""
     rows = _dense_rows(maps)
     logits = torch.stack([network(rows) for network in networks])[:, None]
-    return summarise(logits), logits
+    return combine_members(logits), logits
 
 
 def _network(channels: int) -> nn.Sequential:

@@ -33,7 +33,7 @@ from diffperception.segmentation import (
     RGBFeatures,
 )
 from diffperception.segmentation.baseline import BaselineOptions, predict_labels, segmentation_unet, train_unet
-from diffperception.segmentation.feature_cache import KeptFeatures, in_bytes, parse_bytes, stored_bytes, weights_digest
+from diffperception.segmentation.feature_cache import CachedFeatures, fingerprint, in_bytes, parse_bytes, stored_bytes
 from diffperception.training.recipes.segmentation import MaskDataOptions
 from diffperception.visualization.draw import STRIP_SIDE, label_curves, paint, save_png, stack, titled
 from diffperception.visualization.panels import legend, mask_overlay
@@ -156,7 +156,7 @@ def resized(image: Tensor, short_side: int | None) -> Tensor:
 def fixed_settings(resolved: str, features: DiffusionFeatures) -> dict[str, Any]:
     """What the results depend on: all options but those that only choose which are made, and the network's weights."""
     settings = {name: value for name, value in yaml.safe_load(resolved).items() if name not in FREE}
-    return {**settings, "weights": weights_digest(features)}
+    return {**settings, "weights": fingerprint(features)}
 
 
 def learner(
@@ -187,7 +187,7 @@ def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
     return DiffusionFeatures(**features.arguments | {"unet": unet}).to(features.device)
 
 
-def keep(features: FeatureExtractor, images: Sequence[Tensor], memory: int, title: str) -> KeptFeatures:
+def keep(features: FeatureExtractor, images: Sequence[Tensor], memory: int, title: str) -> CachedFeatures:
     """The extractor with the features of these images in memory, in half precision; ValueError if they need more."""
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     needed = stored_bytes(features, sizes, torch.float16)
@@ -197,7 +197,7 @@ def keep(features: FeatureExtractor, images: Sequence[Tensor], memory: int, titl
             f" {in_bytes(memory)}: name fewer blocks or timesteps, set a smaller data.short_side, or raise --memory"
         )
     start = time.monotonic()
-    kept = KeptFeatures(features)
+    kept = CachedFeatures(features)
     for image in tqdm(images, desc=title, unit="image", leave=False, disable=None):
         kept.maps(image)
     say(f"{title}: {features.channels} a pixel, {in_bytes(needed)} in memory, {time.monotonic() - start:.0f} s")

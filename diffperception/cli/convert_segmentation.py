@@ -6,7 +6,7 @@ from jsonargparse.typing import PositiveInt
 
 from diffperception.cli import counted, say
 from diffperception.models.base import require_file_name
-from diffperception.segmentation import FeatureExtractor, PixelSegmenter, load_reference_ensemble
+from diffperception.segmentation import FeatureExtractor, PixelEnsemble, PixelSegmenter
 
 
 def convert(
@@ -23,11 +23,11 @@ def convert(
     makes a model file of first, with the same blocks and timesteps in the same order.
 
     For example: `diffperception convert --task segmentation --features
-    diffperception.segmentation.DiffusionFeatures.of_generator --features.file cat.safetensors --checkpoints
+    diffperception.segmentation.DiffusionFeatures --features.generator cat.safetensors --checkpoints
     model_0.pth model_1.pth --classes "[background, ...]" --output cat_segmenter.safetensors`.
 
     Args:
-        features: what is known of pixels; DiffusionFeatures.of_generator and its arguments.
+        features: what is known of pixels; DiffusionFeatures and its arguments.
         checkpoints: model_0.pth, model_1.pth, ...: a file a member of the ensemble. Nothing in them is run.
         classes: names of the classes 0, 1, ...
         output: the file to write.
@@ -37,7 +37,7 @@ def convert(
     require_file_name(output)
     if output.exists() and not overwrite:
         raise ValueError(f"{output} is there already: name another file, or replace it with --overwrite")
-    ensemble = load_reference_ensemble(checkpoints, features.channels, len(classes))
+    ensemble = PixelEnsemble.from_reference(checkpoints, features.channels, len(classes))
     PixelSegmenter(features, ensemble, classes, short_side).save(output)
     say(
         f"{counted(len(checkpoints), 'classifier')} of {features.channels} features and {len(classes)} classes\n"

@@ -12,7 +12,7 @@ from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import require_room
 from diffperception.cli.report import write_text
-from diffperception.data.masks import IGNORED, MaskFolder
+from diffperception.data.masks import IGNORE_INDEX, MaskFolder
 from diffperception.detection.inference import spread
 from diffperception.segmentation import MeanIoU, PixelSegmenter
 from diffperception.visualization.draw import save_png
@@ -26,7 +26,7 @@ def evaluate(
     annotations: Path | None = None,
     limit: PositiveInt | None = None,
     unlabelled: Literal["stop", "skip"] = "stop",
-    ignore: int | None = IGNORED,
+    ignore: int | None = IGNORE_INDEX,
     mask_values: dict[int, int] | None = None,
     output: Path | None = None,
     pictures: NonNegativeInt = 4,

@@ -21,7 +21,7 @@ from diffperception.cli.settings import differences, read_settings
 from diffperception.data.image_folder import picture_size
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.segmentation import FeatureExtractor
-from diffperception.segmentation.feature_cache import file_bytes, in_bytes, parse_bytes, save_maps, weights_digest
+from diffperception.segmentation.feature_cache import file_bytes, fingerprint, in_bytes, parse_bytes, save_maps
 
 SETTINGS = "settings.json"
 LEFT_OUT = "left_out.json"  # images whose headers can be read, but not their pixels: their problems, and of which file
@@ -42,13 +42,13 @@ def extract(
     Before it starts it says how many bytes that will be. It can be interrupted: given again, the command goes on with
     the images whose files are missing or incomplete. Images that cannot be read are left out and named at the end.
 
-    For example: `diffperception extract --features diffperception.segmentation.DiffusionFeatures.of_generator
-    --features.file runs/shapes_ddpm/model.safetensors --images photos --output features --limit 2GB`.
+    For example: `diffperception extract --features diffperception.segmentation.DiffusionFeatures
+    --features.generator runs/shapes_ddpm/model.safetensors --images photos --output features --limit 2GB`.
 
     The files hold the maps by their names, and are read by `diffperception.segmentation.feature_cache.load_maps`.
 
     Args:
-        features: what gives the maps: DiffusionFeatures.of_generator, TimmFeatures or RGBFeatures.
+        features: what gives the maps: DiffusionFeatures, TimmFeatures or RGBFeatures.
         images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
         output: folder for the files, named as the images, and settings.json, which says what they hold.
         short_side: resize the images to this short side first.
@@ -104,7 +104,7 @@ def settings_of(features: FeatureExtractor, dtype: str, short_side: int | None) 
     return {
         "features": type(features).__name__,
         "arguments": json.loads(json.dumps(features.arguments)),
-        "weights": weights_digest(features),
+        "weights": fingerprint(features),
         "maps": [[info.name, info.channels, info.stride] for info in features.info],
         "dtype": dtype,
         "short_side": short_side,

@@ -17,7 +17,7 @@ from diffperception.cli.evaluate_segmentation import draw, iou_table, score
 from diffperception.cli.predict import require_room
 from diffperception.cli.report import write_text
 from diffperception.cli.run_folder import WEIGHTS, say_where, start_folder
-from diffperception.data.masks import IGNORED, MaskFolder
+from diffperception.data.masks import IGNORE_INDEX, MaskFolder
 from diffperception.segmentation import FeatureExtractor, FitOptions, PixelEnsemble, PixelSegmenter
 from diffperception.segmentation.feature_cache import in_bytes, stored_bytes
 from diffperception.training.recipes.segmentation import MaskDataOptions
@@ -45,7 +45,7 @@ def train(
     """Train an ensemble of pixel classifiers on a few images with masks, and measure it on others.
 
     What is known of a pixel is what a network says of it: a diffusion model trained on such images without labels
-    (`DiffusionFeatures.of_generator`), any timm model (`TimmFeatures`), or its colour alone (`RGBFeatures`), all of
+    (`DiffusionFeatures`), any timm model (`TimmFeatures`), or its colour alone (`RGBFeatures`), all of
     `diffperception.segmentation`.
 
     Everything is written to one folder: config.yaml (all options; use it as --config to repeat the run),
@@ -58,7 +58,7 @@ def train(
     for what it gains: here 1000 minibatches are the most, unless fit.max_minibatches says otherwise (null: no limit).
 
     Args:
-        features: what is known of pixels: one of these classes, or DiffusionFeatures.of_generator, and its arguments.
+        features: what is known of pixels: one of these classes, or DiffusionFeatures, and its arguments.
         data: what is learned from, and measured on.
         output: the folder for everything that the run writes.
         members: classifiers in the ensemble; where they differ, a pixel is uncertain.
@@ -101,8 +101,8 @@ def sizes(
     features: FeatureExtractor, folder: MaskFolder, masks: list[Tensor], members: int, options: FitOptions
 ) -> str:
     """What is learned from how much, in words."""
-    memory = stored_bytes(features, [(mask.shape[0], mask.shape[1]) for mask in masks], getattr(torch, options.storage))
-    pixels = sum(int((mask != IGNORED).sum()) for mask in masks)
+    memory = stored_bytes(features, [(mask.shape[0], mask.shape[1]) for mask in masks], getattr(torch, options.feature_dtype))
+    pixels = sum(int((mask != IGNORE_INDEX).sum()) for mask in masks)
     limit = "" if options.max_minibatches is None else f"; at most {options.max_minibatches} minibatches each"
     return (
         f"{counted(members, 'classifier')} {'learns' if members == 1 else 'learn'} {folder.num_classes} classes from"

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from diffperception.data.image_folder import list_pictures, picture_size
 from diffperception.data.images import read_image
 
-IGNORED = 255  # the label of pixels that have none
+IGNORE_INDEX = 255  # the label of pixels that have none
 FORMATS = (".png", ".npy")  # of masks
 
 
@@ -53,7 +53,7 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         images: Path,
         masks: Path,
         num_classes: int,
-        ignore: int | None = IGNORED,
+        ignore: int | None = IGNORE_INDEX,
         mask_values: Mapping[int, int] | None = None,
         annotations: Path | None = None,
         unlabelled: Literal["stop", "skip"] = "stop",
@@ -102,14 +102,14 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         """Whether a mask has labelled pixels; ValueError if it does not go with the image."""
         labels = self._read(mask)
         if labels.shape == picture_size(image, "stop"):
-            return bool((labels != IGNORED).any())
+            return bool((labels != IGNORE_INDEX).any())
         height, width = read_image(image).shape[1:]  # the header's are those of a picture that lies on its side
         if labels.shape != (height, width):
             raise ValueError(
                 f"the mask {mask} has {labels.shape[0]} x {labels.shape[1]} pixels, but its image {image} has"
                 f" {height} x {width}: they must be alike"
             )
-        return bool((labels != IGNORED).any())
+        return bool((labels != IGNORE_INDEX).any())
 
     def _read(self, path: Path) -> np.ndarray:
         """The labels in a mask's file, (H, W) int64."""
@@ -216,12 +216,12 @@ def _listed(images: Path, annotations: Path | None) -> Sequence[Path]:
 
 def _label_of_value(num_classes: int, ignore: int | None, values: Mapping[int, int] | None) -> dict[int, int]:
     """The label of each value that masks may hold; ValueError if `mask_values` leads to another than a class."""
-    if num_classes > IGNORED:
-        raise ValueError(f"there are {num_classes} classes, but masks of labels hold at most {IGNORED}: join some")
-    ignored = {} if ignore is None else {ignore: IGNORED}
+    if num_classes > IGNORE_INDEX:
+        raise ValueError(f"there are {num_classes} classes, but masks of labels hold at most {IGNORE_INDEX}: join some")
+    ignored = {} if ignore is None else {ignore: IGNORE_INDEX}
     if values is None:
         return {k: k for k in range(num_classes)} | ignored
-    outside = sorted({label for label in values.values() if label != IGNORED and label not in range(num_classes)})
+    outside = sorted({label for label in values.values() if label != IGNORE_INDEX and label not in range(num_classes)})
     if outside:
         raise ValueError(f"`mask_values` leads to {_some(outside)}, but the classes are 0 to {num_classes - 1}")
     return ignored | dict(values)

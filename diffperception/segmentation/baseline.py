@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from diffperception.data.masks import IGNORE_INDEX
 from diffperception.models import UNet
-from diffperception.segmentation.evaluator import IGNORED
 from diffperception.segmentation.maps import padded_side
 from diffperception.segmentation.pixels import check_size
 
@@ -26,7 +26,7 @@ class BaselineOptions:
         steps: updates of the weights.
         batch_size: crops an update.
         crop: side of the crops in pixels, a multiple of the UNet's stride; mirrored both ways at random.
-        learning_rate: of AdamW, the highest.
+        lr: learning rate of AdamW, the highest.
         weight_decay: of AdamW.
         bf16: compute in bfloat16 where autocast does.
     """
@@ -34,7 +34,7 @@ class BaselineOptions:
     steps: int = 400
     batch_size: int = 8
     crop: int = 64
-    learning_rate: float = 1e-3
+    lr: float = 1e-3
     weight_decay: float = 1e-2
     bf16: bool = False
 
@@ -46,7 +46,7 @@ class BaselineOptions:
 
 def segmentation_unet(unet: UNet, num_classes: int) -> UNet:
     """A new UNet like a generator's, with random weights, that gives a logit for each of K classes."""
-    return UNet(**unet.arguments | {"out_channels": num_classes, "num_classes": None}).to(unet.stem.weight.device)
+    return UNet(**unet.arguments | {"out_channels": num_classes}).to(unet.device)
 
 
 def train_unet(
@@ -69,7 +69,7 @@ def train_unet(
         check_size(image, mask, f"image {number}")
     unet.check_size(options.crop, options.crop)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(unet.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(unet.parameters(), options.lr, weight_decay=options.weight_decay)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
     losses: list[float] = []
     unet.train()
@@ -77,7 +77,7 @@ def train_unet(
         for _ in range(options.steps):
             chosen = torch.randint(len(images), (options.batch_size,), generator=generator).tolist()
             crops = [random_crop(images[i], masks[i], options.crop, generator) for i in chosen]
-            batch, labels = (torch.stack(part).to(unet.stem.weight.device) for part in zip(*crops, strict=True))
+            batch, labels = (torch.stack(part).to(unet.device) for part in zip(*crops, strict=True))
             loss = _loss(_logits(unet, batch, options.bf16), labels.long())
             optimizer.zero_grad()
             loss.backward()
@@ -99,7 +99,7 @@ def predict_labels(unet: UNet, image: Tensor, size: tuple[int, int] | None = Non
     """
     height, width = image.shape[1:]
     below, right = (padded_side(side, unet.stride) - side for side in (height, width))
-    padded = F.pad(image[None].to(unet.stem.weight.device), (0, right, 0, below), mode="replicate")
+    padded = F.pad(image[None].to(unet.device), (0, right, 0, below), mode="replicate")
     logits = _logits(unet, padded, bf16)[:, :, :height, :width]
     if size is not None:
         logits = F.interpolate(logits, size, mode="bilinear")
@@ -109,7 +109,7 @@ def predict_labels(unet: UNet, image: Tensor, size: tuple[int, int] | None = Non
 def random_crop(image: Tensor, mask: Tensor, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A square part of an image and of its mask, mirrored both ways at random; ignored where the image ends."""
     right, below = (max(0, side - length) for length in (image.shape[2], image.shape[1]))
-    image, mask = F.pad(image, (0, right, 0, below)), F.pad(mask, (0, right, 0, below), value=IGNORED)
+    image, mask = F.pad(image, (0, right, 0, below)), F.pad(mask, (0, right, 0, below), value=IGNORE_INDEX)
     top, left = (
         int(torch.randint(length - side + 1, (), generator=generator)) for length in (image.shape[1], image.shape[2])
     )
@@ -126,8 +126,8 @@ def _logits(unet: UNet, images: Tensor, bf16: bool) -> Tensor:
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labelled pixels; 0, not NaN, where the crops have none."""
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -3,16 +3,18 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffperception.data.masks import IGNORE_INDEX
 from diffperception.models import Model
-from diffperception.segmentation.evaluator import IGNORED
+from diffperception.models.convert.ddpm_segmentation import read_members
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps, rows_around, upsample_rows
-from diffperception.segmentation.mlp import PixelMLPs
+from diffperception.segmentation.mlp import PixelMLPs, hidden_widths
 from diffperception.segmentation.pixels import (
     FitOptions,
     LabelledPixels,
@@ -87,10 +89,44 @@ class PixelEnsemble(Model):
         super().__init__()
         if not 1 <= members <= torch.iinfo(torch.uint8).max:  # votes are counted in bytes
             raise ValueError(f"there must be 1 to 255 members, not {members}")
-        if not 2 <= num_classes <= IGNORED:
-            raise ValueError(f"there must be 2 to {IGNORED} classes, not {num_classes}")
+        if not 2 <= num_classes <= IGNORE_INDEX:
+            raise ValueError(f"there must be 2 to {IGNORE_INDEX} classes, not {num_classes}")
         self.channels, self.num_classes, self.members = channels, num_classes, members
         self.mlps = PixelMLPs(members, channels, num_classes, [member_seed(0, m) for m in range(members)]).eval()
+
+    @classmethod
+    def from_reference(
+        cls, paths: Sequence[str | Path], channels: int | None = None, num_classes: int | None = None
+    ) -> "PixelEnsemble":
+        """The ensemble of ddpm-segmentation's files ``model_0.pth``, ``model_1.pth``, ... in evaluation mode.
+
+        Sizes follow from the weights. Nothing in a file is run.
+
+        Args:
+            paths: a file per member.
+            channels: D of the features it is meant for, to be told where they differ; ``args['dim'][-1]`` of the
+                reference.
+            num_classes: K likewise; ``args['number_class']`` of the reference.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if a file holds something else, members differ, or a size is not the one given.
+        """
+        found_channels, found_classes, state = read_members(paths)
+        sizes = (("channels", found_channels, channels), ("num_classes", found_classes, num_classes))
+        for name, found, wanted in sizes:
+            if wanted is not None and wanted != found:
+                raise ValueError(f"{name} is {found} in {paths[0]}, not {wanted}")
+        width, known = state["layers.0.weight"].shape[1], hidden_widths(found_classes)[0]
+        if width != known:
+            raise ValueError(
+                f"{paths[0]} has {found_classes} classes and a first layer {width} wide; the reference makes it {known}"
+                " wide: num_classes is wrong"
+            )
+        with torch.device("meta"):
+            ensemble = cls(found_channels, found_classes, len(paths))
+        ensemble.mlps.load_state_dict(state, assign=True)
+        return ensemble.eval()
 
     def fit(
         self,
@@ -119,7 +155,7 @@ class PixelEnsemble(Model):
         self._check_channels(features.channels)
         checked, notes = checked_masks(images, masks, self.num_classes, options.min_pixels, names, classes)
         fit_notes(notes)
-        pixels = LabelledPixels(features, images, checked, getattr(torch, options.storage), names)
+        pixels = LabelledPixels(features, images, checked, getattr(torch, options.feature_dtype), names)
         seeds = [member_seed(options.seed, member) for member in range(self.members)]
         device = self.mlps.device
         self.mlps = PixelMLPs(self.members, self.channels, self.num_classes, seeds).to(pixels.labels.device)
@@ -147,7 +183,7 @@ class PixelEnsemble(Model):
         bottom = 0
         for logits in self._bands(maps):
             rows = slice(bottom, bottom := bottom + logits.shape[1])
-            labels[rows], uncertainty[rows], band_mean, band_votes = summarise(logits)
+            labels[rows], uncertainty[rows], band_mean, band_votes = combine_members(logits)
             votes[:, rows] = band_votes.permute(2, 0, 1)
             if mean is not None:
                 mean[:, rows] = band_mean.permute(2, 0, 1)
@@ -229,7 +265,7 @@ def _classify(z: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor, weight3: 
     return F.linear(F.linear(hidden, weight2, bias2).relu_(), weight3, bias3)
 
 
-def summarise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def combine_members(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(M, rows, W, K) -> labels and uncertainty (rows, W), mean probabilities and votes (rows, W, K)."""
     log_p = logits.log_softmax(-1)
     p = log_p.exp()

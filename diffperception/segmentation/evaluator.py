@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-IGNORED = 255  # the mask value of pixels without a label
+from diffperception.data.masks import IGNORE_INDEX
 
 
 class MeanIoU:
@@ -35,7 +35,7 @@ class MeanIoU:
         if labels.shape != mask.shape:
             raise ValueError(f"the prediction is of shape {tuple(labels.shape)}, its mask of {tuple(mask.shape)}")
         labels, mask = labels.cpu().long(), mask.cpu().long()
-        labelled = mask != IGNORED
+        labelled = mask != IGNORE_INDEX
         labels, mask = labels[labelled], mask[labelled]
         unknown = sorted({*labels.unique().tolist(), *mask.unique().tolist()} - {*range(num_classes)})
         if unknown:

@@ -46,7 +46,7 @@ def file_bytes(features: FeatureExtractor, size: tuple[int, int], dtype: torch.d
     return 8 + 8 * math.ceil(len(text) / 8) + end  # its length comes first, and spaces fill it up
 
 
-class KeptFeatures(FeatureExtractor):
+class CachedFeatures(FeatureExtractor):
     """An extractor that computes the maps of an image once and keeps them in memory.
 
     Its maps are refused with a ValueError where a value is too large for how they are kept.
@@ -109,7 +109,7 @@ def load_maps(path: Path) -> FeatureMaps:
     return FeatureMaps(maps, about["strides"], tuple(about["size"]))
 
 
-def weights_digest(module: nn.Module) -> str:
+def fingerprint(module: nn.Module) -> str:
     """A short name for a network's weights, that changes with them."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():

@@ -93,8 +93,8 @@ class DiffusionFeatures(FeatureExtractor):
     The noise is kept among the weights. Maps come time by time, and for each in the order of the blocks.
 
     Args:
-        generator: the model.safetensors file of a generator, which knows its schedule, or of a UNet alone, on the linear
-            schedule of 1000 steps; or such a model. It is put into evaluation mode and its weights are fixed.
+        generator: the model.safetensors file of a generator, which knows its schedule, or of a UNet alone, on the
+            linear schedule of 1000 steps; or such a model. It is put into evaluation mode and its weights are fixed.
         blocks: decoder blocks, indices among the generator's `block_info`.
         timesteps: times of the schedule.
         window: larger images are cut into windows of this side; null for what the generator was trained on.

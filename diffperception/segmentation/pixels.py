@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from diffperception.segmentation.evaluator import IGNORED
+from diffperception.data.masks import IGNORE_INDEX
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps, check_storable, taps
 from diffperception.segmentation.mlp import PixelMLPs
@@ -21,7 +21,7 @@ NAMED = 3  # in a message; the others are counted
 LEAST = {
     "batch_size": 2,
     "epochs": 1,
-    "watch_after": 0,
+    "early_stopping_start": 0,
     "patience": 1,
     "max_minibatches": 1,
     "min_pixels": 0,
@@ -35,31 +35,31 @@ class FitOptions:
 
     Args:
         batch_size: pixels a minibatch; every member has its own.
-        learning_rate: of Adam.
+        lr: learning rate of Adam.
         epochs: most passes over the labelled pixels.
-        watch_after: passes after which a member may stop early.
+        early_stopping_start: passes after which a member may stop early.
         patience: a member stops once so many minibatches have not improved on the best one's loss since.
         max_minibatches: most minibatches a member, whatever the passes; null for no such limit.
         min_pixels: a class with fewer pixels in an image is ignored there.
         seed: of weights and minibatches.
-        storage: of the features while training; half precision takes half the memory.
+        feature_dtype: of the features while training; half precision takes half the memory.
     """
 
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    lr: float = 1e-3
     epochs: int = 100
-    watch_after: int = 4
+    early_stopping_start: int = 4
     patience: int = 50
     max_minibatches: int | None = None
     min_pixels: int = 20
     seed: int = 0
-    storage: str = "float16"
+    feature_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if self.storage not in ("float16", "float32"):
-            raise ValueError(f"features are stored as float16 or float32, not {self.storage!r}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        if self.feature_dtype not in ("float16", "float32"):
+            raise ValueError(f"features are stored as float16 or float32, not {self.feature_dtype!r}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -116,16 +116,16 @@ def _checked_mask(mask: Tensor, name: str, classes: Sequence[str], min_pixels: i
     if mask.dim() != 2 or mask.is_floating_point():
         raise ValueError(f"the mask of {name} must be whole numbers of shape (height, width), not {tuple(mask.shape)}")
     values, counts = mask.unique(return_counts=True)
-    unknown = [v for v in values.tolist() if v != IGNORED and not 0 <= v < len(classes)]
+    unknown = [v for v in values.tolist() if v != IGNORE_INDEX and not 0 <= v < len(classes)]
     if unknown:
         raise ValueError(
             f"the mask of {name} has the values {unknown}; the classes are 0 to {len(classes) - 1}, ignored is"
-            f" {IGNORED}"
+            f" {IGNORE_INDEX}"
         )
     mask = mask.to(torch.uint8, copy=True)
     for label, count in zip(values.tolist(), counts.tolist(), strict=True):
-        if label != IGNORED and count < min_pixels:
-            mask[mask == label] = IGNORED
+        if label != IGNORE_INDEX and count < min_pixels:
+            mask[mask == label] = IGNORE_INDEX
             notes.append(
                 f"{name} has only {count} pixel{'s' * (count > 1)} of class {classes[label]}; they are ignored."
             )
@@ -173,7 +173,7 @@ class LabelledPixels:
         widths = [sum(features.info[i].channels for i in group) for group in self.groups]
         shapes = zip(cells.sum(1).tolist(), widths, strict=True)
         self.tables = [torch.empty(shape, dtype=storage, device=device) for shape in shapes]
-        labelled = [(mask.flatten() != IGNORED).nonzero()[:, 0] for mask in masks]
+        labelled = [(mask.flatten() != IGNORE_INDEX).nonzero()[:, 0] for mask in masks]
         self.places = torch.cat([place.int() for place in labelled]).to(device)
         self.labels = torch.cat([m.flatten()[p] for m, p in zip(masks, labelled, strict=True)]).to(device)
         self.ends = torch.tensor([len(place) for place in labelled], device=device).cumsum(0)
@@ -262,7 +262,7 @@ def train(mlps: PixelMLPs, pixels: LabelledPixels, seeds: Sequence[int], options
     epoch = -(-len(pixels) // options.batch_size)
     most = options.epochs * epoch
     most = most if options.max_minibatches is None else min(most, options.max_minibatches)
-    optimizer = torch.optim.Adam(mlps.parameters(), options.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(mlps.parameters(), options.lr, fused=True)
     stopping = EarlyStopping(len(seeds), options.patience)
     kept: dict[int, dict[str, Tensor]] = {}  # the weights of members that have stopped
     seen = [most] * len(seeds)
@@ -278,7 +278,7 @@ def train(mlps: PixelMLPs, pixels: LabelledPixels, seeds: Sequence[int], options
             losses = _backward(mlps, x.unflatten(0, (len(seeds), -1)), labels, gradient)
             optimizer.step()
             bar.update()
-            if number <= options.watch_after * epoch:
+            if number <= options.early_stopping_start * epoch:
                 continue
             for member in stopping.update(losses.cpu()).nonzero()[:, 0].tolist():
                 if member not in kept:

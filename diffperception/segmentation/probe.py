@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from diffperception.segmentation.evaluator import IGNORED, MeanIoU
+from diffperception.data.masks import IGNORE_INDEX
+from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.features import DiffusionFeatures
 from diffperception.segmentation.pixels import check_size, checked_masks
 
@@ -18,7 +19,7 @@ FOLDS = 2
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeScore:
     """How well a linear classifier on one block at one timestep does on images that it was not fitted to."""
 
     timestep: float
@@ -26,7 +27,7 @@ class Probe:
     miou: float
 
 
-def search(
+def probe_features(
     features: DiffusionFeatures,
     images: Sequence[Tensor],
     masks: Sequence[Tensor],
@@ -35,7 +36,7 @@ def search(
     pixels: int = 2000,
     seed: int = 0,
     names: Sequence[str] | None = None,
-) -> list[Probe]:
+) -> list[ProbeScore]:
     """Rank the timesteps x blocks of an extractor, best first.
 
     Ridge regression of the classes on sampled pixels of half of the images, scored on the pixels of the other half,
@@ -63,26 +64,26 @@ def search(
     used = [i for i, place in enumerate(points) if len(place)]
     if len(used) < FOLDS:
         raise ValueError(
-            f"a search needs at least {FOLDS} labelled images, for it tries on some what it learns on others"
+            f"probing needs at least {FOLDS} labelled images, for it tries on some what it learns on others"
         )
     labels = [masks[i][tuple(points[i].T)].long() for i in used]
-    start = time.monotonic()
-    probes: list[Probe] = []
-    for number, timestep in enumerate(tqdm(features.timesteps, "search", unit="timestep", leave=False, disable=None)):
+    timesteps, start = features.reader.timesteps, time.monotonic()
+    scores: list[ProbeScore] = []
+    for number, timestep in enumerate(tqdm(timesteps, "probe", unit="timestep", leave=False, disable=None)):
         spent = time.monotonic() - start
         if number and spent + spent / number > seconds:
             break
         of_images = _features_at(features.at_timestep(number), [(images[i], points[i]) for i in used])
-        for block, values in zip(features.blocks, of_images, strict=True):
-            probes.append(Probe(timestep, block, _probe(values, labels, num_classes)))
-    return sorted(probes, key=lambda probe: -probe.miou)
+        for block, values in zip(features.reader.blocks, of_images, strict=True):
+            scores.append(ProbeScore(timestep, block, _probe(values, labels, num_classes)))
+    return sorted(scores, key=lambda score: -score.miou)
 
 
 def _sample(mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """(N, 2) rows and columns of labelled pixels, drawn without replacement from the classes in equal shares."""
     order = torch.randperm(mask.numel(), generator=generator)
     shuffled = mask.flatten()[order]
-    present = [label for label in shuffled.unique().tolist() if label != IGNORED]
+    present = [label for label in shuffled.unique().tolist() if label != IGNORE_INDEX]
     share = count // max(1, len(present))
     chosen = [order[(shuffled == label).nonzero()[:share, 0]] for label in present]
     flat = torch.cat([torch.empty(0, dtype=torch.int64), *chosen])

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffperception.data.masks import IGNORE_INDEX
 from diffperception.visualization.draw import GREY, PAPER, class_colour, paint, stack, titled
 
-IGNORED = 255
 OPACITY = 0.55
 MOST_UNCERTAIN = math.log(2)  # half of the members are sure of one class, and half of another
 LEGEND_COLUMNS = 10
@@ -21,8 +21,8 @@ LEGEND_COLUMNS = 10
 def mask_overlay(image: Tensor, labels: Tensor) -> Tensor:
     """The image (3, H, W) with the colours of its labels (H, W) laid over it: none over class 0, grey over 255."""
     colours = torch.zeros(256, 3)
-    colours[:IGNORED] = torch.tensor([class_colour(k) for k in range(IGNORED)]) / 255
-    colours[IGNORED] = torch.tensor(GREY) / 255
+    colours[:IGNORE_INDEX] = torch.tensor([class_colour(k) for k in range(IGNORE_INDEX)]) / 255
+    colours[IGNORE_INDEX] = torch.tensor(GREY) / 255
     opacity = OPACITY * (labels.cpu() > 0)
     return torch.lerp(image.cpu(), colours[labels.cpu().long()].permute(2, 0, 1), opacity[None])
 

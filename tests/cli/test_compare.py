@@ -37,8 +37,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, output: Path, *options: str) -> dict:
-    arguments = ["--features", "diffperception.segmentation.DiffusionFeatures.of_generator"]
-    arguments += ["--features.file", str(root / "unet.safetensors"), "--features.blocks", "[0, 4]"]
+    arguments = ["--features", "diffperception.segmentation.DiffusionFeatures"]
+    arguments += ["--features.generator", str(root / "unet.safetensors"), "--features.blocks", "[0, 4]"]
     arguments += ["--features.timesteps", "[50]", "--features.window", "32", "--output", str(output)]
     for kind, prefix in (("train", ""), ("test", "val_")):
         arguments += [f"--data.{prefix}{name}={root / kind / name}" for name in ("images", "masks")]
@@ -95,7 +95,7 @@ def test_pixel_classifiers_differ_by_the_seed_alone() -> None:
 
 
 def test_the_unet_from_scratch_sees_the_seeds_crops() -> None:
-    labelled, options = labelled_scenes(), BaselineOptions(steps=3, batch_size=2, crop=16, learning_rate=1e-2)
+    labelled, options = labelled_scenes(), BaselineOptions(steps=3, batch_size=2, crop=16, lr=1e-2)
     image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
     like = unet()
     found = from_scratch(like, 3, options)(labelled, 1)(image, (24, 32))

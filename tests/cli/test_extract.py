@@ -27,14 +27,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, output: Path, *options: str) -> None:
-    arguments = ["--features", "diffperception.segmentation.DiffusionFeatures.of_generator", "--device", "cpu"]
-    arguments += ["--features.file", str(root / "unet.safetensors"), "--features.blocks", "[0, 4]"]
+    arguments = ["--features", "diffperception.segmentation.DiffusionFeatures", "--device", "cpu"]
+    arguments += ["--features.generator", str(root / "unet.safetensors"), "--features.blocks", "[0, 4]"]
     arguments += ["--features.timesteps", "[50]", "--features.window", "32"]
     assert call(extract, [*arguments, "--images", str(root / "images"), "--output", str(output), *options]) == 0
 
 
 def features_of(root: Path) -> DiffusionFeatures:
-    return DiffusionFeatures.of_generator(root / "unet.safetensors", [0, 4], [50], 32)
+    return DiffusionFeatures(root / "unet.safetensors", [0, 4], [50], 32)
 
 
 def test_the_files_hold_the_extractors_maps(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +106,7 @@ def test_a_file_that_is_cut_is_written_anew(root: Path, tmp_path: Path) -> None:
 
 def test_features_of_another_generator_are_not_mixed(root: Path, tmp_path: Path) -> None:
     run(root, tmp_path / "features")
-    other, options = unet(), ["--features.file", str(tmp_path / "unet.safetensors")]
+    other, options = unet(), ["--features.generator", str(tmp_path / "unet.safetensors")]
     other.save(tmp_path / "unet.safetensors")
     run(root, tmp_path / "features", *options)
     other.stem.weight.data += 1

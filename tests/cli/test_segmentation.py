@@ -21,9 +21,9 @@ from diffperception.models import UNet
 from diffperception.segmentation import (
     DiffusionFeatures,
     MeanIoU,
+    PixelEnsemble,
     PixelSegmenter,
     Segmentation,
-    load_reference_ensemble,
 )
 from tests.models.convert.test_ddpm_segmentation import Classifier, write
 
@@ -69,7 +69,7 @@ def options(folder: Path) -> list[str]:
     ]
 
 
-GENERATOR = "diffperception.segmentation.DiffusionFeatures.of_generator"
+GENERATOR = "diffperception.segmentation.DiffusionFeatures"
 RGB = ("--features", "diffperception.segmentation.RGBFeatures")
 
 
@@ -124,7 +124,7 @@ def test_the_written_options_repeat_the_run(run: Path, tmp_path: Path) -> None:
 def test_a_generators_features_and_a_scale_are_kept_with_the_classifier(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--features", GENERATOR, f"--features.file={folder / 'generator.safetensors'}", "--features.blocks=[0, 2]"]
+    more = ["--features", GENERATOR, f"--features.generator={folder / 'generator.safetensors'}", "--features.blocks=[0, 2]"]
     more += ["--features.timesteps=[10]", "--data.short_side=16", "--data.limit=2", "--seed=1"]
     assert train(folder, tmp_path / "run", *more) == 0
     assert "from 672 pixels of 2 images; 64 features a pixel" in capsys.readouterr().out  # 16 x 21 each
@@ -224,12 +224,12 @@ def test_a_class_with_too_few_pixels_is_told(folder: Path, tmp_path: Path, capsy
         (["--data.mask_values={0: 0, 1: 1}"], "has the unknown value 2; known are 0, 1, 255"),
         (["--data.val_masks=null"], "give both data.val_images and data.val_masks"),
         (["--data.masks=nowhere"], "there is no folder of masks nowhere"),
-        ([f"--features={GENERATOR}", "--features.file=nowhere"], "there is no model file nowhere"),
+        ([f"--features={GENERATOR}", "--features.generator=nowhere"], "there is no model file nowhere"),
         (
-            [f"--features={GENERATOR}", "--features.file=GREY", "--features.blocks=[0]"],
+            [f"--features={GENERATOR}", "--features.generator=GREY", "--features.blocks=[0]"],
             "images of 1 channels: features need",
         ),
-        (["--fit.storage=float8"], "float16 or float32"),
+        (["--fit.feature_dtype=float8"], "float16 or float32"),
     ],
 )
 def test_mistakes_end_in_one_sentence(
@@ -272,7 +272,7 @@ def test_the_tool_is_the_command(run: Path, folder: Path, tmp_path: Path, monkey
 def test_a_mistyped_option_of_a_class_method_is_named(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = [f"--features={GENERATOR}", f"--features.file={folder / 'generator.safetensors'}", "--features.block=[0]"]
+    more = [f"--features={GENERATOR}", f"--features.generator={folder / 'generator.safetensors'}", "--features.block=[0]"]
     assert train(folder, tmp_path / "run", *more) == 2
     said = capsys.readouterr().err
     assert "did you mean blocks?" in said
@@ -322,15 +322,15 @@ def test_classifiers_of_the_reference_become_a_segmenter(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    features = DiffusionFeatures.of_generator(folder / "generator.safetensors", [0, 2], [10])
+    features = DiffusionFeatures(folder / "generator.safetensors", [0, 2], [10])
     files = [write(tmp_path / f"model_{i}.pth", Classifier(features.channels, 3).eval()) for i in range(2)]
-    more = [f"--features={GENERATOR}", f"--features.file={folder / 'generator.safetensors'}"]
+    more = [f"--features={GENERATOR}", f"--features.generator={folder / 'generator.safetensors'}"]
     more += ["--features.timesteps=[10]", "--features.blocks=[0, 2]"]
     assert convert(tmp_path / "segmenter.safetensors", files, *more) == 0
     assert "2 classifiers of 64 features and 3 classes" in capsys.readouterr().out
     image = torch.rand(3, 24, 32)
     found = PixelSegmenter.load(tmp_path / "segmenter.safetensors").segment(image)
-    wanted = load_reference_ensemble(files).segment(features.maps(image))
+    wanted = PixelEnsemble.from_reference(files).segment(features.maps(image))
     torch.testing.assert_close(found.uncertainty, wanted.uncertainty)
     assert torch.equal(found.labels, wanted.labels)
     assert len(found.labels.unique()) > 1

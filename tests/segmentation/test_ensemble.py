@@ -6,18 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffperception.models import FeatureInfo
 from diffperception.segmentation import (
     DiffusionFeatures,
-    FeatureMaps,
     FitOptions,
     PixelEnsemble,
     PixelSegmenter,
     RGBFeatures,
     image_score,
 )
-from diffperception.segmentation.ensemble import summarise
+from diffperception.segmentation.ensemble import combine_members
 from diffperception.segmentation.features import FeatureExtractor
-from diffperception.segmentation.maps import MapInfo
+from diffperception.segmentation.maps import FeatureMaps
 from diffperception.segmentation.mlp import EnsembleBatchNorm, PixelMLPs, hidden_widths
 from diffperception.segmentation.pixels import (
     EarlyStopping,
@@ -27,14 +27,14 @@ from diffperception.segmentation.pixels import (
     minibatches,
     train,
 )
-from tests.segmentation.test_features import random_maps, unet
+from tests.segmentation.test_features import generator, random_maps
 
 
 class Pyramid(FeatureExtractor):
     """Averages and edges of the colours at several strides, in an order that mixes the strides."""
 
     def __init__(self, scale: float = 1.0) -> None:
-        super().__init__([MapInfo(str(s), 3, s) for s in (4, 1, 2, 4)], 4)
+        super().__init__([FeatureInfo(str(s), 3, s) for s in (4, 1, 2, 4)], 4)
         self.scale = scale
 
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -129,15 +129,15 @@ def test_uncertainty_of_members_that_agree_and_of_two_that_do_not():
     agree = torch.stack([unsure, unsure])[:, None, None]
     differ = torch.stack([sure, sure.flip(0)])[:, None, None]
     mixed = torch.stack([sure, unsure])[:, None, None]
-    assert summarise(agree)[1].item() == pytest.approx(0, abs=1e-6)
-    assert summarise(differ)[1].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert combine_members(agree)[1].item() == pytest.approx(0, abs=1e-6)
+    assert combine_members(differ)[1].item() == pytest.approx(math.log(2), abs=1e-6)
     mean = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert summarise(mixed)[1].item() == pytest.approx(mean - math.log(2) / 2, abs=1e-6)
+    assert combine_members(mixed)[1].item() == pytest.approx(mean - math.log(2) / 2, abs=1e-6)
 
 
 def test_labels_are_the_majoritys_whatever_the_mean_says():
     logits = torch.tensor([[0.0, 0.1, -9], [0.0, 0.1, -9], [9.0, 0.0, -9]])[:, None, None]
-    labels, _, probabilities, votes = summarise(logits)
+    labels, _, probabilities, votes = combine_members(logits)
     assert votes.flatten().tolist() == [1, 2, 0]
     assert labels.item() == 1
     assert probabilities.argmax() == 0
@@ -146,7 +146,7 @@ def test_labels_are_the_majoritys_whatever_the_mean_says():
 
 def test_an_image_is_summarised_band_by_band(monkeypatch):
     maps, ensemble = random_maps(37, 18), trained_like(PixelEnsemble(25, 3, members=4))
-    labels, uncertainty, mean, votes = summarise(ensemble.logits(maps).permute(0, 2, 3, 1))
+    labels, uncertainty, mean, votes = combine_members(ensemble.logits(maps).permute(0, 2, 3, 1))
     monkeypatch.setattr("diffperception.segmentation.ensemble.BAND_PIXELS", 300)
     found = ensemble.segment(maps, probabilities=True)
     assert torch.equal(found.labels, labels)
@@ -222,7 +222,7 @@ def test_a_member_is_the_same_in_an_ensemble_of_any_size():
 def test_members_stop_each_after_its_patience_and_keep_the_weights_they_had(monkeypatch):
     image, mask = scene()
     image = torch.rand_like(image)  # nothing to learn: no loss goes on improving
-    options = FitOptions(watch_after=1, patience=5, epochs=50)
+    options = FitOptions(early_stopping_start=1, patience=5, epochs=50)
     together = PixelEnsemble(12, 3, 3).fit(Pyramid(), [image], [mask], options)
     for index in range(3):
         monkeypatch.setattr(
@@ -240,8 +240,8 @@ def test_no_member_stops_in_the_passes_before_it_is_watched():
     seeds = [member_seed(0, m) for m in range(2)]
     epoch = -(-mask.numel() // 300)
 
-    def seen(watch_after: int) -> list[int]:
-        options = FitOptions(batch_size=300, watch_after=watch_after, patience=1, epochs=20)
+    def seen(early_stopping_start: int) -> list[int]:
+        options = FitOptions(batch_size=300, early_stopping_start=early_stopping_start, patience=1, epochs=20)
         return train(PixelMLPs(2, 12, 3, seeds), pixels, seeds, options)
 
     assert max(seen(0)) < 3 * epoch
@@ -250,8 +250,8 @@ def test_no_member_stops_in_the_passes_before_it_is_watched():
 
 def test_the_recipe_is_the_references():
     options = FitOptions()
-    assert (options.batch_size, options.learning_rate, options.epochs) == (64, 1e-3, 100)
-    assert (options.watch_after, options.patience, options.max_minibatches) == (4, 50, None)
+    assert (options.batch_size, options.lr, options.epochs) == (64, 1e-3, 100)
+    assert (options.early_stopping_start, options.patience, options.max_minibatches) == (4, 50, None)
     assert [hidden_widths(k) for k in (2, 29, 30, 34)] == [(128, 32)] * 2 + [(256, 128)] * 2
     mlps = PixelMLPs(2, 500, 3, [0, 1])
     for layer in mlps.linears:
@@ -364,10 +364,10 @@ def test_other_faults_end_in_one_sentence():
     ("name", "value", "least"),
     [
         ("batch_size", 1, "at least 2"),
-        ("learning_rate", -1.0, "above 0"),
-        ("learning_rate", math.nan, "above 0"),
+        ("lr", -1.0, "above 0"),
+        ("lr", math.nan, "above 0"),
         ("epochs", 0, "at least 1"),
-        ("watch_after", -1, "at least 0"),
+        ("early_stopping_start", -1, "at least 0"),
         ("patience", 0, "at least 1"),
         ("max_minibatches", 0, "at least 1"),
         ("min_pixels", -1, "at least 0"),
@@ -383,16 +383,16 @@ def test_numbers_that_train_nothing_are_refused_by_name(name, value, least):
 
 
 def test_an_exported_segmenter_works_alone(tmp_path):
-    features = DiffusionFeatures(unet(), [[0.9, 0.1, 50.0]], (1, 3), (50,), window=16, seed=7)
+    features = DiffusionFeatures(generator(), (1, 3), (50,), window=16, seed=7)
     segmenter = PixelSegmenter(features, trained_like(PixelEnsemble(features.channels, 2, 2)), ["sky", "sea"])
-    features.noise.mul_(-0.5)  # other than what the seed would give again
+    features.reader.noise.mul_(-0.5)  # other than what the seed would give again
     segmenter.save(tmp_path / "model.safetensors")
     image = torch.rand(3, 20, 37)
     expected = segmenter.segment(image, probabilities=True)
     loaded = PixelSegmenter.load(tmp_path / "model.safetensors")
     found = loaded.segment(image, probabilities=True)
     assert loaded.classes == ["sky", "sea"]
-    assert torch.equal(loaded.features.noise, features.noise)
+    assert torch.equal(loaded.features.reader.noise, features.reader.noise)
     torch.testing.assert_close(found.probabilities, expected.probabilities)
     assert found.score == pytest.approx(expected.score)
 

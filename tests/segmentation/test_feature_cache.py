@@ -1,15 +1,16 @@
 import pytest
 import torch
 
-from diffperception.segmentation import FeatureMaps, RGBFeatures
+from diffperception.segmentation import RGBFeatures
 from diffperception.segmentation.feature_cache import (
-    KeptFeatures,
+    CachedFeatures,
     file_bytes,
     in_bytes,
     parse_bytes,
     save_maps,
     stored_bytes,
 )
+from diffperception.segmentation.maps import FeatureMaps
 from tests.segmentation.test_ensemble import Pyramid, scene
 from tests.segmentation.test_features import diffusion
 
@@ -32,7 +33,7 @@ def test_bytes_of_a_file_are_those_on_disk(tmp_path, dtype, size):
 
 def test_kept_maps_are_computed_once_an_image():
     features, image = diffusion(), scene()[0]
-    kept = KeptFeatures(features)
+    kept = CachedFeatures(features)
     wanted = features.maps(image)
     first = kept.maps(image)
     for parameter in features.parameters():
@@ -49,8 +50,8 @@ def test_kept_maps_are_computed_once_an_image():
 def test_maps_too_large_to_keep_are_refused():
     image = torch.rand(3, 8, 8)
     with pytest.raises(ValueError, match=r"a feature of an image is not finite in torch\.float16: .* float32"):
-        KeptFeatures(Pyramid(scale=-1e6)).maps(image)
-    assert KeptFeatures(Pyramid(scale=1e6), torch.float32).maps(image).maps[0].abs().max() > 65504
+        CachedFeatures(Pyramid(scale=-1e6)).maps(image)
+    assert CachedFeatures(Pyramid(scale=1e6), torch.float32).maps(image).maps[0].abs().max() > 65504
 
 
 @pytest.mark.parametrize("value", [65600.0, -1e9, float("nan")])

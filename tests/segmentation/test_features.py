@@ -4,13 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.diffusion import FlowSchedule, VarianceExploding, linear_schedule
-from diffperception.models import UNet
-from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, FeatureMaps, RGBFeatures, TimmFeatures
-from diffperception.segmentation.maps import MapInfo, Windows, rows_around, upsample, upsample_rows
+from diffperception.diffusion import linear_schedule
+from diffperception.models import DiffusionModel, FeatureInfo, UNet
+from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, RGBFeatures, TimmFeatures
+from diffperception.segmentation.maps import FeatureMaps, Windows, rows_around, upsample, upsample_rows
 from tests.parity import filled_state
 
 SCHEDULE = linear_schedule(1000)
+
+
+def generator(network: UNet | None = None, side: int = 32, **options: object) -> DiffusionModel:
+    """A generator that has learned nothing, of a UNet whose blocks all say something."""
+    return DiffusionModel(None, network or unet(), image_size=side, **options).eval()  # type: ignore[arg-type]
+
+
+def flow(side: int = 32) -> DiffusionModel:
+    return generator(side=side, schedule="flow", prediction="flow")
 
 
 TIMM = {
@@ -31,7 +40,7 @@ def unet(**changes: object) -> UNet:
 
 def diffusion(window: int = 32, **changes: object) -> DiffusionFeatures:
     arguments = {"blocks": (0, 3, 4), "timesteps": (50, 250), "window": window}
-    return DiffusionFeatures(unet(), SCHEDULE, **arguments | changes)  # type: ignore[arg-type]
+    return DiffusionFeatures(generator(), **arguments | changes)  # type: ignore[arg-type]
 
 
 def random_maps(height: int, width: int, strides: tuple[int, ...] = (8, 4, 8, 2, 1)) -> FeatureMaps:
@@ -104,8 +113,8 @@ def test_a_pass_a_timestep_with_the_noise_of_the_file():
     features, image = diffusion(), torch.rand(3, 32, 32)
     maps = features.maps(image).maps
     for i, t in enumerate((50, 250)):
-        x = SCHEDULE.alpha(t).float() * (2 * image - 1) + SCHEDULE.sigma(t).float() * features.noise
-        expected = features.unet.activations(x[None], torch.tensor([t]), (0, 3, 4))
+        x = SCHEDULE.alpha(t).float() * (2 * image - 1) + SCHEDULE.sigma(t).float() * features.reader.noise
+        expected = features.generator.activations(x[None], torch.tensor([t]), (0, 3, 4))
         for ours, theirs in zip(maps[3 * i : 3 * i + 3], expected, strict=True):
             torch.testing.assert_close(ours, theirs[0])
     assert [info.name for info in features.info][2:4] == ["t50 block 4", "t250 block 0"]
@@ -115,7 +124,7 @@ class MeansOfWindows(FeatureExtractor):
     """The mean colours of a window in all its cells, and how many windows came at once."""
 
     def __init__(self, window: int) -> None:
-        super().__init__([MapInfo("mean", 3, 4)], 4, window)
+        super().__init__([FeatureInfo("mean", 3, 4)], 4, window)
         self.batches: list[int] = []
 
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -179,9 +188,9 @@ def test_one_timestep_alone_is_the_same():
 
 def test_the_noise_depends_on_the_seed_alone():
     first, second, other = diffusion(), diffusion(), diffusion(seed=1)
-    assert torch.equal(first.noise, second.noise)
-    assert not torch.equal(first.noise, other.noise)
-    assert first.noise.shape == (3, 32, 32)
+    assert torch.equal(first.reader.noise, second.reader.noise)
+    assert not torch.equal(first.reader.noise, other.reader.noise)
+    assert first.reader.noise.shape == (3, 32, 32)
 
 
 def test_an_image_moved_by_a_step_of_windows_has_its_features_moved():
@@ -197,62 +206,58 @@ def test_an_image_moved_by_a_step_of_windows_has_its_features_moved():
 
 def test_an_image_smaller_than_a_window_is_taken_as_it_is():
     features, image = diffusion(window=64), torch.rand(3, 32, 48)
-    noisy = [a * (2 * image - 1) + s * features.noise[:, :32, :48] for a, s, _ in features.levels]
-    expected = features.unet.activations(noisy[0][None], torch.tensor([50.0]), (0, 3, 4))
+    noisy = [a * (2 * image - 1) + s * features.reader.noise[:, :32, :48] for a, s, _ in features.reader.levels]
+    expected = features.generator.activations(noisy[0][None], torch.tensor([50.0]), (0, 3, 4))
     torch.testing.assert_close(features.maps(image).maps[:3], [m[0] for m in expected])
 
 
 def test_features_of_a_reference_checkpoint():
     features = DiffusionFeatures(
-        UNet.from_reference(filled_state("adm_small"), head_channels=16), SCHEDULE, (0, 1), (100,), window=64
+        DiffusionModel.from_reference(filled_state("adm_small"), 64, num_head_channels=16), (0, 1), (100,)
     )
     maps = features.maps(torch.rand(3, 40, 24))
     assert all(torch.isfinite(m).all() for m in maps.maps)
 
 
 def test_continuous_paths_have_times_below_one():
-    features = diffusion()
-    flow = DiffusionFeatures(features.unet, FlowSchedule(), (0,), (0.25,), window=32)
-    assert flow.levels == [[0.75, 0.25, 250.0]]
+    assert DiffusionFeatures(flow(), (0,), (0.25,)).reader.levels == [(0.75, 0.25, 250.0)]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "times", "message"),
+    ("times", "message"),
     [
-        (FlowSchedule(), (50, 0.5, 150), r"\[50, 150\] lie outside .* from 0 to 1"),
-        (FlowSchedule(), (-0.1,), r"\[-0.1\] lie outside"),
-        (FlowSchedule(), (float("nan"),), r"\[nan\] lie outside"),
-        (VarianceExploding(), (3.0, -1.0), r"\[-1.0\] lie outside .* 0 or more"),
-        (VarianceExploding(), (float("inf"),), r"\[inf\] lie outside"),
-        (FlowSchedule(), (0.25, 0.2500000001), "0.25 is named more than once"),
+        ((50, 0.5, 150), r"\[50, 150\] lie outside .* from 0 to 1"),
+        ((-0.1,), r"\[-0.1\] lie outside"),
+        ((float("nan"),), r"\[nan\] lie outside"),
+        ((0.25, 0.2500000001), "0.25 is named more than once"),
     ],
 )
-def test_times_outside_of_a_continuous_path_are_refused(schedule, times, message):
+def test_times_outside_of_a_continuous_path_are_refused(times, message):
     with pytest.raises(ValueError, match=message):
-        DiffusionFeatures(unet(), schedule, (0,), times, window=32)
+        DiffusionFeatures(flow(), (0,), times)
 
 
 def test_a_continuous_path_has_both_its_ends():
-    flow = DiffusionFeatures(unet(), FlowSchedule(), (0,), (0, 1), window=32)
-    assert [level[:2] for level in flow.levels] == [[1, 0], [0, 1]]
+    features = DiffusionFeatures(flow(), (0,), (0, 1))
+    assert [level[:2] for level in features.reader.levels] == [(1, 0), (0, 1)]
 
 
 def test_classes_need_a_label_and_it_counts():
-    network = unet(num_classes=4)
-    with pytest.raises(ValueError, match="any of 0 to 3"):
-        DiffusionFeatures(network, SCHEDULE, (0,), (50,))
+    model = DiffusionModel(list("abcd"), unet(), image_size=32)
+    with pytest.raises(ValueError, match="from 0 to 3"):
+        DiffusionFeatures(model, (0,), (50,))
     image = torch.rand(3, 32, 32)
-    one, other = (DiffusionFeatures(network, SCHEDULE, (4,), (50,), 32, label=k).maps(image) for k in (0, 3))
+    one, other = (DiffusionFeatures(model, (4,), (50,), label=k).maps(image) for k in (0, 3))
     assert not torch.allclose(one.maps[0], other.maps[0])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks": (2, 6)}, r"blocks 0 to 5; there is no \[6\]"),
-        ({"blocks": ()}, "no block named"),
-        ({"timesteps": (50, 1000)}, r"0 to 999, not \[1000\]"),
-        ({"timesteps": (0.5,)}, r"whole, 0 to 999, not \[0.5\]"),
+        ({"blocks": (2, 6)}, r"no decoder blocks \[6\]; it has stride 4: 0;"),
+        ({"blocks": ()}, r"no decoder blocks \[\]"),
+        ({"timesteps": (50, 1000)}, r"\[1000\] lie outside .* whole, 0 to 999"),
+        ({"timesteps": (0.5,)}, r"\[0.5\] lie outside .* whole, 0 to 999"),
         ({"timesteps": ()}, "at least one timestep"),
         ({"blocks": (0, 3, 0)}, "the block 0 is named more than once"),
         ({"timesteps": (50, 250, 50.0)}, "the timestep 50 is named more than once"),

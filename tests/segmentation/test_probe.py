@@ -4,34 +4,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffperception.models import UNet
-from diffperception.segmentation import DiffusionFeatures, search
+from diffperception.segmentation import DiffusionFeatures, probe_features
 from diffperception.segmentation.probe import _probe, _sample
 from tests.segmentation.test_ensemble import scene
-from tests.segmentation.test_features import unet
+from tests.segmentation.test_features import generator, unet
 
 
 class ColoursInBlockFour(UNet):
     """The noisy colours in the first channels of block 4, and no more than noise in others."""
 
-    def activations(self, x: Tensor, t: Tensor, blocks: list[int], labels: Tensor | None = None) -> list[Tensor]:
-        infos = [self.block_info[block] for block in blocks]
-        maps = [torch.randn(len(x), i.channels, x.shape[2] // i.stride, x.shape[3] // i.stride) for i in infos]
-        for info, m in zip(infos, maps, strict=True):
-            if info.index == 4:
+    def activations(self, x: Tensor, t: Tensor, blocks: list[int], condition: object = None) -> list[Tensor]:
+        infos = [(block, self.block_info[block]) for block in blocks]
+        maps = [torch.randn(len(x), i.channels, x.shape[2] // i.stride, x.shape[3] // i.stride) for _, i in infos]
+        for (block, info), m in zip(infos, maps, strict=True):
+            if block == 4:
                 m[:, :3] = F.avg_pool2d(x, info.stride)
         return maps
 
 
-def candidates(seconds: float, timesteps: list[list[float]]) -> list:
-    network = ColoursInBlockFour(**unet().arguments)
-    features = DiffusionFeatures(network, timesteps, (0, 3, 4), [row[2] for row in timesteps], window=32)
+def candidates(seconds: float, timesteps: list[float]) -> list:
+    features = DiffusionFeatures(generator(ColoursInBlockFour(**unet().arguments)), (0, 3, 4), timesteps)
     images, masks = zip(*(scene(i) for i in range(4)), strict=True)
-    return search(features, images, masks, 3, seconds, pixels=300)
+    return probe_features(features, images, masks, 3, seconds, pixels=300)
 
 
 def test_the_informative_block_at_the_cleaner_time_comes_first():
     torch.manual_seed(0)
-    table = candidates(60, [[0.05, 1.0, 900.0], [1.0, 0.05, 50.0]])
+    table = candidates(60, [900, 50])
     assert (table[0].timestep, table[0].block) == (50, 4)
     assert len(table) == 6
     assert [probe.miou for probe in table] == sorted((probe.miou for probe in table), reverse=True)
@@ -39,7 +38,7 @@ def test_the_informative_block_at_the_cleaner_time_comes_first():
 
 
 def test_the_time_limit_leaves_at_least_one_timestep():
-    table = candidates(0, [[1.0, 0.05, 50.0], [1.0, 0.05, 60.0]])
+    table = candidates(0, [50, 60])
     assert {probe.timestep for probe in table} == {50}
 
 
@@ -62,13 +61,13 @@ def test_images_are_scored_by_what_others_taught():
 
 def test_one_image_is_too_few():
     image, mask = scene()
-    features = DiffusionFeatures(unet(), [[1.0, 0.1, 50.0]], (0,), (50,), window=32)
+    features = DiffusionFeatures(generator(), (0,), (50,))
     with pytest.raises(ValueError, match="at least 2 labelled images"):
-        search(features, [image], [mask], 3)
+        probe_features(features, [image], [mask], 3)
 
 
 def test_an_image_that_does_not_fit_is_named():
     images, masks = zip(scene(0), scene(1), strict=True)
-    features = DiffusionFeatures(unet(), [[1.0, 0.1, 50.0]], (0,), (50,), window=32)
+    features = DiffusionFeatures(generator(), (0,), (50,))
     with pytest.raises(ValueError, match=r"the mask of b\.png has 29 x 45 pixels"):
-        search(features, images, [masks[0], masks[1][1:]], 3, names=["a.png", "b.png"])
+        probe_features(features, images, [masks[0], masks[1][1:]], 3, names=["a.png", "b.png"])

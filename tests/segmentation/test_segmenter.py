@@ -9,25 +9,30 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from diffperception.diffusion import linear_schedule
-from diffperception.generation import DiffusionModel
-from diffperception.models import UNet
-from diffperception.segmentation import DiffusionFeatures, PixelEnsemble, PixelSegmenter, RGBFeatures
+from diffperception.models import DiffusionModel, FeatureInfo, UNet
+from diffperception.segmentation import (
+    DiffusionFeatures,
+    FeatureExtractor,
+    FitOptions,
+    PixelEnsemble,
+    PixelSegmenter,
+    RGBFeatures,
+)
 from diffperception.training.recipes.segmentation import MaskDataOptions
 
 
-def unet(num_classes: int | None = None) -> UNet:
+def unet() -> UNet:
     torch.manual_seed(0)
-    return UNet(
-        channels=32, multipliers=(1, 1), depth=1, attention=(), head_channels=32, num_classes=num_classes
-    ).eval()
+    return UNet(channels=32, multipliers=(1, 1), depth=1, attention=(), head_channels=32).eval()
 
 
-def test_a_saved_generator_knows_its_schedule_window_and_absent_label(tmp_path: Path) -> None:
-    generator = DiffusionModel(["a", "b"], unet(3), "cosine", image_size=(8, 13 + 3), absent_label=True)
+def test_a_saved_generator_knows_its_schedule_window_and_null_class(tmp_path: Path) -> None:
+    generator = DiffusionModel(["a", "b"], unet(), schedule="cosine", image_size=(8, 13 + 3), null_class=True)
     generator.save(tmp_path / "model.safetensors")
-    features = DiffusionFeatures.of_generator(tmp_path / "model.safetensors", (0, 3), (50, 200))
-    expected = DiffusionFeatures(generator.unet, generator.schedule, (0, 3), (50, 200), 16, label=2)
-    assert features.arguments == expected.arguments
+    features = DiffusionFeatures(tmp_path / "model.safetensors", (0, 3), (50, 200))
+    expected = DiffusionFeatures(generator, (0, 3), (50, 200), 16, label=2)
+    assert features.window == 16
+    assert features.generator.schedule.alpha(50) == generator.schedule.alpha(50) != linear_schedule().alpha(50)
     image = torch.rand(3, 20, 24)
     for got, want in zip(features.maps(image).maps, expected.maps(image).maps, strict=True):
         assert torch.equal(got, want)
@@ -35,22 +40,57 @@ def test_a_saved_generator_knows_its_schedule_window_and_absent_label(tmp_path: 
 
 def test_times_of_another_path_than_the_generators_are_refused(tmp_path: Path) -> None:
     """Those that are tried and taken by default are of discrete paths."""
-    DiffusionModel(None, unet(), "flow", prediction="flow", image_size=16).save(tmp_path / "flow.safetensors")
-    with pytest.raises(ValueError, match=r"\[50, 150, 250\] lie outside of this generator's path: .* from 0 to 1"):
-        DiffusionFeatures.of_generator(tmp_path / "flow.safetensors", (0,))
+    DiffusionModel(None, unet(), schedule="flow", prediction="flow", image_size=16).save(tmp_path / "flow.safetensors")
+    with pytest.raises(ValueError, match=r"\[50, 150, 250\] lie outside of this path: .* from 0 to 1"):
+        DiffusionFeatures(tmp_path / "flow.safetensors", (0,))
 
 
 def test_a_unet_alone_has_the_linear_schedule(tmp_path: Path) -> None:
     network = unet()
     network.save(tmp_path / "unet.safetensors")
-    features = DiffusionFeatures.of_generator(tmp_path / "unet.safetensors", (0,), (50,), window=9)
-    assert features.arguments == DiffusionFeatures(network, linear_schedule(1000), (0,), (50,), 10).arguments
+    features = DiffusionFeatures(tmp_path / "unet.safetensors", (0,), (50,), window=10)
+    schedule = linear_schedule(1000)
+    assert features.reader.levels == [(float(schedule.alpha(50)), float(schedule.sigma(50)), 50.0)]
+    assert all(
+        torch.equal(a, b) for a, b in zip(features.generator.network.parameters(), network.parameters(), strict=True)
+    )
 
 
 def test_features_need_a_unet(tmp_path: Path) -> None:
     PixelSegmenter(RGBFeatures(), PixelEnsemble(3, 2, 1), ["a", "b"]).save(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds a PixelSegmenter: give the file of a generator or a UNet"):
-        DiffusionFeatures.of_generator(tmp_path / "model.safetensors")
+        DiffusionFeatures(tmp_path / "model.safetensors")
+
+
+class Edges(FeatureExtractor):
+    """A user's own: how much brighter a pixel is than its surroundings of some size, by a weight of its own."""
+
+    def __init__(self, side: int = 3) -> None:
+        super().__init__([FeatureInfo("edges", 3, 1)])
+        self.side = side
+        self.gain = torch.nn.Parameter(torch.ones(1))
+
+    def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
+        blurred = F.avg_pool2d(images, self.side, 1, self.side // 2, count_include_pad=False)
+        return [self.gain * (images - blurred)]
+
+
+def test_a_users_own_features_are_trained_on_saved_and_loaded(tmp_path: Path) -> None:
+    features = Edges(5)
+    features.gain.data.fill_(7)
+    image = torch.rand(3, 20, 24)
+    mask = (image[0] > 0.5).long()
+    classifier = PixelEnsemble(3, 2, 2).fit(features, [image], [mask], FitOptions(max_minibatches=20))
+    model = PixelSegmenter(features, classifier, ["dark", "bright"])
+    model.save(tmp_path / "model.safetensors")
+    package = __name__.split(".")[0]
+    with pytest.raises(ValueError, match=rf"names the class {__name__}:Edges: pass allow=\('{package}',\)"):
+        PixelSegmenter.load(tmp_path / "model.safetensors")
+    loaded = PixelSegmenter.load(tmp_path / "model.safetensors", allow=(package,))
+    assert isinstance(loaded.features, Edges)
+    assert loaded.features.side == 5
+    ours, theirs = (m.segment(image, probabilities=True) for m in (model, loaded))
+    assert torch.equal(ours.probabilities, theirs.probabilities)
 
 
 def test_images_are_worked_on_at_one_scale_and_answered_at_theirs(tmp_path: Path) -> None:

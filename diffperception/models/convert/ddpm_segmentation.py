@@ -1,4 +1,7 @@
-"""Classifiers of ddpm-segmentation: one file a member, ``{"model_state_dict": {"module.layers.0.weight": ...}}``."""
+"""Pixel classifiers that the reference of label-efficient segmentation (ddpm-segmentation) trained.
+
+Each of its files is one member's: ``{"model_state_dict": {"module.layers.0.weight": ...}}``.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,44 +10,30 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from diffperception.segmentation.ensemble import PixelEnsemble
-from diffperception.segmentation.mlp import hidden_widths
-
 # Written by the reference, and nothing that an ensemble needs.
 _COUNTER = "num_batches_tracked"
 
 
-def load_reference_ensemble(
-    paths: Sequence[str | Path], channels: int | None = None, num_classes: int | None = None
-) -> PixelEnsemble:
-    """The ensemble of the reference's files ``model_0.pth``, ``model_1.pth``, ... in evaluation mode.
-
-    Sizes follow from the weights. Nothing in a file is run.
+def read_members(paths: Sequence[str | Path]) -> tuple[int, int, dict[str, Tensor]]:
+    """The members that are in files ``model_0.pth``, ``model_1.pth``, ... Nothing in a file is run.
 
     Args:
-        paths: a file a member.
-        channels: D of the features it is meant for, to be told where they differ; ``args['dim'][-1]`` of the reference.
-        num_classes: K likewise; ``args['number_class']`` of the reference.
+        paths: a file per member.
+
+    Returns: channels D, classes K, and the weights by their names in the reference, members stacked: (M, ...) float32.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a file holds something else, members differ, or a size is not the one given.
+        ValueError: if a file holds something else, or members differ in size.
     """
     if not paths:
         raise ValueError("name the file of at least one member of the ensemble")
     states = [_read(Path(path)) for path in paths]
-    found = _sizes(states[0], paths[0])
-    for name, wanted in (("channels", channels), ("num_classes", num_classes)):
-        if wanted is not None and wanted != found[name]:
-            raise ValueError(f"{name} is {found[name]} in {paths[0]}, not {wanted}")
-    with torch.device("meta"):
-        ensemble = PixelEnsemble(members=len(paths), **found)
-    expected = {name: value.shape[1:] for name, value in ensemble.mlps.state_dict().items()}
+    expected = _shapes(states[0], paths[0])
     for state, path in zip(states, paths, strict=True):
         _check(state, expected, path)
     stacked = {name: torch.stack([state[name].float() for state in states]) for name in expected}
-    ensemble.mlps.load_state_dict(stacked, assign=True)
-    return ensemble.eval()
+    return expected["layers.0.weight"][1], expected["layers.6.weight"][0], stacked
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -60,24 +49,25 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items() if not name.endswith(_COUNTER)}
 
 
-def _sizes(state: Mapping[str, Tensor], path: str | Path) -> dict[str, int]:
-    missing = [name for name in ("layers.0.weight", "layers.6.weight") if name not in state]
+def _shapes(state: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[int, ...]]:
+    """What a classifier with the first and last layer of this one has: linear layers 0, 3 and 6, norms 2 and 5."""
+    missing = [name for name in ("layers.0.weight", "layers.3.weight", "layers.6.weight") if name not in state]
     if missing:
         raise ValueError(f"{path} is not a classifier of ddpm-segmentation: it has no {missing[0]}")
-    sizes = {"channels": state["layers.0.weight"].shape[1], "num_classes": state["layers.6.weight"].shape[0]}
-    width = state["layers.0.weight"].shape[0]
-    if width != hidden_widths(sizes["num_classes"])[0]:
-        raise ValueError(
-            f"{path} has {sizes['num_classes']} classes and a first layer {width} wide; the reference makes it "
-            f"{hidden_widths(sizes['num_classes'])[0]} wide: num_classes is wrong"
-        )
-    return sizes
+    first, channels = state["layers.0.weight"].shape
+    num_classes, second = state["layers.6.weight"].shape
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, size in ((0, (first, channels)), (3, (second, first)), (6, (num_classes, second))):
+        shapes |= {f"layers.{layer}.weight": size, f"layers.{layer}.bias": size[:1]}
+    for layer, width in ((2, first), (5, second)):
+        shapes |= {f"layers.{layer}.{name}": (width,) for name in ("weight", "bias", "running_mean", "running_var")}
+    return shapes
 
 
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], path: str | Path) -> None:
+def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: str | Path) -> None:
     for name in {**expected, **state}:
         if name not in state or name not in expected:
             raise ValueError(f"{path} {'lacks' if name in expected else 'has an unknown'} {name}")
         if state[name].shape != expected[name]:
-            shapes = f"{tuple(state[name].shape)} instead of {tuple(expected[name])}"
+            shapes = f"{tuple(state[name].shape)} instead of {expected[name]}"
             raise ValueError(f"{path} does not fit the first member's file: {name} is {shapes}")

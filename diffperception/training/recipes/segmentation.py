@@ -6,7 +6,7 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from diffperception.data.masks import IGNORED, MaskFolder
+from diffperception.data.masks import IGNORE_INDEX, MaskFolder
 from diffperception.segmentation.segmenter import check_names
 
 
@@ -39,7 +39,7 @@ class MaskDataOptions:
     val_images: Path | None = None
     val_masks: Path | None = None
     val_annotations: Path | None = None
-    ignore: int | None = IGNORED
+    ignore: int | None = IGNORE_INDEX
     mask_values: dict[int, int] | None = None
     short_side: PositiveInt | None = None
 

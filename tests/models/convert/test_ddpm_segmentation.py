@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffperception.segmentation import load_reference_ensemble
+from diffperception.segmentation import PixelEnsemble
 from tests.segmentation.test_features import random_maps
 
 
@@ -40,7 +40,7 @@ def test_the_members_of_the_files_give_the_logits(tmp_path, widths):
     torch.manual_seed(0)
     members = [Classifier(25, *widths).eval() for _ in range(3)]
     files = [write(tmp_path / f"model_{i}.pth", member) for i, member in enumerate(members)]
-    ensemble = load_reference_ensemble(files, 25, widths[0])
+    ensemble = PixelEnsemble.from_reference(files, 25, widths[0])
     maps = random_maps(11, 20)
     rows = maps.dense().flatten(1).T
     expected = torch.stack([member(rows) for member in members]).detach()
@@ -50,9 +50,9 @@ def test_the_members_of_the_files_give_the_logits(tmp_path, widths):
 def test_the_wrong_argument_is_named(tmp_path):
     file = write(tmp_path / "model_0.pth", Classifier())
     with pytest.raises(ValueError, match=r"^channels is 25 .* not 8448"):
-        load_reference_ensemble([file], channels=8448)
+        PixelEnsemble.from_reference([file], channels=8448)
     with pytest.raises(ValueError, match=r"^num_classes is 5 .* not 28"):
-        load_reference_ensemble([file], num_classes=28)
+        PixelEnsemble.from_reference([file], num_classes=28)
 
 
 def test_files_that_are_no_classifiers_are_refused(tmp_path):
@@ -60,27 +60,27 @@ def test_files_that_are_no_classifiers_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"model_1.pth does not fit the first .* layers.0.weight is \(128, 24\) instead"
     ):
-        load_reference_ensemble([file, write(tmp_path / "model_1.pth", Classifier(24))])
+        PixelEnsemble.from_reference([file, write(tmp_path / "model_1.pth", Classifier(24))])
     with pytest.raises(ValueError, match="num_classes is wrong"):
-        load_reference_ensemble([write(tmp_path / "wide.pth", Classifier(first=256))])
+        PixelEnsemble.from_reference([write(tmp_path / "wide.pth", Classifier(first=256))])
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
-        load_reference_ensemble([tmp_path / "none.pth"])
+        PixelEnsemble.from_reference([tmp_path / "none.pth"])
     with pytest.raises(ValueError, match="at least one member"):
-        load_reference_ensemble([])
+        PixelEnsemble.from_reference([])
     torch.save({"state": {}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="no model_state_dict"):
-        load_reference_ensemble([tmp_path / "other.pth"])
+        PixelEnsemble.from_reference([tmp_path / "other.pth"])
     state = nn.DataParallel(Classifier()).state_dict()
     del state["module.layers.3.bias"]
     torch.save({"model_state_dict": state}, tmp_path / "short.pth")
     with pytest.raises(ValueError, match=r"lacks layers\.3\.bias"):
-        load_reference_ensemble([tmp_path / "short.pth"])
+        PixelEnsemble.from_reference([tmp_path / "short.pth"])
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"model_state_dict": Classifier()}, tmp_path / "code.pth")  # a pickled object
     with pytest.raises(ValueError, match="weights alone"):
-        load_reference_ensemble([tmp_path / "code.pth"])
+        PixelEnsemble.from_reference([tmp_path / "code.pth"])
     (tmp_path / "cut.pth").write_bytes((tmp_path / "code.pth").read_bytes()[:300])
     with pytest.raises(ValueError, match="weights alone"):
-        load_reference_ensemble([tmp_path / "cut.pth"])
+        PixelEnsemble.from_reference([tmp_path / "cut.pth"])
