@@ -1,9 +1,85 @@
-"""What all commands share on disk: writing beside and renaming."""
+"""What all commands share on disk: listing images, writing beside and renaming, the folder of results."""
 
+import glob
+import json
+import math
 import os
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+RECORD = ".diffperception"  # in a folder of results: the names of the files that this program wrote, a line each
+
+
+def list_images(source: str | Path, leave_out: Path | None = None) -> tuple[Path, list[Path]]:
+    """The image files that a path, a folder or a glob pattern names, sorted; and the folder above all of them.
+
+    Args:
+        source: a file, a folder (see `images_below`), or a pattern such as 'photos/*.jpg'.
+        leave_out: a folder whose files do not count, such as a command's own output.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or no image in it.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir():
+        return path, images_below(path, leave_out)
+    named = (Path(name) for name in glob.glob(str(source), recursive=True))
+    matches = sorted(match for match in named if match.is_file() and not _is_in(match.parent, leave_out))
+    if not matches:
+        raise FileNotFoundError(f"there is no image or folder {source}, nor does it match as a pattern")
+    return Path(os.path.commonpath([match.parent for match in matches])), matches
+
+
+def images_below(folder: Path, leave_out: Path | None = None) -> list[Path]:
+    """The images in a folder and its subfolders, sorted: those that end as SUFFIXES say, in any case.
+
+    Hidden files and folders are left out, such as the caches of tools and the companions (`._a.png`) that macOS writes.
+    Links to folders are followed, but no folder is listed twice, so links may lead in circles.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    found = sorted(path for path in _files_below(folder, leave_out) if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise FileNotFoundError(f"there is no image in the folder {folder} (files that end in {', '.join(SUFFIXES)})")
+    return found
+
+
+def _files_below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
+    starts, seen = [folder], set()
+    for start in starts:  # grows by the links that are met, so that a folder's own place comes before links to it
+        for here, folders, files in os.walk(start):
+            real = os.path.realpath(here)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if real in seen or _is_in(Path(real), leave_out):
+                folders.clear()
+                continue
+            seen.add(real)
+            starts += [Path(here, name) for name in folders if Path(here, name).is_symlink()]
+            yield from (Path(here, name) for name in files if not name.startswith("."))
+
+
+def _is_in(folder: Path, other: Path | None) -> bool:
+    return other is not None and folder.resolve().is_relative_to(other.resolve())
+
+
+def png_names(names: Iterable[Path]) -> dict[Path, Path]:
+    """A PNG's name for each image: a/b.jpg gives a/b.png, or a/b.jpg.png where there is an a/b.png too."""
+    names = list(names)
+    number = Counter(name.with_suffix(".png") for name in names)
+    return {
+        name: name.with_suffix(".png") if number[name.with_suffix(".png")] == 1 else name.with_name(f"{name.name}.png")
+        for name in names
+    }
 
 
 @contextmanager
@@ -13,22 +89,131 @@ def written_beside(path: Path) -> Iterator[Path]:
     An interruption or an error leaves what was at `path` before, and nothing beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.touch()
+    part = path.with_name(path.name + ".part")
+    part.touch()
     try:
-        yield beside
-        os.replace(beside, path)
+        yield part
+        os.replace(part, path)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to fill, which takes its place at the end; `path` may be an empty folder or nothing.
+
+    An interruption or an error leaves what was there before, and nothing beside it.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as room:
+        part = Path(room, path.name)
+        part.mkdir()  # with the permissions of any new folder; the one around it is its owner's alone
+        yield part
+        if path.exists():
+            path.rmdir()
+        os.replace(part, path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that there is never half of it."""
-    with written_beside(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with written_beside(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file so that there is never half of it; numbers that are not finite become null."""
+    try:
+        text = json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(content), indent=indent)
+    write_text(path, text + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def require_file_name(path: Path) -> None:
     """ValueError if `path` is a folder."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file, {path / 'model.safetensors'} for example")
+
+
+def check_output_dir(path: Path, overwrite: bool) -> None:
+    """ValueError unless `path` can take results: it is nothing or an empty folder, or may be written into."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file: name a folder for the results")
+    if path.is_dir() and not overwrite and any(child.name != RECORD for child in path.iterdir()):
+        raise ValueError(f"the folder {path} is not empty: choose another, or allow to overwrite it with --overwrite")
+
+
+class OutputFolder:
+    """A folder of results that knows which of its files this program wrote, so that no others are ever removed.
+
+    >>> folder = OutputFolder(Path("out"), overwrite=True)  # refused if it is not empty and `overwrite` is False
+    >>> folder.clear()  # once all options have proved sound: what an earlier run wrote goes
+    >>> write_text(folder.file("masks/a.txt"), "...")  # the name is recorded before the file is written
+
+    Raises:
+        ValueError: see `check_output_dir`.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        check_output_dir(path, overwrite)
+        self.path = path
+
+    def file(self, name: str | Path) -> Path:
+        """The path of a file in the folder that is going to be written."""
+        self._record([self.path / name])
+        return self.path / name
+
+    @contextmanager
+    def recording(self, subfolder: str = ".") -> Iterator[Path]:
+        """Record the files that appear in a subfolder meanwhile, for writers that choose their names themselves."""
+        before = set((self.path / subfolder).rglob("*"))
+        try:
+            yield self.path / subfolder
+        finally:
+            new = set((self.path / subfolder).rglob("*")) - before
+            self._record(sorted(path for path in new if path.is_file() and path.name != RECORD))
+
+    def written(self) -> list[Path]:
+        """The files that were written by this and earlier runs, as far as they are still there."""
+        record = self.path / RECORD
+        lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+        paths = [self.path / json.loads(line) for line in dict.fromkeys(lines)]
+        # Names from a file must not lead out of the folder, nor must links in it.
+        return [path for path in paths if _is_in(path.parent, self.path) and path.is_file()]
+
+    def clear(self, keep: Iterable[str] = ()) -> None:
+        """Remove the files that earlier runs wrote, and the subfolders that are empty then.
+
+        Args:
+            keep: names of files, or of subfolders with all in them, that stay.
+        """
+        kept = [self.path / name for name in keep]
+        written = self.written()
+        stay = [path for path in written if any(path.is_relative_to(name) for name in kept)]
+        for path in written:
+            if path not in stay:
+                path.unlink()
+                self._remove_empty(path.parent)
+        (self.path / RECORD).unlink(missing_ok=True)
+        self._record(stay)
+
+    def _remove_empty(self, folder: Path) -> None:
+        while folder != self.path and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+
+    def _record(self, paths: Iterable[Path]) -> None:
+        lines = [json.dumps(path.relative_to(self.path).as_posix()) + "\n" for path in paths]
+        if lines:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.path / RECORD, "a", encoding="utf-8") as record:  # appended whole, also by several processes
+                record.write("".join(lines))

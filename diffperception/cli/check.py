@@ -1,13 +1,12 @@
 """`diffperception check`: name every problem of a data set."""
 
-import json
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from diffperception.cli import say
 from diffperception.data.check import check_coco
+from diffperception.files import write_json
 
 
 def check(
@@ -44,8 +43,6 @@ def check(
     if images is None:
         say("Only the annotations were checked; --images FOLDER checks the image files too.")
     if report is not None:
-        beside = report.with_name(report.name + ".part")
-        beside.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
-        os.replace(beside, report)
+        write_json(report, found.as_dict())
         say(f"every place of every problem is in {report}")
     return 1 if found.errors else 0

@@ -18,7 +18,7 @@ from diffperception.cli.predict import ImageFiles, find_images, name_pictures
 from diffperception.cli.report import write_text
 from diffperception.cli.sample import choose_labels, in_turn
 from diffperception.cli.segment import shares
-from diffperception.data.image_folder import require_picture_channels
+from diffperception.data.image_folder import require_image_channels
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
 from diffperception.segmentation import PixelSegmenter
@@ -133,7 +133,7 @@ def samples(
     generator: DiffusionModel, number: int, sampling: SamplingOptions, batch_size: int, seed: int
 ) -> Iterator[Unlabelled]:
     """Images from a generator, as `sample` draws them."""
-    require_picture_channels(generator.unet.in_channels)
+    require_image_channels(generator.unet.in_channels)
     labels = choose_labels(generator.classes or [], None)
     for start in range(0, number, batch_size):
         numbers = range(start, min(start + batch_size, number))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
-from diffperception.cli import first_process, say
+from diffperception.cli import say
 from diffperception.cli.report import draw_pictures, write_audit, write_scores
 from diffperception.data import CocoDetection
 from diffperception.detection import Detector, DiffusionDet
@@ -17,6 +17,7 @@ from diffperception.detection.evaluator import CocoResult
 from diffperception.detection.inference import EVALUATORS, Protocol, evaluate_detector, join_processes
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import Audit, audit_detector, combine
+from diffperception.devices import first_process
 from diffperception.models.base import Model
 
 

@@ -21,10 +21,11 @@ from diffperception.cli.main import find
 from diffperception.cli.parsing import build_parser, parse
 from diffperception.cli.report import write_text
 from diffperception.data import SeededSamples
-from diffperception.data.image_folder import ImageFolder, list_pictures
+from diffperception.data.image_folder import ImageFolder
 from diffperception.data.images import read_image
 from diffperception.detection.inference import ignore_interrupts
 from diffperception.diffusion import sample_seed
+from diffperception.files import images_below
 from diffperception.generation.evaluator import ImageScores, compare
 from diffperception.generation.feature_networks import RANDOM, FeatureNetwork, feature_network
 from diffperception.models.generator import both_sides
@@ -76,11 +77,11 @@ def evaluate(
     """
     if subset_size == 1:
         raise ValueError("option subset_size: KID compares 2 images of either kind at least, not 1")
-    pictures: dict[str, Sequence[Tensor]] = {"samples": Files(list_pictures(samples))}
+    pictures: dict[str, Sequence[Tensor]] = {"samples": Files(images_below(samples))}
     pictures["reference"] = (
         training_crops(reference, len(pictures["samples"]), seed)
         if reference.suffix in (".yaml", ".yml")
-        else Files(list_pictures(reference))
+        else Files(images_below(reference))
     )
     counts = {name: len(images) for name, images in pictures.items()}
     require_images(counts, max(neighbours + 1, subset_size or 2))

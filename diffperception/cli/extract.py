@@ -18,8 +18,7 @@ from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import find_images
 from diffperception.cli.report import write_text
 from diffperception.cli.settings import differences, read_settings
-from diffperception.data.image_folder import picture_size
-from diffperception.data.images import BrokenImageError, read_image
+from diffperception.data.images import BrokenImageError, read_image, read_size
 from diffperception.segmentation import FeatureExtractor
 from diffperception.segmentation.feature_cache import file_bytes, fingerprint, in_bytes, parse_bytes, save_maps
 
@@ -129,11 +128,10 @@ def image_sizes(paths: Sequence[Path], short_side: int | None) -> tuple[dict[Pat
     broken = []
     for path in paths:
         try:
-            size = picture_size(path, "stop")
+            size = read_size(path)
         except BrokenImageError as error:
             broken.append(str(error))
             continue
-        assert size is not None
         sizes[path] = size if short_side is None else resized(*size, short_side)
     return sizes, broken
 

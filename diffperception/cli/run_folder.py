@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from torch import nn
 
-from diffperception.cli import first_process, say
+from diffperception.cli import say
 from diffperception.cli.report import write_text
 from diffperception.cli.settings import changes, in_words
+from diffperception.devices import first_process
 from diffperception.models.base import describe
 from diffperception.training.run import CHECKPOINT, Checkpoint, read_checkpoint
 

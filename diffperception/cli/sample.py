@@ -11,7 +11,7 @@ from tqdm import tqdm
 from diffperception.cli import say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import require_room
-from diffperception.data.image_folder import require_picture_channels
+from diffperception.data.image_folder import require_image_channels
 from diffperception.diffusion import Denoiser, classifier_guidance
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
@@ -61,7 +61,7 @@ def sample(
     if classifier is None and classifier_scale is not None:
         raise ValueError("classifier_scale is given without a classifier: name one with --classifier, or leave it out")
     generator = DiffusionModel.load(model).to(pick_device(device))
-    require_picture_channels(generator.unet.in_channels)
+    require_image_channels(generator.unet.in_channels)
     guide = None if classifier is None else load_guide(classifier, generator)
     known = (guide.classes if guide else generator.classes) or []
     labels = choose_labels(known, classes)

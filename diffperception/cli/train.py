@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from jsonargparse.typing import NonNegativeInt
 
-from diffperception.cli import first_process, say
+from diffperception.cli import say
 from diffperception.cli.evaluate import finish, load_detector
 from diffperception.cli.report import draw_pictures
 from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopped, say_where, start_or_go_on
@@ -15,6 +15,7 @@ from diffperception.data import CocoDetection
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoResult
 from diffperception.detection.inference import EVALUATORS, evaluate_detector, require_classes
+from diffperception.devices import first_process
 from diffperception.training.data import TrainingData
 from diffperception.training.loggers import RunLog
 from diffperception.training.options import DataOptions, EvaluationOptions, OptimizerOptions, TrainerOptions

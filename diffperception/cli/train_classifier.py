@@ -10,9 +10,10 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import nn
 
-from diffperception.cli import first_process, say
+from diffperception.cli import say
 from diffperception.cli.report import write_text
 from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopped, say_where, start_or_go_on
+from diffperception.devices import first_process
 from diffperception.models import NoisyClassifier
 from diffperception.training.data import TrainingData
 from diffperception.training.loggers import RunLog

@@ -9,9 +9,10 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from diffperception.cli import first_process, say
+from diffperception.cli import say
 from diffperception.cli.run_folder import LOGS, WEIGHTS, require_room, say_stopped, say_where, start_or_go_on
 from diffperception.cli.sample import choose_labels, in_turn
+from diffperception.devices import first_process
 from diffperception.generation.sampling import SamplingOptions, sample, time_grid
 from diffperception.models.generator import DiffusionModel
 from diffperception.training.data import TrainingData

@@ -1,25 +1,29 @@
-"""Folders of pictures: what generators learn from, and classifiers of whole images."""
+"""Folders of images: what generators learn from, and classifiers of whole images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.coco_file import read_coco
-from diffperception.data.images import BrokenImageError, read_image
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+from diffperception.data.images import (
+    BrokenImageError,
+    lies_on_its_side,
+    listed_images,
+    read_image,
+    read_size,
+    to_float,
+)
+from diffperception.files import images_below
 
 
 class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
-    """Random crops of the pictures in a folder.
+    """Random crops of the images in a folder.
 
     Sample i is (image, target): float32 (C, height, width), 0..1; ``label`` (its folder's place among the classes, or
     None), ``image_id`` (i) and ``path``. All draws come from torch's global generator (see `SeededSamples`).
@@ -27,18 +31,18 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
     Args:
         folder: searched with all folders in it.
         image_size: height and width of the crops.
-        short_side: pictures are first resized to this short side; by default as small as holds a crop.
-        annotations: COCO JSON file; only the pictures it lists are used.
+        short_side: images are first resized to this short side; by default as small as holds a crop.
+        annotations: only the images are used that this COCO JSON file lists, or this text file, with a name per line.
         labelled: the folders directly in `folder` are classes.
         channels: 3 (RGB) or 1 (grey).
-        horizontal_flip, vertical_flip: shares of crops that are mirrored.
-        on_broken: what to do at a picture that cannot be read, or is less than half a crop high or wide: stop, or
+        horizontal_flip, vertical_flip: probabilities that a crop is mirrored.
+        on_broken: what to do at an image that cannot be read, or is less than half a crop high or wide: stop, or
             pass over it.
-        cached: how many pictures are kept decoded in memory.
+        cached: how many images are kept decoded in memory.
 
     Raises:
-        FileNotFoundError: no such folder, or no picture in it.
-        ValueError: a picture is broken, or smaller than a crop.
+        FileNotFoundError: no such folder, or no image in it.
+        ValueError: an image is broken, or smaller than a crop.
     """
 
     def __init__(
@@ -59,21 +63,30 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
                 f"data.short_side is {short_side}, but crops of {image_size[0]} x {image_size[1]} pixels are wanted:"
                 f" make it at least {max(image_size)}"
             )
-        require_picture_channels(channels)
+        require_image_channels(channels)
         self.folder, self.image_size, self.short_side, self.channels = folder, image_size, short_side, channels
         self.on_broken, self.cached = on_broken, cached
-        found = list_pictures(folder, annotations)
-        with advice():
-            self.paths = self._usable({path: picture_size(path, on_broken) for path in found})
+        found = listed_images(folder, annotations)
+        self.paths = self._usable({path: self._size(path) for path in found})
         self.skipped = len(found) - len(self.paths)
         self.classes = class_folders(folder) if labelled else None
         if labelled and any(path.parent == folder for path in self.paths):
-            raise ValueError(f"{folder} holds pictures outside of any class: give each class a folder of its own")
+            raise ValueError(f"{folder} holds images outside of any class: give each class a folder of its own")
         self.flips = v2.Compose([v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)])
         self._kept: dict[int, Tensor] = {}
 
+    def _size(self, path: Path) -> tuple[int, int] | None:
+        """Height and width from an image's header; None for a broken one that is to be left out."""
+        try:
+            with advice():
+                return read_size(path)
+        except BrokenImageError:
+            if self.on_broken == "stop":
+                raise
+            return None
+
     def _usable(self, sizes: dict[Path, tuple[int, int] | None]) -> list[Path]:
-        """The pictures that can be read and are large enough; ValueError for small ones unless they are passed over."""
+        """The images that can be read and are large enough; ValueError for small ones unless they are passed over."""
         small = [path for path, size in sizes.items() if size and self._is_small(path, size)]
         if small and self.on_broken == "stop":
             height, width = sizes[small[0]] or (0, 0)
@@ -85,11 +98,11 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         left_out = {*small, *(path for path, size in sizes.items() if size is None)}
         usable = [path for path in sizes if path not in left_out]
         if not usable:
-            raise FileNotFoundError(f"there is no picture large enough that can be read in {self.folder}")
+            raise FileNotFoundError(f"there is no image large enough that can be read in {self.folder}")
         return usable
 
     def _is_small(self, path: Path, size: tuple[int, int]) -> bool:
-        """Whether a picture whose header tells this height and width would be enlarged to more than twice its size."""
+        """Whether an image whose header tells this height and width would be enlarged to more than twice its size."""
 
         def below_half(height: int, width: int) -> bool:
             return height < self.image_size[0] // 2 or width < self.image_size[1] // 2
@@ -100,25 +113,25 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        index, picture = self._readable(index)
+        index, whole = self._readable(index)
         path = self.paths[index]
-        image = F.to_dtype(self.flips(self._crop(picture)), torch.float32, scale=True)
+        image = to_float(self.flips(self._crop(whole)))
         label = None if self.classes is None else self.classes.index(path.relative_to(self.folder).parts[0])
         return image, {"label": label, "image_id": index, "path": str(path)}
 
     def _readable(self, index: int) -> tuple[int, Tensor]:
-        """The picture at `index`, or the next that can be read where broken ones are passed over."""
+        """The image at `index`, or the next that can be read where broken ones are passed over."""
         for candidate in range(index, index + len(self)):
             try:
                 with advice():
-                    return candidate % len(self), self._picture(candidate % len(self))
+                    return candidate % len(self), self._image(candidate % len(self))
             except BrokenImageError as error:
                 broken = error
                 if self.on_broken == "stop":
                     break
         raise broken
 
-    def _picture(self, index: int) -> Tensor:
+    def _image(self, index: int) -> Tensor:
         if index in self._kept:
             return self._kept[index]
         image = self._read(index)
@@ -127,7 +140,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         return image
 
     def _read(self, index: int) -> Tensor:
-        """A picture, uint8 (C, H, W), resized so that a crop fits in it."""
+        """An image, uint8 (C, H, W), resized so that a crop fits in it."""
         image = read_image(self.paths[index])
         if self.channels == 1:
             image = F.rgb_to_grayscale(image)
@@ -150,71 +163,20 @@ def advice() -> Iterator[None]:
     try:
         yield
     except BrokenImageError as error:
-        raise BrokenImageError(f"{error}: remove it, or pass over such pictures with data.on_broken skip") from error
+        raise BrokenImageError(f"{error}: remove it, or pass over such images with data.on_broken skip") from error
 
 
-def require_picture_channels(channels: int) -> None:
-    """ValueError for channels that no picture has."""
+def require_image_channels(channels: int) -> None:
+    """ValueError for channels that no image file has."""
     if channels not in (1, 3):
         raise ValueError(
-            f"pictures have 3 channels, or 1 in grey, but the model has {channels}: set its in_channels to 3 or 1"
+            f"images have 3 channels, or 1 in grey, but the model has {channels}: set its in_channels to 3 or 1"
         )
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders with pictures in a folder, which are their classes; ValueError for none."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    names = {path.relative_to(folder).parts[0] for path in _pictures_below(folder) if path.parent != folder}
+    """The names of the folders with images in a folder, which are their classes; ValueError for none."""
+    names = {path.relative_to(folder).parts[0] for path in images_below(folder) if path.parent != folder}
     if not names:
-        raise ValueError(f"{folder} holds no folders of pictures: labelled ones are in folders of their classes")
+        raise ValueError(f"{folder} holds no folders of images: labelled ones are in folders of their classes")
     return sorted(names)
-
-
-def list_pictures(folder: Path, annotations: Path | None = None) -> Sequence[Path]:
-    """The pictures below a folder, or those of them that a COCO file lists, in the order of their names.
-
-    Raises:
-        FileNotFoundError: no such folder, or no picture in it, or one that the file lists is missing.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    if annotations is not None:
-        paths = [folder / image["file_name"] for image in read_coco(annotations)["images"]]
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{annotations} lists {missing[0]}, which is missing, among {len(missing)} in all")
-    else:
-        paths = list(_pictures_below(folder))
-    if not paths:
-        raise FileNotFoundError(f"there is no picture in {folder}")
-    return sorted(paths)
-
-
-def _pictures_below(folder: Path) -> Iterator[Path]:
-    """All but what is hidden, such as the caches of tools and the companions (`._a.png`) that macOS writes."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.suffix.lower() in SUFFIXES and not path.is_dir():
-            yield path
-
-
-def picture_size(path: Path, on_broken: Literal["stop", "skip"]) -> tuple[int, int] | None:
-    """Height and width from a picture's header; None for a broken one that is to be left out.
-
-    Raises:
-        BrokenImageError: the header cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:  # Pillow raises many kinds on bad bytes
-        if on_broken == "skip":
-            return None
-        raise BrokenImageError(f"the image {path} cannot be read: {error}") from error
-
-
-def lies_on_its_side(path: Path) -> bool:
-    """Whether height and width change places when a picture is turned as its EXIF orientation says."""
-    with Image.open(path) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) > 4

@@ -1,21 +1,134 @@
-"""Reading pictures from disk."""
+"""Reading images from disk."""
 
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from diffperception.data.coco_file import read_coco
+from diffperception.files import images_below
 
 
 class BrokenImageError(ValueError):
-    """A picture that cannot be read or is not the one its annotation describes; the message names the file."""
+    """An image that cannot be read or is not the one its annotation describes; the message names the file."""
+
+
+class ImageSample(NamedTuple):
+    """An image file: float32 (3, H, W), RGB, 0..1; or None and what the problem is."""
+
+    path: Path
+    image: Tensor | None
+    problem: str = ""
+
+
+class ImageFiles(Dataset[ImageSample]):
+    """Image files as samples, broken ones included."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> ImageSample:
+        path = self.paths[index]
+        try:
+            return ImageSample(path, to_float(read_image(path)))
+        except BrokenImageError as error:
+            return ImageSample(path, None, str(error))
+
+
+def load_images(paths: Sequence[Path], batch_size: int = 1, workers: int = 0) -> DataLoader[ImageSample]:
+    """Batches of image files, lists of samples, that as many processes read ahead as there is work for."""
+    workers = min(workers, max(0, len(paths) - 1) // batch_size)
+    files = ImageFiles(paths)
+    return DataLoader(files, batch_size, num_workers=workers, collate_fn=list, worker_init_fn=ignore_interrupts)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """For workers that read images: Ctrl-C reaches them too, but it is the main process that ends the work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def listed_images(folder: Path, listing: Path | None = None) -> list[Path]:
+    """The images below a folder, or those of them that a file lists, sorted.
+
+    Args:
+        listing: a COCO JSON file; or a text file, with the name of an image per line.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, no image in the folder, or one that is listed is missing.
+        ValueError: the file lists no image.
+    """
+    if listing is None:
+        return images_below(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if not listing.is_file():
+        raise FileNotFoundError(f"there is no file {listing}")
+    if listing.suffix == ".json":
+        names = [image["file_name"] for image in read_coco(listing)["images"]]
+    else:
+        names = [name.strip() for name in listing.read_text(encoding="utf-8").split("\n")]
+    paths = sorted({folder / name for name in names if name})
+    if not paths:
+        raise ValueError(f"{listing} lists no image: it must have a file name per line, or be a COCO file")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{listing} lists {missing[0]}, which is missing, among {len(missing)} in all")
+    return paths
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 0..255 to float32 0..1."""
+    return F.to_dtype(image, torch.float32, scale=True)
+
+
+def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """The height and width that `resize_short_side` gives an image."""
+    long_side = int(short_side * max(height, width) / min(height, width))
+    return (short_side, long_side) if height <= width else (long_side, short_side)
+
+
+def resize_short_side(image: Tensor, short_side: int | None, nearest: bool = False) -> Tensor:
+    """Resize (..., H, W) to a short side in pixels, with antialiasing or, labels, to the nearest; None leaves it."""
+    if short_side is None:
+        return image
+    mode = InterpolationMode.NEAREST_EXACT if nearest else InterpolationMode.BILINEAR
+    return F.resize(image, [short_side], mode, antialias=not nearest)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Height and width from an image's header, before its EXIF orientation turns it.
+
+    Raises:
+        BrokenImageError: the header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # Pillow raises many kinds on bad bytes
+        raise BrokenImageError(f"the image {path} cannot be read: {error}") from error
+
+
+def lies_on_its_side(path: Path) -> bool:
+    """Whether height and width change places when an image is turned as its EXIF orientation says."""
+    with Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) > 4
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Decode any picture that Pillow knows to uint8 (3, H, W) RGB, turned upright as its EXIF orientation says.
+    """Decode any image that Pillow knows to uint8 (3, H, W) RGB, turned upright as its EXIF orientation says.
 
-    Grey pictures are repeated over the channels, 16-bit grey is scaled to 8 bits, an alpha channel is left out. Pillow
+    Grey images are repeated over the channels, 16-bit grey is scaled to 8 bits, an alpha channel is left out. Pillow
     is preferred to torchvision.io because it refuses a file that is cut off instead of filling the rest with grey.
     Raises BrokenImageError where the file is missing or cannot be decoded.
     """

@@ -12,8 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.image_folder import list_pictures, picture_size
-from diffperception.data.images import read_image
+from diffperception.data.images import listed_images, read_image, read_size
 
 IGNORE_INDEX = 255  # the label of pixels that have none
 FORMATS = (".png", ".npy")  # of masks
@@ -101,7 +100,7 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     def _labelled(self, image: Path, mask: Path) -> bool:
         """Whether a mask has labelled pixels; ValueError if it does not go with the image."""
         labels = self._read(mask)
-        if labels.shape == picture_size(image, "stop"):
+        if labels.shape == read_size(image):
             return bool((labels != IGNORE_INDEX).any())
         height, width = read_image(image).shape[1:]  # the header's are those of a picture that lies on its side
         if labels.shape != (height, width):
@@ -149,7 +148,7 @@ def find_pairs(
     """The images of a folder, or those of them that a file lists, with their masks; see :class:`MaskFolder`."""
     if not masks.is_dir():
         raise FileNotFoundError(f"there is no folder of masks {masks}")
-    pictures = _listed(images, annotations)
+    pictures = listed_images(images, annotations)
     if masks.resolve() != images.resolve():
         pictures = [path for path in pictures if masks.resolve() not in path.resolve().parents]
     found = [(path, find_mask(path.relative_to(images), masks)) for path in pictures]
@@ -196,22 +195,6 @@ def read_mask(path: Path) -> np.ndarray:
     if mask.dtype.kind == "f" and not np.equal(mask, np.round(mask)).all():
         raise ValueError(f"the mask {path} has numbers that are not whole: a mask holds the numbers of classes")
     return mask
-
-
-def _listed(images: Path, annotations: Path | None) -> Sequence[Path]:
-    """The pictures of a folder, or those of them that a COCO or a text file lists."""
-    if annotations is None or annotations.suffix == ".json":
-        return list_pictures(images, annotations)
-    if not annotations.is_file():
-        raise FileNotFoundError(f"there is no file {annotations}")
-    names = annotations.read_text(encoding="utf-8").split("\n")
-    paths = sorted({images / name.strip() for name in names if name.strip()})
-    if not paths:
-        raise ValueError(f"{annotations} lists no image: it must have a file name a line")
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{annotations} lists {missing[0]}, which is missing, among {len(missing)} in all")
-    return paths
 
 
 def _label_of_value(num_classes: int, ignore: int | None, values: Mapping[int, int] | None) -> dict[int, int]:

@@ -7,7 +7,6 @@ import colorsys
 import csv
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import box_iou
 from torchvision.utils import make_grid
+
+from diffperception.files import written_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,11 +51,8 @@ class Mark(NamedTuple):
 
 def save_png(picture: Image.Image, path: str | Path) -> None:
     """Write a picture beside `path` and rename it, so that `path` is never half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    picture.save(part, format="png")
-    os.replace(part, path)
+    with written_beside(Path(path)) as part:
+        picture.save(part, format="png")
 
 
 def draw_detections(

@@ -102,7 +102,7 @@ def test_a_broken_image_is_named(folders: Path, tmp_path: Path, workers: str) ->
 @pytest.mark.parametrize(
     ("count", "options", "part"),
     [
-        (0, [], "no picture in"),
+        (0, [], "no image in"),
         (3, [], "need 4 images or more, and there are 3 in the folder of samples"),
         (8, ["--subset_size", "9"], "9 images or more, and there are 8"),
         (8, ["--subset_size", "1"], "option subset_size: KID compares 2 images"),

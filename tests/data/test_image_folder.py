@@ -1,4 +1,4 @@
-"""Folders of pictures: crops, classes, and what is said of pictures that will not do."""
+"""Folders of images: crops, classes, and what is said of images that will not do."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from PIL import ExifTags, Image
 
 from diffperception.data import SeededSamples
-from diffperception.data.image_folder import ImageFolder, class_folders, list_pictures
-from diffperception.data.images import BrokenImageError
+from diffperception.data.image_folder import ImageFolder, class_folders
+from diffperception.data.images import BrokenImageError, listed_images
 from diffperception.training.recipes.generation import ImageDataOptions
 
 
@@ -21,7 +21,7 @@ def write(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
     return pixels
 
 
-def test_a_crop_is_a_part_of_the_picture(tmp_path: Path) -> None:
+def test_a_crop_is_a_part_of_the_image(tmp_path: Path) -> None:
     pixels = torch.from_numpy(write(tmp_path / "a.png", 12, 17)).permute(2, 0, 1) / 255
     samples = SeededSamples(ImageFolder(tmp_path, (8, 8), short_side=12, horizontal_flip=0.0))
     parts = pixels.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)  # (5, 10, 3, 8, 8), every part there is
@@ -49,7 +49,7 @@ def test_a_sample_is_a_function_of_its_seed(tmp_path: Path, cached: int) -> None
 @pytest.mark.parametrize(
     ("short_side", "size"), [(None, (8, 8)), (16, (8, 8)), (None, (8, 16)), (16, (16, 4))], ids=str
 )
-def test_pictures_are_resized_until_a_crop_fits(tmp_path: Path, short_side: int | None, size: tuple[int, int]) -> None:
+def test_images_are_resized_until_a_crop_fits(tmp_path: Path, short_side: int | None, size: tuple[int, int]) -> None:
     write(tmp_path / "wide.png", 20, 30)
     folder = ImageFolder(tmp_path, size, short_side)
     assert folder[0][0].shape == (3, *size)
@@ -75,14 +75,14 @@ def test_folders_are_classes(tmp_path: Path) -> None:
         ImageFolder(tmp_path, (8, 8), labelled=True)
 
 
-def test_hidden_and_empty_folders_are_no_classes_and_hidden_files_no_pictures(tmp_path: Path) -> None:
+def test_hidden_and_empty_folders_are_no_classes_and_hidden_files_no_images(tmp_path: Path) -> None:
     for name in ("b/1.png", ".cache/2.png", "a/.thumbnails/3.png"):
         write(tmp_path / name, 8, 8)
     (tmp_path / "b" / "._1.png").write_bytes(b"what macOS writes beside a file")
     (tmp_path / "empty").mkdir()
     (tmp_path / "b" / "folder.png").mkdir()
     assert class_folders(tmp_path) == ["b"]
-    assert list_pictures(tmp_path) == [tmp_path / "b" / "1.png"]
+    assert listed_images(tmp_path) == [tmp_path / "b" / "1.png"]
 
 
 @pytest.mark.parametrize("flip", ["horizontal_flip", "vertical_flip"])
@@ -118,19 +118,19 @@ def test_the_options_of_training_reach_the_folder(tmp_path: Path) -> None:
         assert (folder.classes, folder.on_broken, folder.cached) == (["class"], "skip", 7)
 
 
-def test_annotations_choose_pictures(tmp_path: Path) -> None:
+def test_annotations_choose_images(tmp_path: Path) -> None:
     for name in ("1.png", "2.png"):
         write(tmp_path / name, 8, 8)
     content: dict = {"images": [{"id": 1, "file_name": "2.png"}], "annotations": [], "categories": []}
     (tmp_path / "some.json").write_text(json.dumps(content))
-    assert list_pictures(tmp_path, tmp_path / "some.json") == [tmp_path / "2.png"]
+    assert listed_images(tmp_path, tmp_path / "some.json") == [tmp_path / "2.png"]
     content["images"].append({"id": 2, "file_name": "3.png"})
     (tmp_path / "some.json").write_text(json.dumps(content))
     with pytest.raises(FileNotFoundError, match=r"3\.png, which is missing"):
-        list_pictures(tmp_path, tmp_path / "some.json")
+        listed_images(tmp_path, tmp_path / "some.json")
 
 
-def test_broken_pictures_stop_or_are_passed_over(tmp_path: Path) -> None:
+def test_broken_images_stop_or_are_passed_over(tmp_path: Path) -> None:
     write(tmp_path / "good.png", 8, 8)
     (tmp_path / "header.png").write_bytes(b"no picture")
     with pytest.raises(BrokenImageError, match=r"header\.png cannot be read.*: remove it, or .* data\.on_broken skip$"):
@@ -151,16 +151,16 @@ def test_broken_pictures_stop_or_are_passed_over(tmp_path: Path) -> None:
 def test_what_will_not_do_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         ImageFolder(tmp_path / "none", (8, 8))
-    with pytest.raises(FileNotFoundError, match="there is no picture"):
+    with pytest.raises(FileNotFoundError, match="there is no image"):
         ImageFolder(tmp_path, (8, 8))
+    write(tmp_path / "tiny.png", 3, 9)
     with pytest.raises(ValueError, match="holds no folders"):
         class_folders(tmp_path)
-    write(tmp_path / "tiny.png", 3, 9)
     with pytest.raises(ValueError, match=r"tiny\.png has 3 x 9 pixels"):
         ImageFolder(tmp_path, (8, 8))
     write(tmp_path / "good.png", 4, 9)
     assert ImageFolder(tmp_path, (8, 8), on_broken="skip").paths == [tmp_path / "good.png"]
-    with pytest.raises(FileNotFoundError, match="no picture large enough"):
+    with pytest.raises(FileNotFoundError, match="no image large enough"):
         ImageFolder(tmp_path, (32, 32), on_broken="skip")
     with pytest.raises(ValueError, match="set its in_channels to 3 or 1"):
         ImageFolder(tmp_path, (4, 4), channels=4)
@@ -173,7 +173,7 @@ def test_what_will_not_do_is_named(tmp_path: Path) -> None:
     [((16, 16), False), ((16, 63), False), ((15, 64), False), ((64, 16), False), ((16, 64), True)],
     ids=str,
 )
-def test_a_picture_has_half_the_height_and_half_the_width_of_a_crop(
+def test_an_image_has_half_the_height_and_half_the_width_of_a_crop(
     tmp_path: Path, size: tuple[int, int], fits: bool
 ) -> None:
     write(tmp_path / "a.png", *size)

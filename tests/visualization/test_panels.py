@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 
+from diffperception.visualization.draw import GREY, class_colour
 from diffperception.visualization.panels import (
     contact_sheet,
     legend,
@@ -12,7 +13,6 @@ from diffperception.visualization.panels import (
     segmentation_panels,
     uncertainty_map,
 )
-from diffperception.visualization.draw import GREY, class_colour
 
 LABELS = torch.tensor([[0, 1], [2, 255]])
 

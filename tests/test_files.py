@@ -1,0 +1,194 @@
+"""Listing images, writing beside and renaming, and what becomes of a folder of results."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from diffperception.files import (
+    OutputFolder,
+    folder_beside,
+    images_below,
+    list_images,
+    png_names,
+    write_json,
+    write_text,
+    written_beside,
+)
+
+
+def touch(root: Path, *names: str) -> list[Path]:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return [root / name for name in names]
+
+
+def interrupt_after(written: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_images_are_listed_in_order_and_whatever_the_case_of_their_endings(tmp_path: Path) -> None:
+    found = touch(tmp_path, "a/2.JPG", "a/3.jp2", "a/b/1.Png", "z.TIFF")
+    touch(tmp_path, "notes.txt", "a/._2.jpg", ".cache/4.png", "a/.thumbnails/5/6.png")
+    (tmp_path / "folder.png").mkdir()
+    assert list_images(tmp_path) == (tmp_path, found)
+    assert list_images(str(tmp_path)) == (tmp_path, found)
+
+
+def test_the_folder_itself_may_be_hidden(tmp_path: Path) -> None:
+    found = touch(tmp_path, ".hidden/1.png")
+    assert images_below(tmp_path / ".hidden") == found
+
+
+def test_links_to_folders_are_followed_once_and_circles_end(tmp_path: Path) -> None:
+    inside = touch(tmp_path, "photos/b/1.png", "photos/c/2.png")
+    touch(tmp_path, "elsewhere/3.png")
+    (tmp_path / "photos/a").symlink_to(tmp_path / "photos/b")  # sorted before the folder that it leads to
+    (tmp_path / "photos/b/loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos/again").symlink_to(tmp_path / "elsewhere")
+    assert images_below(tmp_path / "photos") == [tmp_path / "photos/again/3.png", *inside]
+
+
+def test_what_a_command_writes_is_not_its_input(tmp_path: Path) -> None:
+    (photo,) = touch(tmp_path, "1.png")
+    touch(tmp_path, "out/pictures/1.png")
+    (tmp_path / "link").symlink_to(tmp_path / "out/pictures")
+    assert list_images(tmp_path, leave_out=tmp_path / "out") == (tmp_path, [photo])
+    assert list_images(f"{tmp_path}/**/*.png", leave_out=tmp_path / "link/..") == (tmp_path, [photo])
+
+
+def test_a_file_and_a_pattern(tmp_path: Path) -> None:
+    one, two, _ = touch(tmp_path, "a/1.png", "b/c/2.png", "b/c/2.jpg")
+    assert list_images(one) == (tmp_path / "a", [one])
+    assert list_images(f"{tmp_path}/**/*.png") == (tmp_path, [one, two])
+    assert list_images(f"{tmp_path}/b/*/*.png") == (tmp_path / "b/c", [two])
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [("none", "no image or folder .*none, nor"), ("*.gif", "nor does it match"), ("empty", "no image in the folder")],
+)
+def test_nothing_to_list(tmp_path: Path, source: str, part: str) -> None:
+    touch(tmp_path, "empty/notes.txt")
+    with pytest.raises(FileNotFoundError, match=part):
+        list_images(str(tmp_path / source))
+
+
+def test_names_of_pngs_do_not_meet() -> None:
+    names = [Path("a/b.jpg"), Path("a/b.png"), Path("a/c.jpg"), Path("b.jpg")]
+    assert list(png_names(names).values()) == [Path("a/b.jpg.png"), Path("a/b.png.png"), Path("a/c.png"), Path("b.png")]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    (path,) = touch(tmp_path, "a.txt")
+    with pytest.raises(KeyboardInterrupt), written_beside(path) as part:
+        interrupt_after(part.write_text("half"))
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["a.txt"]
+    write_text(path, "whole")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["whole"]
+
+
+def test_a_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "data"
+    with pytest.raises(KeyboardInterrupt), folder_beside(target) as part:
+        interrupt_after(touch(part, "half.txt"))
+    assert list((tmp_path / "new").iterdir()) == []
+    target.mkdir()
+    with folder_beside(target) as part:
+        touch(part, "whole.txt")
+        assert list(target.iterdir()) == []
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "new",
+        "new/data",
+        "new/data/whole.txt",
+    ]
+    usual = tmp_path / "usual"
+    usual.mkdir()
+    assert target.stat().st_mode == usual.stat().st_mode
+    with pytest.raises(OSError, match="not empty"), folder_beside(target) as part:
+        pass
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["data"]
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"ap": math.nan, "rows": [(1.5, math.inf)], "name": "NaN"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"ap": None, "rows": [[1.5, None]], "name": "NaN"}
+
+
+def run(path: Path, *names: str, overwrite: bool = True) -> OutputFolder:
+    folder = OutputFolder(path, overwrite)
+    folder.clear()
+    for name in names:
+        write_text(folder.file(name), name)
+    return folder
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_only_what_was_written_before_is_removed(tmp_path: Path) -> None:
+    touch(tmp_path, "thesis.txt", "masks/mine.png", "000000.png")
+    run(tmp_path, "masks/1.png", "deep/er/2.png", "scores.csv")
+    run(tmp_path, "masks/3.png")
+    mine = ["000000.png", "masks/mine.png", "thesis.txt"]
+    assert files_in(tmp_path) == sorted([".diffperception", *mine, "masks/3.png"])
+    assert not (tmp_path / "deep").exists()
+    run(tmp_path)
+    assert files_in(tmp_path) == mine
+
+
+def test_what_an_interrupted_run_wrote_is_known(tmp_path: Path) -> None:
+    run(tmp_path, "1.png").file("never_written.png")
+    assert OutputFolder(tmp_path, True).written() == [tmp_path / "1.png"]
+
+
+def test_some_of_it_may_stay(tmp_path: Path) -> None:
+    folder = run(tmp_path, "last.ckpt", "pictures/1.png", "pictures/2.png", "metrics.json")
+    folder.clear(keep=["last.ckpt", "pictures"])
+    assert files_in(tmp_path) == [".diffperception", "last.ckpt", "pictures/1.png", "pictures/2.png"]
+    folder.clear()
+    assert files_in(tmp_path) == []
+
+
+def test_names_that_others_choose_are_recorded_too(tmp_path: Path) -> None:
+    touch(tmp_path, "tensorboard/mine")
+    folder = OutputFolder(tmp_path, overwrite=True)
+    with folder.recording("tensorboard") as logs:
+        touch(logs, "events.1", "deep/events.2")
+    folder.clear()
+    assert files_in(tmp_path) == ["tensorboard/mine"]
+
+
+def test_a_record_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
+    (outside,) = touch(tmp_path, "outside.txt")
+    touch(tmp_path, "elsewhere/2.txt")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "link").symlink_to(tmp_path / "elsewhere")
+    names = ["../outside.txt", str(outside), "link/2.txt", ".."]
+    (out / ".diffperception").write_text("".join(json.dumps(name) + "\n" for name in names))
+    OutputFolder(out, overwrite=True).clear()
+    assert files_in(tmp_path) == ["elsewhere/2.txt", "outside.txt"]
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    OutputFolder(tmp_path / "new")
+    run(tmp_path / "old", "1.png", overwrite=False)
+    with pytest.raises(ValueError, match="is not empty: choose another, or allow to overwrite it with --overwrite"):
+        OutputFolder(tmp_path / "old")
+    OutputFolder(tmp_path / "old", overwrite=True).clear()
+    OutputFolder(tmp_path / "old")
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        OutputFolder(touch(tmp_path, "file")[0], overwrite=True)
+
+
+def test_odd_names_come_back(tmp_path: Path) -> None:
+    names = ["line\nbreak.png", "Grüße.png", "quote'\".png"]
+    run(tmp_path, *names)
+    assert [path.name for path in OutputFolder(tmp_path, True).written()] == names
+    assert os.listdir(tmp_path).count("line\nbreak.png") == 1
