@@ -145,8 +145,9 @@ class _Generator(TorchGenerator, metaclass=_GeneratorType):
 class SimulatedGPU(TorchDispatchMode, devices.Device):
     """Tensors on "cuda" inside `with` are simulated; outside they can only be brought back with `host`.
 
-    What is changed of torch meanwhile is put back at the end. Not simulated are the functions of `torch.cuda`, hooks of
-    gradients, `torch.compile`, tensors without strides, more than one GPU, and other threads.
+    What is changed of torch meanwhile is put back at the end, but for a guard of CUDA devices that does nothing; fake
+    tensors leave the same. Not simulated are the functions of `torch.cuda`, hooks of gradients, `torch.compile`,
+    tensors without strides, more than one GPU, and other threads.
 
     Attributes:
         events: all of them, in order.
@@ -195,7 +196,7 @@ class SimulatedGPU(TorchDispatchMode, devices.Device):
                 torch._C._ensureCUDADeviceGuardSet()
                 changes.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
                 changes.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
-                changes.enter_context(patch.object(torch.cuda, "is_bf16_supported", lambda *_: True))
+                changes.enter_context(patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True))
             # A module that moves swaps its tensors; their storages, which it would exchange, are not used.
             future = torch.__future__
             changes.callback(future.set_swap_module_params_on_conversion, future.get_swap_module_params_on_conversion())
