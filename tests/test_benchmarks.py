@@ -1,8 +1,11 @@
-"""The benchmark of segmentation at small sizes: both ways are the same classifier."""
+"""Timing; and the benchmark of segmentation at small sizes: both ways are the same classifier."""
+
+import time
 
 import pytest
 
 from diffperception.benchmarks import segmentation
+from diffperception.benchmarks.timing import Row, best_seconds, best_seconds_in_turn, ratio_table
 
 
 @pytest.fixture
@@ -32,3 +35,22 @@ def test_the_whole_task_is_scaled_by_images_and_minibatches(monkeypatch: pytest.
 @pytest.mark.usefixtures("small")
 def test_memory_is_measured_on_the_whole_task() -> None:
     assert 0.1 < segmentation.peak_memory(threads=1) < 64
+
+
+def test_the_best_of_several_times_counts_and_short_functions_are_repeated() -> None:
+    waits = iter([0.3, 0.2, 0.12, 0.15])
+    assert 0.12 <= best_seconds(lambda: time.sleep(next(waits)), repeats=3) < 0.2
+    calls: list[int] = []
+    quick, slow = best_seconds_in_turn([lambda: calls.append(0), lambda: time.sleep(0.01)], repeats=2)
+    assert len(calls) > 1000
+    assert quick < 0.01 <= slow
+
+
+def test_ratios_are_of_the_unit() -> None:
+    table = ratio_table(Row("theirs (unit)", 0.5), [Row("ours", 0.25, target=0.8), Row("our head", 2.0)])
+    assert table.split("\n") == [
+        "               seconds  units  at most",
+        "theirs (unit)      0.5   1.00",
+        "ours              0.25   0.50      0.8",
+        "our head             2   4.00",
+    ]

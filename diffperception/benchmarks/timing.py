@@ -1,8 +1,16 @@
-"""Timing, and tables of ratios."""
+"""Timing on any device, and tables of ratios."""
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from torch.utils.benchmark import timer  # waits for the accelerator, where there is one
+
+from diffperception.visualization.table import format_table
+
+BLOCK = 0.1  # seconds that a measurement of short functions takes at least
+
+Function = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -14,28 +22,38 @@ class Row:
     target: float | None = None
 
 
-def best_seconds(function: Callable[[], object], repeats: int) -> float:
-    """The least of `repeats` wall times after one warm-up: what disturbs a run only ever adds time."""
-    return best_seconds_in_turn([function], repeats)[0]
+def best_seconds(function: Function, repeats: int, warm_up: bool = True) -> float:
+    """The least of `repeats` wall times: what disturbs a run only ever adds time.
+
+    Args:
+        warm_up: run it once before.
+    """
+    first = seconds_of(function) if warm_up else math.inf
+    return min(seconds_of(function, _runs(first)) for _ in range(repeats))
 
 
-def best_seconds_in_turn(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """:func:`best_seconds` of each, run alternately: what disturbs for minutes then disturbs all."""
-    for function in functions:
+def best_seconds_in_turn(functions: Sequence[Function], repeats: int) -> list[float]:
+    """The `best_seconds` of each, measured in turn: what disturbs for minutes then disturbs all."""
+    runs = [_runs(seconds_of(function)) for function in functions]
+    rounds = [[seconds_of(*pair) for pair in zip(functions, runs, strict=True)] for _ in range(repeats)]
+    return [min(times) for times in zip(*rounds, strict=True)]
+
+
+def seconds_of(function: Function, runs: int = 1) -> float:
+    """Mean wall time of as many runs one after another, until the device is done."""
+    start = timer()
+    for _ in range(runs):
         function()
-    return [min(times) for times in zip(*([_seconds(f) for f in functions] for _ in range(repeats)), strict=True)]
+    return (timer() - start) / runs
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def _runs(seconds: float) -> int:
+    return max(1, math.ceil(BLOCK / seconds))
 
 
 def ratio_table(unit: Row, rows: list[Row]) -> str:
-    """Seconds and units of each row, and whether a promised number is kept."""
-    lines = [f"{'':44}{'seconds':>9}{'units':>8}{'at most':>9}"]
-    for row in [unit, *rows]:
-        target = "" if row.target is None else f"{row.target:9.1f}"
-        lines.append(f"{row.name:44}{row.seconds:9.3f}{row.seconds / unit.seconds:8.2f}{target}")
-    return "\n".join(lines)
+    """Seconds and units of each row, and the most units that are promised."""
+    lines = [
+        (row.name, f"{row.seconds:.4g}", f"{row.seconds / unit.seconds:.2f}", row.target or "") for row in [unit, *rows]
+    ]
+    return format_table(lines, ["", "seconds", "units", "at most"])
