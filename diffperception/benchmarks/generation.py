@@ -63,7 +63,11 @@ def _training_step(model: nn.Module, network: Network, noise: Tensor) -> Callabl
 
 def _ours() -> UNet:
     return UNet(
-        channels=CHANNELS, multipliers=MULTIPLIERS, depth=DEPTH, attention=ATTENTION, head_channels=HEAD_CHANNELS
+        channels=CHANNELS,
+        channel_mult=MULTIPLIERS,
+        num_res_blocks=DEPTH,
+        attention=ATTENTION,
+        num_head_channels=HEAD_CHANNELS,
     )
 
 

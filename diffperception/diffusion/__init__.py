@@ -16,7 +16,7 @@ from diffperception.diffusion.posterior import (
     posterior_mean,
     posterior_std,
 )
-from diffperception.diffusion.prediction import Prediction, scale, target, to_eps, to_x0, x0_gain
+from diffperception.diffusion.prediction import Prediction, target, to_eps, to_x0
 from diffperception.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun
 from diffperception.diffusion.schedule import (
     DiscreteSchedule,
@@ -40,19 +40,19 @@ from diffperception.diffusion.steps import (
 
 __all__ = [
     "Denoiser",
-    "DiscreteSchedule",
-    "NoiseFn",
     "DenoiserOutput",
+    "DiscreteSchedule",
+    "FlowSchedule",
     "LossSecondMoment",
     "Network",
     "NetworkDenoiser",
+    "NoiseFn",
     "Objective",
     "Prediction",
     "SampleNoise",
     "Schedule",
     "ScheduleName",
     "Spacing",
-    "FlowSchedule",
     "Time",
     "TimeSampler",
     "UniformTimes",
@@ -66,8 +66,8 @@ __all__ = [
     "derive_seed",
     "heun_step",
     "learned_log_variance",
-    "name_seed",
     "linear_schedule",
+    "name_seed",
     "named_schedule",
     "posterior_log_variance",
     "posterior_mean",
@@ -77,12 +77,10 @@ __all__ = [
     "sample_dpm_solver",
     "sample_heun",
     "sample_seed",
-    "scale",
     "second_order_x0",
     "target",
     "timestep_grid",
     "to_eps",
     "to_x0",
     "variational_bound",
-    "x0_gain",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffperception.diffusion.denoiser import Denoiser, DenoiserOutput
-from diffperception.diffusion.prediction import scale
+from diffperception.diffusion.prediction import broadcast_mul
 from diffperception.diffusion.schedule import Schedule
 
 
@@ -46,7 +46,7 @@ def classifier_guidance(
         # Where x_t is noise alone it tells nothing of the class: no shift, and not infinity times zero.
         alpha = schedule.alpha(t)
         strength = torch.where(alpha > 0, weight * schedule.sigma(t).square() / alpha, 0)
-        shift = scale(strength, gradient)
+        shift = broadcast_mul(strength, gradient)
         return output._replace(x0=output.x0 + shift)
 
     return guided

@@ -1,4 +1,4 @@
-"""All seeds and draws of the project: functions of numbers that are passed in, so that results do not depend on batches.
+"""All seeds and draws of the project, functions of numbers that are passed in: results do not depend on batches.
 
 Draws are made on the CPU by default, so that every device starts from the same numbers. A generator of another device
 draws there instead, which saves the copy and gives other numbers.

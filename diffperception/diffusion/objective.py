@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffperception.diffusion.denoiser import DenoiserOutput, Network, split_range
 from diffperception.diffusion.posterior import learned_log_variance, posterior_log_variance, posterior_mean
-from diffperception.diffusion.prediction import Prediction, scale, target, to_x0, x0_gain
+from diffperception.diffusion.prediction import Prediction, broadcast_mul, target, to_x0, x0_gain
 from diffperception.diffusion.schedule import Schedule
 from diffperception.diffusion.steps import add_noise
 
@@ -73,7 +73,7 @@ class Objective:
         if self.min_snr is None:
             return mse
         snr = (alpha / sigma).square()
-        return scale(snr.clamp(max=self.min_snr) * x0_gain(self.prediction, alpha, sigma).square(), mse)
+        return broadcast_mul(snr.clamp(max=self.min_snr) * x0_gain(self.prediction, alpha, sigma).square(), mse)
 
 
 def variational_bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, output: DenoiserOutput) -> Tensor:
@@ -90,7 +90,7 @@ def variational_bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, ou
     mean = posterior_mean(schedule, x_t, output.x0, t, s)
     log_variance = learned_log_variance(schedule, output.variance_range, t, s)
     true_mean = posterior_mean(schedule, x_t, x0, t, s)
-    true_log_variance = scale(posterior_log_variance(schedule, t, s), torch.ones_like(x0))
+    true_log_variance = broadcast_mul(posterior_log_variance(schedule, t, s), torch.ones_like(x0))
     divergence = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
     decoder = -discretized_log_likelihood(x0, mean, log_variance / 2)
     nats = torch.where(t == 0, decoder.flatten(1).mean(1), divergence.flatten(1).mean(1))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffperception.diffusion.prediction import scale
+from diffperception.diffusion.prediction import broadcast_mul
 from diffperception.diffusion.schedule import Schedule, Time
 
 
@@ -17,7 +17,7 @@ def posterior_mean(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, s: Time
     """
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(s)
     kept = alpha_t / alpha_s * (schedule.sigma(s) / schedule.sigma(t)).square()
-    return scale(alpha_s - kept * alpha_t, x0) + scale(kept, x_t)
+    return broadcast_mul(alpha_s - kept * alpha_t, x0) + broadcast_mul(kept, x_t)
 
 
 def posterior_std(schedule: Schedule, t: Time, s: Time) -> Tensor:
@@ -51,7 +51,7 @@ def learned_log_variance(schedule: Schedule, variance_range: Tensor, t: Time, s:
     lowest = posterior_log_variance(schedule, t, s)
     highest = _added_variance(schedule, t, s).log()
     fraction = (variance_range + 1) / 2
-    return scale(highest, fraction) + scale(lowest, 1 - fraction)
+    return broadcast_mul(highest, fraction) + broadcast_mul(lowest, 1 - fraction)
 
 
 def _added_variance(schedule: Schedule, t: Time, s: Time) -> Tensor:

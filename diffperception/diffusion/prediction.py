@@ -31,7 +31,7 @@ def target(kind: Prediction, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tens
         sigma: () or (B,) standard deviation of the noise.
     """
     a, b = _mixture(kind, alpha, sigma)
-    return scale(a, x0) + scale(b, eps)
+    return broadcast_mul(a, x0) + broadcast_mul(b, eps)
 
 
 def to_x0(kind: Prediction, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def to_x0(kind: Prediction, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigm
         return prediction
     a, b = _mixture(kind, alpha, sigma)
     determinant = alpha * b - sigma * a
-    return scale(b / determinant, x_t) - scale(sigma / determinant, prediction)
+    return broadcast_mul(b / determinant, x_t) - broadcast_mul(sigma / determinant, prediction)
 
 
 def to_eps(kind: Prediction, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def to_eps(kind: Prediction, prediction: Tensor, x_t: Tensor, alpha: Tensor, sig
         return prediction
     a, b = _mixture(kind, alpha, sigma)
     determinant = alpha * b - sigma * a
-    return scale(alpha / determinant, prediction) - scale(a / determinant, x_t)
+    return broadcast_mul(alpha / determinant, prediction) - broadcast_mul(a / determinant, x_t)
 
 
 def x0_gain(kind: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def x0_gain(kind: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
     return -sigma / (alpha * b - sigma * a)
 
 
-def scale(coefficient: Tensor, x: Tensor) -> Tensor:
+def broadcast_mul(coefficient: Tensor, x: Tensor) -> Tensor:
     """``coefficient * x`` with one coefficient, or one per sample: () or (B,) times (B, ...), at least in float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     aligned = coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim if coefficient.ndim else 0))

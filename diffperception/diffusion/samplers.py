@@ -1,22 +1,20 @@
 """Samplers: the loops that lead a noisy sample along a grid of times to the clean end.
 
-Each takes a denoiser, the schedule, ``x`` (B, ...) noised as at ``grid[0]``, and the descending ``grid`` that ends at
-the clean end; each returns the signal, (B, ...). ``draw`` makes the standard normal noise of a step from a tensor of
-its shape; a draw from one generator per sample makes results independent of the batch.
+Each takes a denoiser, the schedule, ``x`` (B, ...) noised as at ``grid[0]``, and the descending ``grid``, on the CPU,
+that ends at the clean end; each returns the signal, (B, ...). ``draw`` makes the standard normal noise of a step from a
+tensor of its shape; a draw from one generator per sample makes results independent of the batch.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from diffperception.diffusion.denoiser import Denoiser, DenoiserOutput
+from diffperception.diffusion.noise import NoiseFn
 from diffperception.diffusion.posterior import learned_log_variance, posterior_mean
-from diffperception.diffusion.schedule import Schedule
+from diffperception.diffusion.schedule import Schedule, precise
 from diffperception.diffusion.steps import ddim_step, heun_step, second_order_x0
-
-NoiseFn = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -69,4 +67,6 @@ def sample_heun(denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: Tensor)
 
 
 def _denoise(denoiser: Denoiser, x: Tensor, t: Tensor) -> DenoiserOutput:
-    return denoiser(x, t.to(x.device).expand(len(x)))
+    # Filled in on the device: a copy of the grid's time to it would wait until all that is queued there is done.
+    dtype = precise(x.device) if t.is_floating_point() else t.dtype
+    return denoiser(x, torch.full((len(x),), t.item(), dtype=dtype, device=x.device))

@@ -85,7 +85,7 @@ class Schedule(ABC):
         """ValueError, which says what would do, if the path lacks one of these times."""
         ends = [(float(self.alpha(t)), float(self.sigma(t))) for t in times]
         outside = [
-            t for t, (alpha, sigma) in zip(times, ends, strict=True) if not (0 <= alpha < math.inf and 0 <= sigma)
+            t for t, (alpha, sigma) in zip(times, ends, strict=True) if not (0 <= alpha < math.inf and sigma >= 0)
         ]
         if outside:
             raise ValueError(f"the timesteps {outside} lie outside of this path: {self.times_in_words()}")

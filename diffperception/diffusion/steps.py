@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from diffperception.diffusion.posterior import posterior_std
-from diffperception.diffusion.prediction import scale
+from diffperception.diffusion.prediction import broadcast_mul
 from diffperception.diffusion.schedule import Schedule, Time
 
 
@@ -16,7 +16,7 @@ def add_noise(schedule: Schedule, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
         t: time, one or one per sample: () or (B,).
         noise: standard normal, of x0's shape.
     """
-    return (scale(schedule.alpha(t), x0) + scale(schedule.sigma(t), noise)).to(x0.dtype)
+    return (broadcast_mul(schedule.alpha(t), x0) + broadcast_mul(schedule.sigma(t), noise)).to(x0.dtype)
 
 
 def ddim_step(
@@ -50,11 +50,11 @@ def ddim_step(
     alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
     tau = eta * posterior_std(schedule, t, s)
     kept = (sigma_s.square() - tau.square()).clamp(min=0).sqrt() / sigma_t
-    x_s = scale(alpha_s - kept * alpha_t, x0) + scale(kept, x_t)
+    x_s = broadcast_mul(alpha_s - kept * alpha_t, x0) + broadcast_mul(kept, x_t)
     if eta > 0:
         if noise is None:
             raise ValueError(f"A step with eta = {eta} draws new noise; give it as `noise`.")
-        x_s = x_s + scale(tau, noise)
+        x_s = x_s + broadcast_mul(tau, noise)
     return x_s.to(x_t.dtype)
 
 
@@ -68,7 +68,7 @@ def second_order_x0(schedule: Schedule, x0: Tensor, x0_before: Tensor, before: T
     """
     ratio = (_log_snr(schedule, s) - _log_snr(schedule, t)) / (_log_snr(schedule, t) - _log_snr(schedule, before))
     ahead = torch.where(ratio.isfinite(), ratio / 2, 0)
-    return scale(1 + ahead, x0) - scale(ahead, x0_before)
+    return broadcast_mul(1 + ahead, x0) - broadcast_mul(ahead, x0_before)
 
 
 def heun_step(schedule: Schedule, x_t: Tensor, x0_t: Tensor, x_s: Tensor, x0_s: Tensor, t: Time, s: Time) -> Tensor:
@@ -87,9 +87,9 @@ def heun_step(schedule: Schedule, x_t: Tensor, x0_t: Tensor, x_s: Tensor, x0_s: 
     sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
     total_t, total_s = schedule.alpha(t) + sigma_t, schedule.alpha(s) + sigma_s
     half = (sigma_s / total_s - sigma_t / total_t) / 2
-    slopes = scale(1 / sigma_t, x_t) - scale(total_t / sigma_t, x0_t)
-    slopes = slopes + scale(1 / sigma_s, x_s) - scale(total_s / sigma_s, x0_s)
-    return (scale(total_s / total_t, x_t) + scale(total_s * half, slopes)).to(x_t.dtype)
+    slopes = broadcast_mul(1 / sigma_t, x_t) - broadcast_mul(total_t / sigma_t, x0_t)
+    slopes = slopes + broadcast_mul(1 / sigma_s, x_s) - broadcast_mul(total_s / sigma_s, x0_s)
+    return (broadcast_mul(total_s / total_t, x_t) + broadcast_mul(total_s * half, slopes)).to(x_t.dtype)
 
 
 def _log_snr(schedule: Schedule, t: Time) -> Tensor:

@@ -1,28 +1,39 @@
 """Drawing images from a generator."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffperception.diffusion import (
-    Denoiser,
-    SampleNoise,
-    Schedule,
-    clip,
-    sample_ddim,
-    sample_ddpm,
-    sample_dpm_solver,
-    sample_heun,
-    sample_seed,
-)
+from diffperception.diffusion import Denoiser, SampleNoise, Schedule, clip, sample_seed, samplers
 from diffperception.models import DiffusionModel
 from diffperception.models.conditioners import Said
 
 Sampler = Literal["dpm_solver", "ddim", "ddpm", "heun"]
-FIRST_ORDER: tuple[Sampler, ...] = ("ddim", "ddpm")
+
+
+class SamplerKind(NamedTuple):
+    """A sampler and the grid that it wants.
+
+    Attributes:
+        loop: (denoiser, schedule, x, grid, eta, noise) -> signal.
+        even: its steps are even in the logarithm of the noise level, as those of second order want.
+        discrete: it needs a path of discrete steps.
+    """
+
+    loop: Callable[..., Tensor]
+    even: bool = False
+    discrete: bool = False
+
+
+SAMPLERS: dict[Sampler, SamplerKind] = {
+    "dpm_solver": SamplerKind(lambda *path, eta, noise: samplers.sample_dpm_solver(*path), even=True),
+    "ddim": SamplerKind(lambda *path, eta, noise: samplers.sample_ddim(*path, eta, noise)),
+    "ddpm": SamplerKind(lambda *path, eta, noise: samplers.sample_ddpm(*path, noise), discrete=True),
+    "heun": SamplerKind(lambda *path, eta, noise: samplers.sample_heun(*path), even=True),
+}
 
 
 @dataclass
@@ -32,9 +43,11 @@ class SamplingOptions:
     Args:
         sampler: dpm_solver (DPM-Solver++(2M)), ddim, ddpm (ancestral) or heun (two network passes a step).
         steps: from noise to image.
-        eta: ddim's share of fresh noise in every step, 0 to 1.
-        guidance: weight of classifier-free guidance, for models trained with an absent label; 1 is none.
+        eta: ddim's fraction of fresh noise in every step, 0 to 1.
+        guidance: weight of classifier-free guidance, for models trained with null_class; 1 is none.
         clip: keep every predicted image within the range of pixels on the way.
+        noise: where random numbers are drawn: cpu gives the same images on every machine; device draws on the GPU,
+            which saves copies and gives other images.
     """
 
     sampler: Sampler = "dpm_solver"
@@ -42,10 +55,11 @@ class SamplingOptions:
     eta: float = 0.0
     guidance: float = 1.0
     clip: bool = True
+    noise: Literal["cpu", "device"] = "cpu"
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is a share, 0 to 1, not {self.eta:g}")
+            raise ValueError(f"eta is a fraction, 0 to 1, not {self.eta:g}")
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler}: leave it out")
 
@@ -57,9 +71,10 @@ def sampling_grid(schedule: Schedule, sampler: Sampler, steps: int) -> Tensor:
         ValueError: for fewer steps than one, or more than the schedule has, or ancestral sampling on a path without
             discrete steps.
     """
-    if sampler == "ddpm":
-        schedule.require_discrete("The sampler ddpm")
-    return schedule.grid(steps) if sampler in FIRST_ORDER else schedule.even_grid(steps)
+    kind = SAMPLERS[sampler]
+    if kind.discrete:
+        schedule.require_discrete(f"The sampler {sampler}")
+    return schedule.even_grid(steps) if kind.even else schedule.grid(steps)
 
 
 @torch.no_grad()
@@ -92,15 +107,9 @@ def sample(
     denoiser = denoiser or model.denoiser(said, options.guidance)
     denoiser = clip(denoiser) if options.clip and model.space.bounded else denoiser
     grid = sampling_grid(schedule, options.sampler, options.steps)
-    noise = SampleNoise([sample_seed(seed, index) for index in indices])
+    device = model.device if options.noise == "device" else "cpu"
+    noise = SampleNoise([sample_seed(seed, index) for index in indices], device)
     shape = model.signal_shape(*(image_size or model.image_size))
     x = noise(torch.empty((len(indices), *shape), device=model.device))
-    if options.sampler == "dpm_solver":
-        x = sample_dpm_solver(denoiser, schedule, x, grid)
-    elif options.sampler == "heun":
-        x = sample_heun(denoiser, schedule, x, grid)
-    elif options.sampler == "ddim":
-        x = sample_ddim(denoiser, schedule, x, grid, options.eta, noise)
-    else:
-        x = sample_ddpm(denoiser, schedule, x, grid, noise)
-    return model.space.decode(x)
+    loop = SAMPLERS[options.sampler].loop
+    return model.space.decode(loop(denoiser, schedule, x, grid, eta=options.eta, noise=noise))

@@ -1,4 +1,4 @@
-"""Models on disk: weights, and the constructor's arguments, in one safetensors file. Loading runs no code from a file."""
+"""Models on disk: weights and the constructor's arguments in one safetensors file, which runs no code when loaded."""
 
 import dataclasses
 import functools
@@ -96,9 +96,10 @@ class Model(nn.Module):
         if not isinstance(model, cls):
             raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(state, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the {type(model).__name__} it describes: {error}") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} does not fit the {type(model).__name__} it describes: {reason}") from None
         return model.to(device=device, dtype=dtype).eval()
 
 
@@ -255,6 +256,7 @@ def _resolve(name: str, path: str | Path, allow: tuple[str, ...]) -> type:
         found = functools.reduce(getattr, attribute.split("."), cast(Any, importlib.import_module(module)))
     except (ImportError, AttributeError):
         raise ValueError(f"{path} names {name}, which there is not in this version") from None
-    if isinstance(found, type) and (issubclass(found, Model) or dataclasses.is_dataclass(found)):
+    own = isinstance(found, type) and class_name(found) == name
+    if own and (issubclass(found, Model) or dataclasses.is_dataclass(found)):
         return found
     raise ValueError(f"{path} names {name}, which is not a model of this version")

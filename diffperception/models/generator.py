@@ -71,7 +71,7 @@ class DiffusionModel(Model):
         if conditioner is None and self.classes is not None:
             conditioner = ClassLabels(self.classes, network.embedding, null_class)
         self.conditioner = conditioner
-        self._require_fit(schedule)
+        self._require_fit(schedule, null_class)
 
     @classmethod
     def of_network(cls, network: UNet) -> "DiffusionModel":
@@ -228,7 +228,7 @@ class DiffusionModel(Model):
 
         return NetworkDenoiser(network, self.schedule, self.prediction, self.learned_range)
 
-    def _require_fit(self, schedule: ScheduleName) -> None:
+    def _require_fit(self, schedule: ScheduleName, null_class: bool) -> None:
         channels, outputs = self.network.in_channels, self.network.out_channels
         if outputs != channels * (2 if self.learned_range else 1):
             raise ValueError(
@@ -239,6 +239,8 @@ class DiffusionModel(Model):
             raise ValueError("The prediction flow belongs to the schedule flow, and to no other: set both.")
         if channels != self.space.channels:
             raise ValueError(f"The network has {channels} channels in, but its space {self.space.channels}.")
+        if null_class and self.classes is None:
+            raise ValueError("null_class belongs to a model with classes: leave it out, or learn from labelled images.")
         self.signal_shape(*self.image_size)
 
 

@@ -204,7 +204,7 @@ def reference(name: str, kind: str, tmp_path: Path) -> tuple[Path, dict[str, Ten
 def test_a_converted_generator_samples_what_the_reference_samples(tmp_path, capsys):
     path, _ = reference("layouts", "half", tmp_path)
     output = tmp_path / "model.safetensors"
-    assert run(path, output, "--head-channels", "32", "--image-size", "8", "--schedule", "cosine") == 0
+    assert run(path, output, "--num-head-channels", "32", "--image-size", "8", "--schedule", "cosine") == 0
     said = capsys.readouterr().out
     assert all(
         part in said for part in ("levels 32, 64 channels wide", "cosine path of 1000 steps", "no classes", "sample")
@@ -219,10 +219,10 @@ def test_a_converted_generator_samples_what_the_reference_samples(tmp_path, caps
 def test_a_class_conditional_generator_of_another_layout(tmp_path, capsys):
     """Four heads, the new order of qkv, five numbered or named classes, grey images that are not square."""
     path, state = reference("layouts", "conv", tmp_path)
-    options = ["--heads", "4", "--new-attention-order", "--num-timesteps", "4000", "--image-size"]
+    options = ["--num-heads", "4", "--new-attention-order", "--num-timesteps", "4000", "--image-size"]
     assert run(path, tmp_path / "model.safetensors", *options, "[16, 24]") == 0
     model = DiffusionModel.load(tmp_path / "model.safetensors")
-    expected = UNet.from_reference(state, heads=4, new_attention_order=True).state_dict()
+    expected = UNet.from_reference(state, num_heads=4, new_attention_order=True).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.unet.state_dict().items())
     assert (model.classes, model.image_size, model.schedule.num_timesteps) == (list("01234"), (16, 24), 4000)
     assert "numbered" in capsys.readouterr().out
@@ -237,7 +237,7 @@ def test_a_class_conditional_generator_of_another_layout(tmp_path, capsys):
 @torch.no_grad()
 def test_a_converted_classifier_classifies_as_the_reference(tmp_path, capsys):
     path, _ = reference("classifiers", "block", tmp_path)
-    assert run(path, tmp_path / "classifier.safetensors", "--head-channels", "16") == 0
+    assert run(path, tmp_path / "classifier.safetensors", "--num-head-channels", "16") == 0
     assert "--classifier" in capsys.readouterr().out
     parity = arrays("adm_classifiers")
     logits = NoisyClassifier.load(tmp_path / "classifier.safetensors")(parity["block_x"], torch.tensor([3, 800]))
@@ -247,15 +247,20 @@ def test_a_converted_classifier_classifies_as_the_reference(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "kind", "options", "complaint"),
     [
-        ("layouts", "half", ["--head-channels", "32"], "give --image-size"),
-        ("layouts", "half", ["--image-size", "8"], "Give either heads or head_channels"),
-        ("layouts", "half", ["--heads", "5", "--image-size", "8"], "cannot be split evenly by heads = 5"),
-        ("layouts", "half", ["--heads", "2", "--image-size", "9"], "9 x 9 pixels do not allow"),
-        ("layouts", "half", ["--heads", "0", "--image-size", "8"], "heads must be above 0, not 0"),
-        ("layouts", "half", ["--head-channels", "0", "--image-size", "8"], "head_channels must be above 0, not 0"),
-        ("layouts", "half", ["--heads", "2", "--image-size", "0"], "height must be above 0, not 0"),
-        ("layouts", "half", ["--heads", "2", "--image-size", "8", "--num-timesteps", "0"], "raise num_timesteps"),
-        ("classifiers", "block", ["--heads", "2", "--depth", "2"], "num_res_blocks"),
+        ("layouts", "half", ["--num-head-channels", "32"], "give --image-size"),
+        ("layouts", "half", ["--image-size", "8"], "Give either num_heads or num_head_channels"),
+        ("layouts", "half", ["--num-heads", "5", "--image-size", "8"], "cannot be split evenly by num_heads = 5"),
+        ("layouts", "half", ["--num-heads", "2", "--image-size", "9"], "9 x 9 pixels do not allow"),
+        ("layouts", "half", ["--num-heads", "0", "--image-size", "8"], "num_heads must be above 0, not 0"),
+        (
+            "layouts",
+            "half",
+            ["--num-head-channels", "0", "--image-size", "8"],
+            "num_head_channels must be above 0, not 0",
+        ),
+        ("layouts", "half", ["--num-heads", "2", "--image-size", "0"], "height must be above 0, not 0"),
+        ("layouts", "half", ["--num-heads", "2", "--image-size", "8", "--num-timesteps", "0"], "raise num_timesteps"),
+        ("classifiers", "block", ["--num-heads", "2", "--num-res-blocks", "2"], "num_res_blocks"),
     ],
 )
 def test_what_a_checkpoint_does_not_tell_is_asked_for(tmp_path, capsys, name, kind, options, complaint):
@@ -268,7 +273,7 @@ def test_what_a_checkpoint_does_not_tell_is_asked_for(tmp_path, capsys, name, ki
 
 def test_what_the_model_predicts_is_an_option(tmp_path):
     path, _ = reference("layouts", "half", tmp_path)
-    options = ["--heads", "2", "--image-size", "8", "--prediction"]
+    options = ["--num-heads", "2", "--image-size", "8", "--prediction"]
     assert run(path, tmp_path / "model.safetensors", *options, "v") == 0
     assert DiffusionModel.load(tmp_path / "model.safetensors").prediction == "v"
 
@@ -283,14 +288,14 @@ def test_what_the_model_predicts_is_an_option(tmp_path):
 def test_a_unet_that_is_not_whole_is_known_as_one(tmp_path, capsys, change, complaint):
     path, state = reference("layouts", "half", tmp_path)
     torch.save({name: value for name, value in (state | change).items() if value is not None}, path)
-    assert run(path, tmp_path / "model.safetensors", "--heads", "2", "--image-size", "8") == 2
+    assert run(path, tmp_path / "model.safetensors", "--num-heads", "2", "--image-size", "8") == 2
     assert complaint in capsys.readouterr().err
 
 
 def test_upsamplers_and_wrong_numbers_of_names_are_refused(tmp_path, capsys):
     path, state = reference("layouts", "half", tmp_path)
     (tmp_path / "names.txt").write_text("ant\nbee\n")
-    options = ["--heads", "2", "--image-size", "8"]
+    options = ["--num-heads", "2", "--image-size", "8"]
     assert run(path, tmp_path / "model.safetensors", *options, "--annotations", str(tmp_path / "names.txt")) == 2
     assert "2 class names are given for a UNet of no classes" in capsys.readouterr().err
     state["input_blocks.0.0.weight"] = torch.cat([state["input_blocks.0.0.weight"]] * 2, dim=1)

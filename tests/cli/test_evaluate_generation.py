@@ -130,7 +130,7 @@ def test_samples_that_are_some_of_the_real_images_are_precise_but_lack_variety(f
 
 def write_config(folders: Path, path: Path, side: int) -> Path:
     """As by hand, stating only what differs from the defaults."""
-    unet = {"channels": 32, "multipliers": [1], "attention": [], "depth": 1}
+    unet = {"channels": 32, "channel_mult": [1], "attention": [], "num_res_blocks": 1}
     data = {"images": str(folders / "real"), "horizontal_flip": 0.0, "short_side": 24}
     model = {
         "class_path": "diffperception.generation.DiffusionModel",

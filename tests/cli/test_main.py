@@ -238,7 +238,9 @@ assert "lightning" not in sys.modules
 
 def test_the_advice_to_unset_the_labels_of_a_unet_can_be_followed() -> None:
     train = find("train", "generation")
-    layout = "{channels: 32, multipliers: [1], depth: 1, attention: [], head_channels: 32, num_classes: 5}"
+    layout = (
+        "{channels: 32, channel_mult: [1], num_res_blocks: 1, attention: [], num_head_channels: 32, num_classes: 5}"
+    )
     arguments = ["--model", "diffperception.generation.DiffusionModel", "--data.images", "x", "--output", "y"]
     arguments += ["--model.unet", f"{{class_path: diffperception.models.UNet, init_args: {layout}}}"]
     parser = build_parser(train)

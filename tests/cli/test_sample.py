@@ -16,7 +16,13 @@ from diffperception.models import NoisyClassifier, UNet
 from diffperception.visualization.draw import image_grid, to_picture
 
 CLASSES = ["disc", "square"]
-TINY: dict[str, Any] = {"channels": 32, "multipliers": (1,), "depth": 1, "attention": (), "head_channels": 32}
+TINY: dict[str, Any] = {
+    "channels": 32,
+    "channel_mult": (1,),
+    "num_res_blocks": 1,
+    "attention": (),
+    "num_head_channels": 32,
+}
 OPTIONS = SamplingOptions("ddim", steps=3, guidance=3.0)
 WORDS = ["--sampling.sampler", "ddim", "--sampling.steps", "3", "--sampling.guidance", "3"]
 
@@ -160,7 +166,7 @@ def test_a_mistake_is_one_sentence(
 
 
 def test_sizes_that_would_do_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    unet = UNet(**TINY | {"multipliers": (1, 1)})
+    unet = UNet(**TINY | {"channel_mult": (1, 1)})
     DiffusionModel(None, unet, image_size=8).save(tmp_path / "model.safetensors")
     assert run(tmp_path, "model", tmp_path / "out", "--height", "9") == 2
     assert "crop to 8 x 8 or pad to 10 x 8" in capsys.readouterr().err

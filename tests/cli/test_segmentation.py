@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw(path, "train", 6)
     draw(path, "val", 4)
     torch.manual_seed(0)
-    unet = UNet(channels=32, multipliers=(1, 1), depth=1, attention=(), head_channels=32)
+    unet = UNet(channels=32, channel_mult=(1, 1), num_res_blocks=1, attention=(), num_head_channels=32)
     DiffusionModel(None, unet, image_size=16).save(path / "generator.safetensors")
     grey = UNet(**unet.arguments | {"in_channels": 1, "out_channels": 1})
     DiffusionModel(None, grey, image_size=16).save(path / "grey.safetensors")

@@ -3,7 +3,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffperception.diffusion import DenoiserOutput, Schedule, scale
+from diffperception.diffusion import DenoiserOutput, Schedule
+from diffperception.diffusion.prediction import broadcast_mul
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Mixture:
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         x0, noise = torch.randn(2, count, generator=generator, dtype=torch.float64)
         x0 = self.means[component] + self.stds[component] * x0
-        return (scale(schedule.alpha(t), x0) + scale(schedule.sigma(t), noise))[:, None]
+        return (broadcast_mul(schedule.alpha(t), x0) + broadcast_mul(schedule.sigma(t), noise))[:, None]
 
     def distance(self, samples: Tensor) -> float:
         """Kolmogorov-Smirnov: the largest difference of the cumulative distributions."""

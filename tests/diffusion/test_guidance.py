@@ -7,15 +7,13 @@ from torch import Tensor
 from diffperception.diffusion import (
     Denoiser,
     DenoiserOutput,
-    Schedule,
     FlowSchedule,
+    Schedule,
     VarianceExploding,
     classifier_free_guidance,
     classifier_guidance,
     clip,
     cosine_schedule,
-    nearest_times,
-    noise_level_grid,
     sample_heun,
 )
 from tests.diffusion.gaussian_mixture import Mixture
@@ -52,7 +50,7 @@ def test_the_true_classifier_makes_the_denoiser_of_its_class(
 
 def test_guided_samples_are_of_the_class(mixture: Mixture) -> None:
     schedule = cosine_schedule()
-    grid = nearest_times(schedule, noise_level_grid(40, lowest=0.01))
+    grid = schedule.timesteps(VarianceExploding(lowest=0.01).grid(40))
     guided = classifier_guidance(
         partial(mixture.denoise, schedule), partial(log_class, mixture, schedule, 0), schedule, 1.0
     )
@@ -85,9 +83,9 @@ def test_weights_of_zero_and_one_choose_a_denoiser() -> None:
         guided = classifier_free_guidance(
             lambda x, t: DenoiserOutput(yes, learned), lambda x, t: DenoiserOutput(no), weight
         )
-        estimate = guided(yes, torch.zeros(2))
-        assert torch.equal(estimate.x0, expected)
-        assert estimate.variance_range is learned
+        output = guided(yes, torch.zeros(2))
+        assert torch.equal(output.x0, expected)
+        assert output.variance_range is learned
 
 
 def test_clipping_keeps_the_signal_in_range() -> None:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from diffperception.diffusion import (
-    Schedule,
     FlowSchedule,
+    Schedule,
     VarianceExploding,
     cosine_schedule,
     ddim_step,

@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from diffperception.diffusion import (
+    FlowSchedule,
     Prediction,
     Schedule,
-    FlowSchedule,
     VarianceExploding,
     add_noise,
     cosine_schedule,
-    scale,
     target,
     to_eps,
     to_x0,
 )
+from diffperception.diffusion.prediction import broadcast_mul
 
 PATHS = [
     (cosine_schedule(), torch.tensor([0, 400, 990])),
@@ -64,6 +64,6 @@ def test_unknown_predictions_are_named() -> None:
 
 def test_scale_aligns_coefficients_with_samples() -> None:
     x = torch.ones(2, 3, 4)
-    assert scale(torch.tensor([1.0, 2.0]), x)[1].eq(2).all()
-    assert scale(torch.tensor(3.0), x).eq(3).all()
-    assert scale(torch.tensor(1e-3, dtype=torch.float64), x.bfloat16()).dtype == torch.float32
+    assert broadcast_mul(torch.tensor([1.0, 2.0]), x)[1].eq(2).all()
+    assert broadcast_mul(torch.tensor(3.0), x).eq(3).all()
+    assert broadcast_mul(torch.tensor(1e-3, dtype=torch.float64), x.bfloat16()).dtype == torch.float32

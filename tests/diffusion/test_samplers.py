@@ -8,15 +8,13 @@ from torch import Tensor
 
 from diffperception.diffusion import (
     Denoiser,
-    DiscreteSchedule,
     DenoiserOutput,
-    Schedule,
+    DiscreteSchedule,
     FlowSchedule,
+    Schedule,
     VarianceExploding,
     cosine_schedule,
     linear_schedule,
-    nearest_times,
-    noise_level_grid,
     posterior_std,
     sample_ddim,
     sample_ddpm,
@@ -30,14 +28,10 @@ from tests.diffusion.gaussian_mixture import Mixture
 Loop = Callable[[Denoiser, Schedule, Tensor, Tensor], Tensor]
 
 
-def straight_grid(steps: int) -> Tensor:
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-
-
 PATHS: list[tuple[Schedule, Callable[[int], Tensor]]] = [
-    (cosine_schedule(), lambda steps: nearest_times(cosine_schedule(), noise_level_grid(steps, lowest=0.01))),
-    (VarianceExploding(), noise_level_grid),
-    (FlowSchedule(), straight_grid),
+    (cosine_schedule(), lambda steps: cosine_schedule().timesteps(VarianceExploding(lowest=0.01).grid(steps))),
+    (VarianceExploding(), VarianceExploding().grid),
+    (FlowSchedule(), FlowSchedule().grid),
 ]
 PATH_NAMES = ["cosine", "exploding", "flow"]
 DETERMINISTIC: list[tuple[Loop, int]] = [(sample_ddim, 1), (sample_dpm_solver, 2), (sample_heun, 2)]
@@ -76,9 +70,9 @@ def test_errors_fall_at_the_claimed_order(mixture: Mixture, path: Schedule, loop
 
     def grid(steps: int) -> Tensor:
         # Ends before the clean end: a first-order last step there would hide the order of the others.
-        levels = noise_level_grid(steps + 1, lowest=0.02, highest=20)[:-1]
+        levels = VarianceExploding(lowest=0.02, highest=20).grid(steps + 1)[:-1]
         if isinstance(path, DiscreteSchedule):
-            return nearest_times(path, torch.cat([levels, levels.new_zeros(1)]))[:-1]
+            return path.timesteps(torch.cat([levels, levels.new_zeros(1)]))[:-1]
         return levels if isinstance(path, VarianceExploding) else levels / (1 + levels)
 
     denoiser = partial(mixture.denoise, path)
@@ -152,20 +146,20 @@ def test_samples_of_own_noise_do_not_depend_on_the_batch(mixture: Mixture, loop:
 
 
 def test_noise_levels_are_the_papers() -> None:
-    grid = noise_level_grid(18)
+    grid = VarianceExploding().grid(18)
     assert grid[[0, -2, -1]].tolist() == pytest.approx([80, 0.002, 0])
     assert (grid ** (1 / 7)).diff()[:-1].std() < 1e-12
 
 
-def test_nearest_times_find_the_schedules_own_levels() -> None:
+def test_timesteps_find_the_schedules_own_levels() -> None:
     schedule, times = linear_schedule(), torch.tensor([999, 640, 20, 0, -1])
-    assert torch.equal(nearest_times(schedule, schedule.sigma(times) / schedule.alpha(times)), times)
+    assert torch.equal(schedule.timesteps(schedule.sigma(times) / schedule.alpha(times)), times)
 
 
 def test_levels_closer_than_the_schedules_own_get_the_times_that_come_next() -> None:
     schedule = cosine_schedule(10)
-    assert nearest_times(schedule, torch.tensor([1e9, 1e8, 0.0])).tolist() == [9, 8, -1]
-    assert nearest_times(schedule, torch.tensor([1e-8, 1e-9, 0.0])).tolist() == [1, 0, -1]
-    assert nearest_times(schedule, torch.linspace(1e-3, 0, 11)).tolist() == [*range(9, -2, -1)]
+    assert schedule.timesteps(torch.tensor([1e9, 1e8, 0.0])).tolist() == [9, 8, -1]
+    assert schedule.timesteps(torch.tensor([1e-8, 1e-9, 0.0])).tolist() == [1, 0, -1]
+    assert schedule.timesteps(torch.linspace(1e-3, 0, 11)).tolist() == [*range(9, -2, -1)]
     with pytest.raises(ValueError, match="at most 10 steps"):
-        nearest_times(schedule, torch.linspace(1, 0, 12))
+        schedule.timesteps(torch.linspace(1, 0, 12))

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from diffperception.diffusion import (
+    FlowSchedule,
     Schedule,
     Spacing,
-    FlowSchedule,
     VarianceExploding,
     add_noise,
     cosine_schedule,

@@ -108,7 +108,7 @@ def test_weights_beside_a_network_that_has_its_own_are_refused() -> None:
 
 def test_a_model_without_a_backbone_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "unet.safetensors"
-    UNet(32, multipliers=(1, 2), depth=1, attention=(), head_channels=16).save(path)
+    UNet(32, channel_mult=(1, 2), num_res_blocks=1, attention=(), num_head_channels=16).save(path)
     with pytest.raises(ValueError, match="holds a UNet: features come from a detector"):
         feature_network(str(path))
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diffperception.diffusion import (
     Denoiser,
-    DiscreteSchedule,
     DenoiserOutput,
+    DiscreteSchedule,
     SampleNoise,
     clip,
     cosine_schedule,
@@ -22,7 +22,7 @@ from diffperception.diffusion import (
     sample_seed,
 )
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
-from diffperception.generation.sampling import SAMPLERS, Sampler, time_grid
+from diffperception.generation.sampling import SAMPLERS, Sampler, sampling_grid
 from tests.diffusion.gaussian_mixture import Mixture
 from tests.models.test_generator import conditional, tiny_unet
 
@@ -60,7 +60,7 @@ def test_the_sampler_named_is_the_one_taken(model: DiffusionModel, sampler: str,
     start = noise(torch.empty(2, 3, 8, 8))
     denoiser = clip(model.denoiser()) if clipped else model.denoiser()
     extra = {"ddim": (eta, noise), "ddpm": (noise,)}.get(sampler, ())
-    grid = time_grid(model.schedule, options.sampler, 4)
+    grid = sampling_grid(model.schedule, options.sampler, 4)
     expected = LOOPS[sampler](denoiser, model.schedule, start, grid, *extra)
     assert torch.equal(sample(model, [0, 1], options, seed=5), (expected.clamp(-1, 1) + 1) / 2)
 
@@ -77,10 +77,10 @@ def test_second_order_with_twenty_steps_beats_first_order(
     mixture = Mixture()
     denoiser = partial(mixture.denoise, schedule)
     start = mixture.start(schedule, torch.tensor(999), 500)
-    exact = sample_heun(denoiser, schedule, start, time_grid(schedule, "heun", 250))
+    exact = sample_heun(denoiser, schedule, start, sampling_grid(schedule, "heun", 250))
 
     def error(sampler: Sampler, steps: int) -> float:
-        samples = LOOPS[sampler](denoiser, schedule, start, time_grid(schedule, sampler, steps))
+        samples = LOOPS[sampler](denoiser, schedule, start, sampling_grid(schedule, sampler, steps))
         return float((samples - exact).abs().mean())
 
     first_order = error("ddim", first_order_steps)
@@ -103,20 +103,20 @@ def test_an_image_is_a_function_of_seed_and_number(model: DiffusionModel, option
 
 def test_labels_change_the_image() -> None:
     labelled, options = conditional(), SamplingOptions(steps=2)
-    one, other = (sample(labelled, [0], options, labels=torch.tensor([k])) for k in (0, 1))
+    one, other = (sample(labelled, [0], options, said=torch.tensor([k])) for k in (0, 1))
     assert not torch.allclose(one, other, atol=1e-3)
 
 
 def test_flow_matching_is_sampled_on_the_same_code() -> None:
-    straight = DiffusionModel(None, tiny_unet(), "flow", prediction="flow", image_size=8)
+    straight = DiffusionModel(None, tiny_unet(), schedule="flow", prediction="flow", image_size=8)
     told: list[float] = []
-    straight.unet.register_forward_pre_hook(lambda unet, inputs: told.append(float(inputs[1][0])))
+    straight.network.register_forward_pre_hook(lambda unet, inputs: told.append(float(inputs[1][0])))
     for sampler in ("ddim", "heun", "dpm_solver"):
         told.clear()
         assert sample(straight, [0], SamplingOptions(sampler, 4)).isfinite().all()  # type: ignore[arg-type]
         # The network knows times 0..1000, on whatever path.
         assert sorted(set(told), reverse=True) == [1000, 750, 500, 250]
-    with pytest.raises(ValueError, match="ddim with eta 1"):
+    with pytest.raises(ValueError, match="The sampler ddpm needs a schedule of discrete steps"):
         sample(straight, [0], SamplingOptions("ddpm", 3))
 
 
@@ -132,7 +132,7 @@ def test_any_size_is_drawn(model: DiffusionModel) -> None:
 def test_grids_go_from_the_noisiest_time_to_the_clean_end_in_as_many_steps(
     schedule: DiscreteSchedule, sampler: Sampler, steps: int
 ) -> None:
-    grid = time_grid(schedule, sampler, steps)
+    grid = sampling_grid(schedule, sampler, steps)
     assert (grid[0], grid[-1]) == (schedule.num_timesteps - 1, -1)
     assert len(grid) == steps + 1
     assert (grid.diff() < 0).all()
@@ -142,7 +142,7 @@ def test_grids_go_from_the_noisiest_time_to_the_clean_end_in_as_many_steps(
 def test_more_steps_than_the_schedule_has_are_refused(model: DiffusionModel, sampler: Sampler) -> None:
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="between 1 and 1000"):
-            time_grid(model.schedule, sampler, steps)
+            sampling_grid(model.schedule, sampler, steps)
 
 
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.5), ("ddim", -0.1), ("heun", 0.5)])

@@ -1,81 +1,333 @@
+"""Model files: what is kept, what is refused, and that users' own classes come back."""
+
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from diffperception.models.base import load_model, save_model
-from tests.detection.scenes import tiny_detector
+from diffperception.models import Backbone, Condition, Conditioner, FeatureInfo, Model
+from diffperception.models.base import FORMAT, describe, file_kind
+from tests.models.unet.test_unet import tiny
 
-
-class Outsider(torch.nn.Linear):
-    """A user's own model, outside the package."""
-
-    def __init__(self, inputs: int):
-        super().__init__(inputs, 1)
-        self.arguments = {"inputs": inputs}
+OURS = ("tests",)  # the package of the classes below
 
 
-def test_the_file_is_weights_and_arguments(tmp_path):
-    path = tmp_path / "deep" / "model.safetensors"
-    model = tiny_detector(num_boxes=7)
-    save_model(model, path)
-    loaded = load_model(path)
-    assert json.dumps(loaded.arguments) == json.dumps(model.arguments)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
-    )
+@dataclass
+class Settings:
+    """A user's options."""
+
+    rate: float = 0.5
+    names: list[str] = field(default_factory=lambda: ["a", "b"])
+
+
+class Part(Model):
+    def __init__(self, width: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(scale * torch.randn(width))
+        self.register_buffer("count", torch.tensor(3))
+
+
+class Whole(Model):
+    """Arguments of every kind that a file keeps."""
+
+    kind = "whole"
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        by_name: dict[str, Part],
+        settings: Settings = Settings(),  # noqa: B008 (not changed)
+        folder: Path = Path("nowhere"),
+        shape: tuple[int, int] = (2, 3),
+        nothing: None = None,
+        *,
+        flag: bool = True,
+        **more: float,
+    ) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.by_name = nn.ModuleDict(by_name)
+        self.linear = nn.Linear(*shape)
+        self.settings, self.more = settings, more
+
+
+class Special(Whole):
+    """A subclass with fewer arguments, which its file names instead of its parent's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__([Part(width)], {"one": Part(width)}, thickness=width)
+
+
+class Silent(Whole):
+    """A subclass without a constructor of its own."""
+
+
+class OwnBackbone(Backbone):
+    multiple = 4
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.info = [FeatureInfo("only", channels, 4)]
+        self.conv = nn.Conv2d(3, channels, 4, stride=4)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.conv(images)]
+
+
+class Holder(Model):
+    """Like a detector, it takes parts of any kind."""
+
+    def __init__(self, backbone: Backbone, conditioner: Conditioner | None = None) -> None:
+        super().__init__()
+        self.backbone, self.conditioner = backbone, conditioner
+
+
+class Pretrained(Model):
+    """Replaces an argument by what it stands for."""
+
+    def __init__(self, source: str, fetch: bool = True) -> None:
+        super().__init__()
+        if fetch:
+            raise RuntimeError("there is no network here")
+        self.record(fetch=False, source=source.upper())
+
+
+def whole() -> Whole:
+    return Whole([Part(2), Part(3, 2.0)], {"x": Part(4)}, Settings(0.1, ["c"]), Path("a/b"), flag=False, thickness=0.25)
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("make", [whole, lambda: Special(5), lambda: Silent([], {}), lambda: Holder(OwnBackbone(8))])
+def test_models_come_back_with_all_their_arguments(tmp_path: Path, make: Any) -> None:
+    model, path = make(), tmp_path / "deep" / "model.safetensors"
+    model.save(path)
+    loaded = Model.load(path, allow=OURS)
+    assert type(loaded) is type(model)
+    assert describe(loaded) == describe(model)
+    assert_same(loaded, model)
     assert not loaded.training
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 
-def test_a_file_names_no_class_outside_the_package_unless_allowed(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_model(Outsider(3), path)
-    with pytest.raises(ValueError, match="if you trust it"):
-        load_model(path)
-    assert isinstance(load_model(path, allow=("tests",)), Outsider)
+def test_dataclasses_lists_and_further_keywords_are_arguments(tmp_path: Path) -> None:
+    whole().save(tmp_path / "model.safetensors")
+    loaded = Whole.load(tmp_path / "model.safetensors", allow=OURS)
+    assert loaded.settings == Settings(0.1, ["c"])
+    assert loaded.more == {"thickness": 0.25}
+    assert [part.arguments for part in loaded.parts] == [{"width": 2, "scale": 1.0}, {"width": 3, "scale": 2.0}]  # type: ignore[union-attr]
+    assert loaded.arguments["folder"] == "a/b"
 
 
-def test_a_file_cut_in_half_is_named(tmp_path):
+class Witness(Model):
+    """Sees whether its layers draw their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        before = torch.get_rng_state()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(3, 4, 1), nn.Embedding(3, 4), nn.LSTM(2, 2))
+        nn.init.trunc_normal_(self.layers[0].weight)
+        nn.init.xavier_uniform_(self.layers[0].weight)
+        self.drew = not torch.equal(before, torch.get_rng_state())
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    assert Witness().drew
+    Witness().save(tmp_path / "model.safetensors")
+    assert not Witness.load(tmp_path / "model.safetensors", allow=OURS).drew
+    whole().save(tmp_path / "whole.safetensors")
+    tiny().save(tmp_path / "unet.safetensors")
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    for name in ("model", "whole", "unet"):
+        Model.load(tmp_path / f"{name}.safetensors", allow=OURS)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_weights_are_put_where_and_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    tiny_detector().save(path)
+    whole().save(path)
+    half = Whole.load(path, dtype=torch.bfloat16, allow=OURS)
+    assert half.linear.weight.dtype == torch.bfloat16
+    assert half.parts[0].count.dtype == torch.int64  # type: ignore[union-attr]
+    assert Whole.load(path, device="meta", allow=OURS).device.type == "meta"
+    half.save(path)
+    assert Whole.load(path, allow=OURS).linear.weight.dtype == torch.bfloat16  # as in the file
+    assert all(parameter.requires_grad for parameter in half.parameters())
+
+
+def test_an_argument_that_was_replaced_is_kept_as_such(tmp_path: Path) -> None:
+    model = Pretrained("abc", fetch=False)
+    model.save(tmp_path / "model.safetensors")
+    assert Pretrained.load(tmp_path / "model.safetensors", allow=OURS).arguments == {"source": "ABC", "fetch": False}
+
+
+@pytest.mark.parametrize("value", [object(), torch.zeros(2), nn.Linear(1, 1), {1, 2}])
+def test_an_argument_that_no_file_can_keep_is_named(tmp_path: Path, value: Any) -> None:
+    part = Part(2)
+    part.record(scale=value)
+    with pytest.raises(ValueError, match=f"a {type(value).__name__} cannot be kept in a model file"):
+        part.save(tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_header_says_what_the_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    whole().save(path)
+    assert file_kind(path) == "whole"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert header["format"] == FORMAT
+    assert header["class"] == "tests.models.test_base:Whole"
+    assert json.loads(header["arguments"])["settings"]["class"] == "tests.models.test_base:Settings"
+
+
+# What is refused
+
+
+def write(path: Path, name: str, arguments: str = "{}", kind: str = FORMAT) -> Path:
+    save_file({"weight": torch.zeros(1)}, path, {"format": kind, "class": name, "arguments": arguments})
+    return path
+
+
+def test_a_file_names_no_class_outside_the_package_unless_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    Part(3).save(path)
+    with pytest.raises(ValueError, match=r"names the class tests\.models\.test_base:Part: pass allow=\('tests',\)"):
+        Model.load(path)
+    assert isinstance(Model.load(path, allow=OURS), Part)
+    with pytest.raises(ValueError, match="allow"):
+        Model.load(path, allow=("test",))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os:system",
+        "builtins:eval",
+        "subprocess:Popen",
+        "diffperception.models.base:Path",
+        "diffperception.models.base:importlib.import_module",
+        "diffperception.models.base:Model.load",
+        "diffperception.models.base:json.loads",
+        "diffperception.models.base:nothing",
+        "diffperception.models.unet.unet:torch.nn.Linear",
+        "diffperception",
+        ":",
+        "",
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_names_of_anything_but_models_are_refused(tmp_path: Path, name: str, inside: bool) -> None:
+    arguments = json.dumps({"network": {"class": name, "arguments": {}}} if inside else {})
+    outer = "diffperception.models.generator:DiffusionModel" if inside else name
+    with pytest.raises(ValueError, match=r"model\.safetensors names"):
+        Model.load(write(tmp_path / "model.safetensors", outer, arguments))
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "{", '{"unknown": 1}'])
+def test_arguments_that_do_not_fit_are_one_sentence(tmp_path: Path, arguments: str) -> None:
+    path = write(tmp_path / "model.safetensors", "diffperception.models.space:Pixels", arguments)
+    with pytest.raises(ValueError, match=r"another version|does not say which model"):
+        Model.load(path)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", "diffperception.models.space:Pixels", '{"channels": 3}')
+    with pytest.raises(ValueError, match=r"does not fit the Pixels it describes: .*weight"):
+        Model.load(path)
+
+
+def test_another_model_than_was_asked_for_is_refused(tmp_path: Path) -> None:
+    tiny().save(tmp_path / "unet.safetensors")
+    with pytest.raises(ValueError, match=r"unet\.safetensors holds a UNet, not a Whole"):
+        Whole.load(tmp_path / "unet.safetensors")
+
+
+def test_a_file_cut_in_half_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tiny().save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
-        load_model(path)
+        Model.load(path)
     with pytest.raises(FileNotFoundError, match=r"name the model\.safetensors in that folder"):
-        load_model(tmp_path)
+        Model.load(tmp_path)
     with pytest.raises(ValueError, match=r"take the model\.safetensors beside it"):
-        load_model(path.rename(tmp_path / "last.ckpt"))
+        Model.load(path.rename(tmp_path / "last.ckpt"))
 
 
-def test_foreign_and_missing_files_are_named(tmp_path):
+def test_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     with pytest.raises(FileNotFoundError, match=r"foreign\.safetensors"):
-        load_model(path)
+        Model.load(path)
     save_file({"weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="not written by diffperception"):
-        load_model(path)
+    for read in (Model.load, file_kind):
+        with pytest.raises(ValueError, match="`diffperception convert` reads foreign checkpoints"):
+            read(path)
 
 
-class Twins(torch.nn.Sequential):
+class Twins(Model):
     """Two layers that share their weights, which safetensors refuses to write."""
 
-    def __init__(self):
-        layer = torch.nn.Linear(2, 2)
-        super().__init__(layer, layer)
-        self.arguments = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = self.other = nn.Linear(2, 2)
 
 
-def test_a_failure_leaves_nothing_beside(tmp_path):
+def test_a_failure_leaves_nothing_beside(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="share memory"):
-        save_model(Twins(), tmp_path / "model.safetensors")
+        Twins().save(tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_no_file_to_write(tmp_path):
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder: name a file"):
-        save_model(tiny_detector(), tmp_path)
+        Part(1).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+class Words(Conditioner):
+    """A user's conditioner, of the length of texts."""
+
+    has_absent = True
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels))
+
+    def forward(self, said: list[str]) -> Condition:
+        return Condition(vector=torch.tensor([[float(len(text))] for text in said]) * self.weight)
+
+    def read(self, targets: Sequence[Any]) -> list[str]:
+        return [target["caption"] for target in targets]
+
+    def absent(self, batch: int) -> list[str]:
+        return [""] * batch
+
+    def drop(self, said: list[str], dropped: Tensor) -> list[str]:
+        return ["" if gone else text for text, gone in zip(said, dropped, strict=True)]
+
+    def choose(self, names: Sequence[str] | None, numbers: Sequence[int]) -> list[str]:
+        return [list(names or [""])[number % len(names or [""])] for number in numbers]
+
+
+def test_a_users_parts_come_back_by_their_import_path(tmp_path: Path) -> None:
+    model, path = Holder(OwnBackbone(8), Words(6)), tmp_path / "model.safetensors"
+    model.save(path)
+    loaded = Holder.load(path, allow=OURS)
+    images = torch.rand(1, 3, 8, 8)
+    assert torch.equal(loaded.backbone(images)[0], model.backbone(images)[0])
+    assert isinstance(loaded.conditioner, Words)

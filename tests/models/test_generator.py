@@ -8,26 +8,34 @@ from safetensors import safe_open
 
 from diffperception.diffusion import FlowSchedule
 from diffperception.generation import DiffusionModel
-from diffperception.models import UNet
+from diffperception.models import ClassLabels, Condition, Pixels, UNet
+from diffperception.models.base import file_kind
 
 CLASSES = ["disc", "square"]
 
 
-def tiny_unet(**changes: int | None) -> UNet:
+def tiny_unet(**changes: int) -> UNet:
     torch.manual_seed(0)
-    unet = UNet(channels=32, multipliers=(1, 2), depth=1, attention=(2,), head_channels=32, **changes)  # type: ignore[arg-type]
+    layout = {"channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "attention": (2,), "num_head_channels": 32}
+    unet = UNet(**layout | changes)  # type: ignore[arg-type]
     for parameter in unet.parameters():  # layers that begin at zero would hide what comes before them
         parameter.data += 0.05 * torch.randn_like(parameter)
     return unet.eval()
 
 
-def conditional(absent_label: bool = True) -> DiffusionModel:
-    return DiffusionModel(CLASSES, tiny_unet(num_classes=2 + absent_label), image_size=8, absent_label=absent_label)
+def conditional(null_class: bool = True) -> DiffusionModel:
+    return DiffusionModel(CLASSES, tiny_unet(), image_size=8, null_class=null_class)
 
 
 def test_a_file_holds_all_that_sampling_needs(tmp_path: Path) -> None:
     model = DiffusionModel(
-        CLASSES, tiny_unet(num_classes=2, out_channels=6), "cosine", 50, "v", learned_range=True, image_size=(8, 12)
+        CLASSES,
+        tiny_unet(out_channels=6),
+        schedule="cosine",
+        num_timesteps=50,
+        prediction="v",
+        learned_range=True,
+        image_size=(8, 12),
     )
     model.save(tmp_path / "model.safetensors")
     loaded = DiffusionModel.load(tmp_path / "model.safetensors")
@@ -35,20 +43,22 @@ def test_a_file_holds_all_that_sampling_needs(tmp_path: Path) -> None:
     t = torch.arange(-1, 50)
     assert torch.equal(loaded.schedule.alpha(t), model.schedule.alpha(t))
     x, times, labels = torch.randn(2, 3, 8, 12), torch.tensor([3, 40]), torch.tensor([0, 1])
-    assert torch.equal(loaded.unet(x, times, labels), model.unet(x, times, labels))
-    assert isinstance(UNet.load(tmp_path / "model.safetensors"), UNet)
+    expected = model(x, times, model.condition(labels))
+    assert torch.equal(loaded(x, times, loaded.condition(labels)), expected)
+    assert not torch.equal(loaded(x, times, loaded.condition(labels.flip(0))), expected)
+    assert file_kind(tmp_path / "model.safetensors") == "generator"
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert '"class": "diffperception.models.unet.unet:UNet"' in file.metadata()["arguments"]
 
 
 def test_the_fewest_steps_of_a_path() -> None:
     for schedule, steps in (("linear", 21), ("cosine", 1)):
-        model = DiffusionModel(None, tiny_unet(), schedule, steps, image_size=8)  # type: ignore[arg-type]
+        model = DiffusionModel(None, tiny_unet(), schedule=schedule, num_timesteps=steps, image_size=8)  # type: ignore[arg-type]
         assert 0 < float(model.schedule.alpha(steps - 1)) < 1
 
 
 def test_flow_matching_has_its_own_path() -> None:
-    model = DiffusionModel(None, tiny_unet(), "flow", prediction="flow", image_size=8)
+    model = DiffusionModel(None, tiny_unet(), schedule="flow", prediction="flow", image_size=8)
     assert isinstance(model.schedule, FlowSchedule)
 
 
@@ -56,20 +66,20 @@ def test_flow_matching_has_its_own_path() -> None:
     ("arguments", "complaint"),
     [
         ({"learned_range": True}, "learned_range needs twice as many"),
-        ({"prediction": "flow"}, "flow belongs to the schedule straight"),
+        ({"prediction": "flow"}, "flow belongs to the schedule flow"),
         ({"image_size": 0}, "height must be above 0, not 0"),
         ({"image_size": (8, -8)}, "width must be above 0, not -8"),
         ({"num_timesteps": 0}, "21 steps or more, not 0: raise num_timesteps"),
         ({"num_timesteps": 20}, "21 steps or more, not 20: raise num_timesteps"),
         ({"num_timesteps": -5, "schedule": "cosine"}, "1 step or more, not -5: raise num_timesteps"),
         ({"image_size": 9}, "crop to 8 x 8 or pad to 10 x 10"),
-        ({"classes": CLASSES}, "set unet.num_classes to 2"),
-        ({"classes": CLASSES, "absent_label": True}, "set unet.num_classes to 3"),
+        ({"space": Pixels(1)}, "3 channels in, but its space 1"),
+        ({"null_class": True}, "null_class belongs to a model with classes"),
     ],
 )
 def test_what_does_not_fit_is_named(arguments: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        DiffusionModel(**{"classes": None, "unet": tiny_unet(), "image_size": 8} | arguments)
+        DiffusionModel(**{"classes": None, "network": tiny_unet(), "image_size": 8} | arguments)
 
 
 def test_guidance_moves_from_the_unconditional_to_the_conditional_denoiser_and_beyond() -> None:
@@ -78,7 +88,7 @@ def test_guidance_moves_from_the_unconditional_to_the_conditional_denoiser_and_b
     without, plain = model.denoiser()(x, t).x0, model.denoiser(labels)(x, t).x0
     assert not torch.allclose(without, plain)
     nothing = torch.full((2,), 2)  # the label after those of the classes
-    torch.testing.assert_close(without, model._denoiser(nothing)(x, t).x0)
+    torch.testing.assert_close(without, model.denoiser(nothing)(x, t).x0)
     for weight in (0.0, 1.0, 3.0):
         guided = model.denoiser(labels, weight)(x, t).x0
         torch.testing.assert_close(guided, without + weight * (plain - without), rtol=1e-4, atol=1e-4)
@@ -88,16 +98,52 @@ def test_labels_and_guidance_need_a_model_that_has_learned_them() -> None:
     plain = DiffusionModel(None, tiny_unet(), image_size=8)
     with pytest.raises(ValueError, match="trained without classes"):
         plain.denoiser(torch.tensor([0]))
-    with pytest.raises(ValueError, match="trained without classes"):
+    with pytest.raises(ValueError, match="train it with classes and null_class"):
         plain.denoiser(guidance=2.0)
-    labelled = conditional(absent_label=False)
-    with pytest.raises(ValueError, match="absent_label"):
+    labelled = conditional(null_class=False)
+    with pytest.raises(ValueError, match="null_class"):
         labelled.denoiser(torch.tensor([0]), guidance=2.0)
-    with pytest.raises(ValueError, match="absent_label"):
+    with pytest.raises(ValueError, match="null_class"):
         labelled.denoiser()
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     tiny_unet().save(tmp_path / "unet.safetensors")
-    with pytest.raises(ValueError, match="holds a UNet, not a generator"):
+    with pytest.raises(ValueError, match="holds a UNet, not a DiffusionModel"):
         DiffusionModel.load(tmp_path / "unet.safetensors")
+
+
+# What a denoiser is told
+
+
+def test_labels_are_read_dropped_and_chosen() -> None:
+    labels = ClassLabels(CLASSES, 8, null_class=True)
+    assert labels.read([{"label": 1}, {"label": 0, "path": "x"}]).tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"no labels.*data\.labelled"):
+        labels.read([{"label": 1}, {"label": None}])
+    assert labels.drop(torch.tensor([1, 0, 1]), torch.tensor([True, False, False])).tolist() == [2, 0, 1]
+    assert labels.absent(2).tolist() == [2, 2]
+    assert labels.choose(None, range(3, 7)).tolist() == [1, 0, 1, 0]
+    assert labels.choose(["square"], [0, 5]).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="there is no class cube: the generator knows disc, square"):
+        labels.choose(["cube"], [0])
+    assert labels(torch.tensor([2, 0])).vector.shape == (2, 8)  # type: ignore[union-attr]
+
+
+def test_a_condition_of_one_sample_is_that_of_any_batch() -> None:
+    condition = Condition(vector=torch.randn(1, 4), maps=torch.randn(1, 3, 2, 2))
+    several = condition.expand(5)
+    assert several.vector is not None
+    assert several.maps is not None
+    assert several.tokens is several.mask is None
+    assert several.vector.shape == (5, 4)
+    assert several.maps.shape == (5, 3, 2, 2)
+    assert torch.equal(several.expand(5).vector, several.vector)  # type: ignore[arg-type]
+
+
+def test_pixels_are_twice_less_one() -> None:
+    images = torch.tensor([[[[0.0, 0.25, 1.0]]]])
+    signal = Pixels(1).encode(images)
+    assert signal.tolist() == [[[[-1, -0.5, 1]]]]
+    assert torch.equal(Pixels(1).decode(signal), images)
+    assert Pixels(1).decode(3 * signal).tolist() == [[[[0, 0, 1]]]]

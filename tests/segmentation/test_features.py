@@ -30,7 +30,13 @@ TIMM = {
 
 def unet(**changes: object) -> UNet:
     torch.manual_seed(0)
-    arguments = {"channels": 32, "multipliers": (1, 1, 2), "depth": 1, "attention": (4,), "head_channels": 16}
+    arguments = {
+        "channels": 32,
+        "channel_mult": (1, 1, 2),
+        "num_res_blocks": 1,
+        "attention": (4,),
+        "num_head_channels": 16,
+    }
     network = UNet(**arguments | changes)  # type: ignore[arg-type]
     for parameter in network.parameters():  # a new UNet's blocks begin as the identity, whatever the time
         if not parameter.any():

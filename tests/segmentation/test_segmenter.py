@@ -23,7 +23,7 @@ from diffperception.training.recipes.segmentation import MaskDataOptions
 
 def unet() -> UNet:
     torch.manual_seed(0)
-    return UNet(channels=32, multipliers=(1, 1), depth=1, attention=(), head_channels=32).eval()
+    return UNet(channels=32, channel_mult=(1, 1), num_res_blocks=1, attention=(), num_head_channels=32).eval()
 
 
 def test_a_saved_generator_knows_its_schedule_window_and_null_class(tmp_path: Path) -> None:

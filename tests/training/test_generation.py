@@ -19,6 +19,7 @@ from diffperception.data.image_folder import ImageFolder
 from diffperception.diffusion import LossSecondMoment
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
 from diffperception.models import UNet
+from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.generation import (
     Batch,
     GenerationTask,
@@ -27,14 +28,13 @@ from diffperception.training.recipes.generation import (
     held_out_loss,
     to_signal,
 )
-from diffperception.training.options import OptimizerOptions
 from diffperception.visualization.draw import image_grid, save_png
 from tests.training.test_resume import TORCHRUN, assert_same_run, copy_run, logged, python
 from tests.training.tiny_detector import PowerCut
 from tests.training.tiny_generator import write_tiny_generator, write_tiny_pictures
 
-UNLABELLED = ["--model.unet.num_classes=null", "--model.absent_label", "false", "--objective.label_dropping", "0"]
-NO_ABSENT = ["--model.absent_label", "false", "--model.unet.num_classes", "2", "--objective.label_dropping", "0"]
+UNLABELLED = ["--model.unet.num_classes=null", "--model.absent_label", "false", "--objective.label_dropout", "0"]
+NO_ABSENT = ["--model.absent_label", "false", "--model.unet.num_classes", "2", "--objective.label_dropout", "0"]
 PLAIN = ["--model", "diffperception.generation.DiffusionModel"]
 STRAIGHT = [*PLAIN, "--model.schedule", "flow", "--model.prediction", "flow", "--model.learned_range", "false"]
 STRAIGHT += ["--model.unet.out_channels", "3", "--objective.times", "uniform"]
@@ -96,7 +96,7 @@ def test_two_processes_learn_the_times_from_the_losses_of_both(config: Path, tmp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model.unet.depth", "2"], "model.unet.depth is 2, but the run in {} was begun with 1: "),
+        (["--model.unet.num_res_blocks", "2"], "model.unet.num_res_blocks is 2, but the run in {} was begun with 1: "),
         (["--model.unet.channels", "64"], "model.unet.channels is 64, but the run in {} was begun with 32: "),
         ([*PLAIN, "--model.schedule", "cosine", "--model.prediction", "v"], "model.prediction is v, but the run in {}"),
         (["--objective.times", "uniform"], "objective.times is uniform, but the run in {} was begun with loss_sec"),
@@ -209,7 +209,7 @@ def batch() -> Batch:
 def make_task(**objective: Any) -> GenerationTask:
     """The step of a network none of whose weights is 0."""
     torch.manual_seed(0)
-    unet = UNet(3, 6, 32, (1,), 1, attention=(), head_channels=32, num_classes=3)
+    unet = UNet(3, 6, 32, (1,), 1, attention=(), num_head_channels=32, num_classes=3)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model = DiffusionModel(["a", "b"], unet, "cosine", 4, learned_range=True, image_size=4, absent_label=True)
@@ -254,7 +254,7 @@ def test_the_loss_is_weighed_by_the_signal_to_noise_ratio_on_demand(batch: Batch
 
 
 def test_a_share_of_the_labels_is_dropped(batch: Batch) -> None:
-    task = make_task(label_dropping=0.25)
+    task = make_task(label_dropout=0.25)
     told = []
     task.model.unet.register_forward_pre_hook(lambda module, inputs: told.append(inputs[2]))
     for seed in range(8):
@@ -304,7 +304,7 @@ def test_labels_are_dropped_to_the_absent_one(config: Path, tmp_path: Path) -> N
     moved = {}
     for share in ("0.0", "0.5"):
         run = tmp_path / share
-        options = ["--objective.label_dropping", share, "--trainer.max_steps", "3", "--optimizer.ema_decay", "null"]
+        options = ["--objective.label_dropout", share, "--trainer.max_steps", "3", "--optimizer.ema_decay", "null"]
         assert train(config, run, *options, "--preview.every", "null") == 0
         moved[share] = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]["model.unet.label_emb.weight"]
     assert not torch.equal(moved["0.0"][:2], moved["0.5"][:2])
@@ -322,7 +322,13 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
         "model": {
             "class_path": "diffperception.generation.DiffusionModel",
             "init_args": {
-                "unet": {"channels": 32, "multipliers": [1], "depth": 1, "attention": [], "head_channels": 32},
+                "unet": {
+                    "channels": 32,
+                    "channel_mult": [1],
+                    "num_res_blocks": 1,
+                    "attention": [],
+                    "num_head_channels": 32,
+                },
                 "image_size": 4,
                 "prediction": "v",
             },
@@ -344,10 +350,10 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--objective.label_dropping", "0.1", "--model.absent_label", "false"], "set unet.num_classes to 2"),
+        (["--objective.label_dropout", "0.1", "--model.absent_label", "false"], "set unet.num_classes to 2"),
         (["--model.image_size", "9"], "crop to 8 x 8 or pad to 10 x 10"),
         (["--model.unet.channels", "30"], "multiple"),
-        (["--model.unet.attention", "[2]", "--model.unet.heads", "5"], "heads = 5"),
+        (["--model.unet.attention", "[2]", "--model.unet.num_heads", "5"], "num_heads = 5"),
         (["--data.labelled", "false"], "set unet.num_classes to null"),
         (["--model.learned_range", "false"], "learned_range"),
         (["--model.image_size", "64"], "has 10 x 12 pixels"),
@@ -363,7 +369,7 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
         (["--preview.batch_size", "0"], "option preview.batch_size: expected a whole number above 0, got 0"),
         (["--preview.every", "0"], "option preview.every: expected a whole number above 0, got 0"),
         (["--objective.min_snr", "-1"], "option objective.min_snr: expected a number above 0, got -1"),
-        (["--objective.label_dropping", "1.5"], "option objective.label_dropping: expected a number from 0 to 1, got"),
+        (["--objective.label_dropout", "1.5"], "option objective.label_dropout: expected a number from 0 to 1, got"),
         (["--data.batch_size", "-1"], "option data.batch_size: expected a whole number above 0, got -1"),
         (["--data.horizontal_flip", "2"], "option data.horizontal_flip: expected a number from 0 to 1, got 2"),
         (["--data.vertical_flip", "-1"], "option data.vertical_flip: expected a number from 0 to 1, got -1"),

@@ -13,8 +13,8 @@ from diffperception.cli.main import main
 from diffperception.data.image_folder import ImageFolder
 from diffperception.diffusion import (
     DenoiserOutput,
-    Schedule,
     FlowSchedule,
+    Schedule,
     classifier_guidance,
     linear_schedule,
     sample_ddim,
@@ -22,13 +22,20 @@ from diffperception.diffusion import (
 )
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier, UNet
-from diffperception.training.recipes.noisy_classifier import held_out_accuracy
 from diffperception.training.recipes.generation import time_at
+from diffperception.training.recipes.noisy_classifier import held_out_accuracy
 from tests.training.test_resume import copy_run
 
 SIDE, SPREAD = 8, 0.05
 PATTERN = torch.cat([torch.full((SIDE // 2,), -0.5), torch.full((SIDE // 2,), 0.5)])  # dark to the left, bright
-MODEL = {"image_size": SIDE, "channels": 32, "multipliers": [1], "depth": 1, "attention": [], "head_channels": 32}
+MODEL = {
+    "image_size": SIDE,
+    "channels": 32,
+    "channel_mult": [1],
+    "num_res_blocks": 1,
+    "attention": [],
+    "num_head_channels": 32,
+}
 
 
 def write_pictures(folder: Path, number: int, names: tuple[str, ...] = ("left", "right")) -> Path:
@@ -160,7 +167,7 @@ def test_the_command_guides_a_generator_and_refuses_another_path(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A new generator predicts no noise, so that the classifier alone tells the samples of the classes apart."""
-    unet = UNet(channels=32, multipliers=(1,), depth=1, attention=(), head_channels=32)
+    unet = UNet(channels=32, channel_mult=(1,), num_res_blocks=1, attention=(), num_head_channels=32)
     for schedule in ("linear", "cosine"):
         DiffusionModel(None, unet, schedule, image_size=SIDE).save(tmp_path / f"{schedule}.safetensors")
     options = ["--classifier", str(run / "model.safetensors"), "--number", "4", "--sampling.steps", "3"]

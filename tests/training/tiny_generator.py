@@ -29,10 +29,10 @@ def write_tiny_generator(folder: Path) -> Path:
     unet = {
         "out_channels": 6,
         "channels": 32,
-        "multipliers": [1, 1],
-        "depth": 1,
+        "channel_mult": [1, 1],
+        "num_res_blocks": 1,
         "attention": [],
-        "head_channels": 32,
+        "num_head_channels": 32,
         "num_classes": 3,
         "dropout": 0.1,
     }
@@ -49,7 +49,7 @@ def write_tiny_generator(folder: Path) -> Path:
             },
         },
         "data": {"images": pictures, "val_images": pictures, "labelled": True, "batch_size": 4, "workers": 0},
-        "objective": {"times": "loss_second_moment", "label_dropping": 0.3},
+        "objective": {"times": "loss_second_moment", "label_dropout": 0.3},
         "optimizer": {"lr": 0.003, "base_batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9},
         "trainer": {"max_steps": 12, "log_every": 1, "checkpoint_every": 3, "accelerator": "cpu"},
         "preview": {"every": 4, "samples": 2, "held_out": 4, "sampling": {"steps": 2}},

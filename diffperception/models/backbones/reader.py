@@ -1,4 +1,4 @@
-"""The activations of a diffusion model's network as a detector's feature maps (label-efficient use: arXiv 2112.03126)."""
+"""The activations of a diffusion model's network as a detector's feature maps (arXiv 2112.03126)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +78,6 @@ def _require_pyramid(blocks: Sequence[int], strides: Sequence[int], generator: D
     """ValueError if a pyramid cannot be built on blocks of these strides."""
     if list(strides) != [strides[0] * 2**level for level in range(len(strides))]:
         raise ValueError(
-            f"blocks {list(blocks)} have strides {list(strides)}, but a pyramid needs one per stride, each twice the one"
-            f" before; this UNet has {strides_in_words(generator.block_info)}"
+            f"blocks {list(blocks)} have strides {list(strides)}, but a pyramid needs one per stride, each twice the"
+            f" one before; this UNet has {strides_in_words(generator.block_info)}"
         )

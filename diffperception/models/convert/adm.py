@@ -44,7 +44,7 @@ _DECIDING = [
     (r"\.(norm|qkv|out)\.(weight|bias)$", "attention"),
     (r"^out_conv\.", "out_channels"),
     (r"^stem\.", "in_channels, channels"),
-    (r"", "channels, multipliers, depth"),
+    (r"", "channels, channel_mult, num_res_blocks"),
 ]
 
 
@@ -62,29 +62,31 @@ def build(
     make: Callable[..., Model],
     layout: Mapping[str, Any],
     state: State,
-    heads: int | None,
-    head_channels: int | None,
+    num_heads: int | None,
+    num_head_channels: int | None,
     new_attention_order: bool,
 ) -> Model:
     """The model of a checkpoint, with its weights.
 
     Args:
         make: the model's constructor.
-        layout: its arguments, all but those of heads.
+        layout: its arguments, all but those of its heads.
         state: the checkpoint's state dict; its tensors become the model's.
-        heads, head_channels: attention heads at every width, or channels of a head.
+        num_heads, num_head_channels: attention heads at every width, or channels of a head.
         new_attention_order: as for :func:`rename`.
 
     Raises:
-        ValueError: if not one of ``heads`` and ``head_channels`` is given or it does not divide a width, or if
+        ValueError: if not one of ``num_heads`` and ``num_head_channels`` is given or it does not divide a width, or if
             weights are missing, left over or of another shape.
     """
-    if (heads is None) == (head_channels is None):
-        raise ValueError("Give either heads or head_channels (64 in ADM's models): a checkpoint does not tell them.")
-    head_channels = 64 if head_channels is None else head_channels
+    if (num_heads is None) == (num_head_channels is None):
+        raise ValueError(
+            "Give either num_heads or num_head_channels (64 in ADM's models): a checkpoint does not tell them."
+        )
+    num_head_channels = 64 if num_head_channels is None else num_head_channels
     with torch.device("meta"):
-        model = make(heads=heads, head_channels=head_channels, **layout)
-    renamed = rename(state, heads, head_channels, new_attention_order)
+        model = make(num_heads=num_heads, num_head_channels=num_head_channels, **layout)
+    renamed = rename(state, num_heads, num_head_channels, new_attention_order)
     expected = {name: value.shape for name, value in model.state_dict().items()}
     read = f"The checkpoint does not fit the {type(model).__name__} that its other weights describe ({_listed(layout)})"
     for name in state:
@@ -130,23 +132,23 @@ def unet_arguments(state: State) -> dict[str, Any]:
     missing = [name for name in _UNET if name not in state]
     if missing:
         raise ValueError(f"This is not a whole checkpoint of guided-diffusion's UNetModel: it has no {missing[0]}.")
-    depth, resampling = _decoder_rhythm(state)
+    num_res_blocks, resampling = _decoder_rhythm(state)
     return {
-        **_encoder_arguments(state, depth),
+        **_encoder_arguments(state, num_res_blocks),
         "out_channels": _shape(state, "out.2.weight")[0],
         "resampling": resampling,
     }
 
 
-def classifier_arguments(state: State, depth: int | None) -> tuple[dict[str, Any], int]:
+def classifier_arguments(state: State, num_res_blocks: int | None) -> tuple[dict[str, Any], int]:
     """What shapes tell of a noisy classifier's arguments, all but its heads, dropout and checkpointing; its classes.
 
     Args:
-        depth: residual blocks a level, where the names fit more than one number.
+        num_res_blocks: residual blocks a level, where the names fit more than one number.
 
     Raises:
         ValueError: if the names are not those of the reference's ``EncoderUNetModel``, if it pools by another layer
-            than attention or averages, or if the depth must be given or does not fit.
+            than attention or averages, or if their number must be given or does not fit.
     """
     if is_unet(state):
         raise ValueError("This is a checkpoint of guided-diffusion's UNetModel, not of a classifier.")
@@ -155,27 +157,27 @@ def classifier_arguments(state: State, depth: int | None) -> tuple[dict[str, Any
         raise ValueError(
             f"This is not a whole checkpoint of guided-diffusion's EncoderUNetModel: it has no {missing[0]}."
         )
-    depth, resampling = _encoder_rhythm(state, depth)
-    layout = {**_encoder_arguments(state, depth), "resampling": resampling}
+    num_res_blocks, resampling = _encoder_rhythm(state, num_res_blocks)
+    layout = {**_encoder_arguments(state, num_res_blocks), "resampling": resampling}
     if "out.3.weight" in state:
         return layout | {"pool": "adaptive"}, _shape(state, "out.3.weight")[0]
     if "out.2.positional_embedding" not in state:
         raise ValueError("The classifier pools neither by attention nor by averages; no other pooling is read.")
     # One position is that of the mean.
     side = isqrt(_shape(state, "out.2.positional_embedding")[1] - 1)
-    image_size = side * 2 ** (len(layout["multipliers"]) - 1)
+    image_size = side * 2 ** (len(layout["channel_mult"]) - 1)
     return layout | {"pool": "attention", "image_size": image_size}, _shape(state, "out.2.c_proj.weight")[0]
 
 
-def _encoder_arguments(state: State, depth: int) -> dict[str, Any]:
+def _encoder_arguments(state: State, num_res_blocks: int) -> dict[str, Any]:
     channels = _shape(state, "time_embed.0.weight")[1]
-    firsts = [f"input_blocks.{first}" for first in range(1, _encoder_blocks(state), depth + 1)]
+    firsts = [f"input_blocks.{first}" for first in range(1, _encoder_blocks(state), num_res_blocks + 1)]
     widths = [_shape(state, f"{first}.0.out_layers.0.weight")[0] for first in firsts]
     return {
         "in_channels": _shape(state, "input_blocks.0.0.weight")[1],
         "channels": channels,
-        "multipliers": [width // channels if width % channels == 0 else width / channels for width in widths],
-        "depth": depth,
+        "channel_mult": [width // channels if width % channels == 0 else width / channels for width in widths],
+        "num_res_blocks": num_res_blocks,
         "attention": [2**level for level, first in enumerate(firsts) if f"{first}.1.qkv.weight" in state],
         "scale_shift": _shape(state, "input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0],
     }
@@ -199,7 +201,7 @@ def _decoder_rhythm(state: State) -> tuple[int, str]:
     return first_gap - 1, "pool"
 
 
-def _encoder_rhythm(state: State, depth: int | None) -> tuple[int, str]:
+def _encoder_rhythm(state: State, num_res_blocks: int | None) -> tuple[int, str]:
     """The same from the encoder alone, whose downsampling residual blocks are named as the others."""
     blocks = _encoder_blocks(state)
     for i in range(1, blocks):
@@ -208,20 +210,20 @@ def _encoder_rhythm(state: State, depth: int | None) -> tuple[int, str]:
         if f"input_blocks.{i}.0.in_layers.0.weight" not in state:
             return i - 1, "pool"
     fitting = [d for d in range(1, blocks) if blocks % (d + 1) == 0 and _may_have_depth(state, blocks, d)]
-    if depth is None and len(fitting) == 1:
+    if num_res_blocks is None and len(fitting) == 1:
         return fitting[0], "block"
-    if depth not in fitting:
+    if num_res_blocks not in fitting:
         raise ValueError(
-            f"The checkpoint's names fit a depth (num_res_blocks) of {' or '.join(map(str, fitting)) or 'no number'}, "
-            f"not {depth}: give the depth it was built with."
+            f"The checkpoint's names fit num_res_blocks {' or '.join(map(str, fitting)) or 'no number'}, "
+            f"not {num_res_blocks}: give the number it was built with."
         )
-    return depth, "block"
+    return num_res_blocks, "block"
 
 
-def _may_have_depth(state: State, blocks: int, depth: int) -> bool:
-    """Whether widths change and attention comes and goes at the first blocks of levels of this depth alone."""
+def _may_have_depth(state: State, blocks: int, num_res_blocks: int) -> bool:
+    """Whether widths change and attention comes and goes at the first blocks of levels of so many alone."""
     for i in range(1, blocks):
-        place = i % (depth + 1)  # 1 is the first of a level, 0 the one that downsamples
+        place = i % (num_res_blocks + 1)  # 1 is the first of a level, 0 the one that downsamples
         attends, level_attends = (f"input_blocks.{j}.1.qkv.weight" in state for j in (i, i - place + 1))
         widens = f"input_blocks.{i}.0.skip_connection.weight" in state
         if attends != (level_attends and place > 0) or (widens and place != 1):
@@ -230,7 +232,7 @@ def _may_have_depth(state: State, blocks: int, depth: int) -> bool:
 
 
 def _encoder_blocks(state: State) -> int:
-    """Blocks of the encoder, the stem among them: a multiple of one more than the depth."""
+    """Blocks of the encoder, the stem among them: a multiple of one more than those of a level."""
     return 1 + max(_block(name) for name in state if name.startswith("input_blocks."))
 
 
@@ -238,17 +240,17 @@ def _block(name: str) -> int:
     return int(name.split(".")[1]) if re.match(r"(in|out)put_blocks\.\d", name) else -1
 
 
-def rename(state: State, heads: int | None, head_channels: int, new_attention_order: bool) -> dict[str, Tensor]:
+def rename(state: State, num_heads: int | None, num_head_channels: int, new_attention_order: bool) -> dict[str, Tensor]:
     """The reference's weights under our names.
 
     Args:
-        heads, head_channels: as for the UNet.
+        num_heads, num_head_channels: as for the UNet.
         new_attention_order: rows of the qkv weights go by q, k, v and then by heads, as ours do; else the other way.
     """
     renamed = {}
     for name, value in state.items():
         if ".qkv." in name and not new_attention_order:
-            count = heads or value.shape[0] // 3 // head_channels
+            count = num_heads or value.shape[0] // 3 // num_head_channels
             value = value.unflatten(0, (count, 3, -1)).transpose(0, 1).flatten(0, 2)
         if name.endswith((".qkv.weight", ".proj_out.weight", ".qkv_proj.weight", ".c_proj.weight", "out.3.weight")):
             value = value.flatten(1)  # a convolution of one position is a linear layer

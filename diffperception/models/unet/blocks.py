@@ -85,13 +85,13 @@ class Attention(nn.Module):
     """Self-attention over all positions of a map, added to it.
 
     Args:
-        channels: C, a multiple of ``heads``.
-        heads: number of heads.
+        channels: C, a multiple of ``num_heads``.
+        num_heads: number of heads.
     """
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.norm = nn.GroupNorm(NORM_GROUPS, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         """(B, C, H, W) -> the same shape; the embedding is not used."""
         B, C, H, W = x.shape
         tokens = group_norm(self.norm, x).permute(0, 2, 3, 1).reshape(B, H * W, C)
-        q, k, v = self.qkv(tokens).view(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         return x + self.out(mixed).permute(0, 3, 1, 2)
 

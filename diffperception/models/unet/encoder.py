@@ -30,7 +30,7 @@ class Encoder(Model):
         channels: width that the time's sinusoids have.
         layers: makes the layers.
         widths: width of each level, from :func:`level_widths`.
-        depth: residual blocks a level.
+        num_res_blocks: residual blocks a level.
         checkpointing: recompute activations in the backward pass instead of keeping them.
 
     Attributes:
@@ -42,16 +42,22 @@ class Encoder(Model):
     """
 
     def __init__(
-        self, in_channels: int, channels: int, layers: "Layers", widths: list[int], depth: int, checkpointing: bool
+        self,
+        in_channels: int,
+        channels: int,
+        layers: "Layers",
+        widths: list[int],
+        num_res_blocks: int,
+        checkpointing: bool,
     ) -> None:
         super().__init__()
         require_positive(
             {
                 "in_channels": in_channels,
                 "channels": channels,
-                "depth": depth,
-                "heads": layers.heads,
-                "head_channels": layers.head_channels,
+                "num_res_blocks": num_res_blocks,
+                "num_heads": layers.num_heads,
+                "num_head_channels": layers.num_head_channels,
             }
         )
         self.in_channels = in_channels
@@ -61,7 +67,7 @@ class Encoder(Model):
         self.embedding = embedding = layers.embedding
         self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.encoder, self.skip_widths = _encoder(layers, widths, depth)
+        self.encoder, self.skip_widths = _encoder(layers, widths, num_res_blocks)
         self.middle = layers.middle(widths[-1])
 
     def embed(self, x: Tensor, t: Tensor) -> Tensor:
@@ -111,8 +117,8 @@ class Layers:
 
     embedding: int
     attention: Sequence[int]
-    heads: int | None
-    head_channels: int
+    num_heads: int | None
+    num_head_channels: int
     dropout: float
     scale_shift: bool
     resampling: Resampling
@@ -121,11 +127,11 @@ class Layers:
         return ResBlock(width_in, width, self.embedding, self.dropout, self.scale_shift, resample)
 
     def heads_of(self, width: int) -> int:
-        per_head = self.head_channels if self.heads is None else self.heads
+        per_head = self.num_head_channels if self.num_heads is None else self.num_heads
         if width % per_head:
-            name = "head_channels" if self.heads is None else "heads"
+            name = "num_head_channels" if self.num_heads is None else "num_heads"
             raise ValueError(f"A level {width} channels wide cannot be split evenly by {name} = {per_head}.")
-        return width // per_head if self.heads is None else per_head
+        return width // per_head if self.num_heads is None else per_head
 
     def attend(self, width: int) -> Attention:
         return Attention(width, self.heads_of(width))
@@ -148,12 +154,12 @@ class Layers:
         return Upsample(width, learned=self.resampling == "conv")
 
 
-def _encoder(layers: Layers, widths: list[int], depth: int) -> tuple[nn.ModuleList, list[int]]:
+def _encoder(layers: Layers, widths: list[int], num_res_blocks: int) -> tuple[nn.ModuleList, list[int]]:
     """The encoder's stages, and the widths that the stem and they hand to the decoder."""
     width = widths[0]
     stages, skips = nn.ModuleList(), [width]
     for level, level_width in enumerate(widths):
-        for _ in range(depth):
+        for _ in range(num_res_blocks):
             stages.append(Stage(layers.stage(width, level_width, 2**level)))
             skips.append(width := level_width)
         if level < len(widths) - 1:
@@ -162,17 +168,17 @@ def _encoder(layers: Layers, widths: list[int], depth: int) -> tuple[nn.ModuleLi
     return stages, skips
 
 
-def level_widths(channels: int, multipliers: Sequence[float], attention: Sequence[int]) -> list[int]:
+def level_widths(channels: int, channel_mult: Sequence[float], attention: Sequence[int]) -> list[int]:
     """The width of each level.
 
     Raises:
         ValueError: if there is none, one is not a multiple of the norms' groups, or no level has a factor in
             ``attention``.
     """
-    widths = [round(channels * multiplier) for multiplier in multipliers]
+    widths = [round(channels * multiplier) for multiplier in channel_mult]
     if not widths or any(width % NORM_GROUPS or width < 1 for width in widths):
         raise ValueError(
-            f"There must be a level, and every level's width a multiple of {NORM_GROUPS}; channels x multipliers are"
+            f"There must be a level, and every level's width a multiple of {NORM_GROUPS}; channels x channel_mult are"
             f" {widths}."
         )
     factors = [2**level for level in range(len(widths))]

@@ -24,8 +24,8 @@ class NoisyClassifier(Encoder):
         classes: names of the labels 0..K-1.
         schedule, num_timesteps: the path its images are noised on, that of the diffusion model it is to guide.
         image_size: height and width of the images, or one number for both. Attention pooling takes this size alone.
-        in_channels, channels, multipliers, depth, attention, heads, head_channels, dropout, scale_shift, resampling,
-            checkpointing: as for :class:`~diffperception.models.UNet`.
+        in_channels, channels, channel_mult, num_res_blocks, attention, num_heads, num_head_channels, dropout,
+            scale_shift, resampling, checkpointing: as for :class:`~diffperception.models.UNet`.
         pool: one query of attention, made of the mean, over all positions of the last map; or the mean alone.
 
     Raises:
@@ -42,20 +42,20 @@ class NoisyClassifier(Encoder):
         image_size: int | Sequence[int] = 64,
         in_channels: int = 3,
         channels: int = 128,
-        multipliers: Sequence[float] = (1, 2, 3, 4),
-        depth: int = 2,
+        channel_mult: Sequence[float] = (1, 2, 3, 4),
+        num_res_blocks: int = 2,
         attention: Sequence[int] = (2, 4, 8),
-        heads: int | None = None,
-        head_channels: int = 64,
+        num_heads: int | None = None,
+        num_head_channels: int = 64,
         dropout: float = 0.0,
         scale_shift: bool = True,
         resampling: Resampling = "block",
         pool: Pooling = "attention",
         checkpointing: bool = False,
     ) -> None:
-        layers = Layers(4 * channels, attention, heads, head_channels, dropout, scale_shift, resampling)
-        widths = level_widths(channels, multipliers, attention)
-        super().__init__(in_channels, channels, layers, widths, depth, checkpointing)
+        layers = Layers(4 * channels, attention, num_heads, num_head_channels, dropout, scale_shift, resampling)
+        widths = level_widths(channels, channel_mult, attention)
+        super().__init__(in_channels, channels, layers, widths, num_res_blocks, checkpointing)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.classes = list(classes)
         self.schedule = named_schedule(schedule, num_timesteps)
@@ -76,10 +76,10 @@ class NoisyClassifier(Encoder):
         classes: Sequence[str] | None = None,
         schedule: ScheduleName = "linear",
         num_timesteps: int = 1000,
-        heads: int | None = None,
-        head_channels: int | None = None,
+        num_heads: int | None = None,
+        num_head_channels: int | None = None,
         new_attention_order: bool = False,
-        depth: int | None = None,
+        num_res_blocks: int | None = None,
         dropout: float = 0.0,
         checkpointing: bool = False,
     ) -> "NoisyClassifier":
@@ -89,21 +89,21 @@ class NoisyClassifier(Encoder):
             state: the checkpoint's state dict; its tensors become the model's.
             classes: names of the classes; numbers if None.
             schedule, num_timesteps: of the path it was trained on, which a checkpoint does not tell.
-            heads, head_channels, new_attention_order: as for :meth:`UNet.from_reference`; the published classifiers
-                have 64 channels a head.
-            depth: residual blocks a level, the reference's ``num_res_blocks``; needed where the names fit several.
+            num_heads, num_head_channels, new_attention_order: as for :meth:`UNet.from_reference`; the
+                published classifiers have 64 channels per head.
+            num_res_blocks: residual blocks per level; needed where the names fit several numbers.
             dropout, checkpointing: as for the constructor.
 
         Raises:
-            ValueError: if heads or depth must be given or do not fit, if there are not as many classes, if the
+            ValueError: if heads or num_res_blocks must be given or do not fit, if there are not as many classes, if the
                 classifier pools in another way, or if weights are missing, left over or of another shape.
         """
-        layout, number = adm.classifier_arguments(state, depth)
+        layout, number = adm.classifier_arguments(state, num_res_blocks)
         if classes is not None and len(classes) != number:
             raise ValueError(f"{len(classes)} class names are given for a classifier of {number} classes.")
         make = partial(cls, classes or [str(label) for label in range(number)], schedule, num_timesteps)
         layout |= {"dropout": dropout, "checkpointing": checkpointing}
-        return adm.build(make, layout, state, heads, head_channels, new_attention_order)
+        return adm.build(make, layout, state, num_heads, num_head_channels, new_attention_order)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Classify.
@@ -149,14 +149,14 @@ class AttentionPool(nn.Module):
 
     Args:
         positions: of the map, height x width.
-        channels: C of the map, a multiple of ``heads``.
-        heads: number of heads.
+        channels: C of the map, a multiple of ``num_heads``.
+        num_heads: number of heads.
         out_channels: K of the result.
     """
 
-    def __init__(self, positions: int, channels: int, heads: int, out_channels: int) -> None:
+    def __init__(self, positions: int, channels: int, num_heads: int, out_channels: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.positions = nn.Parameter(torch.randn(channels, 1 + positions) / channels**0.5)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, out_channels)
@@ -165,7 +165,7 @@ class AttentionPool(nn.Module):
         """(B, C, H, W) -> (B, K)."""
         x = x.flatten(2)
         tokens = (torch.cat([x.mean(2, keepdim=True), x], dim=2) + self.positions).transpose(1, 2)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q[:, :, :1], k, v).flatten(1))
 
 

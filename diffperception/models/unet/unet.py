@@ -21,12 +21,12 @@ class UNet(Encoder):
     Args:
         in_channels: channels of the image.
         out_channels: channels of the prediction; those of the image if None, twice as many for a learned variance.
-        channels: width that the multipliers multiply.
-        multipliers: width of each level; between levels height and width halve.
-        depth: residual blocks a level of the encoder; the decoder has one more.
+        channels: width that ``channel_mult`` multiplies.
+        channel_mult: width of each level, in ``channels``; between levels height and width halve.
+        num_res_blocks: residual blocks a level of the encoder; the decoder has one more.
         attention: downsampling factors, 1, 2, 4, ..., whose blocks are followed by attention.
-        heads: attention heads, the same at every width; if None, one for every ``head_channels``.
-        head_channels: channels of a head where ``heads`` is None.
+        num_heads: attention heads, the same at every width; if None, one for every ``num_head_channels``.
+        num_head_channels: channels of a head where ``num_heads`` is None.
         dropout: share of activations dropped in residual blocks.
         scale_shift: time scales and shifts normalised activations (adaptive group norm); else it is added to them.
         resampling: down- and upsampling by residual blocks, by convolutions, or without weights.
@@ -47,21 +47,21 @@ class UNet(Encoder):
         in_channels: int = 3,
         out_channels: int | None = None,
         channels: int = 128,
-        multipliers: Sequence[float] = (1, 2, 2, 2),
-        depth: int = 2,
+        channel_mult: Sequence[float] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
         attention: Sequence[int] = (4, 8),
-        heads: int | None = None,
-        head_channels: int = 64,
+        num_heads: int | None = None,
+        num_head_channels: int = 64,
         dropout: float = 0.0,
         scale_shift: bool = True,
         resampling: Resampling = "block",
         checkpointing: bool = False,
     ) -> None:
-        layers = Layers(4 * channels, attention, heads, head_channels, dropout, scale_shift, resampling)
-        widths = level_widths(channels, multipliers, attention)
-        super().__init__(in_channels, channels, layers, widths, depth, checkpointing)
+        layers = Layers(4 * channels, attention, num_heads, num_head_channels, dropout, scale_shift, resampling)
+        widths = level_widths(channels, channel_mult, attention)
+        super().__init__(in_channels, channels, layers, widths, num_res_blocks, checkpointing)
         require_positive({"out_channels": out_channels})
-        self.decoder, self.block_info = _decoder(layers, list(self.skip_widths), widths, depth)
+        self.decoder, self.block_info = _decoder(layers, list(self.skip_widths), widths, num_res_blocks)
         self.out_channels = out_channels or in_channels
         self.out_norm = nn.GroupNorm(NORM_GROUPS, widths[0])
         self.out_conv = zeroed(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
@@ -70,30 +70,31 @@ class UNet(Encoder):
     def from_reference(
         cls,
         state: Mapping[str, Tensor],
-        heads: int | None = None,
-        head_channels: int | None = None,
+        num_heads: int | None = None,
+        num_head_channels: int | None = None,
         new_attention_order: bool = False,
         dropout: float = 0.0,
         checkpointing: bool = False,
     ) -> "UNet":
         """The UNet of a guided-diffusion or improved-diffusion checkpoint, with its weights.
 
-        The arguments are what shapes cannot tell; those of the reference are named ``num_heads``,
-        ``num_head_channels`` and ``use_new_attention_order``. ADM's models have 64 channels a head.
+        The arguments are what shapes cannot tell. ADM's models have 64 channels per head.
 
         Args:
             state: the checkpoint's state dict; its tensors become the model's.
-            heads: attention heads at every width.
-            head_channels: channels of a head; this or ``heads``.
-            new_attention_order: q, k, v come before heads in the qkv weights.
+            num_heads: attention heads at every width.
+            num_head_channels: channels of a head; this or ``num_heads``.
+            new_attention_order: q, k, v come before heads in the qkv weights
+                (the reference's ``use_new_attention_order``).
             dropout, checkpointing: as for :class:`UNet`.
 
         Raises:
-            ValueError: if the checkpoint has labels (:meth:`DiffusionModel.from_reference` takes those), not one of ``heads`` and ``head_channels`` is given or it does not divide a width, or if
-                weights are missing, left over or of another shape.
+            ValueError: if the checkpoint has labels (:meth:`DiffusionModel.from_reference` takes those), not one of
+                ``num_heads`` and ``num_head_channels`` is given or it does not divide a width, or if weights are
+                missing, left over or of another shape.
         """
         layout = adm.unet_arguments(state) | {"dropout": dropout, "checkpointing": checkpointing}
-        return adm.build(cls, layout, state, heads, head_channels, new_attention_order)
+        return adm.build(cls, layout, state, num_heads, num_head_channels, new_attention_order)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Predict.
@@ -153,16 +154,16 @@ def _require_readable(condition: Condition) -> None:
 
 
 def _decoder(
-    layers: Layers, skips: list[int], widths: list[int], depth: int
+    layers: Layers, skips: list[int], widths: list[int], num_res_blocks: int
 ) -> tuple[nn.ModuleList, list[FeatureInfo]]:
     """The decoder's stages and what they give."""
     width = widths[-1]
     stages, info = nn.ModuleList(), []
     for level, level_width in reversed(list(enumerate(widths))):
-        for i in range(depth + 1):
+        for i in range(num_res_blocks + 1):
             stage = layers.stage(width + skips.pop(), level_width, 2**level)
             width = level_width
-            rises = level > 0 and i == depth
+            rises = level > 0 and i == num_res_blocks
             info.append(FeatureInfo(f"block {len(stages)}", width, 2 ** (level - rises)))
             stages.append(Stage([*stage, layers.up(width)] if rises else stage))
     return stages, info

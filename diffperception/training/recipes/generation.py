@@ -98,13 +98,13 @@ class ObjectiveOptions:
             gradients of a learned variance (arXiv 2102.09672).
         min_snr: weigh the loss of x0 by the signal-to-noise ratio, at most this (arXiv 2303.09556; 5 there); null
             weighs the loss of the prediction by 1.
-        label_dropping: share of images whose label is replaced by the absent one, for classifier-free guidance; the
+        label_dropout: share of images whose label is replaced by the absent one, for classifier-free guidance; the
             model needs an absent label.
     """
 
     times: Literal["uniform", "loss_second_moment"] = "uniform"
     min_snr: PositiveFloat | None = None
-    label_dropping: ClosedUnitInterval = 0.0
+    label_dropout: ClosedUnitInterval = 0.0
 
     def sampler(self, model: DiffusionModel) -> TimeSampler:
         """What draws the times of a batch; ValueError if the model's path does not have such times."""
@@ -133,16 +133,16 @@ class GenerationTask(Task):
         objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (not changed)
     ):
         super().__init__(model, options, seed)
-        if objective.label_dropping and not model.absent_label:
-            raise ValueError("objective.label_dropping needs model.absent_label: true, and a label more in the UNet")
+        if objective.label_dropout and not model.absent_label:
+            raise ValueError("objective.label_dropout needs model.absent_label: true, and a label more in the UNet")
         self.times = objective.sampler(model)
         self.objective = model.objective(objective.min_snr)
-        self.label_dropping = objective.label_dropping
+        self.label_dropout = objective.label_dropout
 
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         x0, labels = to_signal(batch, self.device)
-        if labels is not None and self.label_dropping:
-            dropped = torch.rand(len(labels), generator=generator) < self.label_dropping
+        if labels is not None and self.label_dropout:
+            dropped = torch.rand(len(labels), generator=generator) < self.label_dropout
             labels = torch.where(dropped.to(labels.device), self.model.absent, labels)
         t, weights = (x.to(x0.device) for x in self.times.sample(len(x0), generator))
         losses = noised_losses(self.model, self.objective, x0, labels, t, generator)

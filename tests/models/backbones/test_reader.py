@@ -9,11 +9,10 @@ from torch import Tensor
 
 from diffperception.detection import FCOS
 from diffperception.diffusion import cosine_schedule, linear_schedule
-from diffperception.generation import DiffusionModel
-from diffperception.models import UNetBackbone
-from diffperception.models.backbones.reader import NOISE_TILE
+from diffperception.models import ActivationReader, DiffusionModel, UNet, UNetBackbone
 from tests.models.unet.test_unet import tiny
 
+TILE = 256  # side of the noise that is repeated
 BLOCKS = [0, 2, 4]  # of the tiny UNet's 0, 1, ..., 5 with strides 4, 2, 2, 1, 1, 1
 
 
@@ -21,9 +20,13 @@ def images(*shape: int) -> Tensor:
     return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 1
 
 
+def network(backbone: UNetBackbone) -> UNet:
+    return backbone.reader.generator.network
+
+
 def seen_by_the_unet(backbone: UNetBackbone, batch: Tensor) -> Tensor:
     seen = []
-    handle = backbone.unet.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    handle = network(backbone).stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     backbone(batch)
     handle.remove()
     return seen[0]
@@ -54,16 +57,16 @@ def test_the_unet_sees_images_at_the_noise_level_it_is_told() -> None:
 def test_noise_depends_on_the_pixels_place_alone() -> None:
     backbone = UNetBackbone(tiny(), blocks=[0], timestep=500)
     other = UNetBackbone(tiny(), blocks=[0], timestep=500)
-    small, wide = torch.zeros(1, 3, 16, 24), torch.zeros(3, 3, 32, NOISE_TILE + 8)
+    small, wide = torch.zeros(1, 3, 16, 24), torch.zeros(3, 3, 32, TILE + 8)
     noise = seen_by_the_unet(other, wide)
     torch.testing.assert_close(seen_by_the_unet(backbone, small)[0], noise[2, :, :16, :24])
-    assert torch.equal(noise[..., NOISE_TILE:], noise[..., :8])
+    assert torch.equal(noise[..., TILE:], noise[..., :8])
 
 
 def test_blocks_after_the_last_one_named_are_not_computed() -> None:
     backbone = UNetBackbone(tiny(), blocks=[0, 1], frozen=False)
     runs = []
-    for index, block in enumerate(backbone.unet.decoder):
+    for index, block in enumerate(network(backbone).decoder):
         block.register_forward_hook(lambda *_, index=index: runs.append(index))
     backbone(images(1, 3, 16, 16))
     assert runs == [0, 1]
@@ -73,18 +76,18 @@ def test_a_frozen_unet_stays_as_it_is() -> None:
     backbone = UNetBackbone(tiny(dropout=0.5), blocks=BLOCKS).train()
     batch = images(1, 3, 16, 16)
     maps = backbone(batch)
-    assert not any(module.training for module in backbone.unet.modules())
+    assert not any(module.training for module in network(backbone).modules())
     assert all(torch.equal(a, b) for a, b in zip(maps, backbone(batch), strict=True))
     torch.stack([m.square().sum() for m in maps]).sum().backward()
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in backbone.unet.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in network(backbone).parameters())
     assert all(parameter.grad is not None for parameter in backbone.norms.parameters())
 
 
 def test_fine_tuning_reaches_every_weight_that_is_used_and_asks_for_no_other() -> None:
     backbone = UNetBackbone(tiny(), blocks=BLOCKS, frozen=False).train()
-    assert backbone.unet.training
+    assert network(backbone).training
     torch.stack([(m * images(*m.shape)).sum() for m in backbone(images(1, 3, 16, 16))]).sum().backward()
-    for name, parameter in backbone.unet.named_parameters():
+    for name, parameter in network(backbone).named_parameters():
         used = not name.startswith(("decoder.5.", "out_"))
         assert parameter.requires_grad == used, name
         assert (parameter.grad is not None) == used, name
@@ -102,15 +105,20 @@ def test_a_diffusion_model_brings_its_own_noise(
 ) -> None:
     model = DiffusionModel(None, tiny(), schedule=schedule, num_timesteps=4000, prediction=prediction, image_size=16)  # type: ignore[arg-type]
     model.save(tmp_path / "model.safetensors")
-    backbone = UNetBackbone(tmp_path / "model.safetensors", blocks=[0], timestep=2300 if schedule == "cosine" else 300)
-    assert backbone.alpha == pytest.approx(float(alpha))
-    assert backbone.sigma == pytest.approx(float(sigma))
+    backbone = UNetBackbone(tmp_path / "model.safetensors", blocks=[0], timestep=2300 if schedule == "cosine" else 0.3)
+    (level,) = backbone.reader.levels
+    assert level == pytest.approx((float(alpha), float(sigma), 2300 if schedule == "cosine" else 300))
 
 
 def test_a_label_is_told() -> None:
     batch = images(1, 3, 16, 16)
-    one, other = (UNetBackbone(tiny(num_classes=3), blocks=[0], label=label)(batch)[0] for label in (0, 2))
+    model = labelled()
+    one, other = (UNetBackbone(model, blocks=[0], label=label)(batch)[0] for label in (0, 2))
     assert not torch.allclose(one, other)
+
+
+def labelled(null_class: bool = False) -> DiffusionModel:
+    return DiffusionModel(["a", "b", "c"], tiny(), image_size=16, null_class=null_class)
 
 
 def test_bfloat16() -> None:
@@ -128,11 +136,9 @@ def test_bfloat16() -> None:
         ({}, {"blocks": []}, r"no decoder blocks \[\]; it has stride 4: 0"),
         ({}, {"blocks": [1, 2]}, r"blocks \[2, 1\] have strides \[2, 2\], but .* stride 2: 1, 2"),
         ({}, {"blocks": [5, 0]}, r"blocks \[5, 0\] have strides \[1, 4\], but"),
-        ({}, {"blocks": [0], "timestep": 1000}, "timestep 1000 is not .* 0 to 999"),
+        ({}, {"blocks": [0], "timestep": 1000}, r"timesteps \[1000\] lie outside of this path: .* 0 to 999"),
         ({}, {"blocks": [0], "label": 1}, "no classes: leave the label out"),
-        ({"num_classes": 3}, {"blocks": [0]}, "label from 0 to 2, not None"),
-        ({"num_classes": 3}, {"blocks": [0], "label": 3}, "label from 0 to 2, not 3"),
-        ({"in_channels": 1}, {"blocks": [0]}, "images of 1 channels; a detector's have 3"),
+        ({"in_channels": 1}, {"blocks": [0]}, "images of 1 channels: features need colour images"),
     ],
 )
 def test_a_mistake_is_one_sentence(unet: dict, options: dict, complaint: str) -> None:
@@ -140,9 +146,58 @@ def test_a_mistake_is_one_sentence(unet: dict, options: dict, complaint: str) ->
         UNetBackbone(tiny(**unet), **options)
 
 
+def test_a_label_that_means_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="none that stands for nothing: give it a label from 0 to 2"):
+        UNetBackbone(labelled(), blocks=[0])
+    with pytest.raises(ValueError, match="label from 0 to 2, not 3"):
+        UNetBackbone(labelled(), blocks=[0], label=3)
+    UNetBackbone(labelled(null_class=True), blocks=[0])
+
+
 def test_files_of_other_models_are_refused(tmp_path: Path) -> None:
     FCOS(["one"], "test_resnet", width=64).save(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="a FCOS has no activations to read: give a UNet or DiffusionModel"):
+    with pytest.raises(ValueError, match="holds a FCOS: give the file of a generator or a UNet"):
         UNetBackbone(tmp_path / "model.safetensors", blocks=[0])
     with pytest.raises(FileNotFoundError, match=r"no model file .*other\.safetensors"):
         UNetBackbone(tmp_path / "other.safetensors", blocks=[0])
+
+
+# The reader under it
+
+
+@torch.no_grad()
+def test_the_reader_gives_maps_time_by_time_in_strides_of_the_image() -> None:
+    reader = ActivationReader(tiny(), [4, 0], [50, 900]).eval()
+    pictures = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    maps = reader(pictures)
+    assert [info.name for info in reader.info] == ["t50 block 4", "t50 block 0", "t900 block 4", "t900 block 0"]
+    for read, info in zip(maps, reader.info, strict=True):
+        assert read.shape == (2, info.channels, 16 // info.stride, 24 // info.stride)
+    for index, expected in ((0, maps[:2]), (1, maps[2:])):
+        assert all(map(torch.equal, reader.at_timestep(index)(pictures), expected))
+    for alone, together in zip(reader(pictures[:1]), maps, strict=True):
+        torch.testing.assert_close(alone, together[:1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "timesteps", "complaint"),
+    [
+        ([0, 0], [50], "the block 0 is named more than once"),
+        ([0], [50, 50], "the timestep 50 is named more than once"),
+        ([0], [], "name at least one timestep"),
+        ([0], [0.5], "its times are whole"),
+    ],
+)
+def test_a_reader_of_nothing_or_of_the_same_twice_is_refused(
+    blocks: list[int], timesteps: list[float], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ActivationReader(tiny(), blocks, timesteps)
+
+
+def test_a_saved_reader_keeps_its_noise(tmp_path: Path) -> None:
+    reader = ActivationReader(labelled(), [0], [50], label=1, seed=3).eval()
+    reader.save(tmp_path / "reader.safetensors")
+    loaded = ActivationReader.load(tmp_path / "reader.safetensors")
+    pictures = torch.rand(1, 3, 16, 16)
+    assert torch.equal(loaded(pictures)[0], reader(pictures)[0])

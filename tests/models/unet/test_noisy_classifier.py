@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffperception.diffusion import FlowSchedule
 from diffperception.models import NoisyClassifier, UNet
+from diffperception.models.base import describe
 from tests.parity import FOLDER, arrays, distance, fill_state
 
 TOLERANCE = 1e-4
@@ -19,10 +20,10 @@ def tiny(**changes: object) -> NoisyClassifier:
     arguments = {
         "image_size": 8,
         "channels": 32,
-        "multipliers": (1, 2),
-        "depth": 1,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
         "attention": (2,),
-        "head_channels": 16,
+        "num_head_channels": 16,
         **changes,
     }
     classifier = NoisyClassifier(["a", "b", "c"], **arguments)  # type: ignore[arg-type]
@@ -35,9 +36,9 @@ def tiny(**changes: object) -> NoisyClassifier:
 # Agreement with guided-diffusion
 
 LAYOUTS = {
-    "block": {"head_channels": 16},
-    "conv": {"heads": 4, "new_attention_order": True},
-    "pool": {"head_channels": 32},
+    "block": {"num_head_channels": 16},
+    "conv": {"num_heads": 4, "new_attention_order": True},
+    "pool": {"num_head_channels": 32},
 }
 
 
@@ -58,7 +59,7 @@ def test_logits_and_gradients_are_the_references(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "multipliers", "depth", "attention", "parameters"),
+    ("size", "channel_mult", "blocks", "attention", "parameters"),
     [
         (64, (1, 2, 3, 4), 4, (2, 4, 8), 65_438_568),
         (128, (1, 1, 2, 3, 4), 2, (4, 8, 16), 42_568_040),
@@ -67,15 +68,17 @@ def test_logits_and_gradients_are_the_references(name: str) -> None:
     ],
 )
 def test_the_published_layouts_are_told_by_their_shapes(
-    size: int, multipliers: tuple, depth: int, attention: tuple, parameters: int
+    size: int, channel_mult: tuple, blocks: int, attention: tuple, parameters: int
 ) -> None:
     """Numbers of parameters are those of guided-diffusion's ImageNet classifiers."""
     classes = [str(label) for label in range(1000)]
     with torch.device("meta"):
-        published = NoisyClassifier(classes, image_size=size, multipliers=multipliers, depth=depth, attention=attention)
+        published = NoisyClassifier(
+            classes, image_size=size, channel_mult=channel_mult, num_res_blocks=blocks, attention=attention
+        )
     assert sum(parameter.numel() for parameter in published.parameters()) == parameters
-    understood = NoisyClassifier.from_reference(to_reference(published), head_channels=64)
-    assert understood.arguments == published.arguments
+    understood = NoisyClassifier.from_reference(to_reference(published), num_head_channels=64)
+    assert describe(understood) == describe(published)
 
 
 def to_reference(classifier: NoisyClassifier) -> dict[str, Tensor]:
@@ -109,32 +112,32 @@ def to_reference(classifier: NoisyClassifier) -> dict[str, Tensor]:
 
 def test_depth_is_asked_for_where_names_fit_several() -> None:
     state = reference_state("block")  # levels 32, 64, 64 wide with attention in the second alone
-    with pytest.raises(ValueError, match="not 3: give the depth"):
-        NoisyClassifier.from_reference(state, head_channels=16, depth=3)
-    plain = tiny(multipliers=(1, 1), attention=())
-    with pytest.raises(ValueError, match=r"fit a depth \(num_res_blocks\) of 1 or 3, not None"):
-        NoisyClassifier.from_reference(to_reference(plain), head_channels=16)
-    for depth, levels in ((1, 2), (3, 1)):
-        read = NoisyClassifier.from_reference(to_reference(plain), head_channels=16, depth=depth)
-        assert len(read.arguments["multipliers"]) == levels
+    with pytest.raises(ValueError, match="not 3: give the number"):
+        NoisyClassifier.from_reference(state, num_head_channels=16, num_res_blocks=3)
+    plain = tiny(channel_mult=(1, 1), attention=())
+    with pytest.raises(ValueError, match=r"fit num_res_blocks 1 or 3, not None"):
+        NoisyClassifier.from_reference(to_reference(plain), num_head_channels=16)
+    for num_res_blocks, levels in ((1, 2), (3, 1)):
+        read = NoisyClassifier.from_reference(to_reference(plain), num_head_channels=16, num_res_blocks=num_res_blocks)
+        assert len(read.arguments["channel_mult"]) == levels
 
 
 def test_checkpoints_that_do_not_fit_are_explained() -> None:
     state = reference_state("conv")
     with pytest.raises(ValueError, match=r"it has no time_embed\.0\.weight"):
-        NoisyClassifier.from_reference({"fc.weight": torch.zeros(1)}, heads=4)
-    with pytest.raises(ValueError, match="either heads or head_channels"):
+        NoisyClassifier.from_reference({"fc.weight": torch.zeros(1)}, num_heads=4)
+    with pytest.raises(ValueError, match="either num_heads or num_head_channels"):
         NoisyClassifier.from_reference(state)
-    with pytest.raises(ValueError, match="heads = 3"):
-        NoisyClassifier.from_reference(state, heads=3)
+    with pytest.raises(ValueError, match="num_heads = 3"):
+        NoisyClassifier.from_reference(state, num_heads=3)
     with pytest.raises(ValueError, match="2 class names are given for a classifier of 3 classes"):
-        NoisyClassifier.from_reference(state, ["a", "b"], heads=4)
+        NoisyClassifier.from_reference(state, ["a", "b"], num_heads=4)
     unet = json.loads((FOLDER / "adm_layouts_keys.json").read_text())["conv"]
     with pytest.raises(ValueError, match="UNetModel, not of a classifier"):
-        NoisyClassifier.from_reference(fill_state(unet), heads=4)
+        NoisyClassifier.from_reference(fill_state(unet), num_heads=4)
     spatial = {name: value for name, value in state.items() if not name.startswith("out.")}
     with pytest.raises(ValueError, match="neither by attention nor by averages"):
-        NoisyClassifier.from_reference({**spatial, "out.2.weight": torch.zeros(3, 2048)}, heads=4)
+        NoisyClassifier.from_reference({**spatial, "out.2.weight": torch.zeros(3, 2048)}, num_heads=4)
 
 
 # What it computes
@@ -207,8 +210,10 @@ def test_saved_classifiers_come_back_whole(tmp_path: Path) -> None:
     classifier.save(tmp_path / "classifier.safetensors")
     loaded = NoisyClassifier.load(tmp_path / "classifier.safetensors")
     assert torch.equal(loaded(x, t), classifier(x, t))
-    assert loaded.arguments == classifier.arguments
+    assert describe(loaded) == describe(classifier)
     assert torch.equal(loaded.schedule.sigma(t), classifier.schedule.sigma(t))
-    UNet(channels=32, multipliers=(1,), depth=1, attention=(), head_channels=32).save(tmp_path / "unet.safetensors")
+    UNet(channels=32, channel_mult=(1,), num_res_blocks=1, attention=(), num_head_channels=32).save(
+        tmp_path / "unet.safetensors"
+    )
     with pytest.raises(ValueError, match="holds a UNet, not a NoisyClassifier"):
         NoisyClassifier.load(tmp_path / "unet.safetensors")

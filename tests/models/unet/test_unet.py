@@ -19,9 +19,11 @@ from diffperception.diffusion import (
     sample_ddpm,
     timestep_grid,
 )
-from diffperception.models import UNet
-from diffperception.models.unet.blocks import double, double_and_convolve, time_embedding
+from diffperception.models import Condition, DiffusionModel, UNet
+from diffperception.models.base import describe
+from diffperception.models.convert import adm
 from diffperception.models.ops.normalization import group_norm
+from diffperception.models.unet.blocks import double, double_and_convolve, time_embedding
 from tests.parity import FOLDER, arrays, distance, filled_state
 from tests.parity.fill import fill
 
@@ -33,10 +35,10 @@ def tiny(**changes: object) -> UNet:
     torch.manual_seed(0)
     arguments = {
         "channels": 32,
-        "multipliers": (1, 1, 2),
-        "depth": 1,
+        "channel_mult": (1, 1, 2),
+        "num_res_blocks": 1,
         "attention": (4,),
-        "head_channels": 16,
+        "num_head_channels": 16,
         **changes,
     }
     unet = UNet(**arguments)  # type: ignore[arg-type]
@@ -44,6 +46,10 @@ def tiny(**changes: object) -> UNet:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
     return unet.eval()
+
+
+def told(unet: UNet, batch: int) -> Condition:
+    return Condition(vector=torch.randn(batch, unet.embedding))
 
 
 # Agreement with guided-diffusion
@@ -56,7 +62,7 @@ def parity() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def small() -> UNet:
-    return UNet.from_reference(filled_state("adm_small"), head_channels=16).eval()
+    return UNet.from_reference(filled_state("adm_small"), num_head_channels=16).eval()
 
 
 @torch.no_grad()
@@ -71,11 +77,11 @@ def test_output_and_every_block_are_the_references(small: UNet, parity: dict[str
 @torch.no_grad()
 def test_posterior_and_signal_are_the_references(small: UNet, parity: dict[str, Tensor]) -> None:
     schedule, x, t = linear_schedule(), parity["x"], parity["t"]
-    estimate = clip(NetworkDenoiser(small, schedule, learned_range=True))(x, t)
-    assert estimate.variance_range is not None
-    log_variance = learned_log_variance(schedule, estimate.variance_range, t, t - 1)
-    assert distance(estimate.x0, parity["pred_x0"]) < TOLERANCE
-    assert distance(posterior_mean(schedule, x, estimate.x0, t, t - 1), parity["posterior_mean"]) < TOLERANCE
+    output = clip(NetworkDenoiser(small, schedule, learned_range=True))(x, t)
+    assert output.variance_range is not None
+    log_variance = learned_log_variance(schedule, output.variance_range, t, t - 1)
+    assert distance(output.x0, parity["pred_x0"]) < TOLERANCE
+    assert distance(posterior_mean(schedule, x, output.x0, t, t - 1), parity["posterior_mean"]) < TOLERANCE
     assert distance(log_variance, parity["posterior_log_variance"]) < TOLERANCE
 
 
@@ -98,21 +104,28 @@ def layout_state(name: str) -> dict[str, Tensor]:
     return {key: torch.from_numpy(fill(key, tuple(shape))) for key, shape in keys.items()}
 
 
+def without_labels(name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in layout_state(name).items() if key != adm.LABELS}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "arguments", "labels"),
     [
-        ("conv", {"heads": 4, "new_attention_order": True}, torch.tensor([4, 0])),
-        ("pool", {"heads": 2}, None),
-        ("half", {"head_channels": 32}, None),
-        ("flat", {"heads": 1}, None),
+        ("conv", {"num_heads": 4, "new_attention_order": True}, torch.tensor([4, 0])),
+        ("pool", {"num_heads": 2}, None),
+        ("half", {"num_head_channels": 32}, None),
+        ("flat", {"num_heads": 1}, None),
     ],
 )
 def test_other_layouts_are_the_references(name: str, arguments: dict, labels: Tensor | None) -> None:
     """Grey, four channels, not square; classes; both qkv orders; each resampling; half widths; a single level."""
     parity = arrays("adm_layouts")
-    unet = UNet.from_reference(layout_state(name), **arguments).eval()
-    out = unet(parity[f"{name}_x"], torch.tensor([3.5, 800.25]), labels)
+    x = parity[f"{name}_x"]
+
+    model = DiffusionModel.from_reference(layout_state(name), tuple(x.shape[2:]), **arguments)
+    assert (model.conditioner is not None) == (labels is not None)
+    out = model(x, torch.tensor([3.5, 800.25]), model.condition(labels))
     assert distance(out, parity[f"{name}_out"]) < TOLERANCE
 
 
@@ -122,7 +135,7 @@ def test_trajectories_and_losses_of_the_schedules_ends_are_the_references(
     name: str, schedule: DiscreteSchedule
 ) -> None:
     parity = arrays("adm_layouts")
-    unet = UNet.from_reference(layout_state("half"), head_channels=32).eval()
+    unet = UNet.from_reference(layout_state("half"), num_head_channels=32).eval()
     denoiser = clip(NetworkDenoiser(unet, schedule, learned_range=True))
     leading, even = (timestep_grid(1000, 10, spacing) for spacing in ("leading", "linspace"))
     assert distance(sample_ddim(denoiser, schedule, parity["noise"], leading), parity[f"ddim_{name}"]) < TOLERANCE
@@ -140,9 +153,9 @@ def test_trajectories_and_losses_of_the_schedules_ends_are_the_references(
 def test_the_released_lsun_model_is_understood() -> None:
     keys = json.loads((FOLDER / "adm_lsun256_keys.json").read_text())
     state = {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
-    unet = UNet.from_reference(state, head_channels=64)
+    unet = UNet.from_reference(state, num_head_channels=64)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 552_814_086
-    assert unet.arguments["multipliers"] == [1, 1, 2, 2, 4, 4]
+    assert unet.arguments["channel_mult"] == [1, 1, 2, 2, 4, 4]
     assert unet.arguments["attention"] == [8, 16, 32]
     described = [(info.channels, info.stride) for info in unet.block_info]
     # The blocks that label-efficient segmentation reads (arXiv 2112.03126): 5, 6, 7, 8 and 12.
@@ -152,37 +165,44 @@ def test_the_released_lsun_model_is_understood() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "either heads or head_channels"),
-        ({"heads": 2, "head_channels": 16}, "either heads or head_channels"),
-        ({"heads": 3}, "heads = 3"),
-        ({"heads": 0}, "heads must be above 0"),
-        ({"head_channels": 0}, "head_channels must be above 0"),
-        ({"head_channels": 24}, "head_channels = 24"),
+        ({}, "either num_heads or num_head_channels"),
+        ({"num_heads": 2, "num_head_channels": 16}, "either num_heads or num_head_channels"),
+        ({"num_heads": 3}, "num_heads = 3"),
+        ({"num_heads": 0}, "num_heads must be above 0"),
+        ({"num_head_channels": 0}, "num_head_channels must be above 0"),
+        ({"num_head_channels": 24}, "num_head_channels = 24"),
     ],
 )
 def test_heads_that_do_not_fit_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        UNet.from_reference(layout_state("conv"), **arguments)
+        UNet.from_reference(layout_state("pool"), **arguments)
 
 
 def test_checkpoints_that_do_not_fit_are_explained() -> None:
-    state = layout_state("conv")
+    state = without_labels("conv")
+    with pytest.raises(ValueError, match="embedding of labels: take the whole generator"):
+        UNet.from_reference(layout_state("conv"), num_heads=4)
     with pytest.raises(ValueError, match=r"it has no time_embed\.0\.weight"):
-        UNet.from_reference({"conv_in.weight": torch.zeros(1)}, heads=4)
+        UNet.from_reference({"conv_in.weight": torch.zeros(1)}, num_heads=4)
     incomplete = {name: value for name, value in state.items() if name != "middle_block.1.norm.bias"}
     with pytest.raises(
         ValueError, match=r"1 weights are missing, such as those of our middle\.1\.norm\.bias.* attention"
     ):
-        UNet.from_reference(incomplete, heads=4)
+        UNet.from_reference(incomplete, num_heads=4)
     with pytest.raises(ValueError, match=r"extra\.weight is 1, but by those it would not be there"):
-        UNet.from_reference({**state, "extra.weight": torch.zeros(1)}, heads=4)
+        UNet.from_reference({**state, "extra.weight": torch.zeros(1)}, num_heads=4)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "sizes", "argument"),
     [
         ("out.2.bias", (7,), "is 7, but by those it would be 1", "out_channels"),
-        ("middle_block.0.in_layers.2.bias", (8,), "is 8, but by those it would be 64", "channels, multipliers, depth"),
+        (
+            "middle_block.0.in_layers.2.bias",
+            (8,),
+            "is 8, but by those it would be 64",
+            "channels, channel_mult, num_res_blocks",
+        ),
         ("middle_block.0.emb_layers.1.bias", (128,), "is 128, but by those it would be 64", "scale_shift"),
         ("middle_block.1.qkv.bias", (192 * 2,), "is 384, but by those it would be 192", "attention"),
     ],
@@ -190,19 +210,19 @@ def test_checkpoints_that_do_not_fit_are_explained() -> None:
 def test_a_weight_of_another_layout_is_named_with_the_argument_that_decides_on_it(
     name: str, shape: tuple[int, ...], sizes: str, argument: str
 ) -> None:
-    state = layout_state("conv")
+    state = without_labels("conv")
     assert name in state
     with pytest.raises(ValueError, match=f"{name} {sizes}.*built with: {argument}") as error:
-        UNet.from_reference({**state, name: torch.zeros(shape)}, heads=4)
+        UNet.from_reference({**state, name: torch.zeros(shape)}, num_heads=4)
     assert "{" not in str(error.value)
-    assert "channels 32, multipliers" in str(error.value)
+    assert "channels 32, channel_mult" in str(error.value)
 
 
 # What it computes
 
 
 def test_a_new_model_predicts_nothing_and_its_branches_add_nothing() -> None:
-    unet = UNet(channels=32, multipliers=(1, 1), depth=1, attention=(2,), head_channels=32)
+    unet = UNet(channels=32, channel_mult=(1, 1), num_res_blocks=1, attention=(2,), num_head_channels=32)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 999])
     assert not unet(x, t).any()
     block = unet.encoder[0][0]
@@ -212,18 +232,22 @@ def test_a_new_model_predicts_nothing_and_its_branches_add_nothing() -> None:
 
 @pytest.mark.parametrize("resampling", ["block", "conv", "pool"])
 def test_every_parameter_has_a_part_in_the_output(resampling: str) -> None:
-    unet = tiny(resampling=resampling, num_classes=3, scale_shift=resampling != "conv")
-    unet(torch.randn(3, 3, 8, 16), torch.tensor([1, 500, 900]), torch.tensor([0, 1, 2])).square().sum().backward()
+    unet = tiny(resampling=resampling, scale_shift=resampling != "conv")
+    unet(torch.randn(3, 3, 8, 16), torch.tensor([1, 500, 900]), told(unet, 3)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in unet.parameters())
 
 
 @torch.no_grad()
-def test_time_and_label_matter_and_samples_do_not_mix() -> None:
-    unet, x, t, labels = tiny(num_classes=2), torch.randn(2, 3, 8, 8), torch.tensor([10, 700]), torch.tensor([0, 1])
-    together = unet(x, t, labels)
-    assert torch.allclose(unet(x[1:], t[1:], labels[1:]), together[1:], atol=1e-5)
-    assert not torch.allclose(unet(x, t + 5, labels), together, atol=1e-3)
-    assert not torch.allclose(unet(x, t, 1 - labels), together, atol=1e-3)
+def test_time_and_condition_matter_and_samples_do_not_mix() -> None:
+    unet, x, t = tiny(), torch.randn(2, 3, 8, 8), torch.tensor([10, 700])
+    condition = told(unet, 2)
+    assert condition.vector is not None
+    together = unet(x, t, condition)
+    assert torch.allclose(unet(x[1:], t[1:], Condition(vector=condition.vector[1:])), together[1:], atol=1e-5)
+    assert not torch.allclose(unet(x, t + 5, condition), together, atol=1e-3)
+    assert not torch.allclose(unet(x, t, Condition(vector=condition.vector.flip(0))), together, atol=1e-3)
+    assert not torch.allclose(unet(x, t), together, atol=1e-3)
+    assert torch.equal(unet(x, t, Condition()), unet(x, t))
 
 
 @torch.no_grad()
@@ -259,7 +283,7 @@ def test_recomputing_activations_changes_nothing_but_memory() -> None:
 def test_single_precision_stays_close_to_double_in_wide_models() -> None:
     """Widths and sizes at which convolutions take Winograd's way."""
     unet, x, t = (
-        tiny(channels=64, multipliers=(1, 2), attention=(2,)),
+        tiny(channels=64, channel_mult=(1, 2), attention=(2,)),
         torch.randn(2, 3, 32, 32),
         torch.tensor([3, 400]),
     )
@@ -288,12 +312,11 @@ def test_half_precision_weights_and_autocast_stay_close() -> None:
 
 
 def test_saved_models_come_back_whole(tmp_path) -> None:
-    unet, x, t = tiny(num_classes=4), torch.randn(1, 3, 8, 8), torch.tensor([7])
+    unet, x, t = tiny(), torch.randn(1, 3, 8, 8), torch.tensor([7])
     unet.save(tmp_path / "model.safetensors")
     loaded = UNet.load(tmp_path / "model.safetensors")
-    labels = torch.tensor([2])
-    assert torch.equal(loaded(x, t, labels), unet(x, t, labels))
-    assert loaded.arguments == unet.arguments
+    assert torch.equal(loaded(x, t), unet(x, t))
+    assert describe(loaded) == describe(unet)
 
 
 # Its parts
@@ -351,19 +374,18 @@ def test_group_norm_is_exact_far_from_zero() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"channels": 40}, r"multiple of 32; channels x multipliers are \[40, 40, 80\]"),
-        ({"multipliers": (1, 1, 0.1)}, "multiple of 32"),
+        ({"channels": 40}, r"multiple of 32; channels x channel_mult are \[40, 40, 80\]"),
+        ({"channel_mult": (1, 1, 0.1)}, "multiple of 32"),
         ({"attention": (3,)}, r"factors are \[1, 2, 4\]; `attention` names \[3\]"),
-        ({"head_channels": 48}, "64 channels wide cannot be split evenly by head_channels = 48"),
-        ({"heads": 5}, "by heads = 5"),
-        ({"heads": 0}, "heads must be above 0, not 0"),
-        ({"head_channels": 0}, "head_channels must be above 0"),
+        ({"num_head_channels": 48}, "64 channels wide cannot be split evenly by num_head_channels = 48"),
+        ({"num_heads": 5}, "by num_heads = 5"),
+        ({"num_heads": 0}, "num_heads must be above 0, not 0"),
+        ({"num_head_channels": 0}, "num_head_channels must be above 0"),
         ({"channels": -32}, "multiple of 32"),
-        ({"multipliers": ()}, "must be a level"),
-        ({"depth": 0}, "depth must be above 0"),
+        ({"channel_mult": ()}, "must be a level"),
+        ({"num_res_blocks": 0}, "num_res_blocks must be above 0"),
         ({"in_channels": 0}, "in_channels must be above 0"),
         ({"out_channels": -3}, "out_channels must be above 0"),
-        ({"num_classes": 0}, "num_classes must be above 0"),
     ],
 )
 def test_impossible_layouts_are_refused(changes: dict, message: str) -> None:
@@ -372,13 +394,13 @@ def test_impossible_layouts_are_refused(changes: dict, message: str) -> None:
 
 
 def test_dropout_drops_in_training_alone_and_comes_with_a_checkpoint_as_asked() -> None:
-    x, t, labels = arrays("adm_layouts")["conv_x"], torch.tensor([3.5, 800.25]), torch.tensor([4, 0])
-    unet = UNet.from_reference(layout_state("conv"), heads=4, dropout=0.5, checkpointing=True)
+    x, t, state = arrays("adm_layouts")["conv_x"], torch.tensor([3.5, 800.25]), without_labels("conv")
+    unet = UNet.from_reference(state, num_heads=4, dropout=0.5, checkpointing=True)
     assert (unet.arguments["dropout"], unet.checkpointing) == (0.5, True)
-    assert not torch.allclose(unet.train()(x, t, labels), unet(x, t, labels), atol=1e-2)
-    plain = UNet.from_reference(layout_state("conv"), heads=4)
+    assert not torch.allclose(unet.train()(x, t), unet(x, t), atol=1e-2)
+    plain = UNet.from_reference(state, num_heads=4)
     assert (plain.arguments["dropout"], plain.checkpointing) == (0.0, False)
-    assert torch.equal(plain.train()(x, t, labels), unet.eval()(x, t, labels))
+    assert torch.equal(plain.train()(x, t), unet.eval()(x, t))
 
 
 def test_impossible_inputs_are_refused() -> None:
@@ -391,10 +413,9 @@ def test_impossible_inputs_are_refused() -> None:
         unet.check_size(-32, 32)
     with pytest.raises(ValueError, match="3 channels, not 1"):
         unet(torch.zeros(1, 1, 32, 32), t)
-    with pytest.raises(ValueError, match="has no classes"):
-        unet(torch.zeros(1, 3, 32, 32), t, torch.tensor([0]))
-    with pytest.raises(ValueError, match="has 7 classes; give the labels"):
-        tiny(num_classes=7)(torch.zeros(1, 3, 32, 32), t)
+    for slot in ("tokens", "maps"):
+        with pytest.raises(ValueError, match="no layers for tokens or maps"):
+            unet(torch.zeros(1, 3, 32, 32), t, Condition(**{slot: torch.zeros(1, 4, 4)}))
     for blocks in ((6,), (-1,), ()):
         with pytest.raises(ValueError, match="blocks among 0 to 5"):
             unet.activations(torch.zeros(1, 3, 32, 32), t, blocks)
