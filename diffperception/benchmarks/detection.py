@@ -6,7 +6,7 @@ import torch
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from diffperception.benchmarks.timing import Row, best_seconds
-from diffperception.detection import DiffusionDet, SamplerOptions
+from diffperception.detection import DiffusionDet, BoxSampler
 from diffperception.detection.detector import image_sizes
 from diffperception.detection.matcher import PaddedTargets, match
 from diffperception.detection.sampler import select_detections
@@ -45,7 +45,7 @@ def measure(repeats: int, say: Callable[[Row], None]) -> tuple[Row, list[Row]]:
 
 
 def _measure_prediction(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
-    options = {steps: SamplerOptions(steps, NUM_BOXES) for steps in (1, 4)}
+    options = {steps: BoxSampler(steps, NUM_BOXES) for steps in (1, 4)}
     pyramid = detector.features(images[:1])
     boxes = _random_boxes(NUM_BOXES)[None]
     sampled = detector._sample(images[:1], [0], options[4])

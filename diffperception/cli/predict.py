@@ -21,7 +21,8 @@ from diffperception.cli import counted, say
 from diffperception.cli.evaluate import load_detector, pick_device, prediction_options
 from diffperception.cli.report import STRIP_STEPS, draw_strip, write_text
 from diffperception.data.images import BrokenImageError, read_image
-from diffperception.detection import Detector, DiffusionDet, image_seed
+from diffperception.detection import Detector, DiffusionDet
+from diffperception.diffusion import sample_seed
 from diffperception.detection.evaluator import results_rows
 from diffperception.detection.inference import require_options
 from diffperception.visualization.draw import THRESHOLD, draw_detections, save_png
@@ -196,7 +197,7 @@ def detect(
 
 def noise_seed(seed: int, path: Path) -> int:
     """The seed of an image's noise: it does not depend on which other images are predicted."""
-    return image_seed(seed, zlib.crc32(path.name.encode()))
+    return sample_seed(seed, zlib.crc32(path.name.encode()))
 
 
 class Results:

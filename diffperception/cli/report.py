@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffperception.data import CocoDetection
-from diffperception.detection import Detector, DiffusionDet, SamplerOptions, image_seed
+from diffperception.detection import BoxSampler, Detector, DiffusionDet
+from diffperception.diffusion import sample_seed
 from diffperception.detection.evaluator import CocoResult
 from diffperception.detection.inference import spread
 from diffperception.detection.sweep import Audit
@@ -64,7 +65,7 @@ def draw_pictures(
     for number, index in enumerate(spread(len(dataset), count) if count else []):
         image, target = dataset[index]
         name = Path(dataset.file_names[index]).stem
-        noise = image_seed(seed, target["image_id"])
+        noise = sample_seed(seed, target["image_id"])
         prediction = detector.predict([image.to(detector.device)], seeds=[noise], **(options or {}))[0]
         save_png(side_by_side(image, target, prediction, detector.classes), folder / f"{name}.png")
         if number < 2 and isinstance(detector, DiffusionDet):
@@ -75,7 +76,7 @@ def draw_strip(
     detector: DiffusionDet,
     image: Tensor,
     seed: int,
-    options: SamplerOptions | None = None,
+    options: BoxSampler | None = None,
     threshold: float = THRESHOLD,
 ) -> Image.Image:
     """Noise turning into the boxes of one image.

@@ -1,7 +1,22 @@
-"""Detection: boxes from noise."""
+"""Detection: boxes from noise, assembled from a backbone, a head, a criterion and a sampler."""
 
+from diffperception.detection.criterion import Criterion, SetCriterion, Term
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.fcos import FCOS
-from diffperception.detection.sampler import SamplerOptions, image_seed
+from diffperception.detection.heads.boxes import DynamicHead, Head, HeadOutput
+from diffperception.detection.matcher import SetWeights
+from diffperception.detection.sampler import BoxSampler
 
-__all__ = ["FCOS", "Detector", "DiffusionDet", "SamplerOptions", "image_seed"]
+__all__ = [
+    "FCOS",
+    "BoxSampler",
+    "Criterion",
+    "Detector",
+    "DiffusionDet",
+    "DynamicHead",
+    "Head",
+    "HeadOutput",
+    "SetCriterion",
+    "SetWeights",
+    "Term",
+]

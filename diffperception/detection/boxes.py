@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
+CENTRE_WEIGHT = 2.0  # the deltas of width and height have weight 1
 MAX_LOG_SCALE = math.log(100_000 / 16)  # one refinement enlarges a box at most 6250 times
 
 
@@ -27,7 +27,7 @@ def decode_boxes(z: Tensor, image_sizes: Tensor, scale: float) -> Tensor:
     return box_convert(normalised * image_sizes[:, None], "cxcywh", "xyxy")
 
 
-def give_area(boxes: Tensor, min_size: float = 1.0) -> Tensor:
+def clamp_min_size(boxes: Tensor, min_size: float = 1.0) -> Tensor:
     """Widen boxes (..., 4; xyxy pixels) about their centre to at least `min_size` pixels a side.
 
     Noise clamps about 4.5 % of decoded boxes to zero width or height. Refinement multiplies sizes, so such a box would
@@ -41,12 +41,12 @@ def give_area(boxes: Tensor, min_size: float = 1.0) -> Tensor:
 def apply_deltas(deltas: Tensor, boxes: Tensor) -> Tensor:
     """Refine boxes (..., 4; xyxy pixels) by deltas (arXiv 1311.2524, appendix C) with weights (2, 2, 1, 1)."""
     boxes = boxes.to(deltas.dtype)
-    dx, dy, dw, dh = (deltas / deltas.new_tensor(DELTA_WEIGHTS)).unbind(-1)
+    dx, dy, dw, dh = deltas.unbind(-1)
     cx, cy, w, h = box_convert(boxes, "xyxy", "cxcywh").unbind(-1)
     refined = torch.stack(
         [
-            cx + dx * w,
-            cy + dy * h,
+            cx + dx / CENTRE_WEIGHT * w,
+            cy + dy / CENTRE_WEIGHT * h,
             w * dw.clamp(max=MAX_LOG_SCALE).exp(),
             h * dh.clamp(max=MAX_LOG_SCALE).exp(),
         ],

@@ -1,59 +1,143 @@
-"""The set loss of DiffusionDet over all stages: focal, L1 and GIoU; and which classes count in it (federated loss)."""
+"""The training loss of DiffusionDet over all stages, from named terms; and which classes count in it (federated loss)."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from diffperception.detection.boxes import paired_giou
-from diffperception.detection.matcher import FOCAL_ALPHA, FOCAL_GAMMA, PaddedTargets
+from diffperception.detection.heads.boxes import HeadOutput
+from diffperception.detection.matcher import FOCAL_ALPHA, FOCAL_GAMMA, Matcher, SetWeights, match
+from diffperception.detection.targets import PaddedTargets
+from diffperception.models import Model
+from diffperception.models.ops.transfer import to_device
 
 
 @dataclass
-class LossWeights:
-    """Weights of the terms of the training loss."""
+class Matches:
+    """Which object each proposal learns: `index` (S, B, N) int64, -1 for none."""
 
-    classification: float = 2.0
-    l1: float = 5.0
-    giou: float = 2.0
+    index: Tensor
+
+    @property
+    def matched(self) -> Tensor:
+        """(S, B, N) whether there is one."""
+        return self.index >= 0
+
+    def of(self, objects: Tensor) -> Tensor:
+        """What the objects have, (B, M, ...), for each proposal: (S, B, N, ...); unmatched ones have the first's."""
+        image = torch.arange(len(objects), device=objects.device)[:, None]
+        return objects[image, self.index.clamp(min=0)]
+
+    def per_pair(self, values: Tensor) -> Tensor:
+        """Sum of (S, B, N, ...) over the number of matched pairs of each stage (1 if none): (S,)."""
+        return values.sum(tuple(range(1, values.dim()))) / self.matched.sum((1, 2)).clamp(min=1)
 
 
-def set_losses(
-    logits: Tensor, boxes: Tensor, targets: PaddedTargets, matches: Tensor, class_mask: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Unweighted losses of every stage, each divided by the stage's number of matched pairs (1 if none).
+@dataclass
+class Term(ABC):
+    """A term of the training loss; yours derives from it, as a dataclass, and has arguments that a file can keep.
 
     Args:
-        logits: (S, B, N, K).
-        boxes: (S, B, N, 4) xyxy in pixels.
-        targets: of the B images.
-        matches: (S, B, N), object of each proposal or -1.
-        class_mask: (B, K), False where a class is left out of an image's loss (federated loss); all by default.
-
-    Returns: `classification`, `l1` (of xyxy / image size) and `giou`, each (S,).
+        weight: of the term in the sum.
     """
-    logits, boxes = logits.float(), boxes.float()
-    matched = matches >= 0  # (S, B, N)
-    pairs = matched.sum((1, 2)).clamp(min=1)
-    index = matches.clamp(min=0)
 
-    labels = targets.labels[None].expand(len(logits), -1, -1).gather(2, index)
-    wanted = torch.zeros_like(logits).scatter_(3, labels[..., None], matched[..., None].to(logits.dtype))
+    weight: float = 1.0
+
+    @abstractmethod
+    def __call__(self, output: HeadOutput, targets: PaddedTargets, matches: Matches) -> Tensor:
+        """The value at every stage, (S,), before it is weighted."""
+
+
+class Criterion(Model, ABC):
+    """From what a head gives to a training loss; yours may derive from it."""
+
+    @abstractmethod
+    def forward(
+        self, output: HeadOutput, targets: PaddedTargets, frequencies: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted terms by name, 0-d each; their sum is what to minimise.
+
+        Args:
+            output: of all stages.
+            targets: of the B images, on the device of the output.
+            frequencies: (K,) number of training images with each class.
+            generator: of whatever is drawn, on the CPU; torch's global one by default.
+        """
+
+
+class SetCriterion(Criterion):
+    """Focal, L1 and GIoU losses of matched proposals, each summed over the stages (DETR, arXiv 2005.12872).
+
+    Args:
+        weights: of the terms `classification`, `l1` and `giou` in the loss; more for the classification speeds up short
+            training.
+        cost: their weights in the cost of a match.
+        matcher: `dynamic_k` (several boxes per object) or `hungarian` (one).
+        federated_classes: for annotations that are not exhaustive (LVIS: 50), the classification loss counts this many
+            classes per batch, those present and others drawn by frequency; null counts all.
+        terms: further terms by name, such as one for what your head gives beside classes and boxes.
+    """
+
+    def __init__(
+        self,
+        weights: SetWeights = SetWeights(),  # noqa: B008 (the defaults are not changed)
+        cost: SetWeights = SetWeights(),  # noqa: B008
+        matcher: Matcher = "dynamic_k",
+        federated_classes: int | None = None,
+        terms: Mapping[str, Term] | None = None,
+    ):
+        super().__init__()
+        self.cost = cost
+        self.matcher: Matcher = matcher
+        self.federated_classes = federated_classes
+        self.terms = {
+            "classification": (weights.classification, classification_loss),
+            "l1": (weights.l1, l1_loss),
+            "giou": (weights.giou, giou_loss),
+        } | {name: (term.weight, term) for name, term in (terms or {}).items()}
+
+    def forward(
+        self, output: HeadOutput, targets: PaddedTargets, frequencies: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """See `Criterion.forward`."""
+        stages = len(output.logits)
+        logits, boxes = output.logits.flatten(0, 1), output.boxes.flatten(0, 1)
+        index = match(logits, boxes, targets.repeat(stages), self.matcher, self.cost)
+        matches = Matches(index.view(output.logits.shape[:3]))
+        if self.federated_classes is not None:
+            labels = torch.where(targets.present, targets.labels, len(frequencies)).flatten()
+            counted = draw_federated_classes(labels, frequencies, self.federated_classes, generator)
+            targets = replace(targets, counted_classes=counted.expand(len(targets.labels), -1))
+        return {name: weight * term(output, targets, matches).sum() for name, (weight, term) in self.terms.items()}
+
+
+def classification_loss(output: HeadOutput, targets: PaddedTargets, matches: Matches) -> Tensor:
+    """Focal loss (arXiv 1708.02002) of all proposals per matched pair, (S,)."""
+    logits = output.logits.float()
+    labels, matched = matches.of(targets.labels)[..., None], matches.matched[..., None]
+    wanted = torch.zeros_like(logits).scatter_(3, labels, matched.to(logits.dtype))
     focal = sigmoid_focal_loss(logits, wanted, FOCAL_ALPHA, FOCAL_GAMMA)
-    if class_mask is not None:
-        focal = focal * class_mask[None, :, None]
+    if targets.counted_classes is not None:
+        focal = focal * targets.counted_classes[None, :, None]
+    return matches.per_pair(focal)
 
-    objects = targets.boxes[None].expand(len(boxes), -1, -1, -1).gather(2, index[..., None].expand(-1, -1, -1, 4))
-    size = targets.image_sizes[None, :, None]
-    l1 = ((boxes - objects) / size).abs().sum(-1)
-    counted = matched | ~l1.isfinite()  # a box that is no number is nobody's match, yet must show in the loss
-    giou = 1 - paired_giou(boxes, objects)[1]
-    return {
-        "classification": focal.sum((1, 2, 3)) / pairs,
-        "l1": torch.where(counted, l1, 0).sum((1, 2)) / pairs,
-        "giou": torch.where(matched, giou, 0).sum((1, 2)) / pairs,
-    }
+
+def l1_loss(output: HeadOutput, targets: PaddedTargets, matches: Matches) -> Tensor:
+    """Distance of corners in units of the image per matched pair, (S,)."""
+    difference = (output.boxes.float() - matches.of(targets.boxes)) / targets.image_sizes[None, :, None]
+    l1 = difference.abs().sum(-1)
+    counted = matches.matched | ~l1.isfinite()  # a box that is no number is nobody's match, yet must show in the loss
+    return matches.per_pair(torch.where(counted, l1, 0))
+
+
+def giou_loss(output: HeadOutput, targets: PaddedTargets, matches: Matches) -> Tensor:
+    """1 - GIoU (arXiv 1902.09630) per matched pair, (S,)."""
+    giou = 1 - paired_giou(output.boxes.float(), matches.of(targets.boxes))[1]
+    return matches.per_pair(torch.where(matches.matched, giou, 0))
 
 
 def draw_federated_classes(
@@ -65,7 +149,7 @@ def draw_federated_classes(
     their frequency, until there are `count`.
 
     Args:
-        labels: (n,) int64, of all objects of the batch.
+        labels: (n,) int64, of all objects of the batch; K stands for no object.
         frequencies: (K,) number of training images with each class; only their ratios matter.
         count: classes to keep; more if more are present, and at most K.
         generator: on the CPU.
@@ -74,7 +158,7 @@ def draw_federated_classes(
     """
     # Exponential clocks of rates p ring in the order of a draw without replacement with probabilities p.
     clocks = torch.empty(len(frequencies)).exponential_(generator=generator)
-    rings = clocks.to(frequencies.device) / frequencies.sqrt()
-    present = torch.zeros_like(frequencies, dtype=torch.bool).index_fill(0, labels, True)
+    rings = to_device(clocks, frequencies.device) / frequencies.sqrt()
+    present = frequencies.new_zeros(len(frequencies) + 1, dtype=torch.bool).index_fill(0, labels, True)[:-1]
     rank = rings.masked_fill(present, -1.0).argsort().argsort()
     return present | (rank < count)

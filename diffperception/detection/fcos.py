@@ -11,7 +11,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
-from diffperception.detection.detector import Detector, to_image_pixels
+from diffperception.detection.detector import Detector
+from diffperception.detection.sampler import BoxSampler, to_image_pixels
+from diffperception.detection.targets import image_sizes
 from diffperception.models import Backbone, build_backbone
 
 
@@ -26,7 +28,7 @@ class FCOS(Detector):
         strides: of the backbone's maps that the pyramid uses, finest first; two coarser levels are added.
         width: channels of the pyramid; at least 64, a multiple of 32.
         fpn_norm: batch norm in the pyramid.
-        max_detections: an image.
+        max_detections: at most so many per image.
         min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
         max_size: but the long side is at most this.
     """
@@ -76,14 +78,17 @@ class FCOS(Detector):
         return losses
 
     @torch.no_grad()
-    def predict(self, images: list[Tensor], seeds: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
-        """See `Detector.predict`; there is no noise to seed. Images go through one by one, for the same reason."""
+    def predict(
+        self, images: list[Tensor], seeds: Sequence[int] | None = None, sampler: BoxSampler | None = None
+    ) -> list[dict[str, Tensor]]:
+        """See `Detector.predict`; there is no noise to seed. Images go through one by one, unless `pad_together`."""
+        if sampler is not None:
+            raise ValueError("FCOS has no sampler: it predicts without one")
         resized = [self.resize(image.to(self.device)) for image in images]
-        detections = [self.model([image])[0] for image in resized]
-        return [
-            to_image_pixels(detection, small.shape, image.shape)
-            for detection, small, image in zip(detections, resized, images, strict=True)
-        ]
+        batches = [resized] if self.pad_together and images else [[image] for image in resized]
+        detections = [found for batch in batches for found in self.model(batch)]
+        sizes, seen = (image_sizes(of).to(self.device) for of in (images, resized))
+        return [_in_image(found, before, after) for found, before, after in zip(detections, seen, sizes, strict=True)]
 
 
 class _NormaliseAndPad(GeneralizedRCNNTransform):
@@ -107,6 +112,13 @@ class _Pyramid(nn.Module):
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.backbone(images)
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
+
+
+def _in_image(found: dict[str, Tensor], seen: Tensor, size: Tensor) -> dict[str, Tensor]:
+    """Detections in pixels of the original image, without those that have no area there."""
+    boxes = to_image_pixels(found["boxes"], seen, size)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return {"boxes": boxes[keep], "scores": found["scores"][keep], "labels": found["labels"][keep]}
 
 
 def _objects(target: dict, device: torch.device) -> dict[str, Tensor]:

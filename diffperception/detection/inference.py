@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from diffperception.data import CocoDetection
 from diffperception.data.batches import collate
-from diffperception.detection import Detector, image_seed
+from diffperception.detection import Detector
+from diffperception.diffusion import sample_seed
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult
 from diffperception.detection.lvis import LvisEvaluator
 
@@ -60,7 +61,7 @@ def evaluate_detector(
     with torch.no_grad():
         for batch, targets in tqdm(batches, desc="evaluate", leave=False, disable=hide_bar()):
             ids = [target["image_id"] for target in targets]
-            seeds = [image_seed(seed, image_id) for image_id in ids]
+            seeds = [sample_seed(seed, image_id) for image_id in ids]
             on_device = [image.to(detector.device) for image in batch]
             evaluator.update(ids, detector.predict(on_device, seeds=seeds, **options))
     evaluator.gather()

@@ -12,6 +12,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from diffperception.detection.boxes import paired_giou
+from diffperception.detection.targets import PaddedTargets
+from diffperception.models.ops.transfer import to_device
+
+Matcher = Literal["dynamic_k", "hungarian"]
 
 OUTSIDE_COST = 100.0  # the proposal's centre is outside the object
 BACKGROUND_COST = 10_000.0  # the proposal's centre is in no object at all
@@ -19,56 +23,16 @@ CENTRE_RADIUS = 2.5  # in widths and heights of the object
 MAX_K = 5  # an object's k is the sum of its MAX_K best IoUs
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
+GPU_ROUNDS = 4  # of serving objects that are left over, between two looks at whether there are more
 
 
 @dataclass
-class MatchingCost:
-    """Weights of the terms of the matching cost."""
+class SetWeights:
+    """Weights of the three terms, of a matching cost or of a training loss."""
 
     classification: float = 2.0
     l1: float = 5.0
     giou: float = 2.0
-
-
-@dataclass
-class PaddedTargets:
-    """Objects of a batch, padded to the most crowded image: boxes (B, M, 4) xyxy pixels, labels and valid (B, M)."""
-
-    boxes: Tensor
-    labels: Tensor
-    valid: Tensor
-    image_sizes: Tensor  # (B, 4) width, height, width, height in pixels
-
-    @classmethod
-    def collate(cls, targets: list[dict], image_sizes: Tensor) -> "PaddedTargets":
-        """Pad torchvision detection targets; `iscrowd` regions are no objects to learn."""
-        device = image_sizes.device
-        keep = [
-            ~t["iscrowd"].bool() if "iscrowd" in t else torch.ones_like(t["labels"], dtype=torch.bool) for t in targets
-        ]
-        boxes = [t["boxes"][k].to(device, torch.float32).reshape(-1, 4) for t, k in zip(targets, keep, strict=True)]
-        labels = [t["labels"][k].to(device) for t, k in zip(targets, keep, strict=True)]
-        counts = torch.tensor([len(b) for b in labels], device=device)
-        most = max(1, max(len(b) for b in labels))
-        # A pad is a box of one pixel: its geometry stays finite, and `valid` keeps it out of every result.
-        padded = image_sizes.new_tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(boxes), most, 1)
-        padded_labels = torch.zeros(len(boxes), most, dtype=torch.int64, device=device)
-        for row, (b, label) in enumerate(zip(boxes, labels, strict=True)):
-            padded[row, : len(b)] = b
-            padded_labels[row, : len(b)] = label
-        return cls(padded, padded_labels, torch.arange(most, device=device) < counts[:, None], image_sizes)
-
-    def repeat(self, stages: int) -> "PaddedTargets":
-        """The same objects for every stage: rows (S * B, ...), stage by stage."""
-        return PaddedTargets(*(x.repeat(stages, *[1] * (x.dim() - 1)) for x in vars(self).values()))
-
-    def limit(self, proposals: int, generator: torch.Generator | None = None) -> "PaddedTargets":
-        """At most `proposals` objects an image, chosen at random where there are more."""
-        if self.valid.shape[1] <= proposals:
-            return self
-        order = torch.rand(self.valid.shape, generator=generator).to(self.valid.device).masked_fill(~self.valid, 2.0)
-        rank = order.argsort(1).argsort(1)
-        return PaddedTargets(self.boxes, self.labels, self.valid & (rank < proposals), self.image_sizes)
 
 
 @torch.no_grad()
@@ -76,27 +40,27 @@ def match(
     logits: Tensor,
     boxes: Tensor,
     targets: PaddedTargets,
-    method: Literal["dynamic_k", "hungarian"] = "dynamic_k",
-    weights: MatchingCost | None = None,
+    method: Matcher = "dynamic_k",
+    weights: SetWeights | None = None,
 ) -> Tensor:
     """Assign proposals to objects.
 
     Args:
         logits: (R, N, K).
         boxes: (R, N, 4) xyxy in pixels.
-        targets: R rows with at most N valid objects each (see `PaddedTargets.limit`).
+        targets: R rows with at most N valid objects each (see `PaddedTargets.repeat` and `limit`).
 
     Returns: (R, N) int64, the index of the object that each proposal learns, -1 for none. Every valid object has at
     least one proposal.
     """
-    cost, iou = matching_cost(logits.float(), boxes.float(), targets, weights or MatchingCost())
+    cost, iou = matching_cost(logits.float(), boxes.float(), targets, weights or SetWeights())
     if method == "hungarian":
         return _one_to_one(cost, targets.valid)
     return _dynamic_k(cost, iou, targets.valid)
 
 
 def matching_cost(
-    logits: Tensor, boxes: Tensor, targets: PaddedTargets, weights: MatchingCost
+    logits: Tensor, boxes: Tensor, targets: PaddedTargets, weights: SetWeights
 ) -> tuple[Tensor, Tensor]:
     """Cost and IoU of every proposal with every object: two (R, N, M); a pad costs infinity and overlaps nothing.
 
@@ -151,22 +115,29 @@ def _dynamic_k(cost: Tensor, iou: Tensor, valid: Tensor) -> Tensor:
 def _match_left_over(claimed: Tensor, cost: Tensor, valid: Tensor) -> Tensor:
     """Give every object without a proposal its cheapest free one; the cheaper of two claimants is served first.
 
-    Each round serves an object in every row that has one left and a free proposal, so at most M rounds are needed. A
-    row whose proposals are used up while an object has none is matched one to one.
+    Each round serves an object in every row that has one left and a free proposal, so at most M rounds are needed; one
+    too many changes nothing. A row whose proposals are used up while an object has none is matched one to one.
     """
-    while True:
-        left_over = valid & ~claimed.any(1)  # (R, M)
-        free = ~claimed.any(2)  # (R, N)
-        if not (left_over.any(1) & free.any(1)).any():
-            break
-        open_cost = cost.masked_fill(~(free[:, :, None] & left_over[:, None]), torch.inf)
-        wish = torch.zeros_like(claimed).scatter_(1, open_cost.argmin(1, keepdim=True), True) & open_cost.isfinite()
-        owner = open_cost.masked_fill(~wish, torch.inf).argmin(2, keepdim=True)
-        claimed = claimed | (wish & torch.zeros_like(claimed).scatter_(2, owner, True))
-    for row in left_over.any(1).nonzero()[:, 0]:
+    rounds = 1 if cost.device.type == "cpu" else GPU_ROUNDS
+    more, stuck = torch.ones(2, len(cost), dtype=torch.bool)
+    while more.any():
+        for _ in range(rounds):
+            claimed = _serve(claimed, cost, valid)
+        left_over = (valid & ~claimed.any(1)).any(1)
+        more, stuck = torch.stack([left_over & ~claimed.any(2).all(1), left_over]).cpu()
+    for row in stuck.nonzero()[:, 0].tolist():
         matched = _one_to_one(cost[row, None], valid[row, None])
         claimed[row] = matched[0, :, None] == torch.arange(cost.shape[2], device=cost.device)
     return claimed
+
+
+def _serve(claimed: Tensor, cost: Tensor, valid: Tensor) -> Tensor:
+    """One round: each row's free proposals take the cheapest of the objects that are left over and wish for them."""
+    free, left_over = ~claimed.any(2), valid & ~claimed.any(1)
+    open_cost = cost.masked_fill(~(free[:, :, None] & left_over[:, None]), torch.inf)
+    wish = torch.zeros_like(claimed).scatter_(1, open_cost.argmin(1, keepdim=True), True) & open_cost.isfinite()
+    owner = open_cost.masked_fill(~wish, torch.inf).argmin(2, keepdim=True)
+    return claimed | (wish & torch.zeros_like(claimed).scatter_(2, owner, True))
 
 
 def _one_to_one(cost: Tensor, valid: Tensor) -> Tensor:
@@ -176,4 +147,4 @@ def _one_to_one(cost: Tensor, valid: Tensor) -> Tensor:
         objects = v.nonzero()[:, 0]
         proposal, column = linear_sum_assignment(c[:, objects].numpy())
         matches[row, torch.from_numpy(proposal)] = objects[torch.from_numpy(column)]
-    return matches.to(cost.device)
+    return to_device(matches, cost.device)

@@ -5,42 +5,52 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
-from diffperception.detection.boxes import decode_boxes, encode_boxes, give_area
-from diffperception.diffusion import Schedule, ddim_step, timestep_grid
+from diffperception.detection.boxes import clamp_min_size, decode_boxes, encode_boxes
+from diffperception.detection.heads.boxes import HeadOutput
+from diffperception.diffusion import SampleNoise, Schedule, ddim_step
+from diffperception.models.ops.transfer import to_device
 
-# (boxes (B, N, 4) xyxy pixels, t (B,)) -> the last stage's logits (B, N, K) and boxes (B, N, 4)
-Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (boxes (B, N, 4) xyxy pixels, t (B,)) -> the last stage's output, its tensors (B, N, ...)
+Denoiser = Callable[[Tensor, Tensor], HeadOutput]
 Mode = Literal["ddim", "fixed_time", "fresh_boxes"]
 
 
 @dataclass
-class SamplerOptions:
+class Step:
+    """One pass through the head: its time, its noisy boxes (B, N, 4), and what came out, tensors (B, N, ...)."""
+
+    t: int
+    noisy_boxes: Tensor
+    output: HeadOutput
+
+
+@dataclass(frozen=True)
+class BoxSampler:
     """How noise becomes boxes.
 
     Args:
-        steps: passes through the head.
-        num_boxes: boxes to start from; any number, whatever the training used.
-        eta: 1 is the ancestral step, 0 the deterministic one.
-        renewal_threshold: between steps, boxes whose best class is not above this probability are drawn anew; null
-            keeps all.
+        steps: passes through the head; more are slower and a little better.
+        num_boxes: boxes to start from, whatever the training used; more find more in crowded images. Null: as many as
+            in training.
+        eta: how much noise a step adds: 1 is the ancestral step, 0 the deterministic one.
+        renewal_threshold: box renewal: between steps, boxes whose best class is not above this probability are drawn
+            anew; null keeps all.
         ensemble: pool the predictions of all steps, not of the last alone.
-        nms_threshold: IoU above which the lower-scored of two boxes of a class is dropped; null keeps all.
+        nms_threshold: of two boxes of a class whose IoU is above this, only the better counts; null keeps all.
         mode: `ddim` walks t from T to 0; two controls show what the walk is worth: `fixed_time` tells the network, and
             the step from one noise level to the next, that t is T - 1 every time, while the levels stepped to fall as
-            in `ddim` (users who report 46.32 AP for it beside 46.34 do not say what else they held);
-            `fresh_boxes` starts every step from new noise.
+            in `ddim`; `fresh_boxes` starts every step from new noise.
 
     Raises:
         ValueError: a value is out of its range.
     """
 
     steps: int = 1
-    num_boxes: int = 300
+    num_boxes: int | None = None
     eta: float = 1.0
     renewal_threshold: float | None = 0.5
     ensemble: bool = True
@@ -48,116 +58,128 @@ class SamplerOptions:
     mode: Mode = "ddim"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.num_boxes < 1:
+        if self.steps < 1 or (self.num_boxes is not None and self.num_boxes < 1):
             raise ValueError(f"steps and num_boxes must be at least 1, not {self.steps} and {self.num_boxes}")
-        for name in ("eta", "renewal_threshold", "nms_threshold"):
-            value = getattr(self, name)
+        shares = {"eta": self.eta, "renewal_threshold": self.renewal_threshold, "nms_threshold": self.nms_threshold}
+        for name, value in shares.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}: it must be from 0 to 1")
         if self.mode not in get_args(Mode):
             raise ValueError(f"there is no mode {self.mode!r}: it is one of {', '.join(get_args(Mode))}")
 
+    def sample(
+        self, denoise: Denoiser, schedule: Schedule, image_sizes: Tensor, seeds: Sequence[int], signal_scale: float
+    ) -> list[Step]:
+        """Denoise random boxes step by step.
+
+        Args:
+            image_sizes: (B, 4) width, height, width, height in pixels.
+            seeds: one per image.
+            signal_scale: size of the signal beside the unit noise.
+
+        Returns: every step, the noisiest first.
+        """
+        grid = schedule.grid(self.steps, "diffusiondet").tolist()
+        z, *draws = self._noise(seeds, image_sizes.device)
+        steps: list[Step] = []
+        for number, (t, s) in enumerate(itertools.pairwise(grid)):
+            time = grid[0] if self.mode == "fixed_time" else t
+            noisy = clamp_min_size(decode_boxes(z, image_sizes, signal_scale))
+            output = denoise(noisy, torch.full((len(z),), time, device=z.device))
+            steps.append(Step(time, noisy, output))
+            if s >= 0:
+                step_noise, fresh = draws[2 * number : 2 * number + 2]
+                x0 = encode_boxes(output.boxes, image_sizes, signal_scale).clamp(-signal_scale, signal_scale)
+                stepped = ddim_step(schedule, z, x0, time, s, self.eta, step_noise)
+                z = self._renew(stepped, fresh, output)
+        return steps
+
+    def _noise(self, seeds: Sequence[int], device: torch.device) -> Tensor:
+        """The first boxes, then for each step but the last its noise and fresh boxes: (2 * steps - 1, B, N, 4).
+
+        All are drawn whatever the settings, so that these do not shift later draws.
+        """
+        noise, like = SampleNoise(seeds), torch.empty(len(seeds), self.num_boxes or 0, 4)
+        return to_device(torch.stack([noise(like) for _ in range(2 * self.steps - 1)]), device)
+
+    def _renew(self, stepped: Tensor, fresh: Tensor, output: HeadOutput) -> Tensor:
+        """Boxes of the next step (B, N, 4): the step's own where they are worth going on with, else fresh ones."""
+        if self.mode == "fresh_boxes":
+            return fresh
+        if self.renewal_threshold is None:
+            return stepped
+        keep = output.logits.amax(-1, keepdim=True).sigmoid() > self.renewal_threshold
+        return torch.where(keep, stepped, fresh)
+
+    def select(self, steps: Sequence[Step]) -> "Selection":
+        """Detections of each image: of every step the N best of N x K scores, pooled, then class-wise NMS."""
+        pooled = [_top_scores(step.output) for step in (steps if self.ensemble else steps[-1:])]
+        found = {name: torch.cat([part[name] for part in pooled], dim=1) for name in pooled[0]}
+        return Selection(found, _kept(found["boxes"], found["scores"], found["labels"], self.nms_threshold))
+
 
 @dataclass
-class Step:
-    """One pass through the head: its time, its noisy boxes (B, N, 4), its logits (B, N, K) and boxes (B, N, 4)."""
+class Selection:
+    """Detections of a batch, and which of them are left.
 
-    t: int
-    noisy_boxes: Tensor
-    logits: Tensor
-    boxes: Tensor
+    Attributes:
+        found: by name, tensors (B, P, ...): boxes, scores, labels, whatever more the head gave.
+        kept: (k,) indices of those that are left, of B * P; of each image the best first.
+    """
+
+    found: dict[str, Tensor]
+    kept: Tensor
+
+    def in_images(self, seen: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
+        """What is left in each image, best first, boxes in pixels of the original, clipped to it; none without area.
+
+        Args:
+            seen, sizes: (B, 4) width, height, width, height of the images that were predicted and of the originals.
+        """
+        boxes = to_image_pixels(self.found["boxes"], seen[:, None], sizes[:, None])
+        images, per_image = boxes.shape[:2]
+        has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1).flatten()[self.kept]
+        image, order = torch.where(has_area, self.kept // per_image, images).sort(stable=True)
+        numbers = (image[:, None] == torch.arange(images + 1, device=image.device)).sum(0).tolist()
+        index = self.kept[order]
+        parts = {
+            name: values.flatten(0, 1)[index].split(numbers)[:-1]
+            for name, values in (self.found | {"boxes": boxes}).items()
+        }
+        return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def image_seed(seed: int, image_id: int) -> int:
-    """The seed of an image's noise: the same in any batch, order or process."""
-    return int(np.random.SeedSequence([seed, abs(image_id), int(image_id < 0)]).generate_state(1, np.uint64)[0] >> 1)
-
-
-class BoxNoise:
-    """Standard normal noise (N, 4) an image and a draw, from CPU generators so that every device starts alike."""
-
-    def __init__(self, seeds: Sequence[int], num_boxes: int, device: torch.device):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.num_boxes = num_boxes
-        self.device = device
-
-    def draw(self) -> Tensor:
-        """(B, N, 4)."""
-        return torch.stack([torch.randn(self.num_boxes, 4, generator=g) for g in self.generators]).to(self.device)
-
-
-def sample_boxes(
-    denoise: Denoiser,
-    schedule: Schedule,
-    image_sizes: Tensor,
-    seeds: Sequence[int],
-    options: SamplerOptions,
-    num_timesteps: int,
-    signal_scale: float,
-) -> list[Step]:
-    """Denoise random boxes step by step.
+def to_image_pixels(boxes: Tensor, seen: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes (..., 4; xyxy) from pixels of the resized image to pixels of the original, clipped to it.
 
     Args:
-        image_sizes: (B, 4) width, height, width, height in pixels.
-        seeds: one an image.
-
-    Returns: every step, the noisiest first.
+        seen, sizes: (..., 4) width, height, width, height of the resized and of the original image.
     """
-    noise = BoxNoise(seeds, options.num_boxes, image_sizes.device)
-    grid = timestep_grid(num_timesteps, options.steps, "diffusiondet").tolist()
-    z = noise.draw()
-    steps = []
-    for t, s in itertools.pairwise(grid):
-        time = grid[0] if options.mode == "fixed_time" else t
-        noisy = give_area(decode_boxes(z, image_sizes, signal_scale))
-        logits, boxes = denoise(noisy, torch.full((len(z),), time, device=z.device))
-        steps.append(Step(time, noisy, logits, boxes))
-        if s >= 0:
-            z = _next_noise(z, steps[-1], s, noise, schedule, image_sizes, options, signal_scale)
-    return steps
+    return torch.minimum((boxes * (sizes / seen)).clamp(min=0), sizes)
 
 
-def _next_noise(
-    z: Tensor,
-    step: Step,
-    s: int,
-    noise: BoxNoise,
-    schedule: Schedule,
-    image_sizes: Tensor,
-    options: SamplerOptions,
-    signal_scale: float,
-) -> Tensor:
-    step_noise, fresh = noise.draw(), noise.draw()  # always both, so that options do not shift later draws
-    if options.mode == "fresh_boxes":
-        return fresh
-    x0 = encode_boxes(step.boxes, image_sizes, signal_scale).clamp(-signal_scale, signal_scale)
-    z = ddim_step(schedule, z, x0, step.t, s, options.eta, step_noise)
-    if options.renewal_threshold is None:
-        return z
-    keep = step.logits.amax(-1, keepdim=True).sigmoid() > options.renewal_threshold
-    return torch.where(keep, z, fresh)
+def _top_scores(output: HeadOutput) -> dict[str, Tensor]:
+    """The N best (box, class) pairs of an image: scores (B, N), labels (B, N), and all that their proposals have."""
+    count, classes = output.logits.shape[1:]
+    scores, index = output.logits.sigmoid().flatten(1).topk(count, dim=1)
+    image = torch.arange(len(index), device=index.device)[:, None]
+    others = {name: value for name, value in output.tensors().items() if name != "logits"}
+    chosen = {name: value[image, index // classes] for name, value in others.items()}
+    return {"boxes": chosen.pop("boxes"), "scores": scores, "labels": index % classes, **chosen}
 
 
-def select_detections(steps: list[Step], options: SamplerOptions) -> list[dict[str, Tensor]]:
-    """Detections of each image: of every step the N best of N x K scores, pooled, then class-wise NMS.
-
-    Returns: one dict an image, best first: `boxes` (n, 4) xyxy pixels, `scores` (n,), `labels` (n,) int64.
-    """
-    pooled = [_top_scores(step) for step in (steps if options.ensemble else steps[-1:])]
-    boxes, scores, labels = (torch.cat(x, dim=1) for x in zip(*pooled, strict=True))
-    detections = []
-    for b, s, label in zip(boxes, scores, labels, strict=True):
-        if options.nms_threshold is None:
-            keep = s.argsort(descending=True, stable=True)
-        else:
-            keep = batched_nms(b, s, label, options.nms_threshold)
-        detections.append({"boxes": b[keep], "scores": s[keep], "labels": label[keep]})
-    return detections
-
-
-def _top_scores(step: Step) -> tuple[Tensor, Tensor, Tensor]:
-    """The N best (box, class) pairs of an image: boxes (B, N, 4), scores (B, N), labels (B, N)."""
-    count, classes = step.logits.shape[1:]
-    scores, index = step.logits.float().sigmoid().flatten(1).topk(count, dim=1)
-    boxes = step.boxes.gather(1, (index // classes)[..., None].expand(-1, -1, 4))
-    return boxes, scores, index % classes
+def _kept(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float | None) -> Tensor:
+    """Which of the boxes (B, P, 4) NMS leaves, as (k,) indices of B * P; of each image the best first."""
+    images, per_image = scores.shape
+    if threshold is None:
+        order = scores.argsort(descending=True, stable=True, dim=1)
+        return (order + per_image * torch.arange(images, device=order.device)[:, None]).flatten()
+    if boxes.device.type != "cuda":
+        parts = zip(boxes, scores, labels, strict=True)
+        return torch.cat([batched_nms(*part, threshold) + i * per_image for i, part in enumerate(parts)])
+    # A GPU is asked once: boxes of another class or image are moved so far apart that they do not overlap, in float64,
+    # as there may be so many of them that float32 would round pixels away.
+    group = labels + (labels.max() + 1) * torch.arange(images, device=labels.device)[:, None]
+    low, high = boxes.aminmax()
+    moved = boxes.double() + (group * (high - low + 1))[..., None]
+    return nms(moved.flatten(0, 1), scores.flatten(), threshold)

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffperception.data import CocoDetection
-from diffperception.detection import DiffusionDet, image_seed
+from diffperception.detection import DiffusionDet
+from diffperception.diffusion import sample_seed
 from diffperception.detection.evaluator import CocoEvaluator
 from diffperception.detection.inference import EVALUATORS, Protocol, hide_bar, require_classes, share_of_batches
-from diffperception.detection.sampler import SamplerOptions
+from diffperception.detection.sampler import BoxSampler
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class AuditRow:
         seconds: that one image takes: features, head and post-processing.
     """
 
-    options: SamplerOptions
+    options: BoxSampler
     ap: Score
     ap50: Score
     seconds: float
@@ -114,7 +115,7 @@ class Audit:
         return {**about, "rows": [row.content() for row in self.rows]}
 
 
-def combine(base: SamplerOptions, choices: Mapping[str, Sequence[Any]]) -> list[SamplerOptions]:
+def combine(base: BoxSampler, choices: Mapping[str, Sequence[Any]]) -> list[BoxSampler]:
     """`base` with every combination of the values that `choices` has for some of its fields.
 
     Raises:
@@ -127,7 +128,7 @@ def combine(base: SamplerOptions, choices: Mapping[str, Sequence[Any]]) -> list[
 class _Run:
     """One combination with one seed: detections by image id, and the seconds an image took in each batch."""
 
-    options: SamplerOptions
+    options: BoxSampler
     seed: int
     detections: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
@@ -136,7 +137,7 @@ class _Run:
 def audit_detector(
     detector: DiffusionDet,
     dataset: CocoDetection,
-    combinations: Sequence[SamplerOptions],
+    combinations: Sequence[BoxSampler],
     seeds: Sequence[int],
     batch_size: int = 8,
     workers: int = 0,
@@ -182,7 +183,7 @@ def _predict(detector: DiffusionDet, batches: DataLoader[Any], runs: Sequence[_R
         for run in runs:
             what = (run.seed, *astuple(_without_idle(run.options)))
             if what not in done:
-                seeds = [image_seed(run.seed, image_id) for image_id in ids]
+                seeds = [sample_seed(run.seed, image_id) for image_id in ids]
                 began = _now(detector.device)
                 found = detector.predict(on_device, seeds=seeds, options=run.options, encoded=encoded)
                 done[what] = found, (features + _now(detector.device) - began) / len(ids)
@@ -194,7 +195,7 @@ def _predict(detector: DiffusionDet, batches: DataLoader[Any], runs: Sequence[_R
     bar.close()
 
 
-def _without_idle(options: SamplerOptions) -> SamplerOptions:
+def _without_idle(options: BoxSampler) -> BoxSampler:
     """Equal for settings that predict the same: what happens between steps does nothing in a single one."""
     if options.steps > 1:
         return options

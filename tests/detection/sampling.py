@@ -5,28 +5,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffperception.detection import DiffusionDet, SamplerOptions
-from diffperception.detection.detector import image_sizes
+from diffperception.detection import BoxSampler, DiffusionDet
+from diffperception.detection.targets import image_sizes
 from tests.parity import naive
 
 
-def check_sampling(detector: DiffusionDet, images: list[Tensor], options: SamplerOptions) -> None:
+def check_sampling(detector: DiffusionDet, images: list[Tensor], sampler: BoxSampler) -> None:
     """Images predicted together are as the naive sampler has each; the detector must not resize them."""
     seeds = list(range(5, 5 + len(images)))
-    sizes = image_sizes(images, torch.device("cpu"))
+    sizes = image_sizes(images)
     for image, size, seed, ours in zip(
-        images, sizes, seeds, detector.predict(images, seeds, options=options), strict=True
+        images, sizes, seeds, detector.predict(images, seeds, sampler), strict=True
     ):
         theirs = naive.detect(
             denoiser(detector, image),
             size,
             seed,
-            options.num_boxes,
-            options.steps,
-            options.eta,
-            options.renewal_threshold,
-            options.ensemble,
-            options.nms_threshold,
+            sampler.num_boxes,
+            sampler.steps,
+            sampler.eta,
+            sampler.renewal_threshold,
+            sampler.ensemble,
+            sampler.nms_threshold,
         )
         assert torch.equal(ours["labels"], theirs["labels"])
         torch.testing.assert_close(ours["scores"], theirs["scores"], atol=1e-5, rtol=0)
@@ -39,13 +39,13 @@ def denoiser(detector: DiffusionDet, image: Tensor) -> Callable[[Tensor, int], t
 
     @torch.no_grad()
     def denoise(boxes: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        logits, refined = detector.head(pyramid, boxes[None], torch.tensor([t]))
-        return logits[-1, 0], refined[-1, 0]
+        output = detector.head(pyramid, boxes[None], torch.tensor([t]))
+        return output.logits[-1, 0], output.boxes[-1, 0]
 
     return denoise
 
 
 def middle_score(detector: DiffusionDet, image: Tensor, count: int) -> float:
     """What half of an even number of boxes surpass at the first step, so that renewal takes the others."""
-    first = detector._sample([image], [5], SamplerOptions(1, count))[0]
-    return float(first.logits.sigmoid().amax(-1).quantile(0.5))
+    first = detector.sample(detector.encode([image]), [5], BoxSampler(1, count))[0]
+    return float(first.output.logits.sigmoid().amax(-1).quantile(0.5))

@@ -1,9 +1,14 @@
 """Small inputs for the detection tests."""
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from diffperception.detection import DiffusionDet
+from diffperception.detection import DiffusionDet, DynamicHead, HeadOutput, SetCriterion
+from diffperception.detection.criterion import Matches, classification_loss, giou_loss, l1_loss
+from diffperception.detection.targets import PaddedTargets
 
 CLASSES = ["circle", "square", "star"]
 
@@ -28,8 +33,27 @@ def random_target(count: int, height: int, width: int, seed: int = 0) -> dict[st
 
 
 def tiny_detector(seed: int = 0, **options) -> DiffusionDet:
-    """A real DiffusionDet of few weights, in evaluation mode."""
+    """A real DiffusionDet of few weights, in evaluation mode; options may be those of its head and criterion too."""
     torch.manual_seed(seed)
-    sizes = {"backbone": "test_resnet", "width": 32, "dynamic_width": 8, "ffn_width": 32, "num_heads": 4, "stages": 2}
-    arguments = {"classes": CLASSES, "num_boxes": 20, "min_size": None, "strides": (4, 8, 16)} | sizes | options
-    return DiffusionDet(**arguments).eval()
+    sizes = {"width": 32, "dynamic_width": 8, "ffn_width": 32, "num_heads": 4, "stages": 2}
+    head = {name: options.pop(name, size) for name, size in sizes.items()}
+    criterion = {name: options.pop(name) for name in ("matcher", "federated_classes") if name in options}
+    arguments = {
+        "classes": CLASSES,
+        "backbone": "test_resnet",
+        "head": partial(DynamicHead, **head),
+        "criterion": SetCriterion(**criterion),
+        "num_boxes": 20,
+        "min_size": None,
+        "strides": (4, 8, 16),
+    }
+    return DiffusionDet(**arguments | options).eval()
+
+
+def set_losses(
+    logits: Tensor, boxes: Tensor, targets: PaddedTargets, matches: Tensor, class_mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The unweighted terms at every stage, of given matches (S, B, N)."""
+    terms = {"classification": classification_loss, "l1": l1_loss, "giou": giou_loss}
+    targets = replace(targets, counted_classes=class_mask)
+    return {name: term(HeadOutput(logits, boxes), targets, Matches(matches)) for name, term in terms.items()}

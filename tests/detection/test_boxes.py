@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import generalized_box_iou
 
-from diffperception.detection.boxes import apply_deltas, decode_boxes, encode_boxes, give_area, paired_giou
+from diffperception.detection.boxes import apply_deltas, decode_boxes, encode_boxes, clamp_min_size, paired_giou
 from tests.detection.scenes import random_boxes
 
 SIZES = torch.tensor([[200.0, 100.0, 200.0, 100.0], [64.0, 96.0, 64.0, 96.0]])
@@ -28,7 +28,7 @@ def test_decoding_clamps_to_the_signal_scale():
 
 def test_boxes_without_area_get_some_and_others_stay():
     boxes = torch.tensor([[5.0, 5.0, 5.0, 9.0], [1.0, 2.0, 30.0, 40.0]])
-    widened = give_area(boxes)
+    widened = clamp_min_size(boxes)
     assert widened.tolist() == [[4.5, 5.0, 5.5, 9.0], [1.0, 2.0, 30.0, 40.0]]
 
 

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from diffperception.detection.criterion import draw_federated_classes, set_losses
-from diffperception.detection.matcher import PaddedTargets
+from diffperception.detection.criterion import draw_federated_classes
+from diffperception.detection.targets import PaddedTargets
+from tests.detection.scenes import set_losses
 
 SIZE = torch.tensor([[100.0, 50.0, 100.0, 50.0]])
 OBJECT = torch.tensor([[10.0, 10.0, 30.0, 20.0]])

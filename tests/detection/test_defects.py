@@ -9,17 +9,16 @@ from safetensors.torch import load_file
 
 from diffperception.cli.main import main
 from diffperception.data import CocoDetection
-from diffperception.detection import DiffusionDet, SamplerOptions
-from diffperception.detection.criterion import set_losses
-from diffperception.detection.detector import image_sizes
+from diffperception.detection import BoxSampler, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator
-from diffperception.detection.matcher import PaddedTargets, match
-from diffperception.detection.sampler import BoxNoise, image_seed, select_detections
+from diffperception.detection.matcher import match
+from diffperception.detection.targets import PaddedTargets, image_sizes
+from diffperception.diffusion import SampleNoise, sample_seed
 from diffperception.training.recipes.detection import DetectionTask
 from diffperception.detection.inference import evaluate_detector
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.module import NonFiniteLossError
-from tests.detection.scenes import CLASSES, random_boxes, random_image, random_target, tiny_detector
+from tests.detection.scenes import CLASSES, random_boxes, random_image, random_target, set_losses, tiny_detector
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_detector import UnpluggedDiffusionDet
 
@@ -35,19 +34,20 @@ def same(a: dict, b: dict) -> bool:
 @pytest.mark.parametrize("ensemble", [True, False])
 def test_1_several_images_and_several_steps(steps, renewal, ensemble):
     detector = tiny_detector()
-    options = SamplerOptions(steps, num_boxes=12, renewal_threshold=renewal, ensemble=ensemble)
-    together = detector.predict(IMAGES, seeds=[1, 2, 3], options=options)
-    alone = [detector.predict([image], seeds=[i + 1], options=options)[0] for i, image in enumerate(IMAGES)]
+    sampler = BoxSampler(steps, num_boxes=12, renewal_threshold=renewal, ensemble=ensemble)
+    together = detector.predict(IMAGES, seeds=[1, 2, 3], sampler=sampler)
+    alone = [detector.predict([image], seeds=[i + 1], sampler=sampler)[0] for i, image in enumerate(IMAGES)]
     assert all(same(a, b) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_2_the_last_step_enters_the_ensemble(steps):
-    options = SamplerOptions(steps, num_boxes=6, nms_threshold=None, renewal_threshold=None)
-    with torch.no_grad():
-        sampled = tiny_detector()._sample(IMAGES[:1], [0], options)
-    pooled = select_detections(sampled, options)[0]
-    expected = torch.cat([step.logits[0].sigmoid().flatten().topk(6).values for step in sampled])
+    sampler = BoxSampler(steps, num_boxes=6, nms_threshold=None, renewal_threshold=None)
+    detector = tiny_detector()
+    sampled = detector.sample(detector.encode(IMAGES[:1]), [0], sampler)
+    selection = sampler.select(sampled)
+    pooled = {"scores": selection.found["scores"].flatten()[selection.kept]}
+    expected = torch.cat([step.output.logits[0].sigmoid().flatten().topk(6).values for step in sampled])
     assert torch.equal(pooled["scores"], expected.sort(descending=True).values)
 
 
@@ -66,14 +66,14 @@ def test_3_the_prior_is_in_the_class_bias_alone(count):
 
 def test_4_no_proposal_is_without_area():
     detector = tiny_detector(num_boxes=2000)
-    sizes = [step["boxes"][:, 2:] - step["boxes"][:, :2] for step in detector.trace(IMAGES[0], 4, 2000)]
+    sizes = [step["boxes"][:, 2:] - step["boxes"][:, :2] for step in detector.trajectory(IMAGES[0], 0, BoxSampler(4, 2000))[0]]
     assert min(size.min() for size in sizes) >= 0.999
-    padded = PaddedTargets.collate([random_target(3, 64, 96)], image_sizes(IMAGES[:1], detector.device))
+    padded = PaddedTargets.collate([random_target(3, 64, 96)], image_sizes(IMAGES[:1]))
     for t in (0, 300, 700, 999):
         boxes = detector._noisy_boxes(padded, torch.tensor([t]), None)
         assert (boxes[..., 2:] - boxes[..., :2]).min() >= 0.999
     # The noise itself would clamp this share to zero: the test sees what it guards against.
-    z = BoxNoise([0], 2000, torch.device("cpu")).draw()
+    z = SampleNoise([0])(torch.empty(1, 2000, 4))
     assert (z[..., 2:] <= -2).any(-1).float().mean() > 0.03
 
 
@@ -90,7 +90,7 @@ def test_5_few_proposals_and_many_objects(boxes, objects):
 
 def test_5_what_is_noised_is_what_is_matched():
     detector = tiny_detector(num_boxes=4)
-    padded = PaddedTargets.collate([random_target(9, 64, 96)], image_sizes(IMAGES[:1], detector.device))
+    padded = PaddedTargets.collate([random_target(9, 64, 96)], image_sizes(IMAGES[:1]))
     limited = padded.limit(4, torch.Generator().manual_seed(0))
     noised = detector._padded_objects(limited, None)
     assert torch.equal(noised[0], padded.boxes[limited.valid])
@@ -98,8 +98,8 @@ def test_5_what_is_noised_is_what_is_matched():
 
 @pytest.mark.parametrize("mode", ["ddim", "fixed_time", "fresh_boxes"])
 def test_6_several_steps_without_renewal(mode):
-    options = SamplerOptions(4, num_boxes=10, renewal_threshold=None, mode=mode)
-    assert len(tiny_detector().predict(IMAGES, options=options)) == 3
+    sampler = BoxSampler(4, num_boxes=10, renewal_threshold=None, mode=mode)
+    assert len(tiny_detector().predict(IMAGES, sampler=sampler)) == 3
 
 
 def test_7_what_is_saved_and_scored_is_the_average_of_the_weights(tmp_path):
@@ -120,10 +120,10 @@ def test_7_what_is_saved_and_scored_is_the_average_of_the_weights(tmp_path):
 
 
 POISONED = [
-    (layer, value, matching)
+    (layer, value, matcher)
     for layer in ("class_logits", "box_deltas")
     for value in (math.nan, math.inf, -math.inf)
-    for matching in ("dynamic_k", "hungarian")
+    for matcher in ("dynamic_k", "hungarian")
 ]
 
 
@@ -134,16 +134,16 @@ def poisoned(layer: str, value: float, stage: int = 0, **options) -> DiffusionDe
     return detector
 
 
-@pytest.mark.parametrize(("layer", "value", "matching"), POISONED)
-def test_8_a_loss_that_is_not_finite_names_the_batch(layer, value, matching):
+@pytest.mark.parametrize(("layer", "value", "matcher"), POISONED)
+def test_8_a_loss_that_is_not_finite_names_the_batch(layer, value, matcher):
     targets = [random_target(2, 64, 50, seed) | {"image_id": 70 + seed} for seed in range(3)]
-    task = DetectionTask(poisoned(layer, value, matching=matching).train(), OptimizerOptions(), seed=0)
+    task = DetectionTask(poisoned(layer, value, matcher=matcher).train(), OptimizerOptions(), seed=0)
     with pytest.raises(NonFiniteLossError, match=r"step 1 .* images with ids 70, 71, 72 "):
         task.training_step((IMAGES, targets), 0)
 
 
 def test_8_a_single_box_that_is_not_finite_shows_in_the_loss():
-    padded = PaddedTargets.collate([random_target(2, 64, 96)], image_sizes(IMAGES[:1], torch.device("cpu")))
+    padded = PaddedTargets.collate([random_target(2, 64, 96)], image_sizes(IMAGES[:1]))
     boxes = random_boxes(5, 96, 64)[None, None].clone()
     matches = torch.tensor([[[0, 1, -1, -1, -1]]])
     assert set_losses(torch.zeros(1, 1, 5, 3), boxes, padded, matches)["l1"].isfinite()
@@ -172,12 +172,12 @@ def test_8_geometry_is_float32_under_autocast():
     low = 1000.3 + torch.rand(1, 9, 2, generator=torch.Generator().manual_seed(0))
     boxes = torch.cat([low, low + 40.7], -1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        refined = detector(IMAGES[:1], boxes, torch.tensor([500]))[1]
+        refined = detector(IMAGES[:1], boxes, torch.tensor([500])).boxes
     torch.testing.assert_close(refined, boxes.expand_as(refined), atol=1e-3, rtol=0)
 
 
 def test_8_costs_are_float32_under_autocast():
-    padded = PaddedTargets.collate([random_target(9, 64, 96)], image_sizes(IMAGES[:1], torch.device("cpu")))
+    padded = PaddedTargets.collate([random_target(9, 64, 96)], image_sizes(IMAGES[:1]))
     generator = torch.Generator().manual_seed(0)
     # Near enough to one another that bfloat16 cannot tell which proposal is the cheaper.
     logits = (0.01 * torch.randn(1, 300, 3, generator=generator)).bfloat16()
@@ -188,10 +188,10 @@ def test_8_costs_are_float32_under_autocast():
 
 
 def test_9_the_noise_of_an_image_depends_on_seed_and_id_alone():
-    assert image_seed(0, 7) == image_seed(0, 7)
-    assert len({image_seed(seed, image) for seed in range(20) for image in range(-20, 20)}) == 800
+    assert sample_seed(0, 7) == sample_seed(0, 7)
+    assert len({sample_seed(seed, image) for seed in range(20) for image in range(-20, 20)}) == 800
     detector = tiny_detector()
-    seeds = [image_seed(0, i) for i in (5, 6, 7)]
+    seeds = [sample_seed(0, i) for i in (5, 6, 7)]
     backwards = detector.predict(IMAGES[::-1], seeds=seeds[::-1])[::-1]
     assert all(same(a, b) for a, b in zip(detector.predict(IMAGES, seeds=seeds), backwards, strict=True))
 

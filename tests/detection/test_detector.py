@@ -4,9 +4,8 @@ import warnings
 import pytest
 import torch
 
-from diffperception.detection import FCOS, Detector, DiffusionDet, SamplerOptions
-from diffperception.detection.detector import image_sizes
-from diffperception.detection.matcher import PaddedTargets
+from diffperception.detection import FCOS, BoxSampler, Detector, DiffusionDet
+from diffperception.detection.targets import PaddedTargets, image_sizes
 from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
 
 IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2), random_image(64, 96, 3)]
@@ -23,9 +22,9 @@ def assert_same_detections(a: list[dict], b: list[dict], pixels: float = 1e-2) -
 def test_forward_gives_every_stage():
     detector = tiny_detector()
     boxes = torch.stack([random_target(7, 50, 50, seed)["boxes"] for seed in range(3)])
-    logits, refined = detector(IMAGES, boxes, torch.tensor([0, 500, 999]))
-    assert logits.shape == (2, 3, 7, 3)
-    assert refined.shape == (2, 3, 7, 4)
+    output = detector(IMAGES, boxes, torch.tensor([0, 500, 999]))
+    assert output.logits.shape == (2, 3, 7, 3)
+    assert output.boxes.shape == (2, 3, 7, 4)
 
 
 def test_noise_depends_on_the_seed_alone():
@@ -52,28 +51,28 @@ def test_no_images_have_no_detections():
 )
 def test_settings_out_of_range_are_named(setting, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        SamplerOptions(**setting)
+        BoxSampler(**setting)
 
 
 def test_a_cpu_predicts_in_portions():
     detector = tiny_detector()
     images = [random_image(320, 384, seed) for seed in range(4)]  # three of them fit CPU_PIXELS
-    options = SamplerOptions(steps=1, num_boxes=150)  # twice so many boxes fit CPU_BOXES
+    sampler = BoxSampler(steps=1, num_boxes=150)  # twice so many boxes fit CPU_BOXES
     sizes = []
     for module in (detector.backbone, detector.head):
         module.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[-1])))
-    together = detector.predict(images, seeds=range(4), options=options)
+    together = detector.predict(images, seeds=range(4), sampler=sampler)
     assert sizes == [3, 1, 2, 2]
-    alone = [detector.predict([image], seeds=[seed], options=options)[0] for seed, image in enumerate(images)]
+    alone = [detector.predict([image], seeds=[seed], sampler=sampler)[0] for seed, image in enumerate(images)]
     assert_same_detections(together, alone)
 
 
 def test_images_are_encoded_once_for_several_predictions():
     detector = tiny_detector(min_size=64)
     encoded = detector.encode(IMAGES)
-    for options in (SamplerOptions(), SamplerOptions(3, 15), SamplerOptions(2, mode="fresh_boxes", ensemble=False)):
-        anew = detector.predict(IMAGES, seeds=[5, 6, 7], options=options)
-        reused = detector.predict(IMAGES, seeds=[5, 6, 7], options=options, encoded=encoded)
+    for sampler in (BoxSampler(), BoxSampler(3, 15), BoxSampler(2, mode="fresh_boxes", ensemble=False)):
+        anew = detector.predict(IMAGES, seeds=[5, 6, 7], sampler=sampler)
+        reused = detector.predict(IMAGES, seeds=[5, 6, 7], sampler=sampler, encoded=encoded)
         for one, other in zip(anew, reused, strict=True):
             assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -90,7 +89,7 @@ def test_predictions_are_in_pixels_of_the_given_image():
 
 def test_training_noise_starts_at_the_objects_and_ends_far_from_them():
     detector = tiny_detector(num_boxes=20)
-    padded = PaddedTargets.collate(TARGETS, image_sizes(IMAGES, detector.device))
+    padded = PaddedTargets.collate(TARGETS, image_sizes(IMAGES))
     clean = detector._noisy_boxes(padded, torch.zeros(3, dtype=torch.int64), torch.Generator().manual_seed(0))
     torch.testing.assert_close(clean[2, :5], TARGETS[2]["boxes"], atol=3.0, rtol=0)
     assert (clean[1, 0] - torch.tensor([0.0, 0.0, 50.0, 70.0])).abs().max() < 3  # no object: the whole image
@@ -123,11 +122,11 @@ def test_every_parameter_learns():
 
 
 def test_one_image_can_be_learned():
-    detector = tiny_detector(matching="hungarian").train()
+    detector = tiny_detector(matcher="hungarian").train()
     optimizer = torch.optim.AdamW(detector.parameters(), 2e-3)
     generator = torch.Generator().manual_seed(0)
     losses = []
-    for _ in range(60):
+    for _ in range(80):
         loss = sum(detector.loss(IMAGES[:1] * 2, TARGETS[:1] * 2, generator).values())
         loss.backward()
         optimizer.step()
@@ -139,7 +138,7 @@ def test_one_image_can_be_learned():
 def test_bfloat16_leaves_boxes_in_float32():
     detector = tiny_detector().train()
     with torch.autocast("cpu", torch.bfloat16):
-        boxes = detector(IMAGES, torch.stack([TARGETS[0]["boxes"]] * 3), torch.zeros(3))[1]
+        boxes = detector(IMAGES, torch.stack([TARGETS[0]["boxes"]] * 3), torch.zeros(3)).boxes
         losses = detector.loss(IMAGES, TARGETS)
     assert boxes.dtype == torch.float32
     assert all(torch.isfinite(value) and value.dtype == torch.float32 for value in losses.values())

@@ -65,5 +65,5 @@ def test_the_setting_is_saved_and_the_frequencies_are_not(tmp_path):
     tiny_detector(federated_classes=2).save(tmp_path / "model.safetensors")
     loaded = DiffusionDet.load(tmp_path / "model.safetensors")
     assert isinstance(loaded, DiffusionDet)
-    assert loaded.federated_classes == 2
+    assert loaded.criterion.federated_classes == 2
     assert "class_frequencies" not in loaded.state_dict()

@@ -2,7 +2,8 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from diffperception.detection.matcher import MatchingCost, PaddedTargets, match, matching_cost
+from diffperception.detection.matcher import SetWeights, match, matching_cost
+from diffperception.detection.targets import PaddedTargets
 from tests.detection.scenes import CLASSES, random_boxes
 from tests.parity.naive import dynamic_k
 
@@ -28,7 +29,7 @@ def test_dynamic_k_equals_the_object_by_object_rule(proposals, counts):
     targets = targets_of(counts)
     logits, boxes = proposals_of(len(counts), proposals)
     matches = match(logits, boxes, targets)
-    cost, iou = matching_cost(logits, boxes, targets, MatchingCost())
+    cost, iou = matching_cost(logits, boxes, targets, SetWeights())
     for row, n in enumerate(counts):
         assert matches[row].tolist() == dynamic_k(cost[row, :, :n], iou[row, :, :n])
 
@@ -53,7 +54,7 @@ def test_crowds_that_dynamic_k_cannot_serve_are_matched_one_to_one():
 def test_hungarian_has_the_least_total_cost():
     targets = targets_of([6])
     logits, boxes = proposals_of(1, 15)
-    cost = matching_cost(logits, boxes, targets, MatchingCost())[0][0]
+    cost = matching_cost(logits, boxes, targets, SetWeights())[0][0]
     matches = match(logits, boxes, targets, "hungarian")[0]
     chosen = sum(cost[i, j] for i, j in enumerate(matches.tolist()) if j >= 0)
     rows, columns = linear_sum_assignment(cost.numpy())
@@ -66,10 +67,8 @@ def test_a_row_is_matched_as_if_it_were_alone():
     logits, boxes = proposals_of(3, 25)
     together = match(logits, boxes, targets)
     for row, n in enumerate([3, 9, 0]):
-        alone = PaddedTargets(*(x[row : row + 1] for x in vars(targets).values()))
-        alone = PaddedTargets(
-            alone.boxes[:, : max(1, n)], *(x[:, : max(1, n)] for x in (alone.labels, alone.valid)), SIZE
-        )
+        objects = (x[row : row + 1, : max(1, n)] for x in (targets.boxes, targets.labels, targets.valid))
+        alone = PaddedTargets(*objects, SIZE, targets.present[row : row + 1, : max(1, n)])
         assert torch.equal(match(logits[row, None], boxes[row, None], alone)[0], together[row])
 
 

@@ -8,10 +8,10 @@ import torch.nn as nn
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from diffperception.detection import DiffusionDet, SamplerOptions
-from diffperception.detection.detector import image_sizes
+from diffperception.detection import BoxSampler, DiffusionDet
 from diffperception.detection.heads.boxes import DynamicHead
-from diffperception.detection.matcher import PaddedTargets, match
+from diffperception.detection.matcher import match
+from diffperception.detection.targets import PaddedTargets, image_sizes
 from diffperception.models.convert.diffusiondet import constructor_arguments, rename
 from diffperception.diffusion import cosine_schedule
 from diffperception.models import FPN, TimmBackbone
@@ -49,16 +49,8 @@ def networks(arguments: dict) -> nn.Module:
     """What has weights in the DiffusionDet of these arguments, without their values."""
     with torch.device("meta"):
         backbone = TimmBackbone(arguments["backbone"], (4, 8, 16, 32), freeze_norm=arguments["freeze_norm"])
-        head = DynamicHead(
-            len(arguments["classes"]),
-            arguments["stages"],
-            arguments["width"],
-            arguments["pool_size"],
-            dynamic_width=arguments["dynamic_width"],
-            ffn_width=arguments["ffn_width"],
-            box_layers=arguments["box_layers"],
-        )
-        return nn.ModuleDict({"backbone": FPN(backbone, arguments["width"]), "head": head})
+        head = DynamicHead(len(arguments["classes"]), **arguments["head"])
+        return nn.ModuleDict({"backbone": FPN(backbone, head.width), "head": head})
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +91,7 @@ def test_stages_and_widths_follow_from_the_shapes():
         del state[name]
     arguments = constructor_arguments(state)
     expected = {"stages": 3, "width": 64, "pool_size": 5, "dynamic_width": 8, "ffn_width": 96, "box_layers": 2}
-    assert arguments | expected == arguments
+    assert arguments["head"] == expected
     rename(state, networks(arguments))
 
 

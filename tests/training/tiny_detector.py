@@ -3,12 +3,13 @@
 import os
 import signal
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.detection import Detector, DiffusionDet
+from diffperception.detection import BoxSampler, Detector, DiffusionDet, DynamicHead
 
 
 class TinyDetector(Detector):
@@ -33,7 +34,7 @@ class TinyDetector(Detector):
         nan_at: int | None = None,
     ):
         super().__init__(classes)
-        self.arguments = {"classes": list(classes), "width": width}
+        self.record(die_at=None, raise_at=None, interrupt_at=None, nan_at=None)  # of a run, not of the weights
         self.die_at, self.raise_at, self.interrupt_at, self.nan_at = die_at, raise_at, interrupt_at, nan_at
         self.calls = 0
         self.hidden = nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2))
@@ -52,7 +53,9 @@ class TinyDetector(Detector):
         return {"box": F.l1_loss(boxes, wanted) * scale, "label": F.cross_entropy(logits, labels)}
 
     @torch.no_grad()
-    def predict(self, images: list[Tensor], seeds: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
+    def predict(
+        self, images: list[Tensor], seeds: Sequence[int] | None = None, sampler: BoxSampler | None = None
+    ) -> list[dict[str, Tensor]]:
         seeds = [0] * len(images) if seeds is None else seeds
         noise = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         boxes, logits = self._forward(images, noise.to(self.device))
@@ -102,16 +105,13 @@ class UnpluggedDiffusionDet(DiffusionDet):
         super().__init__(
             classes,
             "resnet10t",
+            partial(DynamicHead, stages=2, width=16, dynamic_width=8, ffn_width=16, num_heads=2),
             strides=(4, 8),
-            width=16,
             fpn_norm=True,
-            stages=2,
-            dynamic_width=8,
-            ffn_width=16,
-            num_heads=2,
             num_boxes=6,
             min_size=None,
         )
+        self.record(die_at=None)
         self.die_at = die_at
         self.calls = 0
 

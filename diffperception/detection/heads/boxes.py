@@ -1,28 +1,87 @@
 """The dynamic head of DiffusionDet (arXiv 2211.09788; stages after Sparse R-CNN, arXiv 2011.12450)."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from diffperception.detection.boxes import apply_deltas
+from diffperception.models import Model
+from diffperception.models.ops.convolution import is_eager_cpu
 from diffperception.models.ops.pooling import FeaturePyramid
 
-CHUNK = 320  # most proposals whose dynamic weights exist at one time
+CHUNK = 320  # most proposals whose dynamic weights exist at one time on a CPU
 PRIOR_PROBABILITY = 0.01  # of an object at initialisation, so that the focal loss starts small (arXiv 1708.02002)
 
 
-class DynamicHead(nn.Module):
+@dataclass
+class HeadOutput:
+    """What a head says of proposals. Yours may derive from it and add tensors with the same leading axes.
+
+    What is added passes through sampling and the selection of detections, and is in the predictions by its name.
+
+    Attributes:
+        logits: (S, B, N, K) of the classes, at S stages; a step of sampling has the last alone, without that axis.
+        boxes: (S, B, N, 4) xyxy in pixels.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `function` of each tensor."""
+        return type(self)(**{name: function(value) for name, value in self.tensors().items()})
+
+    @classmethod
+    def cat(cls, outputs: "Sequence[HeadOutput]", dim: int) -> "HeadOutput":
+        """Several along an axis."""
+        parts = [output.tensors() for output in outputs]
+        return type(outputs[0])(**{name: torch.cat([part[name] for part in parts], dim) for name in parts[0]})
+
+
+class Head(Model, ABC):
+    """From a pyramid and noisy boxes to classes and better boxes; yours may derive from it.
+
+    Attributes:
+        width: channels of the pyramid that it wants.
+    """
+
+    width: int
+
+    @abstractmethod
+    def forward(self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False) -> HeadOutput:
+        """Classify and refine noisy boxes.
+
+        Args:
+            boxes: (B, N, 4) xyxy in pixels.
+            t: (B,) diffusion time of each image's boxes.
+            last_only: give the last stage alone (S = 1 in the result), as prediction needs no other.
+        """
+
+    def finish(self, detections: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
+        """The detections of an image of this size, boxes in its pixels, with what the head added as users want it."""
+        return detections
+
+
+class DynamicHead(Head):
     """A series of stages, each refining the boxes of the one before.
 
     Args:
         num_classes: K.
         stages: S.
         width: d, channels of the pyramid and of a proposal's feature.
-        pool_size: bins a side of RoIAlign.
-        pool_samples: points a bin and axis of RoIAlign.
+        pool_size: bins per side of RoIAlign.
+        pool_samples: points per bin and axis of RoIAlign, which are averaged; 1 trains a little faster.
         dynamic_width: inner channels of the dynamic convolution.
         ffn_width: inner channels of the feed-forward network.
         num_heads: heads of the self-attention over proposals.
@@ -57,18 +116,8 @@ class DynamicHead(nn.Module):
             nn.init.constant_(stage.class_logits.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
             nn.init.zeros_(stage.box_deltas.bias)
 
-    def forward(
-        self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Classify and refine noisy boxes.
-
-        Args:
-            boxes: (B, N, 4) xyxy in pixels.
-            t: (B,) diffusion time of each image's boxes.
-            last_only: classify in the last stage alone (S = 1 in the result), as prediction needs no other.
-
-        Returns: logits (S, B, N, K) and boxes (S, B, N, 4; xyxy pixels) of every stage.
-        """
+    def forward(self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False) -> HeadOutput:
+        """See `Head.forward`. With `last_only` no other stage classifies."""
         time = self.time_embedding(sinusoidal_embedding(t, self.width))
         features = None
         all_logits, all_boxes = [], []
@@ -78,8 +127,8 @@ class DynamicHead(nn.Module):
             all_logits.append(logits)
             all_boxes.append(boxes)
         if last_only:
-            return all_logits[-1][None], all_boxes[-1][None]
-        return torch.stack(all_logits), torch.stack(all_boxes)
+            return HeadOutput(all_logits[-1][None], all_boxes[-1][None])
+        return HeadOutput(torch.stack(all_logits), torch.stack(all_boxes))
 
 
 class Stage(nn.Module):
@@ -148,11 +197,12 @@ class DynamicConv(nn.Module):
     def forward(self, features: Tensor, rois: Tensor) -> Tensor:
         """features (B, N, d), rois (B, N, P, d) -> (B, N, d).
 
-        The weights of one proposal take 2 * d * dynamic_width numbers. A chunk of proposals at a time, and one of the
-        two convolutions at a time, keeps them in the cache: 20 % faster on a CPU, and no batch is too large.
+        The weights of one proposal take 2 * d * dynamic_width numbers. On a CPU, a chunk of proposals at a time, and one
+        of the two convolutions at a time, keeps them in the cache: 20 % faster.
         """
-        count = math.ceil(features[..., 0].numel() / CHUNK)
-        chunks = zip(features.flatten(0, 1).chunk(count), rois.flatten(0, 1).chunk(count), strict=True)
+        flat = features.flatten(0, 1), rois.flatten(0, 1)
+        count = math.ceil(len(flat[0]) / CHUNK) if is_eager_cpu(features) else 1
+        chunks = zip(*(x.chunk(count) for x in flat), strict=True)
         interacted = torch.cat([self.out(self._convolve(f, x).flatten(1)) for f, x in chunks])
         return F.relu(self.out_norm(interacted.view(features.shape)))
 

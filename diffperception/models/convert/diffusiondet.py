@@ -83,7 +83,7 @@ _HEAD = "head.head_series."
 
 
 def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> dict[str, Any]:
-    """The arguments of `DiffusionDet` that a checkpoint's names and shapes tell.
+    """The arguments of `DiffusionDet` that a checkpoint's names and shapes tell; those of its head under `head`.
 
     Each size is what most of the tensors that show it say, so that single wrong, missing or needless ones are found out
     later by their names; a size that none shows is the reference's own. Heads of the attention (8), the signal scale
@@ -107,13 +107,15 @@ def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | 
         "classes": list(classes) if classes is not None else class_names(num_classes),
         "backbone": _backbone(state),
         "freeze_norm": True,
-        "width": width,
-        "stages": _count(state, r"head\.head_series\.(\d+)\."),
-        "pool_size": isqrt(_size(state, f"{_HEAD}?.inst_interact.out_layer.weight", 1, 49 * width) // width),
-        "dynamic_width": _size(state, f"{_HEAD}?.inst_interact.norm1.*", 0, 64),
-        "ffn_width": _size(state, f"{_HEAD}?.linear1.*", 0, 2048),
-        # The tower's modules are Linear, LayerNorm, ReLU in turn.
-        "box_layers": _count(state, r"head\.head_series\.\d+\.reg_module\.(\d+)\.", 8) // 3 + 1,
+        "head": {
+            "width": width,
+            "stages": _count(state, r"head\.head_series\.(\d+)\."),
+            "pool_size": isqrt(_size(state, f"{_HEAD}?.inst_interact.out_layer.weight", 1, 49 * width) // width),
+            "dynamic_width": _size(state, f"{_HEAD}?.inst_interact.norm1.*", 0, 64),
+            "ffn_width": _size(state, f"{_HEAD}?.linear1.*", 0, 2048),
+            # The tower's modules are Linear, LayerNorm, ReLU in turn.
+            "box_layers": _count(state, r"head\.head_series\.\d+\.reg_module\.(\d+)\.", 8) // 3 + 1,
+        },
         "num_timesteps": 1000 if table is None else len(table),
     }
 

@@ -27,7 +27,7 @@ class Conv3x3(nn.Conv2d):
             and H % TILE == W % TILE == 0
             and B * H * W >= PIXELS
             and x.dtype == self.weight.dtype == torch.float32
-            and _is_eager_cpu(x)
+            and is_eager_cpu(x)
             and not torch.is_autocast_enabled("cpu")
         )
 
@@ -40,10 +40,11 @@ class Conv1x1(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        if not _is_eager_cpu(x):
+        if not is_eager_cpu(x):
             return super().forward(x)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def _is_eager_cpu(x: Tensor) -> bool:
+def is_eager_cpu(x: Tensor) -> bool:
+    """Whether what is faster on a CPU, and only where it is not compiled or exported, may be done."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

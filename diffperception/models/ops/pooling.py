@@ -1,18 +1,20 @@
 """RoIAlign over all pyramid levels and all images in one gather."""
 
-import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffperception.models.ops.transfer import to_device
 
 CANONICAL_LEVEL = 4  # the level that pools a box of CANONICAL_SIZE pixels (arXiv 1612.03144, eq. 1): stride 16
 CANONICAL_SIZE = 224
 
 
 class FeaturePyramid:
-    """Feature maps of all levels and images, laid out as one table with a row a position, to gather from many times.
+    """Feature maps of all levels and images, laid out as one table with a row per position, to gather from many times.
 
     Bilinear interpolation and averaging are linear, so a pooled bin is a weighted sum of rows: `embedding_bag`. On a
     CPU this is an order of magnitude faster than torchvision's `roi_align`, forward and backward, with equal results.
@@ -20,37 +22,37 @@ class FeaturePyramid:
 
     Args:
         rows: (R, C), the table.
-        start, height, width: (B, L) int64, where each image's level begins in the table, and its size in cells.
-        strides: pixels a cell, one a level; powers of two, each twice the one before.
+        places: (3, B, L) int64, where each image's level begins in the table, and its height and width in cells.
+        strides: pixels per cell, one per level; powers of two, each twice the one before.
     """
 
-    def __init__(self, rows: Tensor, start: Tensor, height: Tensor, width: Tensor, strides: list[int]):
-        self.rows, self.start, self.height, self.width, self.strides = rows, start, height, width, strides
+    def __init__(self, rows: Tensor, places: Tensor, strides: list[int]):
+        self.rows, self.places, self.strides = rows, places, strides
 
     @classmethod
-    def from_maps(cls, maps: list[Tensor], strides: list[int]) -> "FeaturePyramid":
-        """From one (B, C, H_l, W_l) tensor a level, finest first."""
-        batch, device = len(maps[0]), maps[0].device
-        height, width = torch.tensor([m.shape[-2:] for m in maps]).unbind(-1)
-        cells = height * width
-        start = (cells.cumsum(0) - cells) * batch + torch.arange(batch)[:, None] * cells
-        rows = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
-        start, height, width = (x.expand(batch, -1).to(device) for x in (start, height, width))
-        return cls(rows, start, height, width, strides)
+    def from_maps(
+        cls, batches: Sequence[Sequence[Tensor]], strides: list[int], order: Sequence[int] | None = None
+    ) -> "FeaturePyramid":
+        """From one (B, C, H_l, W_l) tensor per level, finest first, of each of several batches.
 
-    @classmethod
-    def join(cls, pyramids: "list[FeaturePyramid]", order: list[int]) -> "FeaturePyramid":
-        """One table for the images of several; image i of the result is image order[i] of the concatenation."""
-        offsets = itertools.accumulate((len(p.rows) for p in pyramids), initial=0)
-        start = torch.cat([p.start + offset for p, offset in zip(pyramids, offsets, strict=False)])
-        height, width = torch.cat([p.height for p in pyramids]), torch.cat([p.width for p in pyramids])
-        rows = torch.cat([p.rows for p in pyramids]) if len(pyramids) > 1 else pyramids[0].rows
-        return cls(rows, start[order], height[order], width[order], pyramids[0].strides)
+        Args:
+            order: image i of the result is image order[i] of all batches' one after another; by default as they are.
+        """
+        places, offset = [], 0
+        for maps in batches:
+            batch = len(maps[0])
+            height, width = torch.tensor([m.shape[-2:] for m in maps]).unbind(-1)
+            cells = height * width
+            start = offset + (cells.cumsum(0) - cells) * batch + torch.arange(batch)[:, None] * cells
+            places.append(torch.stack([x.expand(batch, -1) for x in (start, height, width)]))
+            offset += batch * int(cells.sum())
+        rows = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for maps in batches for m in maps])
+        joined = torch.cat(places, 1)
+        return cls(rows, to_device(joined if order is None else joined[:, list(order)], rows.device), strides)
 
     def split(self, size: int) -> "list[FeaturePyramid]":
         """Pyramids of so many images each (fewer in the last), over the same table."""
-        places = zip(self.start.split(size), self.height.split(size), self.width.split(size), strict=True)
-        return [FeaturePyramid(self.rows, *place, self.strides) for place in places]
+        return [FeaturePyramid(self.rows, places, self.strides) for places in self.places.split(size, 1)]
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Index of the level that pools each box, by its size (..., 4) -> (...)."""
@@ -64,8 +66,8 @@ class FeaturePyramid:
 
         Args:
             boxes: (B, N, 4) xyxy in pixels.
-            size: bins a side.
-            samples: points a bin and axis; cost grows with their square.
+            size: bins per side.
+            samples: points per bin and axis; cost grows with their square.
 
         Returns: (B, N, size * size, C), bins row by row.
         """
@@ -74,7 +76,7 @@ class FeaturePyramid:
         level = self.assign_levels(boxes)
         stride = self.strides[0] * 2.0**level
         x1, y1, x2, y2 = (boxes / stride[..., None] - 0.5).unbind(-1)  # a cell's value sits at its centre
-        start, height, width = (x.gather(1, level) for x in (self.start, self.height, self.width))
+        start, height, width = (x.gather(1, level) for x in self.places)
         rows, row_weights = _bilinear_taps(y1, y2, size, samples, height)
         columns, column_weights = _bilinear_taps(x1, x2, size, samples, width)
         taps = 2 * samples

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from diffperception.detection import DiffusionDet, SamplerOptions
+from diffperception.detection import BoxSampler, DiffusionDet
 from diffperception.detection.boxes import decode_boxes
-from diffperception.detection.criterion import set_losses
-from diffperception.detection.detector import image_sizes
-from diffperception.detection.matcher import PaddedTargets, match
+from diffperception.detection.matcher import match
+from diffperception.detection.targets import PaddedTargets, image_sizes
 from diffperception.models import pad_images
 from tests.detection.sampling import check_sampling, middle_score
-from tests.detection.scenes import random_image
+from tests.detection.scenes import random_image, set_losses
 from tests.parity import arrays, distance, filled_state
 
 TOLERANCE = 1e-4
@@ -36,7 +35,8 @@ def images(parity):
 @pytest.fixture(scope="module")
 def outputs(detector, images, parity):
     with torch.no_grad():
-        return detector(images, parity["boxes_in"], parity["t"])
+        output = detector(images, parity["boxes_in"], parity["t"])
+        return output.logits, output.boxes
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def targets(parity):
 
 
 def test_decoded_proposals(parity, images):
-    sizes = image_sizes(images, torch.device("cpu"))
+    sizes = image_sizes(images)
     assert torch.equal(sizes, parity["whwh"])
     assert distance(decode_boxes(parity["noise"], sizes, scale=2.0), parity["boxes_in"]) < TOLERANCE
 

@@ -32,7 +32,7 @@ def torchvision_pool(maps, boxes, level, size, samples=2):
 @pytest.mark.parametrize(("size", "samples"), [(1, 2), (7, 2), (5, 1)])
 def test_pooling_equals_torchvision_also_beyond_the_border(size, samples):
     maps, boxes = random_maps(2, 512, 640), boxes_of_all_sizes(2)
-    pyramid = FeaturePyramid.from_maps(maps, STRIDES)
+    pyramid = FeaturePyramid.from_maps([maps], STRIDES)
     expected = torchvision_pool(maps, boxes, pyramid.assign_levels(boxes), size, samples)
     torch.testing.assert_close(pyramid.pool(boxes, size, samples), expected, atol=1e-4, rtol=1e-4)
 
@@ -40,7 +40,7 @@ def test_pooling_equals_torchvision_also_beyond_the_border(size, samples):
 def test_gradients_equal_torchvision():
     ours, theirs = ([m.requires_grad_() for m in random_maps(2, 128, 160)] for _ in range(2))
     boxes = torch.stack([random_boxes(30, 160, 128, seed) for seed in range(2)])
-    pyramid = FeaturePyramid.from_maps(ours, STRIDES)
+    pyramid = FeaturePyramid.from_maps([ours], STRIDES)
     pooled = pyramid.pool(boxes, 3)
     direction = torch.randn_like(pooled)
     (pooled * direction).sum().backward()
@@ -50,7 +50,7 @@ def test_gradients_equal_torchvision():
 
 
 def test_levels_double_with_the_size_of_the_box():
-    pyramid = FeaturePyramid.from_maps(random_maps(1, 64, 64), STRIDES)
+    pyramid = FeaturePyramid.from_maps([random_maps(1, 64, 64)], STRIDES)
     sides = torch.tensor([1.0, 111.0, 113.0, 223.0, 225.0, 449.0, 9000.0])
     boxes = torch.stack([torch.zeros(7), torch.zeros(7), sides, sides], 1)
     assert pyramid.assign_levels(boxes).tolist() == [0, 0, 1, 1, 2, 3, 3]
@@ -59,9 +59,8 @@ def test_levels_double_with_the_size_of_the_box():
 def test_joined_pyramids_pool_each_image_from_its_own_maps():
     wide, tall = random_maps(2, 64, 96, seed=1), random_maps(1, 128, 32, seed=2)
     boxes = torch.stack([random_boxes(9, 32, 64, seed) for seed in range(3)])
-    alone = [FeaturePyramid.from_maps([m[i : i + 1] for m in wide], STRIDES) for i in range(2)]
-    alone.insert(1, FeaturePyramid.from_maps(tall, STRIDES))
-    pyramids = [FeaturePyramid.from_maps(wide, STRIDES), FeaturePyramid.from_maps(tall, STRIDES)]
-    joined = FeaturePyramid.join(pyramids, order=[0, 2, 1])
+    alone = [FeaturePyramid.from_maps([[m[i : i + 1] for m in wide]], STRIDES) for i in range(2)]
+    alone.insert(1, FeaturePyramid.from_maps([tall], STRIDES))
+    joined = FeaturePyramid.from_maps([wide, tall], STRIDES, order=[0, 2, 1])
     expected = torch.cat([p.pool(boxes[i : i + 1], 3) for i, p in enumerate(alone)])
     assert torch.equal(joined.pool(boxes, 3), expected)

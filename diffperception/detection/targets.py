@@ -1,0 +1,101 @@
+"""The objects of a batch as tensors of one shape."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffperception.models.ops.transfer import to_device
+
+PLAIN = ("boxes", "labels", "iscrowd", "area", "image_id")  # of a target; whatever else belongs to a special head
+
+
+@dataclass
+class PaddedTargets:
+    """Objects of a batch, padded to the most crowded image.
+
+    Attributes:
+        boxes: (B, M, 4) xyxy in pixels.
+        labels: (B, M) int64.
+        valid: (B, M), False for pads and for objects that are not to be learned this time.
+        image_sizes: (B, 4) width, height, width, height in pixels.
+        present: (B, M), False for pads alone.
+        counted_classes: (B, K), False where a class is left out of an image's classification loss; None counts all.
+        more: whatever else targets say of each object, by name, (B, M, ...): masks are padded below and to the right.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+    image_sizes: Tensor
+    present: Tensor
+    counted_classes: Tensor | None = None
+    more: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def collate(cls, targets: Sequence[dict], image_sizes: Tensor) -> "PaddedTargets":
+        """Pad torchvision detection targets, on the CPU; `iscrowd` regions are no objects to learn."""
+        learned = [_without_crowds(target) for target in targets]
+        boxes = [target["boxes"].float().reshape(-1, 4) for target in learned]
+        most = max(1, *(len(b) for b in boxes))
+        valid = torch.arange(most) < torch.tensor([len(b) for b in boxes])[:, None]
+        # A pad is a box of one pixel: its geometry stays finite, and `valid` keeps it out of every result.
+        padded = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(boxes), most, 1)
+        for row, of_image in zip(padded, boxes, strict=True):
+            row[: len(of_image)] = of_image
+        labels = _stack([target["labels"] for target in learned], most)
+        more = {
+            name: _stack([target[name] for target in learned], most)
+            for name, value in learned[0].items()
+            if name not in PLAIN and isinstance(value, Tensor) and len(value) == len(boxes[0])
+        }
+        return cls(padded, labels, valid, image_sizes.cpu(), valid, None, more)
+
+    def to(self, device: torch.device) -> "PaddedTargets":
+        """The same objects there."""
+        more = {name: to_device(value, device) for name, value in self.more.items()}
+        boxes, labels, valid, sizes, present = (
+            to_device(x, device) for x in (self.boxes, self.labels, self.valid, self.image_sizes, self.present)
+        )
+        classes = None if self.counted_classes is None else to_device(self.counted_classes, device)
+        return PaddedTargets(boxes, labels, valid, sizes, present, classes, more)
+
+    def repeat(self, stages: int) -> "PaddedTargets":
+        """What matching needs of the objects, for every stage: rows (S * B, ...), stage by stage."""
+        needed = (self.boxes, self.labels, self.valid, self.image_sizes, self.present)
+        return PaddedTargets(*(x.repeat(stages, *[1] * (x.dim() - 1)) for x in needed))
+
+    def limit(self, proposals: int, generator: torch.Generator | None = None) -> "PaddedTargets":
+        """At most `proposals` objects per image, chosen at random where there are more."""
+        if self.valid.shape[1] <= proposals:
+            return self
+        order = torch.rand(self.valid.shape, generator=generator).masked_fill(~self.valid, 2.0)
+        rank = order.argsort(1).argsort(1)
+        return replace(self, valid=self.valid & (rank < proposals))
+
+
+def image_sizes(images: Sequence[Tensor]) -> Tensor:
+    """(B, 4) width, height, width, height in pixels, on the CPU."""
+    return torch.tensor([[*image.shape[-2:]][::-1] * 2 for image in images], dtype=torch.float32)
+
+
+def _without_crowds(target: dict) -> dict:
+    """The target on the CPU, without what is marked in `iscrowd`."""
+    objects = len(target["labels"])
+    on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in target.items()}
+    if "iscrowd" not in on_cpu:
+        return on_cpu
+    keep = ~on_cpu["iscrowd"].bool()
+    return {
+        name: value[keep] if isinstance(value, Tensor) and value.shape[:1] == (objects,) else value
+        for name, value in on_cpu.items()
+    }
+
+
+def _stack(values: Sequence[Tensor], rows: int) -> Tensor:
+    """Tensors (n, ...) of one number of axes in one, padded with zeros behind to `rows` and to the largest."""
+    shape = [rows, *(max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True))]
+    padding = [[x for a, b in zip(value.shape, shape, strict=True) for x in (b - a, 0)][::-1] for value in values]
+    return torch.stack([F.pad(value, pads) for value, pads in zip(values, padding, strict=True)])
