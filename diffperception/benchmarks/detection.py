@@ -6,7 +6,7 @@ import torch
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from diffperception.benchmarks.timing import Row, best_seconds
-from diffperception.detection import DiffusionDet, BoxSampler
+from diffperception.detection import BoxSampler, DiffusionDet
 from diffperception.detection.detector import image_sizes
 from diffperception.detection.matcher import PaddedTargets, match
 from diffperception.detection.sampler import select_detections

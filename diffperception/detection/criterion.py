@@ -1,4 +1,4 @@
-"""The training loss of DiffusionDet over all stages, from named terms; and which classes count in it (federated loss)."""
+"""The training loss of DiffusionDet over all stages, from named terms; which classes count in it (federated loss)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from diffperception.data import CocoDetection
 from diffperception.data.batches import collate
 from diffperception.detection import Detector
-from diffperception.diffusion import sample_seed
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult
 from diffperception.detection.lvis import LvisEvaluator
+from diffperception.diffusion import sample_seed
 
 Protocol = Literal["coco", "lvis"]
 EVALUATORS: dict[Protocol, type[CocoEvaluator]] = {"coco": CocoEvaluator, "lvis": LvisEvaluator}

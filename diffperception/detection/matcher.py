@@ -59,9 +59,7 @@ def match(
     return _dynamic_k(cost, iou, targets.valid)
 
 
-def matching_cost(
-    logits: Tensor, boxes: Tensor, targets: PaddedTargets, weights: SetWeights
-) -> tuple[Tensor, Tensor]:
+def matching_cost(logits: Tensor, boxes: Tensor, targets: PaddedTargets, weights: SetWeights) -> tuple[Tensor, Tensor]:
     """Cost and IoU of every proposal with every object: two (R, N, M); a pad costs infinity and overlaps nothing.
 
     A proposal whose cost is not a number costs as much as a proposal can, so that training ends with a named loss

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet
-from diffperception.diffusion import sample_seed
 from diffperception.detection.evaluator import CocoEvaluator
 from diffperception.detection.inference import EVALUATORS, Protocol, hide_bar, require_classes, share_of_batches
 from diffperception.detection.sampler import BoxSampler
+from diffperception.diffusion import sample_seed
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ def check_sampling(detector: DiffusionDet, images: list[Tensor], sampler: BoxSam
     """Images predicted together are as the naive sampler has each; the detector must not resize them."""
     seeds = list(range(5, 5 + len(images)))
     sizes = image_sizes(images)
-    for image, size, seed, ours in zip(
-        images, sizes, seeds, detector.predict(images, seeds, sampler), strict=True
-    ):
+    for image, size, seed, ours in zip(images, sizes, seeds, detector.predict(images, seeds, sampler), strict=True):
         theirs = naive.detect(
             denoiser(detector, image),
             size,

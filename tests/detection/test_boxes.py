@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import generalized_box_iou
 
-from diffperception.detection.boxes import apply_deltas, decode_boxes, encode_boxes, clamp_min_size, paired_giou
+from diffperception.detection.boxes import apply_deltas, clamp_min_size, decode_boxes, encode_boxes, paired_giou
 from tests.detection.scenes import random_boxes
 
 SIZES = torch.tensor([[200.0, 100.0, 200.0, 100.0], [64.0, 96.0, 64.0, 96.0]])

@@ -11,13 +11,13 @@ from diffperception.cli.main import main
 from diffperception.data import CocoDetection
 from diffperception.detection import BoxSampler, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator
+from diffperception.detection.inference import evaluate_detector
 from diffperception.detection.matcher import match
 from diffperception.detection.targets import PaddedTargets, image_sizes
 from diffperception.diffusion import SampleNoise, sample_seed
-from diffperception.training.recipes.detection import DetectionTask
-from diffperception.detection.inference import evaluate_detector
-from diffperception.training.options import OptimizerOptions
 from diffperception.training.module import NonFiniteLossError
+from diffperception.training.options import OptimizerOptions
+from diffperception.training.recipes.detection import DetectionTask
 from tests.detection.scenes import CLASSES, random_boxes, random_image, random_target, set_losses, tiny_detector
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_detector import UnpluggedDiffusionDet
@@ -66,7 +66,10 @@ def test_3_the_prior_is_in_the_class_bias_alone(count):
 
 def test_4_no_proposal_is_without_area():
     detector = tiny_detector(num_boxes=2000)
-    sizes = [step["boxes"][:, 2:] - step["boxes"][:, :2] for step in detector.trajectory(IMAGES[0], 0, BoxSampler(4, 2000))[0]]
+    sizes = [
+        step["boxes"][:, 2:] - step["boxes"][:, :2]
+        for step in detector.trajectory(IMAGES[0], 0, BoxSampler(4, 2000))[0]
+    ]
     assert min(size.min() for size in sizes) >= 0.999
     padded = PaddedTargets.collate([random_target(3, 64, 96)], image_sizes(IMAGES[:1]))
     for t in (0, 300, 700, 999):

@@ -8,13 +8,13 @@ import torch.nn as nn
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from diffperception.detection import BoxSampler, DiffusionDet
+from diffperception.detection import DiffusionDet
 from diffperception.detection.heads.boxes import DynamicHead
 from diffperception.detection.matcher import match
 from diffperception.detection.targets import PaddedTargets, image_sizes
-from diffperception.models.convert.diffusiondet import constructor_arguments, rename
 from diffperception.diffusion import cosine_schedule
 from diffperception.models import FPN, TimmBackbone
+from diffperception.models.convert.diffusiondet import constructor_arguments, rename
 from tests.detection.sampling import check_sampling, middle_score
 from tests.detection.scenes import random_boxes, random_image
 from tests.parity import distance, fill_state, naive, shapes
@@ -298,4 +298,4 @@ def test_1203_classes_match_what_the_reference_does(lvis):
 def test_1203_classes_are_sampled_as_the_reference_does(lvis, changes):
     images = [random_image(96, 128, 1), random_image(64, 80, 2)]
     renewal = middle_score(lvis[1], images[0], count=12)
-    check_sampling(lvis[1], images, SamplerOptions(**{"num_boxes": 12, "renewal_threshold": renewal} | changes))
+    check_sampling(lvis[1], images, BoxSampler(**{"num_boxes": 12, "renewal_threshold": renewal} | changes))

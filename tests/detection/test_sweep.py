@@ -15,9 +15,9 @@ from diffperception.cli.main import main
 from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet, image_seed
 from diffperception.detection.evaluator import results_rows
+from diffperception.detection.inference import evaluate_detector
 from diffperception.detection.sampler import SamplerOptions
 from diffperception.detection.sweep import Score, audit_detector, combine
-from diffperception.detection.inference import evaluate_detector
 from tests.detection.scenes import tiny_detector
 from tests.training.tiny_data import CLASSES, write_tiny_data
 from tests.training.tiny_detector import TinyDetector

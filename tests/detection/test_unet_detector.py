@@ -11,8 +11,8 @@ from diffperception.cli.main import main
 from diffperception.detection import FCOS, Detector, DiffusionDet
 from diffperception.generation import DiffusionModel
 from diffperception.models import UNetBackbone, pad_images
-from diffperception.training.recipes.detection import DetectionTask
 from diffperception.training.options import OptimizerOptions
+from diffperception.training.recipes.detection import DetectionTask
 from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
 from tests.detection.test_detector import assert_same_detections
 from tests.models.unet.test_unet import tiny

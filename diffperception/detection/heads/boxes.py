@@ -197,8 +197,8 @@ class DynamicConv(nn.Module):
     def forward(self, features: Tensor, rois: Tensor) -> Tensor:
         """features (B, N, d), rois (B, N, P, d) -> (B, N, d).
 
-        The weights of one proposal take 2 * d * dynamic_width numbers. On a CPU, a chunk of proposals at a time, and one
-        of the two convolutions at a time, keeps them in the cache: 20 % faster.
+        The weights of one proposal take 2 * d * dynamic_width numbers. On a CPU, a chunk of proposals at a time, and
+        one of the two convolutions at a time, keeps them in the cache: 20 % faster.
         """
         flat = features.flatten(0, 1), rois.flatten(0, 1)
         count = math.ceil(len(flat[0]) / CHUNK) if is_eager_cpu(features) else 1

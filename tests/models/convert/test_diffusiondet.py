@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffperception.detection import BoxSampler, DiffusionDet
+from diffperception.detection import DiffusionDet
 from diffperception.detection.boxes import decode_boxes
 from diffperception.detection.matcher import match
 from diffperception.detection.targets import PaddedTargets, image_sizes
@@ -91,4 +91,4 @@ def test_losses(outputs, targets, parity):
 def test_prediction_in_several_steps(detector, steps):
     images = [random_image(96, 128, 1), random_image(64, 80, 2)]
     renewal = middle_score(detector, images[0], count=20)
-    check_sampling(detector, images, SamplerOptions(steps, 20, renewal_threshold=renewal))
+    check_sampling(detector, images, BoxSampler(steps, 20, renewal_threshold=renewal))
