@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffperception.cli.report import write_text
-from diffperception.cli.settings import differences, read_settings
+from diffperception.configuration.settings import differences, read_settings
 
 TITLES = {
     "diffusion": "diffusion features",

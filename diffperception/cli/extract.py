@@ -17,7 +17,7 @@ from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import find_images
 from diffperception.cli.report import write_text
-from diffperception.cli.settings import differences, read_settings
+from diffperception.configuration.settings import differences, read_settings
 from diffperception.data.images import BrokenImageError, read_image, read_size
 from diffperception.segmentation import FeatureExtractor
 from diffperception.segmentation.feature_cache import file_bytes, fingerprint, in_bytes, parse_bytes, save_maps

@@ -1,11 +1,11 @@
-"""The command runner: `diffperception NAME [--config FILE ...] [--option value ...]`.
+"""The command runner: `diffperception NAME [FILE.yaml ...] [--option value ...]`.
 
 A command is a function of the same name in the module of the same name here. Its signature and docstring are its
-options and its help; nothing is registered. A module is imported only once its command is called, so that `predict`
-does not wait for what only `train` needs.
+options and its help. A module is imported only once its command is called, so that `predict` does not wait for what
+only `train` needs.
 
-Some commands do the same for several tasks: `--task generation`, or `task: generation` in a configuration, takes the
-function from the module `NAME_generation`. Without it the task is detection.
+A module of a command that works on several kinds of things has a dictionary BY_KIND of functions in place of that: the
+function is chosen by what the file of `--model` says that it is, or by an option of that name, such as `--results`.
 """
 
 import difflib
@@ -14,9 +14,7 @@ import os
 import signal
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
-
-from diffperception.cli import TASKS
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 COMMANDS = {
     "shapes": "draw the shapes data set (images, COCO annotations, masks)",
@@ -34,11 +32,9 @@ COMMANDS = {
     "convert": "turn a checkpoint of DiffusionDet, guided-diffusion or ddpm-segmentation into a model file",
 }
 USAGE = (
-    "usage: diffperception COMMAND [--config FILE] [--option value] ...\n\n"
+    "usage: diffperception COMMAND [FILE.yaml ...] [--option value] ...\n\n"
     + "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
-    + "\n\n`diffperception COMMAND --help` explains the options of a command;\n"
-    + "\n".join(f"`{name} --task ... --help` those of {', '.join(tasks)}" for name, tasks in TASKS.items())
-    + ".\n"
+    + "\n\n`diffperception COMMAND --help` explains the options of a command, `train --task TASK --help` those of a task.\n"
 )
 
 
@@ -59,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"diffperception {name}: interrupted\n")
         return 128 + signal.SIGINT
     except (ArgumentError, ValueError, OSError) as error:
-        from diffperception.cli.parsing import sentence
+        from diffperception.configuration.messages import sentence
 
         if "--debug" in arguments:
             raise
@@ -69,10 +65,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Call command `name` with what the arguments say."""
-    from diffperception.cli.parsing import call, chosen_task
-
     require_command(name)
-    return call(find(name, chosen_task(arguments) if name in TASKS else None), arguments)
+    module = importlib.import_module(f"diffperception.cli.{name}")
+    prefer_fast_products()
+    if name == "train":
+        return module.train(arguments)
+    from diffperception.configuration.parser import Options, call
+
+    by_kind: Mapping[str, Callable[..., int | None]] = getattr(module, "BY_KIND", {name: getattr(module, name, None)})
+    kind = find_kind(arguments, by_kind)
+    if kind is not None:
+        return call(by_kind[kind], arguments, name)
+    for command in by_kind.values():
+        Options(name, command).parser.print_help()
+    return 0 if "--help" in arguments or "-h" in arguments else 2
+
+
+def find_kind(arguments: Sequence[str], kinds: Collection[str]) -> str | None:
+    """Which of the kinds the arguments speak of; None if they do not say, or ask for help with all.
+
+    Raises:
+        FileNotFoundError, ValueError: the model file is none, or of a kind that the command does not know.
+    """
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    from diffperception.configuration.base import given, spread_files
+    from diffperception.models.base import file_kind
+
+    spread = spread_files(arguments)
+    for kind in kinds:
+        if given(spread, kind) is not None:
+            return kind
+    file = given(spread, "model")
+    if file is None:
+        return None
+    kind = file_kind(file)
+    if kind not in kinds:
+        raise ValueError(f"{file} is a {kind}: give the file of a {' or '.join(kinds)}")
+    return kind
+
+
+def prefer_fast_products() -> None:
+    """Let a GPU multiply float32 matrices in TF32; a CPU's results stay as they are."""
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.set_float32_matmul_precision("high")
 
 
 def require_command(name: str) -> None:
@@ -81,16 +119,6 @@ def require_command(name: str) -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise ValueError(f"there is no such command; {hint}")
-
-
-def find(name: str, task: str | None = None) -> Callable[..., int | None]:
-    """The function of command `name` for a task, by default its first; ValueError if the command has no such task."""
-    tasks = TASKS.get(name, (None,))
-    task = task or tasks[0]
-    if task not in tasks:
-        raise ValueError(f"there is no task {task!r}: {name} knows {', '.join(map(str, tasks))}")
-    module = name if task == tasks[0] else f"{name}_{task}"
-    return getattr(importlib.import_module(f"diffperception.cli.{module}"), name)
 
 
 if __name__ == "__main__":

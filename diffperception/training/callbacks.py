@@ -1,25 +1,26 @@
 """What happens after the steps of training: averaging, logging, checkpoints, evaluation."""
 
-import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffperception.training.loggers import RunLog
-from diffperception.training.module import Task
+from diffperception.echo import echo
+from diffperception.files import written_beside
+from diffperception.training.module import TrainingModule
+from diffperception.training.recipe import Evaluator
 
-# (averaged model, model in training, step) -> metrics, the most telling first; without an average both are the same.
-Score = Callable[[nn.Module, nn.Module, int], dict[str, float]]
 IMPATIENCE = 3.0  # seconds; torchrun hands Ctrl-C on to processes that got it from the terminal already
 
 
@@ -33,14 +34,15 @@ class Averaging(WeightAveraging):
         super().__init__(multi_avg_fn=self._blend)
         self.decay = decay
 
-    def _blend(self, averages: list[Tensor], values: list[Tensor], updates: Tensor) -> None:
-        n = int(updates)
-        weight = 1 - min(self.decay, (1 + n) / (10 + n))
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, weight)
-            else:  # counters
-                average.copy_(value)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        assert self._average_model is not None
+        # On the CPU no update waits for a GPU to tell its number.
+        self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def _blend(self, averages: list[Tensor], values: list[Tensor], _: Tensor) -> None:
+        assert self._average_model is not None
+        blend(averages, values, self.decay, int(self._average_model.n_averaged))
 
     @property
     def model(self) -> nn.Module:
@@ -49,73 +51,77 @@ class Averaging(WeightAveraging):
         return self._average_model.module.model  # type: ignore[return-value]
 
 
+@torch.no_grad()
+def blend(averages: list[Tensor], values: list[Tensor], decay: float, n: int) -> None:
+    """Update n of averages, of one type and device, with new values."""
+    if averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
+    else:  # counters
+        torch._foreach_copy_(averages, values)
+
+
+def log(trainer: Trainer, step: int, numbers: Mapping[str, float]) -> None:
+    """Give the loggers the numbers of a step, in the first process."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        logger.log_metrics(dict(numbers), step)
+
+
 class Reporter(Callback):
     """Progress with the time left, and a row of numbers every so many steps.
 
     Args:
-        record: where the numbers go; None in all processes but the first.
         every: steps between rows.
-        say: prints a line; used where there is no terminal for a bar.
     """
 
-    def __init__(self, record: RunLog | None, every: int, say: Callable[[str], None]):
-        self.record = record
+    def __init__(self, every: int):
         self.every = every
-        self.say = say
-        self.terms: list[dict[str, Tensor]] = []
         self.busy = 0.0
 
-    def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
-        options = task.options
-        self.say(
-            f"{task.images_per_step} images a step, so the learning rate is {options.lr:g} x {task.images_per_step}"
-            f" / {options.base_batch_size} = {task.lr:g}"
-        )
+    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:  # type: ignore[override]
+        echo(module.rate_in_words())
         self.first = self.last = trainer.global_step
         self.began = time.monotonic()
-        hidden = None if self.record else True  # None: where there is no terminal
+        hidden = None if trainer.is_global_zero else True  # None: where there is no terminal
         self.bar = tqdm(total=trainer.max_steps, initial=self.first, desc="train", disable=hidden)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.batch_began = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, task: Task, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, module: TrainingModule, *_: Any) -> None:  # type: ignore[override]
         self.busy += time.perf_counter() - self.batch_began
-        self.terms.append(task.terms)
         step = trainer.global_step
         if step == self.last:  # gradients are being accumulated
             return
         self.last = step
         self.bar.update()
         if step % self.every == 0 or step == trainer.max_steps:
-            self._report(trainer, step)
+            self._report(trainer, module, step)
 
-    def _report(self, trainer: Trainer, step: int) -> None:
-        names = list(self.terms[0])
-        means = torch.stack([torch.stack([terms[name] for terms in self.terms]).mean() for name in names])
+    def _report(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        module.require_finite()
+        means = torch.stack([loss.terms for loss in module.noted]).mean(0)
         means = trainer.strategy.reduce(means, reduce_op="mean")
-        self.terms = []
-        if self.record is None:
+        module.noted.clear()
+        if not trainer.is_global_zero:
             return
         loss, rate = float(means.sum()), max(group["lr"] for group in trainer.optimizers[0].param_groups)
-        terms = {f"train/loss_{name}": mean for name, mean in zip(names, means.tolist(), strict=True)}
-        waiting = self.waiting(trainer)
-        self.record.write(step, {"train/loss": loss, **terms, "train/lr": rate, "train/waiting": waiting})
+        terms = {f"train/loss_{name}": mean for name, mean in zip(module.term_names, means.tolist(), strict=True)}
+        log(trainer, step, {"train/loss": loss, **terms, "train/lr": rate, "train/waiting": self.waiting(trainer)})
         self.bar.set_postfix_str(f"loss {loss:.3f}")
         if self.bar.disable:
             elapsed = time.monotonic() - self.began
             left = elapsed / (step - self.first) * (trainer.max_steps - step)
-            self.say(f"step {step}/{trainer.max_steps}  loss {loss:.3f}  {clock(elapsed)} so far, {clock(left)} left")
+            echo(f"step {step}/{trainer.max_steps}  loss {loss:.3f}  {clock(elapsed)} so far, {clock(left)} left")
 
     def waiting(self, trainer: Trainer) -> float:
-        """The share of training time, evaluations and checkpoints apart, that was spent waiting for data."""
+        """The fraction of training time, evaluations and checkpoints apart, that was spent waiting for data."""
         waited = trainer.datamodule.loader.waited  # type: ignore[attr-defined]
         return waited / (waited + self.busy)
 
-    def on_train_end(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, module: TrainingModule) -> None:  # type: ignore[override]
         self.bar.close()
         if self.busy:
-            self.say(f"waiting for data took {100 * self.waiting(trainer):.1f} % of the training time")
+            echo(f"waiting for data took {100 * self.waiting(trainer):.1f} % of the training time")
 
     def on_exception(self, *_: Any) -> None:
         if hasattr(self, "bar"):
@@ -129,12 +135,12 @@ class Checkpoints(Callback):
     half an accumulation; a second signal, some seconds later, stops at once.
 
     Args:
-        path: of the checkpoint; a new one is written beside and then renamed.
+        path: of the checkpoint; None writes none.
         every: steps between checkpoints.
         max_minutes: stop after these.
     """
 
-    def __init__(self, path: Path, every: int, max_minutes: float | None):
+    def __init__(self, path: Path | None, every: int, max_minutes: float | None):
         self.path = path
         self.every = every
         self.seconds = float("inf") if max_minutes is None else max_minutes * 60
@@ -142,12 +148,13 @@ class Checkpoints(Callback):
         self.saved = 0
         self.between_steps = False
 
-    def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:  # type: ignore[override]
         self.saved = trainer.global_step
         self.between_steps = True
         self.began = time.monotonic()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)  # lightning restores what was there before
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._note)  # lightning restores what was there before
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
@@ -159,89 +166,88 @@ class Checkpoints(Callback):
         self.between_steps = False
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self.between_steps = True
         told = self.signal is not None or time.monotonic() - self.began > self.seconds
-        stop = trainer.strategy.reduce_boolean_decision(told, all=False)
+        stop = trainer.strategy.reduce_boolean_decision(told, all=False) or trainer.should_stop
         if stop or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            module.require_finite()
             self._save(trainer)
-        trainer.should_stop = trainer.should_stop or stop
+        self.between_steps = True
+        trainer.should_stop = stop
 
     def _save(self, trainer: Trainer) -> None:
-        beside = self.path.with_name(self.path.name + ".part")
-        trainer.save_checkpoint(beside)
-        if trainer.is_global_zero:
-            os.replace(beside, self.path)
+        if self.path is None:
+            return
+        with written_beside(self.path) if trainer.is_global_zero else nullcontext(self.path) as beside:
+            trainer.save_checkpoint(beside)
         self.saved = trainer.global_step
 
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
         # One of several processes cannot tell whether the others have come as far.
         if trainer.world_size == 1 and self.between_steps and trainer.global_step > self.saved:
+            trainer.lightning_module.require_finite()  # type: ignore[operator]
             self._save(trainer)
 
 
 class Evaluations(Callback):
-    """Scores the model every so many steps; a resumed run makes up for the one it was interrupted in.
+    """Has the model looked at every so many steps; a resumed run makes up for the one it was interrupted in.
 
     Args:
-        score: gives the metrics of the averaged model and the one in training at a step, the most telling first.
+        evaluator: what looks at it.
         averaging: what holds the averaged model; None if there is no average.
-        record: where the metrics go; None in all processes but the first.
-        every: steps between evaluations; None for none.
-        last: whether there is one after the last step too; afterwards only the averaged weights are left.
-        say: prints a line.
+        folder: of the run; None where nothing is written.
     """
 
-    def __init__(
-        self,
-        score: Score,
-        averaging: Averaging | None,
-        record: RunLog | None,
-        every: int | None,
-        last: bool,
-        say: Callable[[str], None],
-    ):
-        self.score = score
+    def __init__(self, evaluator: Evaluator, averaging: Averaging | None, folder: Path | None):
+        self.evaluator = evaluator
         self.averaging = averaging
-        self.record = record
-        self.every = every
-        self.last = last
-        self.say = say
-        self.scored = 0
+        self.folder = folder
+        self.evaluated = 0
 
-    def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:  # type: ignore[override]
         if self._is_due(trainer):
-            self._evaluate(trainer, task)
+            self._evaluate(trainer, module)
 
-    def on_train_batch_end(self, trainer: Trainer, task: Task, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, module: TrainingModule, *_: Any) -> None:  # type: ignore[override]
         if self._is_due(trainer):
-            self._evaluate(trainer, task)
+            self._evaluate(trainer, module)
 
-    def on_fit_end(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
+    def on_fit_end(self, trainer: Trainer, module: TrainingModule) -> None:  # type: ignore[override]
         """Of a run that was interrupted in its last evaluation no step is left, so training does not start again."""
         if self._is_due(trainer):
-            task.to(trainer.strategy.root_device)  # which it has left
-            self._evaluate(trainer, task)
+            module.to(trainer.strategy.root_device)  # which it has left
+            self._evaluate(trainer, module)
 
     def _is_due(self, trainer: Trainer) -> bool:
-        step = trainer.global_step
-        due = self.last if step == trainer.max_steps else bool(self.every) and step % (self.every or 1) == 0
-        return due and step not in (0, self.scored) and not trainer.should_stop
+        step, every = trainer.global_step, self.evaluator.every
+        due = self.evaluator.last if step == trainer.max_steps else every is not None and step % every == 0
+        return due and step not in (0, self.evaluated) and not trainer.should_stop
 
-    def _evaluate(self, trainer: Trainer, task: Task) -> None:
-        step = self.scored = trainer.global_step
-        averaged = self.averaging.model if self.averaging else task.model
-        modes = [(model, model.training) for model in (averaged, task.model)]
+    def _evaluate(self, trainer: Trainer, module: TrainingModule) -> None:
+        step = self.evaluated = trainer.global_step
+        averaged = self.averaging.model if self.averaging else module.model
+        modes = [(model, model.training) for model in (averaged, module.model)]
         with trainer.strategy.precision_plugin.val_step_context():
-            metrics = self.score(averaged, task.model, step)
+            metrics = self.evaluator.evaluate(averaged, module.model, step, self.folder)
         for model, training in modes:
             model.train(training)
-        if self.record is not None:
-            self.record.write(step, {f"val/{name}": value for name, value in metrics.items()})
-        self.say(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in islice(metrics.items(), 3)))
+        self.record(trainer, step, metrics)
+        if metrics:
+            numbers = "  ".join(f"{name} {value:.3f}" for name, value in islice(metrics.items(), 3))
+            echo(f"step {step}: {numbers}")
+
+    def finish(self, trainer: Trainer, model: nn.Module) -> dict[str, float]:
+        """The final metrics of the trained model."""
+        metrics = self.evaluator.finish(model, self.folder)
+        self.record(trainer, trainer.global_step, metrics)
+        return metrics
+
+    def record(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
+        if metrics:
+            log(trainer, step, {f"val/{name}": value for name, value in metrics.items()})
 
 
 def clock(seconds: float) -> str:

@@ -17,7 +17,7 @@ class TrainingData(LightningDataModule):
 
     Args:
         dataset: samples to learn from.
-        batch_size: samples a batch and process.
+        batch_size: samples per batch and process.
         workers: processes that read samples.
         seed: of the order of samples and of their transforms.
         repeats: how often an epoch shows each sample, on average; once by default.
@@ -34,28 +34,24 @@ class TrainingData(LightningDataModule):
         self.repeats = repeats
         self.loader: TimedLoader | None = None
 
+    def batches(self, start: int, stop: int, rank: int, world_size: int, pin_memory: bool) -> Iterable[Any]:
+        """The batches of numbers start..stop-1 for one of the processes."""
+        samples = len(self.dataset) if self.repeats is None else self.repeats  # type: ignore[arg-type]
+        return DataLoader(
+            SeededSamples(self.dataset),
+            batch_sampler=StepBatchSampler(samples, self.batch_size, stop, self.seed, rank, world_size, start),
+            num_workers=self.workers,
+            collate_fn=collate,
+            worker_init_fn=ignore_interrupts,
+            pin_memory=pin_memory,
+        )
+
     def train_dataloader(self) -> Iterable[Any]:
-        assert self.trainer is not None
-        batches = self.trainer.accumulate_grad_batches
-        sampler = StepBatchSampler(
-            len(self.dataset) if self.repeats is None else self.repeats,  # type: ignore[arg-type]
-            self.batch_size,
-            total_steps=self.trainer.max_steps * batches,
-            seed=self.seed,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            start_step=self.trainer.global_step * batches,
-        )
-        self.loader = TimedLoader(
-            DataLoader(
-                SeededSamples(self.dataset),
-                batch_sampler=sampler,
-                num_workers=self.workers,
-                collate_fn=collate,
-                worker_init_fn=ignore_interrupts,
-                pin_memory=self.trainer.strategy.root_device.type == "cuda",
-            )
-        )
+        trainer = self.trainer
+        assert trainer is not None
+        start, stop = (steps * trainer.accumulate_grad_batches for steps in (trainer.global_step, trainer.max_steps))
+        pin = trainer.strategy.root_device.type == "cuda"
+        self.loader = TimedLoader(self.batches(start, stop, trainer.global_rank, trainer.world_size, pin))
         return self.loader
 
 

@@ -1,45 +1,68 @@
-"""The numbers of a run on disk: metrics.csv and TensorBoard events."""
+"""Where the numbers of a run go: metrics.csv, TensorBoard, Weights & Biases."""
 
 import csv
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from diffperception.files import written_beside
+from diffperception.training.options import LoggerName
+
+METRICS = "metrics.csv"
+BOARD = "tensorboard"
 
 
-class RunLog:
-    """One row of numbers a step, in `folder/metrics.csv` and as scalars under `folder/tensorboard`.
+class CsvLog(Logger):
+    """One row of numbers per step in a CSV file, which is whole at any time.
 
     Args:
+        path: the file.
         after: the step that a resumed run goes on from: rows of later steps, written before it was interrupted, go.
     """
 
-    def __init__(self, folder: Path, after: int = 0):
-        self.path = folder / "metrics.csv"
-        self.rows = {step: row for step, row in _read(self.path).items() if step <= after}
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
+    name = "csv"
+    version = None
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def __init__(self, path: Path, after: int = 0):
+        super().__init__()
+        self.path = path
+        self.rows = {step: row for step, row in _read(path).items() if step <= after}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add numbers to the row of `step`."""
+        assert step is not None
         row = self.rows.setdefault(step, {"step": str(step)})
-        row.update({name: f"{value:.6g}" for name, value in numbers.items()})
-        for name, value in numbers.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
-        self._save()
-
-    def close(self) -> None:
-        self.board.close()
-
-    def _save(self) -> None:
+        row.update({name: f"{value:.6g}" for name, value in metrics.items()})
         columns = dict.fromkeys(name for row in self.rows.values() for name in row)  # in order of appearance
-        beside = self.path.with_name(self.path.name + ".part")
-        with open(beside, "w", newline="") as file:
+        with written_beside(self.path) as beside, open(beside, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self.rows.items()))
-        os.replace(beside, self.path)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Options are in config.yaml."""
+
+
+def open_loggers(names: Sequence[LoggerName], folder: Path, after: int) -> list[Logger]:
+    """The loggers of these names; ValueError if one is not installed.
+
+    Args:
+        folder: of the run.
+        after: as for :class:`CsvLog`.
+    """
+    loggers: list[Logger] = []
+    if "csv" in names:
+        loggers.append(CsvLog(folder / METRICS, after))
+    if "tensorboard" in names:
+        loggers.append(TensorBoardLogger(folder, "", BOARD, purge_step=after + 1 if after else None))
+    if "wandb" in names:
+        try:
+            loggers.append(WandbLogger(folder.resolve().name, folder))
+        except ModuleNotFoundError:
+            raise ValueError("trainer.logger wandb needs the package wandb: pip install wandb, or leave it out") from None
+    return loggers
 
 
 def _read(path: Path) -> dict[int, dict[str, str]]:

@@ -1,68 +1,13 @@
-"""What a user can set about training, besides the model."""
+"""What a user can set about training, whatever is trained."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from jsonargparse import lazy_instance
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from diffperception.data import CocoDetection
-from diffperception.data.batches import repeat_factors
-from diffperception.data.transforms import TrainingTransforms
-from diffperception.detection.inference import Protocol
-
-
-@dataclass
-class DataOptions:
-    """Which images the detector learns from and is scored on: two COCO data sets with the same categories.
-
-    Args:
-        train_annotations: COCO JSON file to learn from; number and names of the classes come from it.
-        train_images: the folder that its file names are relative to.
-        val_annotations: COCO JSON file to be scored on.
-        val_images: the folder that its file names are relative to.
-        transforms: random changes of training images; any callable (image, target) -> (image, target), such as
-            torchvision's v2 transforms.
-        batch_size: images in a training batch, for each process.
-        workers: processes that read images, for each process that trains.
-        on_broken: what to do at an image that cannot be read: stop, naming it, or skip it with a warning; the score
-            says how many images were left out.
-        repeat_threshold: images with a class that is in a smaller share f of the images than this are shown
-            sqrt(repeat_threshold / f) times an epoch (LVIS: 0.001); null shows each once.
-    """
-
-    train_annotations: Path
-    train_images: Path
-    val_annotations: Path
-    val_images: Path
-    transforms: Callable = field(default_factory=lambda: lazy_instance(TrainingTransforms))
-    batch_size: PositiveInt = 16
-    workers: NonNegativeInt = 4
-    on_broken: Literal["stop", "skip"] = "stop"
-    repeat_threshold: NonNegativeFloat | None = None
-
-    def open(self) -> tuple[CocoDetection, CocoDetection]:
-        """The data sets for training and for scoring; ValueError if their categories differ."""
-        train = CocoDetection(self.train_annotations, self.train_images, self.transforms, self.on_broken)
-        val = CocoDetection(self.val_annotations, self.val_images, on_broken=self.on_broken)
-        if not len(train.boxes):
-            raise ValueError(f"{self.train_annotations} holds no box with area: there is nothing to learn")
-        if train.classes != val.classes:
-            raise ValueError(
-                f"{self.train_annotations} and {self.val_annotations} list different categories: label numbers would"
-                " mean different things, so give both files the same list"
-            )
-        return train, val
-
-    def repeats(self, train: CocoDetection) -> np.ndarray | None:
-        """How often an epoch shows each image of the training set, on average; None for once."""
-        if self.repeat_threshold is None:
-            return None
-        return repeat_factors(train.labels_of_images(), len(train.classes), self.repeat_threshold)
+LoggerName = Literal["csv", "tensorboard", "wandb"]
 
 
 @dataclass
@@ -71,13 +16,13 @@ class OptimizerOptions:
 
     Args:
         lr: learning rate for a batch of `base_batch_size` images.
-        base_batch_size: the learning rate is multiplied by (images a step, over all processes) / this.
+        base_batch_size: the learning rate is multiplied by (images per step, over all processes) / this.
         backbone_lr_factor: the learning rate of the backbone is this times the others'; below 1 for pretrained ones.
-        weight_decay: of matrices and kernels; biases and normalisation have none.
+        weight_decay: decay of matrices and kernels; biases and normalisation have none.
         warmup_steps: steps over which the learning rate rises from a hundredth to its value.
-        schedule: after the warm-up: cosine down to zero, tenfold drops at `drops`, or constant.
-        drops: where the schedule `steps` drops, as fractions of all steps.
-        clip_norm: the gradient is scaled down to this norm; null leaves it.
+        schedule: after the warm-up, cosine goes down to zero, steps drops tenfold at `milestones`, constant stays.
+        milestones: where the schedule `steps` drops, as fractions of all steps.
+        grad_clip_norm: the gradient is scaled down to this norm; null leaves it.
         ema_decay: what is evaluated and saved is the exponential moving average of the weights with this decay
             (smaller in the first steps); null takes the weights themselves.
     """
@@ -88,8 +33,8 @@ class OptimizerOptions:
     weight_decay: NonNegativeFloat = 1e-4
     warmup_steps: NonNegativeInt = 1000
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
-    drops: tuple[float, ...] = (0.78, 0.93)
-    clip_norm: PositiveFloat | None = 1.0
+    milestones: tuple[float, ...] = (0.78, 0.93)
+    grad_clip_norm: PositiveFloat | None = 1.0
     ema_decay: ClosedUnitInterval | None = 0.999
 
     def lr_factor(self, step: int, steps: int) -> float:
@@ -100,7 +45,7 @@ class OptimizerOptions:
             progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
             return (1 + math.cos(math.pi * min(1.0, progress))) / 2
         if self.schedule == "steps":
-            return 0.1 ** sum(step >= drop * steps for drop in self.drops)
+            return 0.1 ** sum(step >= milestone * steps for milestone in self.milestones)
         return 1.0
 
 
@@ -110,47 +55,53 @@ class TrainerOptions:
 
     Args:
         max_steps: updates of the weights until the end.
-        max_minutes: end after these minutes even if steps remain; null for no limit.
-        accumulate: add up the gradients of this many batches before each update.
-        precision: 32-true, or bf16-mixed for less memory and time on recent GPUs.
+        max_minutes: training ends after these minutes even if steps remain; null for no limit.
+        accumulate: the gradients of this many batches are added up before each update.
+        precision: 32-true; bf16-mixed for less memory and time on recent GPUs; 16-mixed on GPUs without fast bf16.
         accelerator: cpu, gpu or auto.
         devices: processes on this machine, one for each GPU; auto takes every GPU, or what torchrun started.
-        num_nodes: machines; torchrun says it by itself.
-        strategy: Lightning's name of how processes share the work; auto is ddp for several.
-        log_every: steps between rows of metrics.csv.
+        num_nodes: number of machines; torchrun says it by itself.
+        strategy: Lightning's name of how processes share the work, such as ddp; auto is ddp for several.
+        sync_batchnorm: batch norm takes its statistics over all processes.
+        deterministic: only operations that repeat their result bit for bit are used; they are slower on a GPU.
+        benchmark: cuDNN tries which algorithm is fastest for each size of images; good where all have one size.
+        compile: the networks are compiled with torch.compile, which takes minutes at the start.
+        logger: where numbers go: csv (metrics.csv), tensorboard (tensorboard/), wandb (Weights & Biases).
+        log_every: steps between rows of numbers.
         checkpoint_every: steps between writings of last.ckpt, from which `--resume` goes on.
     """
 
     max_steps: PositiveInt = 10000
     max_minutes: NonNegativeFloat | None = None
     accumulate: PositiveInt = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: str = "auto"
     devices: PositiveInt | Literal["auto"] = "auto"
     num_nodes: PositiveInt = 1
     strategy: str = "auto"
+    sync_batchnorm: bool = False
+    deterministic: bool = False
+    benchmark: bool = False
+    compile: bool = False
+    logger: list[LoggerName] = field(default_factory=lambda: ["csv", "tensorboard"])
     log_every: PositiveInt = 20
     checkpoint_every: PositiveInt = 500
 
 
 @dataclass
-class EvaluationOptions:
-    """How the detector is scored, now and then during training and at its end.
+class RunOptions:
+    """Where a run goes and how it is carried out.
 
     Args:
-        every: steps between evaluations during training; null for one at the end only.
-        images: how many images the evaluations during training use, spread over the set; null for all. The one at the
-            end uses all.
-        batch_size: images in one prediction, a process. AP does not depend on it.
-        max_dets: how many detections count in an image, the best first; null for the protocol's number: 100 of each
-            class (coco), 300 of all (lvis).
-        protocol: coco, or lvis for annotation files of LVIS; it needs the extra `lvis`.
-        pictures: how many images are drawn with predictions beside ground truth.
+        output: the folder for everything that the run writes.
+        trainer: how long, on what, and how often it reports.
+        seed: seed of the weights, the order of samples, their changes and the noise.
+        resume: go on from last.ckpt in the output folder, or begin if there is none.
+        overwrite: replace the run that the output folder holds.
     """
 
-    every: PositiveInt | None = 1000
-    images: PositiveInt | None = None
-    batch_size: PositiveInt = 8
-    max_dets: PositiveInt | None = None
-    protocol: Protocol = "coco"
-    pictures: NonNegativeInt = 8
+    output: Path | None = None
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+    seed: NonNegativeInt = 0
+    resume: bool = False
+    overwrite: bool = False

@@ -1,28 +1,30 @@
-"""One training run: from a task, data and options to trained weights, resumable at any step."""
+"""One training run: from a recipe and options to trained weights, resumable at any step."""
 
-import json
 import logging
 import os
-import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from diffperception.training.callbacks import Averaging, Checkpoints, Evaluations, Reporter, Score
-from diffperception.training.data import TrainingData
-from diffperception.training.loggers import RunLog
-from diffperception.training.module import ARGUMENTS, Task
-from diffperception.training.options import TrainerOptions
+from diffperception.devices import first_process
+from diffperception.echo import echo
+from diffperception.training.callbacks import Averaging, Checkpoints, Evaluations, Reporter
+from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, Checkpoint, RunFolder, echo_files, read_to_resume
+from diffperception.training.loggers import BOARD, METRICS, open_loggers
+from diffperception.training.options import RunOptions, TrainerOptions
+from diffperception.training.recipe import Parts, Recipe
+from diffperception.visualization.draw import curves, save_png
 
-CHECKPOINT = "last.ckpt"
+SHARDING = ("fsdp", "deepspeed", "model_parallel")
 
 
 @dataclass
@@ -30,110 +32,148 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        model: with the averaged weights if there is an average.
+        model: in evaluation mode, with the averaged weights if there is an average.
         step: updates of the weights made, in all.
+        metrics: the final ones; empty where a signal stopped the run.
         signal: the signal that stopped it early, if one did.
-        device: that it was trained on.
     """
 
     model: nn.Module
     step: int
+    metrics: dict[str, float]
     signal: int | None
-    device: torch.device
 
 
-def fit(
-    task: Task,
-    data: TrainingData,
-    folder: Path,
-    options: TrainerOptions,
-    score: Score,
-    score_every: int | None,
-    score_last: bool,
-    resume: bool,
-    say: Callable[[str], None],
-) -> Outcome:
-    """Train, writing last.ckpt, metrics.csv and tensorboard/ to `folder`.
+def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None = None) -> Outcome:
+    """Train, evaluate and save what a recipe describes. Every process calls this.
 
     Args:
-        score: gives the metrics of a model; all processes call it every `score_every` steps.
-        score_last: whether they call it after the last step too, on averaged and raw weights as before.
-        resume: go on from last.ckpt in `folder`.
-        say: prints a line.
+        settings: all options as a configuration has them, which are written to config.yaml and compared on resuming.
 
     Raises:
         NonFiniteLossError: the loss is infinite or no number.
-        ValueError: the checkpoint cannot be read or belongs to another training step.
+        ValueError: options, data, model and machine do not fit each other, or the output folder holds something.
     """
-    hush()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
-    # Of 1 x 1 kernels, whose two memory layouts are the same.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # Of a frozen backbone.
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
-    checkpoint = folder / CHECKPOINT
-    first = read_checkpoint(checkpoint).step if resume else 0
-    record = RunLog(folder, after=first) if rank_zero_only.rank == 0 else None  # type: ignore[attr-defined]
-    decay = task.options.ema_decay
-    averaging = None if decay is None else Averaging(decay)
-    checkpoints = Checkpoints(checkpoint, options.checkpoint_every, options.max_minutes)
-    callbacks = [  # called in this order after each step
-        *([averaging] if averaging else []),
-        Reporter(record, options.log_every, say),
-        checkpoints,
-        Evaluations(score, averaging, record, score_every, score_last, say),
-    ]
-    devices, nodes = machines(options)
+    settings = settings or {}
+    folder = None if options.output is None else RunFolder(options.output, recipe.files)
+    if folder is not None and first_process():
+        folder.require_room(options.resume, options.overwrite)
+    require_machine(options.trainer)
+    torch.manual_seed(options.seed)
+    parts = recipe.prepare(options.seed)
+    max_steps = parts.module.max_steps or options.trainer.max_steps
+    checkpoint = None
+    if folder is not None and options.resume:
+        checkpoint = read_to_resume(folder, settings, recipe.lasting, max_steps, parts.module.model)
+    with folder.noting() if folder is not None and first_process() else nullcontext():
+        if folder is not None and first_process():
+            if options.overwrite:
+                folder.clear()
+            if settings:
+                folder.write_config(settings)
+        if checkpoint is not None and folder is not None:
+            echo(f"going on after step {checkpoint.step} of {folder.path / CHECKPOINT}")
+        echo(parts.summary)
+        outcome = fit(parts, options.trainer, max_steps, folder, checkpoint)
+    if folder is not None:
+        if outcome.signal is not None:
+            echo(
+                f"stopped after step {outcome.step}; the same command with --resume goes on from"
+                f" {folder.path / CHECKPOINT}"
+            )
+        else:
+            echo_files(folder.path, {**recipe.files, **FILES})
+    return outcome
+
+
+def fit(
+    parts: Parts, options: TrainerOptions, max_steps: int, folder: RunFolder | None, checkpoint: Checkpoint | None
+) -> Outcome:
+    """Train, then save and evaluate.
+
+    Args:
+        max_steps: updates of the weights.
+        folder: what is written to; None for nothing.
+        checkpoint: what the run goes on from; None to begin.
+    """
+    module, path = parts.module, None if folder is None else folder.path
+    averaging = None if module.ema_decay is None else Averaging(module.ema_decay)
+    checkpoints = Checkpoints(path and path / CHECKPOINT, options.checkpoint_every, options.max_minutes)
+    evaluations = Evaluations(parts.evaluator, averaging, path)
+    # Called in this order after each step.
+    callbacks = [*([averaging] if averaging else []), Reporter(options.log_every), checkpoints, evaluations]
+    after = checkpoint.step if checkpoint else 0
+    loggers = open_loggers(options.logger, path, after) if path is not None else []
+    if options.compile:
+        module.compile_networks()
     trainer = Trainer(
-        max_steps=options.max_steps,
+        max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=options.accumulate,
-        gradient_clip_val=task.options.clip_norm,
-        precision=options.precision,
-        accelerator=options.accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=options.strategy,
+        gradient_clip_val=module.grad_clip_norm,
         callbacks=callbacks,
+        plugins=[ReadBefore(checkpoint)],
         use_distributed_sampler=False,
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
+        logger=loggers or False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=folder,
+        default_root_dir=path,
+        sync_batchnorm=options.sync_batchnorm,
+        deterministic=options.deterministic,
+        benchmark=options.benchmark,
+        **machine(options),
     )
+    resumed = path / CHECKPOINT if path is not None and checkpoint is not None else None
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint if resume else None, weights_only=True)
+        trainer.fit(module, datamodule=parts.data, ckpt_path=resumed, weights_only=True)
     except RuntimeError as error:
-        if resume and "loading state_dict" in str(error):
-            raise ValueError(f"{checkpoint} was written by another training step than the one configured now") from None
+        if resumed and "loading state_dict" in str(error):
+            raise ValueError(f"{resumed} was written by another training step than the one configured now") from None
         raise
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # lightning turns Ctrl-C into exit code 1
             raise KeyboardInterrupt from None
         raise
-    finally:
-        if record:
-            record.close()
-    trained = averaging.model if averaging else task.model
-    return Outcome(trained, trainer.global_step, checkpoints.signal, trainer.strategy.root_device)
+    model = (averaging.model if averaging else module.model).to(trainer.strategy.root_device).eval()
+    metrics: dict[str, float] = {}
+    if checkpoints.signal is None:
+        if path is not None and trainer.is_global_zero:
+            model.save(path / WEIGHTS)  # type: ignore[operator]
+        metrics = evaluations.finish(trainer, model)
+        if path is not None and trainer.is_global_zero and (path / METRICS).exists():
+            save_png(curves(path / METRICS), path / "pictures" / "curves.png")
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    if folder is not None and trainer.is_global_zero:
+        for events in (folder.path / BOARD).glob(f"*.{os.getpid()}.*"):
+            folder.note(events)
+        folder.note(folder.path / BOARD / "hparams.yaml")
+    return Outcome(model, trainer.global_step, metrics, checkpoints.signal)
+
+
+class ReadBefore(TorchCheckpointIO):
+    """Gives Lightning the checkpoint that has been read before, once, instead of reading it again."""
+
+    def __init__(self, checkpoint: Checkpoint | None):
+        self.checkpoint = checkpoint
+
+    def load_checkpoint(self, *_: Any, **__: Any) -> dict[str, Any]:
+        assert self.checkpoint is not None
+        content, self.checkpoint = self.checkpoint.content, None
+        return content
 
 
 def require_machine(options: TrainerOptions) -> None:
     """ValueError if this machine has not what the options would train on."""
-    hush()
-    devices, nodes = machines(options)
-    try:
-        Trainer(
-            accelerator=options.accelerator,
-            devices=devices,
-            num_nodes=nodes,
-            strategy=options.strategy,
-            precision=options.precision,
-            logger=False,
-            enable_checkpointing=False,
+    quiet_lightning()
+    if options.strategy.startswith(SHARDING):
+        raise ValueError(
+            f"trainer.strategy {options.strategy} spreads the weights over processes, which neither their average nor"
+            " model files allow: take ddp"
         )
+    try:
+        Trainer(logger=False, **machine(options))
     except (MisconfigurationException, ValueError, ImportError) as error:
         raise ValueError(
             f"trainer.accelerator {options.accelerator}, devices {options.devices} and strategy {options.strategy} do"
@@ -141,43 +181,29 @@ def require_machine(options: TrainerOptions) -> None:
         ) from None
 
 
-def hush() -> None:
-    """Let Lightning speak of problems alone."""
+def quiet_lightning() -> None:
+    """Let Lightning speak of problems alone, and torch not of what is none here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
+    # Kernels of 1 x 1, whose two memory layouts are the same.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # A frozen backbone.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
 
-def machines(options: TrainerOptions) -> tuple[int | str, int]:
-    """Processes on this machine and number of machines: what torchrun says, where it started us, else the options."""
-    if not torch.distributed.is_torchelastic_launched():
-        return options.devices, options.num_nodes
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    return local, int(os.environ["WORLD_SIZE"]) // local
-
-
-@dataclass
-class Checkpoint:
-    """What a checkpoint tells of its run.
-
-    Attributes:
-        step: that it was written after.
-        model: the arguments of the model's constructor; those of models among them as `weights.describe` gives them.
-        shapes: of the model's weights, by name.
-    """
-
-    step: int
-    model: dict[str, Any]
-    shapes: dict[str, torch.Size]
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """What a checkpoint tells; ValueError if it is not whole."""
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        shapes = {name[6:]: value.shape for name, value in content["state_dict"].items() if name.startswith("model.")}
-        return Checkpoint(content["global_step"], json.loads(content.get(ARGUMENTS, "{}")), shapes)
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
-        raise ValueError(
-            f"{path} is cut short or no checkpoint of ours: start again without --resume and with --overwrite, or fetch"
-            " a whole copy"
-        ) from None
+def machine(options: TrainerOptions) -> dict[str, Any]:
+    """Lightning's options of what is trained on: as torchrun says, where it started us."""
+    devices: int | str = options.devices
+    nodes = options.num_nodes
+    if torch.distributed.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    return {
+        "accelerator": options.accelerator,
+        "devices": devices,
+        "num_nodes": nodes,
+        "strategy": options.strategy,
+        "precision": options.precision,
+        "enable_checkpointing": False,
+    }

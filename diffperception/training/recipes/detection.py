@@ -1,19 +1,105 @@
 """Training of a detector."""
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from jsonargparse import lazy_instance
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from diffperception.data import CocoDetection
+from diffperception.data.batches import repeat_factors
+from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
+from diffperception.detection.inference import EVALUATORS, Protocol, evaluate_detector, require_classes
+from diffperception.devices import first_process
+from diffperception.echo import echo
 from diffperception.models import Backbone
-from diffperception.training.module import Task
+from diffperception.training.data import TrainingData
+from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
+from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
-class DetectionTask(Task):
+@dataclass
+class DataOptions:
+    """Which images the detector learns from and is scored on: two COCO data sets with the same categories.
+
+    Args:
+        train_annotations: COCO JSON file to learn from; number and names of the classes come from it.
+        train_images: the folder that its file names are relative to.
+        val_annotations: COCO JSON file to be scored on.
+        val_images: the folder that its file names are relative to.
+        transforms: random changes of training images; any callable (image, target) -> (image, target), such as
+            torchvision's v2 transforms.
+        batch_size: images per training batch, for each process.
+        workers: processes that read images, for each process that trains.
+        on_broken: what to do at an image that cannot be read: stop, naming it, or skip it with a warning; the score
+            says how many images were left out.
+        repeat_threshold: images with a class that is in a smaller fraction f of the images than this are shown
+            sqrt(repeat_threshold / f) times per epoch (LVIS: 0.001); null shows each once.
+    """
+
+    train_annotations: Path
+    train_images: Path
+    val_annotations: Path
+    val_images: Path
+    transforms: Callable = field(default_factory=lambda: lazy_instance(TrainingTransforms))
+    batch_size: PositiveInt = 16
+    workers: NonNegativeInt = 4
+    on_broken: Literal["stop", "skip"] = "stop"
+    repeat_threshold: NonNegativeFloat | None = None
+
+    def open(self) -> tuple[CocoDetection, CocoDetection]:
+        """The data sets for training and for scoring; ValueError if their categories differ."""
+        train = CocoDetection(self.train_annotations, self.train_images, self.transforms, self.on_broken)
+        val = CocoDetection(self.val_annotations, self.val_images, on_broken=self.on_broken)
+        if not len(train.boxes):
+            raise ValueError(f"{self.train_annotations} holds no box with area: there is nothing to learn")
+        if train.classes != val.classes:
+            raise ValueError(
+                f"{self.train_annotations} and {self.val_annotations} list different categories: label numbers would"
+                " mean different things, so give both files the same list"
+            )
+        return train, val
+
+    def repeats(self, train: CocoDetection) -> np.ndarray | None:
+        """How often an epoch shows each image of the training set, on average; None for once."""
+        if self.repeat_threshold is None:
+            return None
+        return repeat_factors(train.labels_of_images(), len(train.classes), self.repeat_threshold)
+
+
+@dataclass
+class EvaluationOptions:
+    """How the detector is scored, now and then during training and at its end.
+
+    Args:
+        every: steps between evaluations during training; null for one at the end only.
+        images: how many images the evaluations during training use, spread over the set; null for all. The one at the
+            end uses all.
+        batch_size: images per prediction and process. AP does not depend on it.
+        max_dets: how many detections count per image, the best first; null for the protocol's number: 100 of each
+            class (coco), 300 of all (lvis).
+        protocol: coco, or lvis for annotation files of LVIS; it needs the extra `lvis`.
+        pictures: how many images are drawn with predictions beside ground truth.
+    """
+
+    every: PositiveInt | None = 1000
+    images: PositiveInt | None = None
+    batch_size: PositiveInt = 8
+    max_dets: PositiveInt | None = None
+    protocol: Protocol = "coco"
+    pictures: NonNegativeInt = 8
+
+
+class DetectionModule(TrainingModule):
     """The step of a detector: its own loss, and a learning rate of its own for the backbone."""
 
     model: Detector
@@ -32,3 +118,117 @@ class DetectionTask(Task):
 
     def lr_scale(self, name: str) -> float:
         return self.options.backbone_lr_factor if name.startswith(tuple(self.backbones)) else 1.0
+
+    def compile_networks(self) -> None:
+        for name in ("backbone", "head"):  # a user's detector may have others
+            if isinstance(part := getattr(self.model, name, None), torch.nn.Module):
+                part.compile()
+
+
+class DetectionEvaluator(Evaluator):
+    """COCO or LVIS metrics on a data set, and pictures of predictions at the end.
+
+    Args:
+        dataset: what is scored on.
+        options: how.
+        workers: processes that read images, for each process that predicts.
+        seed: of the noise.
+    """
+
+    def __init__(self, dataset: CocoDetection, options: EvaluationOptions, workers: int, seed: int):
+        # What cannot be scored is refused here, not after the training.
+        EVALUATORS[options.protocol](dataset.annotations, options.max_dets)
+        self.dataset = dataset
+        self.options = options
+        self.every = options.every
+        self.workers = workers
+        self.seed = seed
+
+    def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: Path | None) -> dict[str, float]:
+        return self._score(averaged, self.options.images).metrics
+
+    def finish(self, model: Detector, folder: Path | None) -> dict[str, float]:
+        from diffperception.cli.report import draw_pictures, write_scores
+
+        result = self._score(model, None)
+        echo(result.table())
+        if folder is not None and first_process():
+            write_scores(result, folder)
+            draw_pictures(model, self.dataset, folder / "pictures", self.options.pictures, self.seed)
+        return result.metrics
+
+    def _score(self, model: Detector, images: int | None) -> Any:
+        options = self.options
+        return evaluate_detector(
+            model,
+            self.dataset,
+            images,
+            options.batch_size,
+            self.workers,
+            options.max_dets,
+            self.seed,
+            protocol=options.protocol,
+        )
+
+
+class DetectionRecipe(Recipe):
+    """Train a detector, score it and draw its predictions.
+
+    Args:
+        model: the detector's class and its arguments, all but the classes, which come from the annotations.
+        data: what it learns from and is scored on.
+        optimizer: how the weights are updated.
+        evaluation: how it is scored.
+        module: the training step; a class of your own may change it.
+        init: start from the weights in this model.safetensors file, of the same model and classes.
+    """
+
+    task = "detection"
+    files = {  # noqa: RUF012 (not changed)
+        "model.safetensors": "the trained detector, for `diffperception evaluate` and `predict`",
+        "metrics.json": "the final scores, overall and by class",
+        "detections.json": "detections of all images scored on, as COCO results",
+        "pictures/": "predictions beside ground truth, noise turning into boxes, curves.png",
+    }
+
+    def __init__(
+        self,
+        model: Callable[[list[str]], Detector],
+        data: DataOptions,
+        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 (the defaults are not changed)
+        evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
+        module: type[DetectionModule] = DetectionModule,
+        init: Path | None = None,
+    ):
+        self.model = model
+        self.data = data
+        self.optimizer = optimizer
+        self.evaluation = evaluation
+        self.module = module
+        self.init = init
+
+    def prepare(self, seed: int) -> Parts:
+        train, val = self.data.open()
+        repeats = self.data.repeats(train)
+        evaluator = DetectionEvaluator(val, self.evaluation, self.data.workers, seed)
+        detector = self.model(train.classes)
+        detector.class_frequencies.copy_(torch.from_numpy(train.images_per_class()))
+        if self.init is not None:
+            start_from(detector, self.init, val)
+        return Parts(
+            self.module(detector, self.optimizer, seed),
+            TrainingData(train, self.data.batch_size, self.data.workers, seed, repeats),
+            evaluator,
+            f"{size_of(detector)} learns {len(train.classes)} classes from {len(train)} images and is scored on"
+            f" {len(val)}",
+        )
+
+
+def start_from(detector: Detector, path: Path, dataset: CocoDetection) -> None:
+    """Give `detector` the weights of a model file; ValueError if its classes or its layers differ."""
+    source = Detector.load(path, allow=(type(detector).__module__.split(".")[0],))
+    require_classes(source.classes, dataset)
+    try:
+        detector.load_state_dict(source.state_dict())
+    except RuntimeError:
+        raise ValueError(f"{path} holds a {type(source).__name__} of another shape than the configured model") from None

@@ -40,7 +40,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[st
             yield name, before[last], after[last]
 
 
-def in_words(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as YAML has it, not too long; a model by its class."""
     if isinstance(value, Mapping) and "class" in value:
         return value["class"].rpartition(":")[2]

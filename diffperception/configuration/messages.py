@@ -1,0 +1,63 @@
+"""From a parser's complaint to one sentence."""
+
+import re
+
+KINDS = {
+    "PositiveInt": "a whole number above 0",
+    "NonNegativeInt": "a whole number from 0 on",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number from 0 on",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "int": "a whole number",
+    "float": "a number",
+}
+
+
+def sentence(error: Exception) -> str:
+    """What was wrong, in one line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and re.match(r"Caught \w+ in DataLoader worker process", lines[0]):
+        return lines[-1].partition(": ")[2]
+    return _plain(" ".join(lines))
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's nested complaint without its Python types: `option a.b: expected a number, got x`."""
+    keys = re.findall(r'Parser key "([^"]+)":', message)
+    message = re.sub(r'Parser key "[^"]+":\s*', "", message)
+    message = re.sub(r"Type \S.*? expects a function or a callable class: ", "", message)
+    message = re.sub(r"\.* Got value: Namespace\(.*", "", message)
+    message = message.replace(" - Expected a <class 'NoneType'>", "")
+    message = re.sub(r"Problem with given class_path '([^']+)':\s*", r"\1: ", message)
+    message = re.sub(
+        r"Expected an? (?:<class '([\w.]+)'>|typing\.(\S.*?))\. Got value:", r"expected \1\2, got", message
+    )
+    message = re.sub(r"Does not validate against any of the Union subtypes .*", _alternatives, message)
+    message = re.sub(r"Not of type (\w+): (.*?) does not conform to restriction .*", r"expected \1, got \2", message)
+    message = re.sub(r"Not of type (\w+): (?:invalid|could not) [^:]*: '(.*)'", r"expected \1, got \2", message)
+    message = re.sub(r"Not of type (\w+): \w+\(\) argument must be .*, not '(\w+)'", r"expected \1, got \2", message)
+    message = re.sub(r"(?<=, got )None(?:Type)?$", "null", message)
+    message = re.sub(r"(?<=\bexpected )(.*?)(?=, got )", lambda found: _in_words(found[1]), message)
+    return f"option {'.'.join(keys)}: {message}" if keys else message
+
+
+def _alternatives(complaint: re.Match[str]) -> str:
+    """`expected int or list[int], got x` for a value that is none of several types; for a class, its complaint."""
+    of_class = re.search(r" - (?:.* - )?(.*) Given value type: <class '(?:dict|jsonargparse\.\S*)'>", complaint[0])
+    if of_class:
+        return of_class[1]
+    found = re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)", complaint[0])
+    if not found:
+        return complaint[0]
+    kinds = re.sub(r"<class '([^']*)'>", r"\1", found[1]).replace(", NoneType", "")
+    kinds = re.sub(r"(?:\w+\.)+(\w+)", r"\1", kinds)
+    return f"expected {re.sub(r', (?![^[]*])', ' or ', kinds)}, got {found[2]}"
+
+
+def _in_words(kinds: str) -> str:
+    """`a whole number, or several` for `int or list[int]`, `one of a, b` for `Literal['a', 'b']`."""
+    kinds = re.sub(r"^(.+) or list\[\1\]$", r"\1, or several", kinds)
+    kinds = re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", ""), kinds)
+    return re.sub(r"\w+", lambda kind: KINDS.get(kind[0], kind[0]), kinds)

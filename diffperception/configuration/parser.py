@@ -1,0 +1,198 @@
+"""From the signatures of functions and classes to a parser of their options."""
+
+import difflib
+import inspect
+import pydoc
+import re
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_origin
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+
+from diffperception.configuration.base import spread_files
+from diffperception.configuration.messages import sentence
+
+Command = Callable[..., int | None]
+MODE = "yaml with None"  # of parsers
+
+
+class Options:
+    """The options of a command: the parameters of functions or classes, with their docstrings as help.
+
+    Args:
+        name: of the command.
+        parts: functions and classes, whose parameters have different names.
+        description: what stands above the options in the help; by default what the first part's docstring says.
+        task: of a command that does several, which its configurations name as `task`.
+    """
+
+    def __init__(self, name: str, *parts: Callable[..., Any], description: str | None = None, task: str | None = None):
+        set_loader(MODE, _load, (yaml.YAMLError,))
+        set_parsing_settings(unset_sentinel=True)  # without it null passes for a value of any type
+        self.parts = parts
+        self.parameters = [p for part in parts for p in inspect.signature(part).parameters.values()]
+        self.parser = ArgumentParser(
+            prog=f"diffperception {name}",
+            description=description or summary(parts[0]),
+            exit_on_error=False,
+            allow_abbrev=False,
+            parser_mode=MODE,
+        )
+        self.parser.add_argument(
+            "--config",
+            action="config",
+            help="YAML file with options; several may be given, each states only what it changes, and the later one"
+            " wins. What a file names as its `base`, one or a list, is read before it",
+        )
+        self.parser.add_argument("--base", type=str | list[str] | None, help="for configuration files: see --config")
+        if task is not None:
+            self.parser.add_argument("--task", default=task, help="what is trained; each task has options of its own")
+        self.parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
+        for part in parts:
+            self._add(part)
+        self._spell_for_humans()
+
+    def _add(self, part: Callable[..., Any]) -> None:
+        parameters = inspect.signature(part).parameters.values()
+        positionals = {p.name: p.annotation for p in parameters if p.kind is p.POSITIONAL_ONLY}
+        explained = {p.arg_name: p.description for p in docstring_parser.parse(inspect.getdoc(part) or "").params}
+        for name, kind in positionals.items():
+            self.parser.add_argument(name, type=kind, help=explained.get(name))
+        add = self.parser.add_class_arguments if inspect.isclass(part) else self.parser.add_function_arguments
+        add(part, as_group=False, fail_untyped=True, skip={"resolved", *positionals})
+
+    def _spell_for_humans(self) -> None:
+        switches = {p.name for p in self.parameters if p.annotation is bool}
+        lists = {p.name for p in self.parameters if _takes_list(p.annotation)}
+        for action in self.parser._actions:
+            if action.dest in switches:
+                action.nargs, action.const = "?", True  # `--overwrite` alone means `--overwrite true`
+            elif action.dest in lists:  # the help shows what `spell_out` makes of it, not jsonargparse's `--steps+ 1`
+                action.option_strings = [f"--{action.dest}"]
+                action.metavar = f"{action.dest.upper()} ..."
+
+    def parse(self, arguments: Sequence[str]) -> Namespace:
+        """What the arguments say.
+
+        Raises:
+            ArgumentError: an option is unknown, for which the nearest is named, or missing, or of a wrong type.
+        """
+        lists = {
+            f"--{p.name}": 1 if _takes_only_lists(p.annotation) else 2
+            for p in self.parameters
+            if _takes_list(p.annotation)
+        }
+        try:
+            options = self.parser.parse_args(spell_out(spread_files(arguments), lists))
+        except ArgumentError as error:
+            raise ArgumentError(None, sentence(error) + _suggestion(self.parser, str(error))) from None
+        options.pop("base", None)
+        for parameter in self.parameters:
+            value = options.get(parameter.name)
+            if is_dataclass(parameter.annotation) and not isinstance(value, Namespace):
+                raise ArgumentError(None, f"option {parameter.name}: expected a group of options, got {value}")
+        return options
+
+    def instantiate(self, options: Namespace) -> list[dict[str, Any]]:
+        """The arguments of each part, by name. Networks among them are built with the seed, if there is such an option.
+        """
+        if "seed" in options:
+            import torch
+
+            torch.manual_seed(options.seed)
+        values = vars(self.parser.instantiate(options))
+        return [{name: values[name] for name in inspect.signature(part).parameters if name in values} for part in self.parts]
+
+    def settings(self, options: Namespace) -> dict[str, Any]:
+        """All options, as a configuration has them."""
+        return yaml.safe_load(self.parser.dump(options, skip_unset=False))
+
+
+def call(command: Command, arguments: Sequence[str], name: str | None = None) -> int:
+    """Call `command` with the options that the arguments give it; returns its exit code, 0 for None.
+
+    Its help calls it by `name`, by default the function's.
+
+    A command with a parameter `resolved` is given all its options there as YAML, fit to be a `--config` again.
+
+    Raises:
+        ArgumentError: an option is unknown, missing or of a wrong type.
+    """
+    options = Options(name or command.__name__, command)
+    parsed = options.parse(arguments)
+    (values,) = options.instantiate(parsed)
+    parameters = inspect.signature(command).parameters
+    if "resolved" in parameters:
+        values["resolved"] = yaml.safe_dump(options.settings(parsed), sort_keys=False)
+    positional = [values.pop(name) for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
+    return command(*positional, **values) or 0
+
+
+def summary(part: Callable[..., Any]) -> str:
+    """The docstring without its sections."""
+    return re.split(r"\n\n(?:Args|Returns|Raises):", inspect.getdoc(part) or "")[0]
+
+
+def _load(text: str) -> Any:
+    """YAML; jsonargparse hands a null on to the options of a class as the text None."""
+    return None if text == "None" else get_loader("yaml")(text)
+
+
+def spell_out(arguments: Sequence[str], lists: Mapping[str, int]) -> list[str]:
+    """Arguments as the parser takes them: `--num-boxes 100 300` is `--num_boxes=[100, 300]`.
+
+    Args:
+        lists: the options, spelled with underscores, that may have several values, and from how many on they are a
+            list.
+    """
+    groups: list[list[str]] = [[]]  # an option with its values; the first has none
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            groups.append(["--" + name[2:].replace("-", "_") + equals + value])
+        else:
+            groups[-1].append(word)
+    for group in groups:
+        if group and len(group) > lists.get(group[0], len(group)) and not _is_whole(group[1:]):
+            group[:] = [f"{group[0]}=[{', '.join(group[1:])}]"]
+    return [word for group in groups for word in group]
+
+
+def _is_whole(values: list[str]) -> bool:
+    """Whether they are written as a list, or as none, already."""
+    return values[0].startswith("[") or values == ["null"]
+
+
+def _takes_list(annotation: Any) -> bool:
+    """Whether values of this type may be lists: list[int], or int | list[int]."""
+    return any(get_origin(kind) is list for kind in (annotation, *get_args(annotation)))
+
+
+def _takes_only_lists(annotation: Any) -> bool:
+    """Whether one value of this type must be a list too: list[str], or list[str] | None, but not int | list[int]."""
+    kinds = [annotation] if get_origin(annotation) is list else get_args(annotation)
+    return all(get_origin(kind) is list or kind is type(None) for kind in kinds)
+
+
+def _suggestion(parser: ArgumentParser, message: str) -> str:
+    unknown = re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: --([\w.]+)", message)
+    if not unknown:
+        return ""
+    known = dict(_known(parser, message))
+    near = difflib.get_close_matches(unknown[1] or unknown[2], known, n=1)
+    return f"; did you mean {known[near[0]] if unknown[2] else near[0]}?" if near else ""
+
+
+def _known(parser: ArgumentParser, message: str) -> Iterator[tuple[str, str]]:
+    """What may be meant, with its full name: options, their last words, and parameters of the class spoken of."""
+    names = list(parser.get_defaults().keys(branches=True))
+    yield from ((name.rpartition(".")[2], name) for name in names)
+    yield from ((name, name) for name in names)
+    found = re.search(r"class_path[ =]'(\w[\w.]*)'", message)
+    if found:  # a class, or a method of one that makes it
+        parameters = inspect.signature(pydoc.locate(found[1])).parameters  # type: ignore[arg-type]
+        yield from ((name, name) for name in parameters)

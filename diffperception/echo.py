@@ -1,0 +1,19 @@
+"""What is said to the user."""
+
+import sys
+
+from tqdm import tqdm
+
+from diffperception.devices import first_process
+
+
+def plural(number: int, thing: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def echo(text: str) -> None:
+    """Print `text` for the user, in the first of several processes only."""
+    if first_process():
+        tqdm.write(text)  # above a progress bar, if there is one
+        sys.stdout.flush()

@@ -1,0 +1,195 @@
+"""The folder of a training run: what may become of an old one, and what is in it."""
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from diffperception.configuration.settings import changes, format_value
+from diffperception.devices import first_process
+from diffperception.echo import echo
+from diffperception.files import listening, write_text
+from diffperception.models.base import describe
+from diffperception.training.loggers import BOARD, METRICS
+from diffperception.training.module import ARGUMENTS
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.yaml"
+CHECKPOINT = "last.ckpt"
+WRITTEN = ".written"  # names of the files that runs have written, one per line
+FILES = {
+    CHECKPOINT: "what --resume goes on from",
+    METRICS: f"losses and scores over the steps; also as TensorBoard events in {BOARD}/",
+    CONFIG: "all options; use it as --config to repeat the run",
+}
+# Options that decide what the weights or the optimizer's state mean, besides the model's and the recipe's.
+LASTING = ("task", "optimizer.backbone_lr_factor")
+AVERAGE = "optimizer.ema_decay"  # may change, but not appear or go
+PASSING = ("checkpointing", "dropout")  # arguments of models that say nothing of their weights
+
+
+class RunFolder:
+    """A folder that keeps a list of the files that runs have written there: nothing else is ever removed.
+
+    Args:
+        path: the folder, which need not be there.
+        files: names of what the recipe leaves; folders end in a slash.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, str]):
+        self.path = path
+        self.names = [name for name in dict.fromkeys([*FILES, WEIGHTS, *files]) if not name.endswith("/")]
+        list_file = path / WRITTEN
+        self.written = set(list_file.read_text(encoding="utf-8").splitlines()) if list_file.is_file() else set()
+
+    def require_room(self, resume: bool, overwrite: bool) -> None:
+        """ValueError if the folder holds a run, or files of somebody else, that would be lost."""
+        if resume and overwrite:
+            raise ValueError("give either --resume, to go on with the run, or --overwrite, to replace it")
+        found = [name for name in self.names if (self.path / name).exists()]
+        if found and not (resume or overwrite):
+            raise ValueError(
+                f"{self.path} already holds a run ({', '.join(found)}): go on with it with --resume, replace it with"
+                " --overwrite, or choose another --output"
+            )
+        foreign = [name for name in found if name not in self.written]
+        if foreign and overwrite:
+            raise ValueError(
+                f"{self.path} holds {', '.join(foreign)}, which no run there has written: move that away, or choose"
+                " another --output"
+            )
+
+    def clear(self) -> None:
+        """Remove the files that runs have written, and the folders that are empty then."""
+        for name in self.written:
+            path = self.path / name
+            for file in (path, path.with_name(path.name + ".part")):
+                file.unlink(missing_ok=True)
+        for parent in {parent for name in self.written for parent in Path(name).parents if parent != Path(".")}:
+            if (self.path / parent).is_dir() and not any((self.path / parent).iterdir()):
+                (self.path / parent).rmdir()
+        self.written = set()
+        (self.path / WRITTEN).unlink(missing_ok=True)
+
+    def note(self, path: Path) -> None:
+        """Put a file that is about to be written on the list, unless it is somewhere else."""
+        if not path.is_relative_to(self.path):
+            return
+        name = path.relative_to(self.path).as_posix()
+        if name not in self.written:
+            self.written.add(name)
+            with open(self.path / WRITTEN, "a", encoding="utf-8") as file:
+                file.write(name + "\n")
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """What is written within comes on the list; the events of TensorBoard too, which it writes by itself."""
+        with listening(self.note):
+            yield
+
+    def write_config(self, settings: Mapping[str, Any]) -> None:
+        """The options of the run, fit to be a configuration again."""
+        kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite", "debug")}
+        write_text(self.path / CONFIG, yaml.safe_dump(kept, sort_keys=False))
+
+    def read_config(self) -> dict[str, Any]:
+        path = self.path / CONFIG
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None) or {}
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        content: all of it, as Lightning wrote it.
+    """
+
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """ValueError if it is not whole."""
+        try:
+            checkpoint = cls(torch.load(path, map_location="cpu", weights_only=True))
+            checkpoint.step, checkpoint.arguments, checkpoint.shapes  # noqa: B018 (they are there)
+        except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} is cut short or no checkpoint of ours: start again without --resume and with --overwrite, or"
+                " fetch a whole copy"
+            ) from None
+        return checkpoint
+
+    @property
+    def step(self) -> int:
+        """The step that it was written after."""
+        return self.content["global_step"]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the model's constructor; those of models among them as `models.base.describe` gives them."""
+        return json.loads(self.content.get(ARGUMENTS, "{}"))
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the model's weights, by name."""
+        state = self.content["state_dict"]
+        return {name[6:]: value.shape for name, value in state.items() if name.startswith("model.")}
+
+
+def read_to_resume(
+    folder: RunFolder, settings: Mapping[str, Any], lasting: tuple[str, ...], max_steps: int, model: nn.Module
+) -> Checkpoint | None:
+    """The checkpoint that a run goes on from; None if there is none.
+
+    Args:
+        settings: all options of the run that is to go on; none of them are compared where it is empty.
+        lasting: options that must be as they were.
+        max_steps: of the run that is to go on.
+        model: that it trains.
+
+    Raises:
+        ValueError: the checkpoint would mean something else with these settings, which it names, and this model.
+    """
+    path = folder.path / CHECKPOINT
+    if not path.exists():
+        return None
+    saved = Checkpoint.read(path)
+    then = folder.read_config() if settings else {}
+    then["model"] = saved.arguments  # config.yaml may name files that have moved, and leaves classes out
+    now = {**settings, "model": json.loads(json.dumps(describe(model)["arguments"]))}
+    for name, old, new in changes(then, now):
+        if _lasts(name, old, new, lasting):
+            raise ValueError(
+                f"{name.replace('.arguments.', '.')} is {format_value(new)}, but the run in {folder.path} was begun"
+                f" with {format_value(old)}: go on with that, or begin another run in another --output"
+            )
+    if saved.shapes != {name: value.shape for name, value in model.state_dict().items()}:
+        raise ValueError(
+            f"{path} holds the weights of another model than this {type(model).__name__}: give model as"
+            f" {folder.path / CONFIG} has it"
+        )
+    if max_steps < saved.step:
+        raise ValueError(
+            f"trainer.max_steps is {max_steps}, but {path} was written after step {saved.step}: give as many or more"
+        )
+    return saved
+
+
+def _lasts(name: str, old: Any, new: Any, lasting: tuple[str, ...]) -> bool:
+    """Whether an option must be the same throughout a run, and not become another value."""
+    if name.startswith("model."):
+        return name.rpartition(".")[2] not in PASSING
+    return name in (*LASTING, *lasting) or (name == AVERAGE and None in (old, new))
+
+
+def echo_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Name the files of a finished run, with what each is."""
+    echo("\n".join(f"{folder / name}: {text}" for name, text in files.items()))

@@ -1,0 +1,85 @@
+"""What a task gives to be trained; `run` does the rest, for all tasks alike."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from diffperception.training.data import TrainingData
+from diffperception.training.module import TrainingModule
+
+
+class Evaluator:
+    """Looks at a model during training and after it. Every process calls both methods, with the same weights.
+
+    Attributes:
+        every: steps between evaluations; None for none during training.
+        last: whether `evaluate` is called after the last step too, as it may want the weights in training, of which
+            `finish` sees only the average.
+    """
+
+    every: int | None = None
+    last: bool = False
+
+    def evaluate(self, averaged: Any, raw: Any, step: int, folder: Path | None) -> dict[str, float]:
+        """Metrics, the most telling first.
+
+        Args:
+            averaged: the model with averaged weights; `raw` itself where no average is kept.
+            raw: the model in training, whose mode is restored afterwards.
+            folder: for pictures; None where nothing is to be written.
+        """
+        return {}
+
+    def finish(self, model: Any, folder: Path | None) -> dict[str, float]:
+        """The final metrics of the trained model, which is in evaluation mode and in float32."""
+        return {}
+
+
+@dataclass
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        module: the training step, which holds the model.
+        data: the batches it is given.
+        evaluator: what looks at the model.
+        summary: a sentence on what learns what from how much.
+    """
+
+    module: TrainingModule
+    data: TrainingData
+    evaluator: Evaluator
+    summary: str
+
+
+class Recipe(ABC):
+    """A task of training. Its constructor's arguments are the keys of a configuration; they are only kept there.
+
+    Attributes:
+        task: the name that a configuration calls it by.
+        files: names of what a run leaves beside what all runs leave, with what each is; folders end in a slash.
+        lasting: options, by dotted names, that decide what the state of a run means, so that a resumed run must have
+            them as it was begun.
+    """
+
+    task: ClassVar[str]
+    files: ClassVar[Mapping[str, str]] = {}
+    lasting: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def prepare(self, seed: int) -> Parts:
+        """Read the data and build the model, whose random weights come from torch's generator, which is seeded.
+
+        Raises:
+            ValueError, OSError: data or model are not sound; nothing has been written yet.
+        """
+
+
+def size_of(model: nn.Module) -> str:
+    """Such as `DiffusionDet with 110.6 M parameters`."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{type(model).__name__} with {parameters / 1e6:.1f} M parameters"
