@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from diffperception.echo import echo
 from diffperception.files import written_beside
+from diffperception.training.folder import RunFolder
 from diffperception.training.module import TrainingModule
 from diffperception.training.recipe import Evaluator
 
@@ -201,10 +202,11 @@ class Evaluations(Callback):
         folder: of the run; None where nothing is written.
     """
 
-    def __init__(self, evaluator: Evaluator, averaging: Averaging | None, folder: Path | None):
+    def __init__(self, evaluator: Evaluator, averaging: Averaging | None, folder: RunFolder | None):
         self.evaluator = evaluator
         self.averaging = averaging
         self.folder = folder
+        self.path = None if folder is None else folder.path
         self.evaluated = 0
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:  # type: ignore[override]
@@ -230,8 +232,8 @@ class Evaluations(Callback):
         step = self.evaluated = trainer.global_step
         averaged = self.averaging.model if self.averaging else module.model
         modes = [(model, model.training) for model in (averaged, module.model)]
-        with trainer.strategy.precision_plugin.val_step_context():
-            metrics = self.evaluator.evaluate(averaged, module.model, step, self.folder)
+        with self._recording(trainer), trainer.strategy.precision_plugin.val_step_context():
+            metrics = self.evaluator.evaluate(averaged, module.model, step, self.path)
         for model, training in modes:
             model.train(training)
         self.record(trainer, step, metrics)
@@ -241,9 +243,13 @@ class Evaluations(Callback):
 
     def finish(self, trainer: Trainer, model: nn.Module) -> dict[str, float]:
         """The final metrics of the trained model."""
-        metrics = self.evaluator.finish(model, self.folder)
+        with self._recording(trainer):
+            metrics = self.evaluator.finish(model, self.path)
         self.record(trainer, trainer.global_step, metrics)
         return metrics
+
+    def _recording(self, trainer: Trainer) -> AbstractContextManager[None]:
+        return nullcontext() if self.folder is None or not trainer.is_global_zero else self.folder.recording_subfolders()
 
     def record(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         if metrics:

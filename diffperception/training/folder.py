@@ -1,9 +1,10 @@
 """The folder of a training run: what may become of an old one, and what is in it."""
 
 import json
+import os
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,8 @@ import yaml
 from torch import nn
 
 from diffperception.configuration.settings import changes, format_value
-from diffperception.devices import first_process
 from diffperception.echo import echo
-from diffperception.files import listening, write_text
+from diffperception.files import OutputFolder, write_text
 from diffperception.models.base import describe
 from diffperception.training.loggers import BOARD, METRICS
 from diffperception.training.module import ARGUMENTS
@@ -23,7 +23,6 @@ from diffperception.training.module import ARGUMENTS
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 CHECKPOINT = "last.ckpt"
-WRITTEN = ".written"  # names of the files that runs have written, one per line
 FILES = {
     CHECKPOINT: "what --resume goes on from",
     METRICS: f"losses and scores over the steps; also as TensorBoard events in {BOARD}/",
@@ -35,19 +34,19 @@ AVERAGE = "optimizer.ema_decay"  # may change, but not appear or go
 PASSING = ("checkpointing", "dropout")  # arguments of models that say nothing of their weights
 
 
-class RunFolder:
-    """A folder that keeps a list of the files that runs have written there: nothing else is ever removed.
+class RunFolder(OutputFolder):
+    """The folder of a run.
 
     Args:
         path: the folder, which need not be there.
-        files: names of what the recipe leaves; folders end in a slash.
+        files: names of what the recipe leaves beside what every run leaves; folders end in a slash.
     """
 
-    def __init__(self, path: Path, files: Mapping[str, str]):
+    def __init__(self, path: Path, files: Iterable[str]) -> None:
         self.path = path
-        self.names = [name for name in dict.fromkeys([*FILES, WEIGHTS, *files]) if not name.endswith("/")]
-        list_file = path / WRITTEN
-        self.written = set(list_file.read_text(encoding="utf-8").splitlines()) if list_file.is_file() else set()
+        names = dict.fromkeys([*FILES, WEIGHTS, *files])
+        self.names = [name for name in names if not name.endswith("/")]
+        self.subfolders = [name for name in names if name.endswith("/")]
 
     def require_room(self, resume: bool, overwrite: bool) -> None:
         """ValueError if the folder holds a run, or files of somebody else, that would be lost."""
@@ -59,45 +58,37 @@ class RunFolder:
                 f"{self.path} already holds a run ({', '.join(found)}): go on with it with --resume, replace it with"
                 " --overwrite, or choose another --output"
             )
-        foreign = [name for name in found if name not in self.written]
+        written = self.written()
+        foreign = [name for name in found if self.path / name not in written]
         if foreign and overwrite:
             raise ValueError(
                 f"{self.path} holds {', '.join(foreign)}, which no run there has written: move that away, or choose"
                 " another --output"
             )
 
-    def clear(self) -> None:
-        """Remove the files that runs have written, and the folders that are empty then."""
-        for name in self.written:
-            path = self.path / name
-            for file in (path, path.with_name(path.name + ".part")):
-                file.unlink(missing_ok=True)
-        for parent in {parent for name in self.written for parent in Path(name).parents if parent != Path(".")}:
-            if (self.path / parent).is_dir() and not any((self.path / parent).iterdir()):
-                (self.path / parent).rmdir()
-        self.written = set()
-        (self.path / WRITTEN).unlink(missing_ok=True)
-
-    def note(self, path: Path) -> None:
-        """Put a file that is about to be written on the list, unless it is somewhere else."""
-        if not path.is_relative_to(self.path):
-            return
-        name = path.relative_to(self.path).as_posix()
-        if name not in self.written:
-            self.written.add(name)
-            with open(self.path / WRITTEN, "a", encoding="utf-8") as file:
-                file.write(name + "\n")
+    def begin(self, overwrite: bool, settings: Mapping[str, Any]) -> None:
+        """Remove what an earlier run wrote, if it is to be replaced, and write the options."""
+        if overwrite:
+            self.clear()
+        for name in self.names:
+            self.file(name)
+        if settings:
+            kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite", "debug")}
+            write_text(self.path / CONFIG, yaml.safe_dump(kept, sort_keys=False))
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """What is written within comes on the list; the events of TensorBoard too, which it writes by itself."""
-        with listening(self.note):
+    def recording_subfolders(self) -> Iterator[None]:
+        """Record the files that the recipe's evaluator writes meanwhile."""
+        with ExitStack() as stack:
+            for name in self.subfolders:
+                stack.enter_context(self.recording(name))
             yield
 
-    def write_config(self, settings: Mapping[str, Any]) -> None:
-        """The options of the run, fit to be a configuration again."""
-        kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite", "debug")}
-        write_text(self.path / CONFIG, yaml.safe_dump(kept, sort_keys=False))
+    def record_events(self) -> None:
+        """Record the files of TensorBoard, which names them after this process."""
+        for file in (self.path / BOARD).glob(f"*.{os.getpid()}.*"):
+            self.file(file.relative_to(self.path))
+        self.file(f"{BOARD}/hparams.yaml")
 
     def read_config(self) -> dict[str, Any]:
         path = self.path / CONFIG

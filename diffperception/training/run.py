@@ -4,9 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from diffperception.devices import first_process
 from diffperception.echo import echo
 from diffperception.training.callbacks import Averaging, Checkpoints, Evaluations, Reporter
 from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, Checkpoint, RunFolder, echo_files, read_to_resume
-from diffperception.training.loggers import BOARD, METRICS, open_loggers
+from diffperception.training.loggers import METRICS, open_loggers
 from diffperception.training.options import RunOptions, TrainerOptions
 from diffperception.training.recipe import Parts, Recipe
 from diffperception.visualization.draw import curves, save_png
@@ -65,16 +63,12 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
     checkpoint = None
     if folder is not None and options.resume:
         checkpoint = read_to_resume(folder, settings, recipe.lasting, max_steps, parts.module.model)
-    with folder.noting() if folder is not None and first_process() else nullcontext():
-        if folder is not None and first_process():
-            if options.overwrite:
-                folder.clear()
-            if settings:
-                folder.write_config(settings)
-        if checkpoint is not None and folder is not None:
-            echo(f"going on after step {checkpoint.step} of {folder.path / CHECKPOINT}")
-        echo(parts.summary)
-        outcome = fit(parts, options.trainer, max_steps, folder, checkpoint)
+    if folder is not None and first_process():
+        folder.begin(options.overwrite, settings)
+    if checkpoint is not None:
+        echo(f"going on after step {checkpoint.step} of {options.output}/{CHECKPOINT}")
+    echo(parts.summary)
+    outcome = fit(parts, options.trainer, max_steps, folder, checkpoint)
     if folder is not None:
         if outcome.signal is not None:
             echo(
@@ -99,7 +93,7 @@ def fit(
     module, path = parts.module, None if folder is None else folder.path
     averaging = None if module.ema_decay is None else Averaging(module.ema_decay)
     checkpoints = Checkpoints(path and path / CHECKPOINT, options.checkpoint_every, options.max_minutes)
-    evaluations = Evaluations(parts.evaluator, averaging, path)
+    evaluations = Evaluations(parts.evaluator, averaging, folder)
     # Called in this order after each step.
     callbacks = [*([averaging] if averaging else []), Reporter(options.log_every), checkpoints, evaluations]
     after = checkpoint.step if checkpoint else 0
@@ -141,14 +135,12 @@ def fit(
         if path is not None and trainer.is_global_zero:
             model.save(path / WEIGHTS)  # type: ignore[operator]
         metrics = evaluations.finish(trainer, model)
-        if path is not None and trainer.is_global_zero and (path / METRICS).exists():
-            save_png(curves(path / METRICS), path / "pictures" / "curves.png")
+        if folder is not None and trainer.is_global_zero and (folder.path / METRICS).exists():
+            save_png(curves(folder.path / METRICS), folder.file("pictures/curves.png"))
     for logger in trainer.loggers:
         logger.finalize("success")
     if folder is not None and trainer.is_global_zero:
-        for events in (folder.path / BOARD).glob(f"*.{os.getpid()}.*"):
-            folder.note(events)
-        folder.note(folder.path / BOARD / "hparams.yaml")
+        folder.record_events()
     return Outcome(model, trainer.global_step, metrics, checkpoints.signal)
 
 

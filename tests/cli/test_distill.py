@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffperception.cli.distill import distill
-from diffperception.cli.parsing import call
+from diffperception.configuration.parser import call
 from diffperception.data.masks import MaskFolder
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw

@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from diffperception.cli.evaluate_generation import evaluate, training_crops
-from diffperception.cli.parsing import call, sentence
+from diffperception.configuration.messages import sentence
+from diffperception.configuration.parser import call
 
 FEATURES = ["--features", "random:resnet18", "--size", "32", "--workers", "0"]
 

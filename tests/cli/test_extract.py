@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffperception.cli.extract import extract, resized
-from diffperception.cli.parsing import call
+from diffperception.configuration.parser import call
 from diffperception.data.images import read_image
 from diffperception.segmentation import DiffusionFeatures
 from diffperception.segmentation.feature_cache import load_maps

@@ -8,7 +8,8 @@ from typing import Literal
 import pytest
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
-from diffperception.cli.parsing import call, sentence
+from diffperception.configuration.messages import sentence
+from diffperception.configuration.parser import call
 
 
 @dataclass

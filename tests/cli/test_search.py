@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffperception.cli.parsing import call
+from diffperception.configuration.parser import call
 from diffperception.cli.search import expected_seconds, search, suggest
 from diffperception.segmentation import Probe
 from tests.cli.test_compare import write_scenes

@@ -17,7 +17,7 @@ from diffperception.detection.targets import PaddedTargets, image_sizes
 from diffperception.diffusion import SampleNoise, sample_seed
 from diffperception.training.module import NonFiniteLossError
 from diffperception.training.options import OptimizerOptions
-from diffperception.training.recipes.detection import DetectionTask
+from diffperception.training.recipes.detection import DetectionModule
 from tests.detection.scenes import CLASSES, random_boxes, random_image, random_target, set_losses, tiny_detector
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_detector import UnpluggedDiffusionDet
@@ -140,7 +140,7 @@ def poisoned(layer: str, value: float, stage: int = 0, **options) -> DiffusionDe
 @pytest.mark.parametrize(("layer", "value", "matcher"), POISONED)
 def test_8_a_loss_that_is_not_finite_names_the_batch(layer, value, matcher):
     targets = [random_target(2, 64, 50, seed) | {"image_id": 70 + seed} for seed in range(3)]
-    task = DetectionTask(poisoned(layer, value, matcher=matcher).train(), OptimizerOptions(), seed=0)
+    task = DetectionModule(poisoned(layer, value, matcher=matcher).train(), OptimizerOptions(), seed=0)
     with pytest.raises(NonFiniteLossError, match=r"step 1 .* images with ids 70, 71, 72 "):
         task.training_step((IMAGES, targets), 0)
 

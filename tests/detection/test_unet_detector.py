@@ -12,7 +12,7 @@ from diffperception.detection import FCOS, Detector, DiffusionDet
 from diffperception.generation import DiffusionModel
 from diffperception.models import UNetBackbone, pad_images
 from diffperception.training.options import OptimizerOptions
-from diffperception.training.recipes.detection import DetectionTask
+from diffperception.training.recipes.detection import DetectionModule
 from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
 from tests.detection.test_detector import assert_same_detections
 from tests.models.unet.test_unet import tiny
@@ -101,7 +101,7 @@ def test_a_backbones_strides_are_asked_for(generator: Path) -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_backbone_has_a_learning_rate_of_its_own(generator: Path, frozen: bool) -> None:
-    task = DetectionTask(diffusiondet(generator, frozen), OptimizerOptions(backbone_lr_factor=0.25), seed=0)
+    task = DetectionModule(diffusiondet(generator, frozen), OptimizerOptions(backbone_lr_factor=0.25), seed=0)
     scales = {name: task.lr_scale(name) for name, p in task.model.named_parameters() if p.requires_grad}
     assert {scale for name, scale in scales.items() if name.startswith("backbone.backbone.")} == {0.25}
     assert {scale for name, scale in scales.items() if not name.startswith("backbone.backbone.")} == {1.0}

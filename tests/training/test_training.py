@@ -12,7 +12,7 @@ from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet
 from diffperception.training.callbacks import Averaging, clock
 from diffperception.training.data import TimedLoader
-from diffperception.training.recipes.detection import DetectionTask
+from diffperception.training.recipes.detection import DetectionModule
 from diffperception.detection.inference import evaluate_detector, spread
 from diffperception.training.loggers import RunLog
 from diffperception.training.options import DataOptions, OptimizerOptions
@@ -40,7 +40,7 @@ def test_no_two_batches_share_a_seed() -> None:
     assert batch_seed(1, 2, 3) == batch_seed(1, 2, 3)
 
 
-class Groups(DetectionTask):
+class Groups(DetectionModule):
     lr = 0.5  # what a trainer would say
 
 
