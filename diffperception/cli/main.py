@@ -34,7 +34,8 @@ COMMANDS = {
 USAGE = (
     "usage: diffperception COMMAND [FILE.yaml ...] [--option value] ...\n\n"
     + "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
-    + "\n\n`diffperception COMMAND --help` explains the options of a command, `train --task TASK --help` those of a task.\n"
+    + "\n\n`diffperception COMMAND --help` explains the options of a command,"
+    + " `train --task TASK --help` those of a task.\n"
 )
 
 
@@ -66,12 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(name: str, arguments: Sequence[str]) -> int:
     """Call command `name` with what the arguments say."""
     require_command(name)
-    module = importlib.import_module(f"diffperception.cli.{name}")
-    prefer_fast_products()
-    if name == "train":
-        return module.train(arguments)
+    from diffperception.configuration.base import given, spread_files
     from diffperception.configuration.parser import Options, call
 
+    prefer_fast_products()
+    task = given(spread_files(arguments), "task")
+    if task == "segmentation" or (name == "evaluate" and task == "generation"):  # until these have moved
+        module = importlib.import_module(f"diffperception.cli.{name}_{task}")
+        return call(getattr(module, name), arguments, task=task)
+    module = importlib.import_module(f"diffperception.cli.{name}")
+    if name == "train":
+        return module.train(arguments)
     by_kind: Mapping[str, Callable[..., int | None]] = getattr(module, "BY_KIND", {name: getattr(module, name, None)})
     kind = find_kind(arguments, by_kind)
     if kind is not None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -16,10 +17,10 @@ from diffperception.cli.evaluate import pick_device
 from diffperception.cli.evaluate_segmentation import draw, iou_table, score
 from diffperception.cli.predict import require_room
 from diffperception.cli.report import write_text
-from diffperception.cli.run_folder import WEIGHTS, say_where, start_folder
 from diffperception.data.masks import IGNORE_INDEX, MaskFolder
 from diffperception.segmentation import FeatureExtractor, FitOptions, PixelEnsemble, PixelSegmenter
 from diffperception.segmentation.feature_cache import in_bytes, stored_bytes
+from diffperception.training.folder import WEIGHTS, RunFolder, echo_files
 from diffperception.training.recipes.segmentation import MaskDataOptions
 
 FILES = {
@@ -82,7 +83,7 @@ def train(
         classifier.fit(features, train_set.images, masks, fit, train_set.names, data.classes)
     seconds = {"training": time.monotonic() - start}
     model = PixelSegmenter(features, classifier, data.classes, data.short_side)
-    start_folder(output, overwrite, resolved)
+    RunFolder(output, FILES).begin(overwrite, yaml.safe_load(resolved) or {})
     model.save(output / WEIGHTS)
     say(f"trained in {seconds['training']:.0f} s")
     metrics = {}
@@ -94,14 +95,16 @@ def train(
     labelled = {"images": train_set.names, "seconds": seconds}
     write_text(output / "metrics.json", json.dumps({"metrics": metrics, **labelled}, indent=2) + "\n")
     draw(model, val_set or train_set, output / "pictures", pictures)
-    say_where(output, FILES)
+    echo_files(output, FILES)
 
 
 def sizes(
     features: FeatureExtractor, folder: MaskFolder, masks: list[Tensor], members: int, options: FitOptions
 ) -> str:
     """What is learned from how much, in words."""
-    memory = stored_bytes(features, [(mask.shape[0], mask.shape[1]) for mask in masks], getattr(torch, options.feature_dtype))
+    memory = stored_bytes(
+        features, [(mask.shape[0], mask.shape[1]) for mask in masks], getattr(torch, options.feature_dtype)
+    )
     pixels = sum(int((mask != IGNORE_INDEX).sum()) for mask in masks)
     limit = "" if options.max_minibatches is None else f"; at most {options.max_minibatches} minibatches each"
     return (

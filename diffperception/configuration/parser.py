@@ -98,21 +98,21 @@ class Options:
         return options
 
     def instantiate(self, options: Namespace) -> list[dict[str, Any]]:
-        """The arguments of each part, by name. Networks among them are built with the seed, if there is such an option.
-        """
+        """The arguments of each part, by name. Networks among them are built with the seed, if there is such an option."""
         if "seed" in options:
             import torch
 
             torch.manual_seed(options.seed)
         values = vars(self.parser.instantiate(options))
-        return [{name: values[name] for name in inspect.signature(part).parameters if name in values} for part in self.parts]
+        names = [inspect.signature(part).parameters for part in self.parts]
+        return [{name: values[name] for name in of_part if name in values} for of_part in names]
 
     def settings(self, options: Namespace) -> dict[str, Any]:
         """All options, as a configuration has them."""
         return yaml.safe_load(self.parser.dump(options, skip_unset=False))
 
 
-def call(command: Command, arguments: Sequence[str], name: str | None = None) -> int:
+def call(command: Command, arguments: Sequence[str], name: str | None = None, task: str | None = None) -> int:
     """Call `command` with the options that the arguments give it; returns its exit code, 0 for None.
 
     Its help calls it by `name`, by default the function's.
@@ -122,7 +122,7 @@ def call(command: Command, arguments: Sequence[str], name: str | None = None) ->
     Raises:
         ArgumentError: an option is unknown, missing or of a wrong type.
     """
-    options = Options(name or command.__name__, command)
+    options = Options(name or command.__name__, command, task=task)
     parsed = options.parse(arguments)
     (values,) = options.instantiate(parsed)
     parameters = inspect.signature(command).parameters

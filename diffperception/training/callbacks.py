@@ -249,7 +249,9 @@ class Evaluations(Callback):
         return metrics
 
     def _recording(self, trainer: Trainer) -> AbstractContextManager[None]:
-        return nullcontext() if self.folder is None or not trainer.is_global_zero else self.folder.recording_subfolders()
+        if self.folder is None or not trainer.is_global_zero:
+            return nullcontext()
+        return self.folder.recording_subfolders()
 
     def record(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         if metrics:

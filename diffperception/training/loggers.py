@@ -61,7 +61,7 @@ def open_loggers(names: Sequence[LoggerName], folder: Path, after: int) -> list[
         try:
             loggers.append(WandbLogger(folder.resolve().name, folder))
         except ModuleNotFoundError:
-            raise ValueError("trainer.logger wandb needs the package wandb: pip install wandb, or leave it out") from None
+            raise ValueError("trainer.logger wandb needs the package wandb: pip install wandb") from None
     return loggers
 
 

@@ -124,7 +124,12 @@ def test_the_written_options_repeat_the_run(run: Path, tmp_path: Path) -> None:
 def test_a_generators_features_and_a_scale_are_kept_with_the_classifier(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--features", GENERATOR, f"--features.generator={folder / 'generator.safetensors'}", "--features.blocks=[0, 2]"]
+    more = [
+        "--features",
+        GENERATOR,
+        f"--features.generator={folder / 'generator.safetensors'}",
+        "--features.blocks=[0, 2]",
+    ]
     more += ["--features.timesteps=[10]", "--data.short_side=16", "--data.limit=2", "--seed=1"]
     assert train(folder, tmp_path / "run", *more) == 0
     assert "from 672 pixels of 2 images; 64 features a pixel" in capsys.readouterr().out  # 16 x 21 each
@@ -272,7 +277,11 @@ def test_the_tool_is_the_command(run: Path, folder: Path, tmp_path: Path, monkey
 def test_a_mistyped_option_of_a_class_method_is_named(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = [f"--features={GENERATOR}", f"--features.generator={folder / 'generator.safetensors'}", "--features.block=[0]"]
+    more = [
+        f"--features={GENERATOR}",
+        f"--features.generator={folder / 'generator.safetensors'}",
+        "--features.block=[0]",
+    ]
     assert train(folder, tmp_path / "run", *more) == 2
     said = capsys.readouterr().err
     assert "did you mean blocks?" in said

@@ -61,6 +61,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def test_a_run_leaves_everything_it_promises(whole: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
+        ".diffperception",
         "config.yaml",
         "last.ckpt",
         "model.safetensors",
@@ -110,7 +111,7 @@ def test_the_rate_follows_the_images_a_step_and_is_said(
     options = ["--trainer.accumulate", "3", "--trainer.max_steps", "1", "--optimizer.warmup_steps", "0"]
     assert train(config, tmp_path / "run", *options, "--optimizer.schedule", "constant") == 0
     said = capsys.readouterr().out
-    assert "6 images a step, so the learning rate is 0.01 x 6 / 2 = 0.03" in said
+    assert "6 images per step, so the learning rate is 0.01 x 6 / 2 = 0.03" in said
     assert "step 1/1" in said
     assert f"{tmp_path / 'run' / 'model.safetensors'}: the trained detector" in said
     state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
@@ -120,17 +121,33 @@ def test_the_rate_follows_the_images_a_step_and_is_said(
 def test_a_folder_that_holds_a_run_is_refused_or_replaced(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    one = ["--trainer.max_steps", "1"]
+    assert train(config, tmp_path, *one, "--evaluation.pictures", "2") == 0
     (tmp_path / "metrics.csv").write_text("step,train/loss\n1,77\n")
     (tmp_path / "notes.txt").write_text("mine")
-    assert train(config, tmp_path, "--trainer.max_steps", "1") == 2
+    (tmp_path / "pictures" / "mine.png").write_text("mine")
+    assert len(list((tmp_path / "pictures").iterdir())) == 4
+    capsys.readouterr()
+    assert train(config, tmp_path, *one) == 2
     said = complaint(capsys)
     assert "--resume" in said
     assert "--overwrite" in said
-    assert train(config, tmp_path, "--trainer.max_steps", "1", "--overwrite", "--resume") == 2
+    assert train(config, tmp_path, *one, "--overwrite", "--resume") == 2
     assert (tmp_path / "metrics.csv").read_text().endswith("77\n")
-    assert train(config, tmp_path, "--trainer.max_steps", "1", "--overwrite") == 0
+    assert train(config, tmp_path, *one, "--overwrite", "--evaluation.pictures", "0") == 0
     assert "\n1,77\n" not in (tmp_path / "metrics.csv").read_text()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"curves.png", "mine.png"}
+
+
+def test_files_that_no_run_has_written_are_never_replaced(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.csv").write_text("mine")
+    assert train(config, tmp_path, "--trainer.max_steps", "1", "--overwrite") == 2
+    assert "metrics.csv, which no run there has written" in complaint(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    assert (tmp_path / "metrics.csv").read_text() == "mine"
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_as_if_nothing_had_been(
@@ -324,9 +341,9 @@ def test_an_empty_data_set_is_refused(config: Path, tmp_path: Path, capsys: pyte
 
 
 def test_options_that_are_null_stay_so_in_the_saved_configuration(config: Path, tmp_path: Path) -> None:
-    assert train(config, tmp_path / "run", "--optimizer.clip_norm", "null", "--optimizer.ema_decay", "null") == 0
+    assert train(config, tmp_path / "run", "--optimizer.grad_clip_norm", "null", "--optimizer.ema_decay", "null") == 0
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert saved["optimizer"]["clip_norm"] is None
+    assert saved["optimizer"]["grad_clip_norm"] is None
     assert "ema_decay" in saved["optimizer"]
     assert train(tmp_path / "run/config.yaml", tmp_path / "again") == 0
     assert same_weights(tmp_path / "run", tmp_path / "again")

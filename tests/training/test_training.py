@@ -29,7 +29,7 @@ def test_the_rate_rises_linearly_and_then_follows_its_schedule() -> None:
     assert options.lr_factor(350, 1100) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     assert options.lr_factor(600, 1100) == pytest.approx(0.5)
     assert options.lr_factor(1100, 1100) == pytest.approx(0)
-    stepped = OptimizerOptions(warmup_steps=0, schedule="steps", drops=(0.5, 0.75))
+    stepped = OptimizerOptions(warmup_steps=0, schedule="steps", milestones=(0.5, 0.75))
     assert [stepped.lr_factor(step, 8) for step in (0, 3, 4, 5, 6, 7)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert OptimizerOptions(warmup_steps=0, schedule="constant").lr_factor(7, 8) == 1
 
