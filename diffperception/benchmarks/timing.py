@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.utils.benchmark import timer  # waits for the accelerator, where there is one
 
-from diffperception.visualization.table import format_table
+from diffperception.table import format_table
 
 BLOCK = 0.1  # seconds that a measurement of short functions takes at least
 

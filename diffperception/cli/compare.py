@@ -35,8 +35,9 @@ from diffperception.segmentation import (
 from diffperception.segmentation.baseline import BaselineOptions, predict_labels, segmentation_unet, train_unet
 from diffperception.segmentation.feature_cache import CachedFeatures, fingerprint, in_bytes, parse_bytes, stored_bytes
 from diffperception.training.recipes.segmentation import MaskDataOptions
-from diffperception.visualization.draw import STRIP_SIDE, label_curves, paint, save_png, stack, titled
-from diffperception.visualization.panels import legend, mask_overlay
+from diffperception.visualization.curves import label_curves
+from diffperception.visualization.draw import save_png
+from diffperception.visualization.panels import PANEL_SIDE, image_row, legend, mask_overlay, stack
 
 Method = Literal["diffusion", "untrained", "rgb", "scratch"]
 FREE = ("labels", "seed", "seeds", "methods", "pictures", "memory", "device", "output", "overwrite", "debug")
@@ -283,4 +284,4 @@ def example_row(test: Labelled, index: int, folder: Path) -> Image.Image:
     files = {title: example(folder / method, name) for method, title in TITLES.items()}
     predicted = {title: torch.tensor(read_mask(file)) for title, file in files.items() if file.exists()}
     panels = {title: mask_overlay(image, labels) for title, labels in {"truth": mask, **predicted}.items()}
-    return stack([titled(paint(panel, [], STRIP_SIDE), title) for title, panel in {"image": image, **panels}.items()])
+    return image_row({"image": image, **panels}, PANEL_SIDE)

@@ -22,7 +22,7 @@ from diffperception.data.image_folder import require_image_channels
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
 from diffperception.segmentation import PixelSegmenter
-from diffperception.visualization.draw import save_png, to_picture
+from diffperception.visualization.draw import save_png, to_pil
 
 DRAWN = 1000  # images of a generator, where no number is given
 
@@ -159,7 +159,7 @@ def label(
             broken.append(problem)
             continue
         segmentation = segmenter.segment(image)
-        save_png(to_picture(image), output / "images" / name)
+        save_png(to_pil(image), output / "images" / name)
         save_png(Image.fromarray(segmentation.labels.byte().cpu().numpy()), output / "masks" / name)
         shown = shares(segmentation.labels, len(segmenter.classes))
         found.append(Labelled(name.as_posix(), segmentation.score, shown))

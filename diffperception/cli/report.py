@@ -16,7 +16,9 @@ from diffperception.diffusion import sample_seed
 from diffperception.detection.evaluator import CocoResult
 from diffperception.detection.inference import spread
 from diffperception.detection.sweep import Audit
-from diffperception.visualization.draw import THRESHOLD, audit_curves, save_png, side_by_side, trajectory_strip
+from diffperception.visualization.curves import sweep_curves
+from diffperception.visualization.draw import THRESHOLD, save_png
+from diffperception.visualization.panels import side_by_side, trajectory
 
 STRIP_STEPS = 4  # of the strips, where no number of steps is asked for
 
@@ -36,7 +38,7 @@ def write_audit(audit: Audit, folder: Path) -> None:
     """audit.json (null where undefined) and audit.png, its curves."""
     content = audit.content()
     write_text(folder / "audit.json", json.dumps(content, indent=2) + "\n")
-    save_png(audit_curves(content["rows"]), folder / "audit.png")
+    save_png(sweep_curves(content["rows"]), folder / "audit.png")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,7 +93,7 @@ def draw_strip(
     options = options or detector.sampler_options(STRIP_STEPS)
     trace = detector.trace(on_device, options.steps, seed=seed, options=options)
     detections = detector.predict([on_device], [seed], options=options)[0]
-    return trajectory_strip(image, trace, detections, detector.classes, threshold)
+    return trajectory(image, trace, detections, detector.classes, threshold)
 
 
 def _defined(value: float) -> float | None:

@@ -16,7 +16,8 @@ from diffperception.diffusion import Denoiser, classifier_guidance
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
 from diffperception.models import NoisyClassifier
-from diffperception.visualization.draw import image_grid, save_png, to_picture
+from diffperception.visualization.draw import save_png, to_pil
+from diffperception.visualization.panels import image_grid
 
 MOST_IN_GRID = 144
 NUMBERED = re.compile(r"\d{6,}\.png")
@@ -78,7 +79,7 @@ def sample(
                 remove_images(output / "images")
             for index, image in zip(numbers, images, strict=True):
                 folder = "" if labels is None else known[int(labels[index % len(labels)])]
-                save_png(to_picture(image.expand(3, -1, -1)), output / "images" / folder / f"{index:06}.png")
+                save_png(to_pil(image.expand(3, -1, -1)), output / "images" / folder / f"{index:06}.png")
             pictures.extend(images[: MOST_IN_GRID - len(pictures)])
             bar.update(len(numbers))
     save_png(image_grid(pictures), output / "grid.png")

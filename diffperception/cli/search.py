@@ -19,7 +19,8 @@ from diffperception.cli.report import write_text
 from diffperception.segmentation import DiffusionFeatures, Probe
 from diffperception.segmentation import search as rank
 from diffperception.training.recipes.segmentation import MaskDataOptions
-from diffperception.visualization.draw import heat_map, save_png
+from diffperception.visualization.curves import heat_map
+from diffperception.visualization.draw import save_png
 
 SUGGESTED = {"blocks": 4, "timesteps": 3}  # how many of each
 SHOWN = 15

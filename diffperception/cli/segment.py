@@ -18,8 +18,15 @@ from diffperception.cli.predict import ImageFiles, find_images, name_pictures, r
 from diffperception.cli.report import write_text
 from diffperception.data.masks import find_mask
 from diffperception.segmentation import PixelSegmenter, Segmentation
-from diffperception.visualization.draw import STRIP_SIDE, save_png, titled, to_picture
-from diffperception.visualization.panels import contact_sheet, mask_overlay, segmentation_panels, uncertainty_map
+from diffperception.visualization.draw import save_png, to_pil
+from diffperception.visualization.panels import (
+    PANEL_SIDE,
+    contact_sheet,
+    mask_overlay,
+    segmentation_panels,
+    titled,
+    uncertainty_map,
+)
 
 SHEET = 8  # images on the picture of the most uncertain
 
@@ -73,8 +80,8 @@ def segment(
         found = segmenter.segment(sample.image)
         save_png(Image.fromarray(found.labels.byte().cpu().numpy()), output / "masks" / files[name])
         if len(scores) < pictures:
-            save_png(to_picture(mask_overlay(sample.image, found.labels)), output / "overlays" / files[name])
-            save_png(to_picture(uncertainty_map(found.uncertainty)), output / "uncertainty" / files[name])
+            save_png(to_pil(mask_overlay(sample.image, found.labels)), output / "overlays" / files[name])
+            save_png(to_pil(uncertainty_map(found.uncertainty)), output / "uncertainty" / files[name])
         scores.append(Score(name.as_posix(), found.score, shares(found.labels, len(segmenter.classes))))
         top.add(scores[-1], sample.image, found, segmenter.classes)
     if not scores:
@@ -113,7 +120,7 @@ class MostUncertain:
     def add(self, score: Score, image: Tensor, found: Segmentation, classes: Sequence[str]) -> None:
         """Take an image (3, H, W), if it is among them."""
         if len(self._kept) < self.number or (self.number and score.uncertainty > self._kept[-1][0]):
-            panels = segmentation_panels(image, found.labels, found.uncertainty, classes, side=STRIP_SIDE)
+            panels = segmentation_panels(image, found.labels, found.uncertainty, classes, long_side=PANEL_SIDE)
             picture = titled(panels, f"{score.name}: {score.uncertainty:.2g}")
             kept = sorted([*self._kept, (score.uncertainty, picture)], key=lambda pair: -pair[0])
             self._kept = kept[: self.number]

@@ -20,7 +20,8 @@ from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, Checkpoin
 from diffperception.training.loggers import METRICS, open_loggers
 from diffperception.training.options import RunOptions, TrainerOptions
 from diffperception.training.recipe import Parts, Recipe
-from diffperception.visualization.draw import curves, save_png
+from diffperception.visualization.curves import training_curves
+from diffperception.visualization.draw import save_png
 
 SHARDING = ("fsdp", "deepspeed", "model_parallel")
 
@@ -136,7 +137,7 @@ def fit(
             model.save(path / WEIGHTS)  # type: ignore[operator]
         metrics = evaluations.finish(trainer, model)
         if folder is not None and trainer.is_global_zero and (folder.path / METRICS).exists():
-            save_png(curves(folder.path / METRICS), folder.file("pictures/curves.png"))
+            save_png(training_curves(folder.path / METRICS), folder.file("pictures/curves.png"))
     for logger in trainer.loggers:
         logger.finalize("success")
     if folder is not None and trainer.is_global_zero:

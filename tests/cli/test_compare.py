@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffperception.cli.parsing import build_parser, call, parse
 from PIL import Image
 
 from diffperception.cli.compare import Labelled, compare, from_scratch, pixel_classifier
 from diffperception.cli.comparison import lead_sentence, markdown, summarise
-from diffperception.cli.parsing import build_parser, call, parse
 from diffperception.data.masks import MaskFolder
 from diffperception.segmentation import FitOptions, PixelEnsemble, RGBFeatures
 from diffperception.segmentation.baseline import BaselineOptions, predict_labels, segmentation_unet, train_unet
-from diffperception.visualization.draw import save_png, to_picture
+from diffperception.visualization.draw import save_png, to_pil
 from tests.segmentation.test_ensemble import scene
 from tests.segmentation.test_features import unet
 
@@ -23,7 +23,7 @@ METHODS = ["diffusion", "untrained", "rgb", "scratch"]
 def write_scenes(folder: Path, numbers: range) -> None:
     for number in numbers:
         image, mask = scene(number, 24, 32)
-        save_png(to_picture(image), folder / "images" / f"{number}.png")
+        save_png(to_pil(image), folder / "images" / f"{number}.png")
         save_png(Image.fromarray(mask.byte().numpy()), folder / "masks" / f"{number}.png")
 
 

@@ -12,7 +12,7 @@ from diffperception.configuration.parser import call
 from diffperception.data.images import read_image
 from diffperception.segmentation import DiffusionFeatures
 from diffperception.segmentation.feature_cache import load_maps
-from diffperception.visualization.draw import save_png, to_picture
+from diffperception.visualization.draw import save_png, to_pil
 from tests.segmentation.test_features import unet
 
 
@@ -21,7 +21,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extract")
     generator = torch.Generator().manual_seed(0)
     for number, name in enumerate(("a.png", "b.png", "more/a.png")):
-        save_png(to_picture(torch.rand(3, 20, 24 + number, generator=generator)), folder / "images" / name)
+        save_png(to_pil(torch.rand(3, 20, 24 + number, generator=generator)), folder / "images" / name)
     unet().save(folder / "unet.safetensors")
     return folder
 

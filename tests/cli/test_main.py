@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from diffperception.cli.parsing import build_parser, call, parse, sentence
 
 from diffperception.cli.main import COMMANDS, find, main
-from diffperception.cli.parsing import build_parser, call, parse, sentence
 
 
 class Engine:

@@ -13,7 +13,8 @@ from diffperception.cli.main import main
 from diffperception.diffusion import classifier_guidance
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
 from diffperception.models import NoisyClassifier, UNet
-from diffperception.visualization.draw import image_grid, to_picture
+from diffperception.visualization.draw import to_pil
+from diffperception.visualization.panels import image_grid
 
 CLASSES = ["disc", "square"]
 TINY: dict[str, Any] = {
@@ -76,7 +77,7 @@ def drawn(output: Path, names: list[str]) -> Tensor:
 
 
 def assert_pictures(files: Tensor, images: Tensor) -> None:
-    expected = torch.stack([torch.from_numpy(np.array(to_picture(image.expand(3, -1, -1)))) for image in images])
+    expected = torch.stack([torch.from_numpy(np.array(to_pil(image.expand(3, -1, -1)))) for image in images])
     assert files.shape == expected.shape
     assert (files.int() - expected.int()).abs().max() <= 1  # batches of another size round differently
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffperception.configuration.parser import call
 from diffperception.cli.search import expected_seconds, search, suggest
+from diffperception.configuration.parser import call
 from diffperception.segmentation import Probe
 from tests.cli.test_compare import write_scenes
 from tests.segmentation.test_features import diffusion, unet

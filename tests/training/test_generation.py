@@ -28,7 +28,8 @@ from diffperception.training.recipes.generation import (
     held_out_loss,
     to_signal,
 )
-from diffperception.visualization.draw import image_grid, save_png
+from diffperception.visualization.draw import save_png
+from diffperception.visualization.panels import image_grid
 from tests.training.test_resume import TORCHRUN, assert_same_run, copy_run, logged, python
 from tests.training.tiny_detector import PowerCut
 from tests.training.tiny_generator import write_tiny_generator, write_tiny_pictures

@@ -1,6 +1,6 @@
 """Tables of text."""
 
-from diffperception.visualization.table import format_table
+from diffperception.table import format_table
 
 
 def test_numbers_stand_at_the_right_and_words_at_the_left() -> None:
