@@ -7,9 +7,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from diffperception.benchmarks.timing import Row, best_seconds
 from diffperception.detection import BoxSampler, DiffusionDet
-from diffperception.detection.detector import image_sizes
-from diffperception.detection.matcher import PaddedTargets, match
-from diffperception.detection.sampler import select_detections
+from diffperception.detection.matcher import match
+from diffperception.detection.targets import PaddedTargets, image_sizes
 
 HEIGHT, WIDTH = 480, 640
 NUM_BOXES = 300
@@ -45,21 +44,21 @@ def measure(repeats: int, say: Callable[[Row], None]) -> tuple[Row, list[Row]]:
 
 
 def _measure_prediction(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
-    options = {steps: BoxSampler(steps, NUM_BOXES) for steps in (1, 4)}
-    pyramid = detector.features(images[:1])
+    one, four = BoxSampler(1, NUM_BOXES), BoxSampler(4, NUM_BOXES)
+    encoded = detector.encode(images[:1])
     boxes = _random_boxes(NUM_BOXES)[None]
-    sampled = detector._sample(images[:1], [0], options[4])
+    sampled = detector.sample(encoded, [0], four)
     record("backbone, one image", lambda: detector.features(images[:1]))
-    record("head, one pass", lambda: detector.head(pyramid, boxes, torch.tensor([500]), last_only=True))
-    record("post-processing of four steps", lambda: select_detections(sampled, options[4]))
-    record("prediction, one step", lambda: detector.predict(images[:1], options=options[1]), target=1.8)
-    record("prediction, four steps", lambda: detector.predict(images[:1], options=options[4]), target=4.5)
-    record("prediction, four images, four steps", lambda: detector.predict(images, options=options[4]), target=14)
+    record("head, one pass", lambda: detector.head(encoded.pyramid, boxes, torch.tensor([500]), last_only=True))
+    record("post-processing of four steps", lambda: four.select(sampled).in_images(encoded.seen, encoded.sizes))
+    record("prediction, one step", lambda: detector.predict(images[:1], sampler=one), target=1.8)
+    record("prediction, four steps", lambda: detector.predict(images[:1], sampler=four), target=4.5)
+    record("prediction, four images, four steps", lambda: detector.predict(images, sampler=four), target=14)
 
 
 def _measure_training(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
     targets = [{"boxes": _random_boxes(OBJECTS), "labels": torch.arange(OBJECTS)} for _ in images]
-    padded = PaddedTargets.collate(targets, image_sizes(images, detector.device)).repeat(len(detector.head.stages))
+    padded = PaddedTargets.collate(targets, image_sizes(images)).repeat(len(detector.head.stages))
     rows = len(padded.boxes)
     logits, boxes = torch.randn(rows, NUM_BOXES, NUM_CLASSES), _random_boxes(NUM_BOXES).expand(rows, -1, -1)
     optimizer = torch.optim.AdamW(detector.parameters(), 1e-6, foreach=True)

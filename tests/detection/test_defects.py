@@ -66,10 +66,8 @@ def test_3_the_prior_is_in_the_class_bias_alone(count):
 
 def test_4_no_proposal_is_without_area():
     detector = tiny_detector(num_boxes=2000)
-    sizes = [
-        step["boxes"][:, 2:] - step["boxes"][:, :2]
-        for step in detector.trajectory(IMAGES[0], 0, BoxSampler(4, 2000))[0]
-    ]
+    steps, _ = detector.trajectory(IMAGES[0], 0, BoxSampler(4, 2000))
+    sizes = [step["boxes"][:, 2:] - step["boxes"][:, :2] for step in steps]
     assert min(size.min() for size in sizes) >= 0.999
     padded = PaddedTargets.collate([random_target(3, 64, 96)], image_sizes(IMAGES[:1]))
     for t in (0, 300, 700, 999):

@@ -122,11 +122,11 @@ def test_every_parameter_learns():
 
 
 def test_one_image_can_be_learned():
-    detector = tiny_detector(matcher="hungarian").train()
+    detector = tiny_detector(1, matcher="hungarian").train()
     optimizer = torch.optim.AdamW(detector.parameters(), 2e-3)
     generator = torch.Generator().manual_seed(0)
     losses = []
-    for _ in range(80):
+    for _ in range(60):
         loss = sum(detector.loss(IMAGES[:1] * 2, TARGETS[:1] * 2, generator).values())
         loss.backward()
         optimizer.step()

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from diffperception.detection import DiffusionDet
+from diffperception.detection import BoxSampler, DiffusionDet
 from diffperception.detection.heads.boxes import DynamicHead
 from diffperception.detection.matcher import match
 from diffperception.detection.targets import PaddedTargets, image_sizes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffperception.detection import DiffusionDet
+from diffperception.detection import BoxSampler, DiffusionDet
 from diffperception.detection.boxes import decode_boxes
 from diffperception.detection.matcher import match
 from diffperception.detection.targets import PaddedTargets, image_sizes
