@@ -16,11 +16,10 @@ from diffperception.cli import counted, say
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.predict import ImageFiles, find_images, name_pictures
 from diffperception.cli.report import write_text
-from diffperception.cli.sample import choose_labels, in_turn
 from diffperception.cli.segment import shares
 from diffperception.data.image_folder import require_image_channels
 from diffperception.generation import DiffusionModel, SamplingOptions
-from diffperception.generation import sample as draw
+from diffperception.generation.inference import draw_samples
 from diffperception.segmentation import PixelSegmenter
 from diffperception.visualization.draw import save_png, to_pil
 
@@ -133,13 +132,10 @@ def samples(
     generator: DiffusionModel, number: int, sampling: SamplingOptions, batch_size: int, seed: int
 ) -> Iterator[Unlabelled]:
     """Images from a generator, as `sample` draws them."""
-    require_image_channels(generator.unet.in_channels)
-    labels = choose_labels(generator.classes or [], None)
-    for start in range(0, number, batch_size):
-        numbers = range(start, min(start + batch_size, number))
-        wanted = in_turn(labels, numbers, generator.device)
-        for index, image in zip(numbers, draw(generator, numbers, sampling, seed, wanted), strict=True):
-            yield Unlabelled(Path(f"{index:06}.png"), image.float().cpu().expand(3, -1, -1))
+    require_image_channels(generator.space.channels)
+    for numbers, images in draw_samples(generator, range(number), sampling, seed, None, batch_size):
+        for index, image in zip(numbers, images.cpu(), strict=True):
+            yield Unlabelled(Path(f"{index:06}.png"), image.expand(3, -1, -1))
 
 
 def label(

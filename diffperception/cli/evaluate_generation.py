@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from diffperception.cli import say
-from diffperception.cli.checkpoints import read_checkpoint
+from diffperception.models.convert.checkpoints import read_weights
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.main import find
 from diffperception.cli.parsing import build_parser, parse
@@ -88,7 +88,7 @@ def evaluate(
     chosen = pick_device(device)
     if weights is None and not features.startswith(RANDOM) and not features.endswith(".safetensors"):
         say(f"the weights of {features} are fetched, unless they have been before")
-    network = feature_network(features, None if weights is None else read_checkpoint(weights)[0], size).to(chosen)
+    network = feature_network(features, None if weights is None else read_weights(weights)[0], size).to(chosen)
     found = {name: extract(network, images, name, batch_size, workers, chosen) for name, images in pictures.items()}
     say("the features are read; comparing them takes up to some minutes")
     subset_size = subset_size or max(2, min(SUBSET_SIZE, min(counts.values()) // 2))

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffperception.diffusion import Denoiser, SampleNoise, Schedule, clip, sample_seed, samplers
+from diffperception.diffusion import Denoiser, NoiseFn, SampleNoise, Schedule, clip, sample_seed
+from diffperception.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun
 from diffperception.models import DiffusionModel
 from diffperception.models.conditioners import Said
 
@@ -23,16 +24,16 @@ class SamplerKind(NamedTuple):
         discrete: it needs a path of discrete steps.
     """
 
-    loop: Callable[..., Tensor]
+    loop: Callable[[Denoiser, Schedule, Tensor, Tensor, float, NoiseFn], Tensor]
     even: bool = False
     discrete: bool = False
 
 
 SAMPLERS: dict[Sampler, SamplerKind] = {
-    "dpm_solver": SamplerKind(lambda *path, eta, noise: samplers.sample_dpm_solver(*path), even=True),
-    "ddim": SamplerKind(lambda *path, eta, noise: samplers.sample_ddim(*path, eta, noise)),
-    "ddpm": SamplerKind(lambda *path, eta, noise: samplers.sample_ddpm(*path, noise), discrete=True),
-    "heun": SamplerKind(lambda *path, eta, noise: samplers.sample_heun(*path), even=True),
+    "dpm_solver": SamplerKind(lambda d, path, x, grid, eta, noise: sample_dpm_solver(d, path, x, grid), even=True),
+    "ddim": SamplerKind(sample_ddim),
+    "ddpm": SamplerKind(lambda d, path, x, grid, eta, noise: sample_ddpm(d, path, x, grid, noise), discrete=True),
+    "heun": SamplerKind(lambda d, path, x, grid, eta, noise: sample_heun(d, path, x, grid), even=True),
 }
 
 
@@ -112,4 +113,4 @@ def sample(
     shape = model.signal_shape(*(image_size or model.image_size))
     x = noise(torch.empty((len(indices), *shape), device=model.device))
     loop = SAMPLERS[options.sampler].loop
-    return model.space.decode(loop(denoiser, schedule, x, grid, eta=options.eta, noise=noise))
+    return model.space.decode(loop(denoiser, schedule, x, grid, options.eta, noise))

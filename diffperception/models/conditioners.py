@@ -85,8 +85,17 @@ class ClassLabels(Conditioner):
         return torch.where(dropped.to(said.device), len(self.classes), said)
 
     def choose(self, names: Sequence[str] | None, numbers: Sequence[int]) -> Tensor:
-        unknown = [name for name in names or [] if name not in self.classes]
-        if unknown:
-            raise ValueError(f"there is no class {unknown[0]}: the generator knows {', '.join(self.classes)}")
-        labels = torch.tensor([self.classes.index(name) for name in names or self.classes])
-        return labels[torch.tensor(list(numbers)) % len(labels)]
+        return labels_in_turn(self.classes, names, numbers)
+
+
+def labels_in_turn(classes: Sequence[str], names: Sequence[str] | None, numbers: Sequence[int]) -> Tensor:
+    """The labels (B,) of samples of these numbers where classes of these names, by default all, take turns.
+
+    Raises:
+        ValueError: for a class that is not known.
+    """
+    unknown = [name for name in names or [] if name not in classes]
+    if unknown:
+        raise ValueError(f"there is no class {unknown[0]}: the generator knows {', '.join(classes)}")
+    labels = torch.tensor([classes.index(name) for name in names or classes])
+    return labels[torch.tensor(list(numbers)) % len(labels)]

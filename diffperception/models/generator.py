@@ -83,7 +83,7 @@ class DiffusionModel(Model):
     def from_reference(
         cls,
         state: Mapping[str, Tensor],
-        image_size: int | tuple[int, int],
+        image_size: int | tuple[int, int] | None = None,
         classes: Sequence[str] | None = None,
         schedule: ScheduleName = "linear",
         num_timesteps: int = 1000,
@@ -96,13 +96,14 @@ class DiffusionModel(Model):
 
         Args:
             state: the checkpoint's state dict; its tensors become the model's.
-            image_size: side, or height and width, of the images it was trained on, which a checkpoint does not tell.
+            image_size: side, or height and width, of the images it was trained on; it must be given.
             classes: names of its labels; numbers by default.
-            schedule, num_timesteps, prediction: what it was trained with, which a checkpoint does not tell either.
+            schedule, num_timesteps, prediction: what it was trained with, which a checkpoint does not tell.
             num_heads, num_head_channels, new_attention_order: as for :meth:`UNet.from_reference`.
 
         Raises:
-            ValueError: as :meth:`UNet.from_reference`; if there are not as many classes; or if it enlarges images.
+            ValueError: as :meth:`UNet.from_reference`; without ``image_size``; for another number of classes; or if it
+                enlarges images.
         """
         labels = state.get(adm.LABELS)
         state = {name: value for name, value in state.items() if name != adm.LABELS}
@@ -114,6 +115,8 @@ class DiffusionModel(Model):
                 f"the UNet takes {channels} channels and gives {outputs}: it enlarges images, or is conditioned on"
                 " another one, which is not supported"
             )
+        if image_size is None:
+            raise ValueError("give image_size, the side of the images it was trained on: a checkpoint does not tell it")
         count = 0 if labels is None else len(labels)
         names = [str(label) for label in range(count)] if classes is None else list(classes)
         if len(names) != count:
@@ -198,6 +201,25 @@ class DiffusionModel(Model):
     def objective(self, min_snr: float | None = None) -> Objective:
         """The training loss."""
         return Objective(self.schedule, self.prediction, self.learned_range, min_snr)
+
+    def read(self, targets: Sequence[Mapping[str, Any]]) -> Said | None:
+        """What the targets of a batch say; None where the model is told nothing. ValueError if they lack it."""
+        return None if self.conditioner is None else self.conditioner.read(targets)
+
+    def losses(
+        self, objective: Objective, x0: Tensor, t: Tensor, noise: Tensor, said: Said | None = None
+    ) -> dict[str, Tensor]:
+        """The terms of each sample's loss, (B,).
+
+        Args:
+            objective: from :meth:`objective`.
+            x0: (B, C, h, w) signals, as the space encodes images.
+            t: (B,) times.
+            noise: standard normal, of x0's shape.
+            said: of each sample.
+        """
+        condition = self.condition(said)
+        return objective(lambda x, time: self(x, time, condition), x0, t, noise)
 
     def denoiser(self, said: Said | None = None, guidance: float = 1.0) -> Denoiser:
         """What samplers work on.

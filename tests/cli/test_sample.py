@@ -40,8 +40,8 @@ def randomise(model: Model) -> Model:
 
 
 def generator(classes: list[str] | None = None, channels: int = 3) -> DiffusionModel:
-    unet = UNet(in_channels=channels, num_classes=None if classes is None else len(classes) + 1, **TINY)
-    return randomise(DiffusionModel(classes, unet, image_size=8, absent_label=classes is not None))
+    network = UNet(in_channels=channels, **TINY)
+    return randomise(DiffusionModel(classes, network, image_size=8, null_class=classes is not None))
 
 
 def classifier(classes: list[str] = CLASSES, **changes: Any) -> NoisyClassifier:
@@ -84,7 +84,7 @@ def assert_pictures(files: Tensor, images: Tensor) -> None:
 
 def test_files_are_what_the_library_draws(models: Path, tmp_path: Path) -> None:
     """Labels in turn, guidance, a size that is not square, the seed, and numbers that go on from batch to batch."""
-    options = ["--number", "5", "--height", "8", "--width", "12", "--seed", "7", "--batch-size", "2", *WORDS]
+    options = ["--number", "5", "--image_size", "[8, 12]", "--seed", "7", "--batch-size", "2", *WORDS]
     assert run(models, "labelled", tmp_path, *options) == 0
     names = [f"{CLASSES[i % 2]}/{i:06}.png" for i in range(5)]
     model = DiffusionModel.load(models / "labelled.safetensors")
@@ -110,7 +110,7 @@ def test_a_classifier_pulls_as_in_the_library(models: Path, tmp_path: Path, scal
     model, labels = DiffusionModel.load(models / "labelled.safetensors"), torch.tensor([0, 1])
     guide = NoisyClassifier.load(models / "classifier.safetensors").log_probability(labels)
     guided = classifier_guidance(model.denoiser(labels, OPTIONS.guidance), guide, model.schedule, scale)
-    images = sample(model, range(2), OPTIONS, labels=labels, denoiser=guided)
+    images = sample(model, range(2), OPTIONS, said=labels, denoiser=guided)
     assert_pictures(drawn(tmp_path, ["disc/000000.png", "square/000001.png"]), images)
 
 
@@ -142,11 +142,11 @@ def test_overwriting_leaves_no_image_of_an_earlier_call(models: Path, tmp_path: 
         ("plain", ["--number", "0"], "option number: expected a whole number above 0"),
         ("plain", ["--seed", "-1"], "option seed: expected a whole number from 0 on, got -1"),
         ("plain", ["--classes", "disc"], "trained without classes"),
-        ("plain", ["--sampling.guidance", "2"], "without classes"),
+        ("plain", ["--sampling.guidance", "2"], "train it with classes and null_class"),
         ("plain", ["--classifier-scale", "4"], "name one with --classifier"),
         ("labelled", ["--classes", "disk"], "there is no class disk: the generator knows disc, square"),
         ("four", [], "set its in_channels to 3 or 1"),
-        ("classifier", [], "holds a NoisyClassifier, not a generator"),
+        ("classifier", [], "holds a NoisyClassifier, not a DiffusionModel"),
         ("absent", [], "absent.safetensors"),
         ("plain", ["--classifier", "shorter"], "num_timesteps 500, but the generator with 1000"),
         ("plain", ["--classifier", "grey_classifier"], "in_channels 1, but the generator with 3"),
@@ -169,5 +169,5 @@ def test_a_mistake_is_one_sentence(
 def test_sizes_that_would_do_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unet = UNet(**TINY | {"channel_mult": (1, 1)})
     DiffusionModel(None, unet, image_size=8).save(tmp_path / "model.safetensors")
-    assert run(tmp_path, "model", tmp_path / "out", "--height", "9") == 2
+    assert run(tmp_path, "model", tmp_path / "out", "--image_size", "[9, 8]") == 2
     assert "crop to 8 x 8 or pad to 10 x 8" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffperception.diffusion import FlowSchedule
+from diffperception.diffusion import FlowSchedule, Objective
 from diffperception.generation import DiffusionModel
 from diffperception.models import ClassLabels, Condition, Pixels, UNet
 from diffperception.models.base import file_kind
@@ -147,3 +147,17 @@ def test_pixels_are_twice_less_one() -> None:
     assert signal.tolist() == [[[[-1, -0.5, 1]]]]
     assert torch.equal(Pixels(1).decode(signal), images)
     assert Pixels(1).decode(3 * signal).tolist() == [[[[0, 0, 1]]]]
+
+
+def test_losses_are_the_objectives_with_what_is_said() -> None:
+    model, (x0, noise) = conditional(), torch.randn(2, 2, 3, 8, 8)
+    t, targets = torch.tensor([3, 700]), [{"label": 1}, {"label": 0}]
+    losses = model.losses(model.objective(), x0, t, noise, model.read(targets))
+    told = model.condition(torch.tensor([1, 0]))
+    expected = Objective(model.schedule)(lambda x, time: model.network(x, time, told), x0, t, noise)
+    assert torch.equal(losses["mse"], expected["mse"])
+    losses["mse"].sum().backward()
+    assert model.conditioner.embedding.weight.grad[:2].any(1).all()  # type: ignore[union-attr]
+    plain = DiffusionModel(None, tiny_unet(), image_size=8)
+    assert plain.read(targets) is None
+    assert plain.losses(plain.objective(), x0, t, noise)["mse"].shape == (2,)

@@ -5,10 +5,11 @@ Each of its files is one member's: ``{"model_state_dict": {"module.layers.0.weig
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
+
+from diffperception.models.convert.checkpoints import load_untrusted
 
 # Written by the reference, and nothing that an ensemble needs.
 _COUNTER = "num_batches_tracked"
@@ -37,12 +38,7 @@ def read_members(paths: Sequence[str | Path]) -> tuple[int, int, dict[str, Tenso
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no classifier file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole file of weights alone: {str(error).splitlines()[0]}") from None
+    content = load_untrusted(path)
     state = content.get("model_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} is not a classifier of ddpm-segmentation: it has no model_state_dict")

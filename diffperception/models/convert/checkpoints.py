@@ -26,7 +26,7 @@ _NUMPY: list[Any] = [
 ]
 
 
-def read_checkpoint(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str, list[str]]:
+def read_weights(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str, list[str]]:
     """The weights in a file of PyTorch or safetensors, by name, on the CPU; no code in the file is run.
 
     Args:
@@ -39,9 +39,7 @@ def read_checkpoint(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], s
         FileNotFoundError: no such file.
         ValueError: it is damaged, holds more than weights and numbers, or has no weights at that place.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    content = _load(path)
+    content = load_untrusted(path)
     parts = [key for key in (*WEIGHTS, EMA) if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
     if ema and EMA not in parts:
         raise ValueError(f"{path} has no averaged weights ({EMA}): leave out --ema")
@@ -59,8 +57,15 @@ def read_checkpoint(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], s
     return weights, part, parts
 
 
-def _load(path: Path) -> Any:
-    """What a file holds, if that is tensors, arrays, numbers, texts and collections of them."""
+def load_untrusted(path: Path) -> Any:
+    """What a file of PyTorch or safetensors holds, if that is tensors, arrays, numbers, texts and collections of them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or holds anything else, which could run code.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

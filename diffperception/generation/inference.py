@@ -1,0 +1,157 @@
+"""Images from a generator: in batches, or in a folder."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from diffperception.data.image_folder import require_image_channels
+from diffperception.devices import (
+    Precision,
+    autocast,
+    first_process,
+    gather,
+    hide_bar,
+    join_processes,
+    pick_device,
+    share,
+)
+from diffperception.diffusion import classifier_guidance
+from diffperception.files import OutputFolder
+from diffperception.generation.sampling import SamplingOptions, sample
+from diffperception.models import DiffusionModel, NoisyClassifier
+from diffperception.models.conditioners import labels_in_turn
+from diffperception.visualization.draw import save_png, to_pil
+from diffperception.visualization.panels import image_grid
+
+MAX_IN_GRID = 144
+
+
+def draw_samples(
+    model: DiffusionModel,
+    numbers: Sequence[int],
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (not changed)
+    seed: int = 0,
+    said: Sequence[str] | None = None,
+    batch_size: int = 16,
+    image_size: tuple[int, int] | None = None,
+    classifier: NoisyClassifier | None = None,
+    classifier_scale: float = 1.0,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Draw images in batches, each image a function of the seed and its number.
+
+    Args:
+        model: the generator.
+        numbers: of the images.
+        sampling: how noise becomes an image.
+        seed: of the noise.
+        said: names of the classes to draw, or texts, which take turns over the numbers; by default all there are.
+        batch_size: images drawn at once.
+        image_size: height and width; by default those of the images that the model learned from.
+        classifier: pulls the images towards the classes (ADM, arXiv 2105.05233), which a model without any may then
+            be asked for.
+        classifier_scale: how hard it pulls.
+
+    Yields: the numbers of a batch, and its images (B, C, height, width), float32 in 0..1, on the model's device.
+
+    Raises:
+        ValueError: for what the model has not learned, or a classifier of another path or other classes.
+    """
+    if classifier is not None:
+        require_same_path(classifier, model)
+    if said and model.conditioner is None and classifier is None:
+        raise ValueError("this generator was trained without classes: leave them out, or give a classifier")
+    for start in range(0, len(numbers), batch_size):
+        batch = numbers[start : start + batch_size]
+        denoiser = model.denoiser(model.conditioner and model.conditioner.choose(said, batch), sampling.guidance)
+        if classifier is not None:
+            labels = labels_in_turn(classifier.classes, said, batch).to(model.device)
+            pull = classifier.log_probability(labels)
+            denoiser = classifier_guidance(denoiser, pull, model.schedule, classifier_scale)
+        yield batch, sample(model, batch, sampling, seed, None, image_size, denoiser).float()
+
+
+def sample_folder(
+    model: DiffusionModel | str | Path,
+    output: Path,
+    number: int = 64,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (not changed)
+    classes: Sequence[str] | None = None,
+    classifier: NoisyClassifier | str | Path | None = None,
+    classifier_scale: float = 1.0,
+    image_size: tuple[int, int] | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Precision = "32",
+    overwrite: bool = False,
+) -> None:
+    """Draw images into OUTPUT/images: numbered PNG files, in folders of their classes; and OUTPUT/grid.png.
+
+    The processes that torchrun started share the images.
+
+    Args:
+        model: the generator, or its file.
+        output: the folder; what earlier calls wrote there is removed, other files are not.
+        number: how many images.
+        sampling, classes, classifier_scale, image_size, batch_size, seed: as for :func:`draw_samples`.
+        classifier: a noisy classifier, or its file.
+        device: where to compute, see :func:`~diffperception.devices.pick_device`.
+        precision: bf16 computes in bfloat16 where that is safe.
+        overwrite: write into a folder that is not empty.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or as :func:`draw_samples`.
+    """
+    folder, place = OutputFolder(Path(output), overwrite), pick_device(device)
+    model = (DiffusionModel.load(model) if isinstance(model, str | Path) else model).to(place)
+    if classifier is not None:
+        classifier = NoisyClassifier.load(classifier) if isinstance(classifier, str | Path) else classifier
+        classifier.to(place)
+    require_image_channels(model.space.channels if model.space.stride == 1 else 3)
+    names = list(classes or (classifier.classes if classifier is not None else model.classes) or [])
+    first: list[Tensor] = []
+    with join_processes(), autocast(place, precision):
+        numbers = share(range(number))
+        drawn = draw_samples(
+            model, numbers, sampling, seed, classes, batch_size, image_size, classifier, classifier_scale
+        )
+        batches = chain([next(drawn)] if numbers else [], drawn)
+        _clear(folder)  # all options have proved sound
+        with tqdm(total=len(numbers), desc="sample", unit="image", disable=hide_bar()) as bar:
+            for batch, images in batches:
+                for index, image in zip(batch, images.cpu(), strict=True):
+                    place_in = Path("images", names[index % len(names)] if names else "", f"{index:06}.png")
+                    save_png(to_pil(image.expand(3, -1, -1)), folder.file(place_in))
+                    first += [image] if index < MAX_IN_GRID else []
+                bar.update(len(batch))
+        shown = gather(first)
+    if first_process():
+        save_png(image_grid(shown), folder.file("grid.png"))
+
+
+def require_same_path(classifier: NoisyClassifier, model: DiffusionModel) -> None:
+    """ValueError unless the classifier has learned the generator's path, channels and classes."""
+    for name in ("schedule", "num_timesteps", "in_channels"):
+        own, other = classifier.arguments[name], (model.arguments | model.network.arguments)[name]
+        if own != other:
+            raise ValueError(
+                f"the classifier has learned with {name} {own}, but the generator with {other}: train it as the"
+                " generator was"
+            )
+    if model.classes is not None and model.classes != classifier.classes:
+        raise ValueError(
+            f"the classifier knows the classes {', '.join(classifier.classes)}, but the generator"
+            f" {', '.join(model.classes)}: train it on images of the same classes"
+        )
+
+
+def _clear(folder: OutputFolder) -> None:
+    """Remove what earlier calls wrote, before any process writes."""
+    if first_process():
+        folder.clear()
+    if dist.is_initialized():
+        dist.barrier()
