@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from diffperception.cli import say
-from diffperception.models.convert.checkpoints import read_weights
 from diffperception.cli.evaluate import pick_device
 from diffperception.cli.main import find
 from diffperception.cli.parsing import build_parser, parse
@@ -28,6 +27,7 @@ from diffperception.diffusion import sample_seed
 from diffperception.files import images_below
 from diffperception.generation.evaluator import ImageScores, compare
 from diffperception.generation.feature_networks import RANDOM, FeatureNetwork, feature_network
+from diffperception.models.convert.checkpoints import read_weights
 from diffperception.models.generator import both_sides
 from diffperception.training.recipes.generation import ImageDataOptions
 
