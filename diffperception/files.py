@@ -127,7 +127,7 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
         text = json.dumps(content, indent=indent, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(content), indent=indent)
-    write_text(path, text + "\n")
+    write_text(path, text + "\n" if indent else text)
 
 
 def _finite(content: Any) -> Any:

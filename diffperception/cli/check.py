@@ -4,8 +4,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffperception.cli import say
 from diffperception.data.check import check_coco
+from diffperception.echo import echo
 from diffperception.files import write_json
 
 
@@ -39,10 +39,10 @@ def check(
             bar.update()
 
         found = check_coco(annotations, images, open_images, num_boxes, on_image=advance)
-    say(found.text(show))
+    echo(found.text(show))
     if images is None:
-        say("Only the annotations were checked; --images FOLDER checks the image files too.")
+        echo("Only the annotations were checked; --images FOLDER checks the image files too.")
     if report is not None:
         write_json(report, found.as_dict())
-        say(f"every place of every problem is in {report}")
+        echo(f"every place of every problem is in {report}")
     return 1 if found.errors else 0

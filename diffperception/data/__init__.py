@@ -2,7 +2,8 @@
 
 from diffperception.data.batches import SeededSamples, StepBatchSampler, collate
 from diffperception.data.coco import CocoDetection
-from diffperception.data.shapes_dataset import ShapesSettings, write_shapes
+from diffperception.data.shapes import ShapesSettings
+from diffperception.data.shapes_dataset import write_shapes
 from diffperception.data.transforms import TrainingTransforms
 
 __all__ = [

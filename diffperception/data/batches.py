@@ -20,9 +20,9 @@ class StepBatchSampler(Sampler[list[Seeded]]):
     no sample comes twice, on whatever rank, unless its weight asks for it.
 
     Args:
-        samples: how many samples there are, or a weight for each: sample i comes weights[i] times an epoch on average,
+        samples: how many samples there are, or a weight for each: sample i comes weights[i] times per epoch on average,
             rounded up or down at random each epoch (repeat-factor sampling, LVIS, arXiv 1908.03195); 0 leaves it out.
-        batch_size: samples a step and process.
+        batch_size: samples per step and process.
         total_steps: the last step is total_steps - 1.
         seed: another seed gives another stream.
         rank: number of this process, 0..world_size-1.
@@ -96,23 +96,23 @@ def images_per_class(labels: Sequence[np.ndarray], num_classes: int) -> np.ndarr
 def repeat_factors(labels: Sequence[np.ndarray], num_classes: int, threshold: float) -> np.ndarray:
     """How often an epoch shows each image, on average, so that rare classes are seen more (LVIS, arXiv 1908.03195).
 
-    A class that is in a share f of the images asks for max(1, sqrt(threshold / f)); an image is shown as often as the
-    rarest of its classes asks for, and once if it has none.
+    A class in a fraction f of the images asks for max(1, sqrt(threshold / f)); an image is shown as often as the rarest
+    of its classes asks for, and once if it has none.
 
     Args:
         labels: of each image's objects, in 0..num_classes-1.
         num_classes: K.
-        threshold: classes in a smaller share of the images than this are repeated.
+        threshold: classes in a smaller fraction of the images than this are repeated.
 
     Returns: (images,) weights for `StepBatchSampler`.
 
     Raises:
-        ValueError: the threshold is no share.
+        ValueError: the threshold is no fraction.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"repeat_threshold is {threshold}: it is a share of the images, above 0 and at most 1")
-    shares = images_per_class(labels, num_classes).clip(min=1) / len(labels)
-    factors = np.maximum(1, np.sqrt(threshold / shares))
+        raise ValueError(f"repeat_threshold is {threshold}: it is a fraction of the images, above 0 and at most 1")
+    fractions = images_per_class(labels, num_classes).clip(min=1) / len(labels)
+    factors = np.maximum(1, np.sqrt(threshold / fractions))
     return np.array([factors[of_image].max(initial=1.0) for of_image in labels])
 
 

@@ -14,8 +14,43 @@ MAX_ATTEMPTS = 30
 
 
 @dataclass(frozen=True)
+class ShapesSettings:
+    """What the images are a function of.
+
+    Args:
+        train: images to train on.
+        val: images to evaluate on; none is also in train.
+        seed: another seed gives other images.
+        min_side: smallest height and width of an image in pixels.
+        max_side: largest height and width of an image in pixels.
+        max_objects: most objects in an image; half as many are the least, where there is room. With 1, images lie
+            in folders of their object's class.
+        min_size: smallest length of a shape in pixels; the largest is 0.6 of the image's shorter side.
+    """
+
+    train: int = 2000
+    val: int = 200
+    seed: int = 0
+    min_side: int = 96
+    max_side: int = 160
+    max_objects: int = 8
+    min_size: int = 22
+
+    def __post_init__(self) -> None:
+        if min(self.train, self.val, self.seed) < 0 or self.train + self.val == 0:
+            raise ValueError("train, val and seed must not be negative, and at least one image must be asked for")
+        if self.max_objects < 1:
+            raise ValueError(f"max_objects must be at least 1, not {self.max_objects}")
+        if not 18 <= self.min_size <= 0.6 * self.min_side <= 0.6 * self.max_side:
+            raise ValueError(
+                f"shapes need 18 <= min_size <= 0.6 * min_side and min_side <= max_side, not min_size={self.min_size},"
+                f" min_side={self.min_side}, max_side={self.max_side}"
+            )
+
+
+@dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it; object i has boxes[i], labels[i] and the pixels where `owner` is i."""
+    """An image and what is in it; object i has boxes[i], labels[i] and the pixels where `owner` is i."""
 
     image: np.ndarray  # (H, W, 3) uint8 RGB
     owner: np.ndarray  # (H, W) int64: the visible object at a pixel, -1 for background
@@ -28,30 +63,26 @@ class Scene:
         return np.append(self.labels + 1, 0).astype(np.uint8)[self.owner]
 
 
-def draw_scene(
-    rng: np.random.Generator, min_side: int = 96, max_side: int = 160, max_objects: int = 8, min_size: int = 22
-) -> Scene:
+def draw_scene(rng: np.random.Generator, settings: ShapesSettings) -> Scene:
     """Draw one scene of max_objects / 2 to max_objects shapes; later shapes cover earlier ones.
 
     A shape that would leave an earlier one with less than MIN_VISIBLE of its area, or itself be cut so far by the
-    border, is placed anew: every object in the picture is thus annotated and can be recognised.
+    border, is placed anew: every object in the image is thus annotated and can be recognised.
 
     Args:
         rng: the only source of randomness.
-        min_side, max_side: bounds of the picture's height and of its width, in pixels.
-        max_objects: most objects in a picture; fewer where there is no room.
-        min_size: smallest length of a shape in pixels; the largest is 0.6 of the picture's shorter side.
+        settings: how large and how many; there are fewer objects where there is no room.
     """
-    height, width = rng.integers(min_side, max_side + 1, size=2)
+    height, width = rng.integers(settings.min_side, settings.max_side + 1, size=2)
     image = _background(rng, height, width)
     scenery = image.mean(axis=(0, 1))
     owner = np.full((height, width), -1)
     areas: list[float] = []
     labels: list[int] = []
-    for _ in range(rng.integers((max_objects + 1) // 2, max_objects + 1)):
+    for _ in range(rng.integers((settings.max_objects + 1) // 2, settings.max_objects + 1)):
         label = int(rng.integers(len(CLASSES)))
         for _ in range(MAX_ATTEMPTS):
-            shape = _Shape.random(rng, label, height, width, min_size)
+            shape = _Shape.random(rng, label, height, width, settings.min_size)
             distance = shape.distance(height, width)
             covered = np.where(distance < 0, len(areas), owner)
             if _all_visible(covered, [*areas, shape.area()]):
@@ -70,7 +101,7 @@ class _Shape:
     """A shape of CLASSES[label], turned and stretched; `radii` are its half axes in pixels."""
 
     label: int
-    centre: np.ndarray  # (2,) x y
+    center: np.ndarray  # (2,) x y
     radii: np.ndarray  # (2,)
     angle: float
 
@@ -79,15 +110,15 @@ class _Shape:
         size = np.exp(rng.uniform(np.log(min_size), np.log(0.6 * min(height, width))))
         return cls(
             label=label,
-            centre=rng.uniform(size=2) * (width, height),
+            center=rng.uniform(size=2) * (width, height),
             radii=size / 2 * np.array([1, rng.uniform(0.6, 1)]),
             angle=rng.uniform(0, 2 * np.pi),
         )
 
     def distance(self, height: int, width: int) -> np.ndarray:
-        """(H, W) about the signed distance in pixels from the outline to pixel centres, negative inside."""
-        x = np.arange(width) + 0.5 - self.centre[0]
-        y = np.arange(height)[:, None] + 0.5 - self.centre[1]
+        """(H, W) about the signed distance in pixels from the outline to pixel centers, negative inside."""
+        x = np.arange(width) + 0.5 - self.center[0]
+        y = np.arange(height)[:, None] + 0.5 - self.center[1]
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         u, v = (cos * x + sin * y) / self.radii[0], (cos * y - sin * x) / self.radii[1]
         return OUTLINES[CLASSES[self.label]](u, v) * self.radii.min()
@@ -164,19 +195,19 @@ def _bounds(owner: np.ndarray, count: int) -> np.ndarray:
 
 def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, scenery: np.ndarray) -> None:
     """Blend a shape into the image in place, its edge smoothed over one pixel."""
-    colour = _colour(rng, unlike=scenery)
+    color = _color(rng, unlike=scenery)
     strength = rng.uniform(0.3, 0.65)
-    shade = max(strength * colour, 1 - strength * (1 - colour), key=lambda tone: np.linalg.norm(tone - scenery))
-    fill = colour + _pattern(rng, *distance.shape)[..., None] * (shade - colour)
+    shade = max(strength * color, 1 - strength * (1 - color), key=lambda tone: np.linalg.norm(tone - scenery))
+    fill = color + _pattern(rng, *distance.shape)[..., None] * (shade - color)
     if rng.uniform() < 0.3:
         outline = (distance + 2.5).clip(0, 1)[..., None]
-        fill += outline * (0.3 * colour - fill)
+        fill += outline * (0.3 * color - fill)
     coverage = (0.5 - distance).clip(0, 1)[..., None]
     image += coverage * (fill - image)
 
 
 def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(H, W) in 0..1: how far each pixel goes from the first colour to the second."""
+    """(H, W) in 0..1: how far each pixel goes from the first color to the second."""
     angle = rng.uniform(0, 2 * np.pi)
     x, y = np.arange(width), np.arange(height)[:, None]
     along = x * np.cos(angle) + y * np.sin(angle)
@@ -196,7 +227,7 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) a muted colour that drifts into another, with soft blotches."""
+    """(H, W, 3) a muted color that drifts into another, with soft blotches."""
     hue, value = rng.uniform(), rng.uniform(0.15, 0.9)
     first = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0, 0.4), value))
     second = (first + rng.uniform(-0.2, 0.2, size=3)).clip(0, 1)
@@ -209,9 +240,9 @@ def _blotches(rng: np.random.Generator, height: int, width: int, cell: int) -> n
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
 
 
-def _colour(rng: np.random.Generator, unlike: np.ndarray) -> np.ndarray:
-    """A strong colour at some distance from the given one."""
+def _color(rng: np.random.Generator, unlike: np.ndarray) -> np.ndarray:
+    """A strong color at some distance from the given one."""
     while True:
-        colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.4, 1), rng.uniform(0.3, 1)))
-        if np.linalg.norm(colour - unlike) > 0.45:
-            return colour
+        color = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.4, 1), rng.uniform(0.3, 1)))
+        if np.linalg.norm(color - unlike) > 0.45:
+            return color

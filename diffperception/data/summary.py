@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffperception.data.annotations import CocoTable
+from diffperception.table import format_table
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,19 @@ class Summary:
 
     def text(self) -> str:
         """A table of classes and the other figures, as lines."""
-        width = max([len(entry.name) for entry in self.classes] + [len("class")])
         few, middle, many = (f"{number:g}" for number in self.objects_per_image)
         small, medium, large = self.box_sizes
-        return "\n".join(
-            [
-                f"{'class':<{width}}  objects   images",
-                *(f"{entry.name:<{width}}  {entry.objects:>7}  {entry.images:>7}" for entry in self.classes),
-                f"{'all':<{width}}  {self.objects:>7}  {self.images:>7}",
-                "",
-                f"image sizes        {self.image_sizes[0]} to {self.image_sizes[1]}",
-                f"objects an image   {few} to {many}, {middle} in the middle; {self.images_without_objects} have none",
-                f"crowd regions      {self.crowds}",
-                f"box widths         {_quantiles(self.box_width)}",
-                f"box heights        {_quantiles(self.box_height)}",
-                f"boxes by area      {small} below 32x32, {medium} medium, {large} from 96x96 pixels",
-            ]
-        )
+        rows = [(entry.name, entry.objects, entry.images) for entry in self.classes]
+        figures = {
+            "image sizes": f"{self.image_sizes[0]} to {self.image_sizes[1]}",
+            "objects per image": f"{few} to {many}, median {middle}; {self.images_without_objects} images have none",
+            "crowd regions": str(self.crowds),
+            "box widths": _quantiles(self.box_width),
+            "box heights": _quantiles(self.box_height),
+            "boxes by area": f"{small} below 32x32, {medium} medium, {large} from 96x96 pixels",
+        }
+        classes = format_table([*rows, ("all", self.objects, self.images)], ("class", "objects", "images"))
+        return "\n".join([classes, "", *(f"{name:<18} {figure}" for name, figure in figures.items())])
 
 
 def summarize(table: CocoTable) -> Summary:
@@ -96,8 +93,8 @@ def _count_classes(table: CocoTable, rows: np.ndarray, image: np.ndarray) -> lis
     return [ClassCount(name, int(n), int(m)) for name, n, m in zip(names, objects, images, strict=True)]
 
 
-def _three(values: np.ndarray, shares: tuple[float, float, float]) -> tuple[float, float, float]:
-    low, middle, high = np.quantile(values, shares).tolist() if len(values) else (0.0, 0.0, 0.0)
+def _three(values: np.ndarray, quantiles: tuple[float, float, float]) -> tuple[float, float, float]:
+    low, middle, high = np.quantile(values, quantiles).tolist() if len(values) else (0.0, 0.0, 0.0)
     return low, middle, high
 
 
@@ -107,4 +104,4 @@ def _size(sizes: np.ndarray) -> str:
 
 def _quantiles(values: tuple[float, float, float]) -> str:
     low, middle, high = values
-    return f"{low:.0f} to {high:.0f} pixels for 90 % of the boxes, {middle:.0f} in the middle"
+    return f"{low:.0f} to {high:.0f} pixels for 90 % of the boxes, median {middle:.0f}"

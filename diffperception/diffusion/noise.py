@@ -16,7 +16,7 @@ NoiseFn = Callable[[Tensor], Tensor]  # standard normal noise of a tensor's shap
 
 def derive_seed(*numbers: int) -> int:
     """A seed that is a function of these numbers, from 0 on, alone."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def sample_seed(seed: int, index: int) -> int:

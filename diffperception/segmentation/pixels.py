@@ -68,7 +68,7 @@ class FitOptions:
 
 def member_seed(seed: int, member: int) -> int:
     """The seed of a member's weights and minibatches, whatever the number of members."""
-    return int(np.random.SeedSequence([seed, member]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, member]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def checked_masks(

@@ -1,11 +1,20 @@
 import numpy as np
 import pytest
 
-from diffperception.data.shapes import CLASSES, MIN_SIDE, MIN_VISIBLE, OUTLINES, UNIT_AREAS, _Shape, draw_scene
+from diffperception.data.shapes import (
+    CLASSES,
+    MIN_SIDE,
+    MIN_VISIBLE,
+    OUTLINES,
+    UNIT_AREAS,
+    ShapesSettings,
+    _Shape,
+    draw_scene,
+)
 
 
 def scene(index: int, **settings: int):
-    return draw_scene(np.random.default_rng([0, 0, index]), **settings)
+    return draw_scene(np.random.default_rng([0, 0, index]), ShapesSettings(**settings))
 
 
 @pytest.mark.parametrize("name", CLASSES)

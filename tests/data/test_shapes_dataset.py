@@ -27,7 +27,7 @@ def test_folder_reads_as_coco_with_masks(drawn, split, count):
     dataset = CocoDetection(drawn / "annotations" / f"instances_{split}.json", drawn / split)
     assert (len(dataset), dataset.classes) == (count, list(CLASSES))
     for index in range(count):
-        scene = draw_scene(np.random.default_rng([0, int(split == "val"), index]))
+        scene = draw_scene(np.random.default_rng([0, int(split == "val"), index]), SMALL)
         image, target = dataset[index]
         np.testing.assert_array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), scene.image)
         np.testing.assert_array_equal(target["boxes"].numpy(), scene.boxes)
@@ -39,7 +39,7 @@ def test_folder_reads_as_coco_with_masks(drawn, split, count):
         np.testing.assert_array_equal(mask, scene.class_mask)
 
 
-def test_pictures_of_one_object_lie_in_folders_of_its_class(tmp_path):
+def test_images_of_one_object_lie_in_folders_of_its_class(tmp_path):
     write_shapes(tmp_path / "shapes", ShapesSettings(train=8, val=0, max_objects=1), workers=1)
     dataset = CocoDetection(tmp_path / "shapes" / "annotations" / "instances_train.json", tmp_path / "shapes" / "train")
     for name, (_, target) in zip(dataset.file_names, dataset, strict=True):
