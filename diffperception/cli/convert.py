@@ -115,7 +115,7 @@ def in_one_line(model: Reference) -> str:
     """What a converted model is."""
     parameters = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
     if isinstance(model, DiffusionDet):
-        kind = f"DiffusionDet with backbone {model.arguments['backbone']}, {len(model.head.stages)} stages"
+        kind = f"DiffusionDet with backbone {model.arguments['backbone']}, {model.head.arguments['stages']} stages"
     else:
         layout = (model.network if isinstance(model, DiffusionModel) else model).arguments
         widths = ", ".join(f"{layout['channels'] * factor:g}" for factor in layout["channel_mult"])

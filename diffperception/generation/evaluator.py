@@ -1,20 +1,37 @@
 """How close generated images are to real ones, from their features: FID, KID, precision and recall.
 
-All functions take two matrices of features, one row an image, (N, D) and (M, D), and compute in float64. They raise
+All functions of features take two matrices, one row per image, (N, D) and (M, D), and compute in float64. They raise
 ValueError where the matrices do not go together or hold too few rows.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from diffperception.data.batches import SeededSamples
+from diffperception.data.image_folder import ImageFolder
+from diffperception.data.images import ignore_interrupts, read_image
+from diffperception.devices import Precision, autocast, hide_bar, pick_device
+from diffperception.diffusion import sample_seed
+from diffperception.files import images_below
+from diffperception.generation.feature_networks import FeatureNetwork, feature_network
+from diffperception.models.convert.checkpoints import read_weights
+from diffperception.table import format_table
 
 CHUNK = 512  # rows of a matrix of distances that are held at once
+SUBSET_SIZE = 1000  # as KID is usually measured
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """What `compare` found; lower is better for the distances, higher (up to 1) for precision and recall."""
+    """What `score_features` found; lower is better for the distances, higher (up to 1) for precision and recall."""
 
     fid: float
     kid: float
@@ -23,7 +40,207 @@ class ImageScores:
     recall: float
 
 
-def compare(
+@dataclass(frozen=True)
+class SampleReport:
+    """What `evaluate_samples` found.
+
+    Attributes:
+        metrics: the scores.
+        images: how many samples, and how many real images, there were.
+        settings: what figures depend on; only those of equal settings and numbers of images can be compared.
+        notes: what makes these doubtful.
+    """
+
+    metrics: ImageScores
+    images: dict[str, int]
+    settings: dict[str, Any]
+    notes: list[str]
+
+    def table(self) -> str:
+        """The scores as lines of text."""
+        scores, settings = self.metrics, self.settings
+        subsets = f"mean and deviation over {settings['subsets']} subsets of {settings['subset_size']}"
+        within = f"samples within reach of real images ({settings['neighbours']} neighbours)"
+        rows = [
+            ("FID", f"{scores.fid:.4g}", "lower is better"),
+            ("KID", f"{scores.kid:.4g} +- {scores.kid_std:.2g}", f"lower is better; {subsets}"),
+            ("precision", f"{scores.precision:.3f}", within),
+            ("recall", f"{scores.recall:.3f}", "real images within reach of samples"),
+        ]
+        return format_table(rows, ["score", "value", "meaning"])
+
+
+def evaluate_samples(
+    samples: str | Path,
+    reference: str | Path | Sequence[Tensor],
+    features: str = "inception_v3.tf_in1k",
+    weights: str | Path | None = None,
+    side: int | None = None,
+    subsets: int = 100,
+    subset_size: int | None = None,
+    neighbours: int = 3,
+    batch_size: int = 32,
+    workers: int = 2,
+    device: str = "auto",
+    precision: Precision = "32",
+    seed: int = 0,
+) -> SampleReport:
+    """Score generated images against real ones; nothing is written.
+
+    Args:
+        samples: folder with the generated images; its subfolders count.
+        reference: folder with real images; or such images (3, H, W), uint8 or 0..1, as :class:`Crops` for example.
+        features: the feature network, see :func:`~diffperception.generation.feature_networks.feature_network`.
+        weights: file with a timm model's weights, instead of fetching them.
+        side: pixels in height and width that images are resized to; by default the feature network's own.
+        subsets: how often KID is measured, each time on other images.
+        subset_size: images of either kind in one such measurement; by default 1000, or half of the fewer images if
+            that is less.
+        neighbours: precision and recall take an image's distance to so many nearest ones as its reach.
+        batch_size: images in one pass.
+        workers: processes that read images.
+        device: where to compute.
+        precision: of the feature network.
+        seed: of the subsets.
+
+    Raises:
+        FileNotFoundError: there is no such folder, file, or no image in it.
+        ValueError: there are too few images, one is broken, or there is no such feature network.
+    """
+    if subset_size == 1:
+        raise ValueError("option subset_size: KID compares 2 images of either kind at least, not 1")
+    images: dict[str, Sequence[Tensor]] = {
+        "samples": Pictures(images_below(Path(samples))),
+        "reference": Pictures(images_below(Path(reference))) if isinstance(reference, str | Path) else reference,
+    }
+    counts = {name: len(each) for name, each in images.items()}
+    require_images(counts, max(neighbours + 1, subset_size or 2))
+    place = pick_device(device)
+    network = feature_network(features, None if weights is None else read_weights(Path(weights))[0], side).to(place)
+    with autocast(place, precision):
+        found = {name: read_features(network, each, name, batch_size, workers, place) for name, each in images.items()}
+    subset_size = subset_size or max(2, min(SUBSET_SIZE, min(counts.values()) // 2))
+    generator = torch.Generator().manual_seed(seed)
+    scores = score_features(found["reference"].rows, found["samples"].rows, subsets, subset_size, neighbours, generator)
+    settings = {
+        "features": features,
+        "weights": None if weights is None else str(weights),
+        "size": list(network.size),
+        "channels": network.channels,
+        "subsets": subsets,
+        "subset_size": subset_size,
+        "neighbours": neighbours,
+        "seed": seed,
+    }
+    return SampleReport(scores, counts, settings, [*size_notes(found), *rank_notes(counts, network.channels)])
+
+
+class Pictures(Sequence[Tensor]):
+    """Image files, each read when it is asked for: uint8 (3, H, W)."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return read_image(self.paths[index])
+
+
+class Crops(Sequence[Tensor]):
+    """Random crops of a folder's images, in turn, each a function of the seed and its number: (3, H, W), 0..1."""
+
+    def __init__(self, folder: ImageFolder, number: int, seed: int) -> None:
+        self.folder, self.number, self.seed = SeededSamples(folder), number, seed
+        self.pictures = len(folder)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: Any) -> Any:
+        image, _ = self.folder[index % self.pictures, sample_seed(self.seed, index)]
+        return image.expand(3, -1, -1)
+
+
+class ImageFeatures(NamedTuple):
+    """The features of images (N, D), and how many have each height and width."""
+
+    rows: Tensor
+    sizes: Counter[tuple[int, int]]
+
+
+class _Prepared(Dataset[tuple[Tensor, tuple[int, int]]]):
+    """Images as a feature network takes them, with the height and width that they had."""
+
+    def __init__(self, images: Sequence[Tensor], network: FeatureNetwork) -> None:
+        self.images, self.transform = images, network.transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+        image = self.images[index]
+        height, width = image.shape[-2:]
+        return self.transform(image), (height, width)
+
+
+def read_features(
+    network: FeatureNetwork,
+    images: Sequence[Tensor],
+    name: str,
+    batch_size: int = 32,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> ImageFeatures:
+    """The features of images, on the CPU. Shows the time left; BrokenImageError names a file without an image.
+
+    Args:
+        name: of the images, for the bar.
+    """
+    rows, sizes = [], Counter[tuple[int, int]]()
+    batches = DataLoader(
+        _Prepared(images, network),
+        batch_size,
+        num_workers=min(workers, (len(images) - 1) // batch_size),
+        collate_fn=list,
+        worker_init_fn=ignore_interrupts,
+    )
+    with tqdm(total=len(images), desc=name, unit="image", leave=False, disable=hide_bar()) as bar:
+        for batch in batches:
+            rows.append(network(torch.stack([image for image, _ in batch]).to(device)).float().cpu())
+            sizes.update(size for _, size in batch)
+            bar.update(len(batch))
+    return ImageFeatures(torch.cat(rows), sizes)
+
+
+def require_images(counts: dict[str, int], least: int) -> None:
+    """ValueError if there are fewer images of a kind than the scores need."""
+    for name, count in counts.items():
+        if count < least:
+            raise ValueError(f"the scores need {least} images or more, and there are {count} in the folder of {name}")
+
+
+def size_notes(found: dict[str, ImageFeatures]) -> list[str]:
+    """What to say where images differ in size before they are resized."""
+    if len({size for part in found.values() for size in part.sizes}) == 1:
+        return []
+    listed = "; ".join(f"{name}: {_most_common(part.sizes)}" for name, part in found.items())
+    return [f"the images are not all of one size, and how much each is resized may tell them apart ({listed})"]
+
+
+def rank_notes(counts: dict[str, int], channels: int) -> list[str]:
+    """What to say where there are too few images for a covariance of all features."""
+    fewest = min(counts.values())
+    if fewest > channels:
+        return []
+    return [
+        f"{fewest} images cannot fill a covariance of {channels} features, so FID is far too high: compare it between"
+        " equal numbers of images only, and prefer KID, which few images do not shift"
+    ]
+
+
+def score_features(
     real: Tensor,
     fake: Tensor,
     subsets: int = 100,
@@ -127,3 +344,8 @@ def _share_within(points: Tensor, support: Tensor, k: int) -> float:
     radii = torch.cat([torch.cdist(rows, support).kthvalue(k + 1).values for rows in support.split(CHUNK)])
     inside = torch.cat([(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(CHUNK)])
     return inside.double().mean().item()
+
+
+def _most_common(sizes: Counter[tuple[int, int]]) -> str:
+    listed = ", ".join(f"{count} of {width} x {height}" for (height, width), count in sizes.most_common(3))
+    return listed + (", ..." if len(sizes) > 3 else "")

@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from diffperception.generation.evaluator import CHUNK, compare, frechet_distance, kernel_distance, precision_recall
+from diffperception.generation.evaluator import (
+    CHUNK,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    score_features,
+)
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -130,7 +136,7 @@ def test_precision_and_recall_are_the_loops_of_the_paper(k: int) -> None:
 def test_scores_worsen_the_right_way() -> None:
     """More shift is farther by every distance; `compare` passes real and fake on in their order."""
     real = normal(200, 4)
-    near, far = (compare(real, shift + 0.5 * normal(200, 4, seed=1), 20, 100) for shift in (0.1, 1.5))
+    near, far = (score_features(real, shift + 0.5 * normal(200, 4, seed=1), 20, 100) for shift in (0.1, 1.5))
     assert near.fid < far.fid
     assert near.kid < far.kid
     assert near.precision > far.precision

@@ -1,0 +1,31 @@
+"""The images that a run of training learned from, cropped as it cropped them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from diffperception.generation.evaluator import Crops
+from diffperception.models.generator import both_sides
+from diffperception.training.configured import options_for
+from diffperception.training.recipes.generation import ImageDataOptions
+
+
+def training_crops(config: Path, number: int, seed: int) -> Crops:
+    """Crops of the images that a generator learned from, each a function of the seed and its number.
+
+    Args:
+        config: the configuration of the run.
+        number: how many crops.
+
+    Raises:
+        ValueError, ArgumentError: the file does not hold the options of such a run.
+    """
+    if not config.is_file():
+        raise FileNotFoundError(f"there is no file {config}: give the config.yaml of a training run, or a folder")
+    options = options_for(["--config", str(config)])
+    parsed = options.parse(["--config", str(config)])
+    if parsed.task != "generation":
+        raise ValueError(f"{config} is not the config.yaml of a training of a generator")
+    model, data = parsed.model.init_args, ImageDataOptions(**vars(parsed.data))
+    channels = model.network.init_args.in_channels
+    train_set, _ = replace(data, val_images=None).open(both_sides(model.image_size), channels)
+    return Crops(train_set, number, seed)
