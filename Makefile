@@ -1,9 +1,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MINIMUM := .venv-minimum
 RUN ?= runs
+CORE_TESTS := tests/diffusion tests/models tests/data tests/visualization tests/test_files.py tests/test_devices.py \
+	tests/detection/test_boxes.py tests/detection/test_matcher.py tests/detection/test_detector.py
 
-.PHONY: help install demo demo-segmentation test lint types clean
+.PHONY: help install demo demo-segmentation test test-minimum lint types clean
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,6 +34,15 @@ demo-segmentation: install ## draw shapes, train their generator without labels,
 test: lint types ## lint, types and the fast tests, a file a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+test-minimum: $(MINIMUM)/installed ## the fast tests of the core with the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(MINIMUM)/bin/python -m pytest --numprocesses auto --dist loadfile $(CORE_TESTS)
+
+$(MINIMUM)/installed: pyproject.toml $(VENV)/installed
+	$(BIN)/uv venv --quiet --clear --python '>=3.10,<3.13' $(MINIMUM)
+	$(BIN)/uv pip install --quiet --python $(MINIMUM)/bin/python --resolution lowest-direct --editable . \
+		'diffusers>=0.30' 'pytest>=8.3' 'pytest-xdist>=3.6'
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +51,4 @@ types: install
 	$(BIN)/mypy
 
 clean: ## remove the environment (runs and data stay)
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(MINIMUM)
