@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,10 @@ def check_output_dir(path: Path, overwrite: bool) -> None:
 
 
 class OutputFolder:
-    """A folder of results that knows which of its files this program wrote, so that no others are ever removed.
+    """A folder of results that knows which of its files this program wrote, and touches no others.
 
     >>> folder = OutputFolder(Path("out"), overwrite=True)  # refused if it is not empty and `overwrite` is False
-    >>> folder.clear()  # once all options have proved sound: what an earlier run wrote goes
+    >>> folder.clear()  # once all options have proved sound: what earlier runs wrote goes
     >>> write_text(folder.file("masks/a.txt"), "...")  # the name is recorded before the file is written
 
     Raises:
@@ -168,19 +169,37 @@ class OutputFolder:
         self.path = path
 
     def file(self, name: str | Path) -> Path:
-        """The path of a file in the folder that is going to be written."""
-        self._record([self.path / name])
-        return self.path / name
+        """The path of a file in the folder that is going to be written.
+
+        Raises:
+            ValueError: there is such a file already, which this program has not written.
+        """
+        path = self.path / name
+        if path not in self._known and path.exists():
+            raise ValueError(f"{path} would be replaced, which no earlier run wrote: move it, or choose another folder")
+        self.record([name])
+        return path
+
+    def record(self, names: Iterable[str | Path]) -> None:
+        """Count files as written by this program, whatever is there under their names."""
+        new = [path for path in dict.fromkeys(self.path / name for name in names) if path not in self._known]
+        if new:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(path.relative_to(self.path).as_posix()) + "\n" for path in new]
+            with open(self.path / RECORD, "a", encoding="utf-8") as record:  # appended whole, also by several processes
+                record.write("".join(lines))
+            self._known.update(new)
 
     @contextmanager
     def recording(self, subfolder: str = ".") -> Iterator[Path]:
         """Record the files that appear in a subfolder meanwhile, for writers that choose their names themselves."""
-        before = set((self.path / subfolder).rglob("*"))
+        folder = self.path / subfolder
+        before = set(folder.rglob("*"))
         try:
-            yield self.path / subfolder
+            yield folder
         finally:
-            new = set((self.path / subfolder).rglob("*")) - before
-            self._record(sorted(path for path in new if path.is_file() and path.name != RECORD))
+            new = sorted(path for path in set(folder.rglob("*")) - before if path.is_file() and path.name != RECORD)
+            self.record(path.relative_to(self.path) for path in new)
 
     def written(self) -> list[Path]:
         """The files that were written by this and earlier runs, as far as they are still there."""
@@ -197,23 +216,22 @@ class OutputFolder:
             keep: names of files, or of subfolders with all in them, that stay.
         """
         kept = [self.path / name for name in keep]
-        written = self.written()
-        stay = [path for path in written if any(path.is_relative_to(name) for name in kept)]
-        for path in written:
-            if path not in stay:
+        stay = []
+        for path in self.written():
+            if any(path.is_relative_to(name) for name in kept):
+                stay.append(path.relative_to(self.path))
+            else:
                 path.unlink()
                 self._remove_empty(path.parent)
         (self.path / RECORD).unlink(missing_ok=True)
-        self._record(stay)
+        self._known = set()
+        self.record(stay)
+
+    @cached_property
+    def _known(self) -> set[Path]:
+        return set(self.written())
 
     def _remove_empty(self, folder: Path) -> None:
         while folder != self.path and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
-
-    def _record(self, paths: Iterable[Path]) -> None:
-        lines = [json.dumps(path.relative_to(self.path).as_posix()) + "\n" for path in paths]
-        if lines:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with open(self.path / RECORD, "a", encoding="utf-8") as record:  # appended whole, also by several processes
-                record.write("".join(lines))

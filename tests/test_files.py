@@ -142,6 +142,16 @@ def test_only_what_was_written_before_is_removed(tmp_path: Path) -> None:
     assert files_in(tmp_path) == mine
 
 
+def test_files_of_somebody_else_are_not_replaced(tmp_path: Path) -> None:
+    touch(tmp_path, "masks/1.png")
+    folder = OutputFolder(tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match=r"1\.png would be replaced, which no earlier run wrote"):
+        folder.file("masks/1.png")
+    folder.record(["masks/1.png"])
+    assert folder.file("masks/1.png") == tmp_path / "masks/1.png"
+    assert OutputFolder(tmp_path, overwrite=True).written() == [tmp_path / "masks/1.png"]
+
+
 def test_what_an_interrupted_run_wrote_is_known(tmp_path: Path) -> None:
     run(tmp_path, "1.png").file("never_written.png")
     assert OutputFolder(tmp_path, True).written() == [tmp_path / "1.png"]

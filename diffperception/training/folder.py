@@ -70,8 +70,7 @@ class RunFolder(OutputFolder):
         """Remove what an earlier run wrote, if it is to be replaced, and write the options."""
         if overwrite:
             self.clear()
-        for name in self.names:
-            self.file(name)
+        self.record(self.names)
         if settings:
             kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite", "debug")}
             write_text(self.path / CONFIG, yaml.safe_dump(kept, sort_keys=False))
@@ -86,9 +85,8 @@ class RunFolder(OutputFolder):
 
     def record_events(self) -> None:
         """Record the files of TensorBoard, which names them after this process."""
-        for file in (self.path / BOARD).glob(f"*.{os.getpid()}.*"):
-            self.file(file.relative_to(self.path))
-        self.file(f"{BOARD}/hparams.yaml")
+        events = [file.relative_to(self.path) for file in (self.path / BOARD).glob(f"*.{os.getpid()}.*")]
+        self.record([*events, f"{BOARD}/hparams.yaml"])
 
     def read_config(self) -> dict[str, Any]:
         path = self.path / CONFIG
