@@ -12,11 +12,13 @@ class Space(Model, ABC):
 
     Attributes:
         channels: of the signal.
+        image_channels: of the images, 3 for colour, 1 for grey.
         stride: how many pixels of the image wide one cell of the signal is.
         bounded: whether a signal lies in -1..1, so that predictions of it may be clipped.
     """
 
     channels: int
+    image_channels: int = 3
     stride: int
     bounded: bool
 
@@ -49,7 +51,7 @@ class Pixels(Space):
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels = self.image_channels = channels
 
     def compress(self, pixels: Tensor) -> Tensor:
         return pixels

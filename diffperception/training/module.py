@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from diffperception.diffusion.noise import derive_seed
 from diffperception.models.base import describe
+from diffperception.models.ops.transfer import to_device
 from diffperception.training.options import OptimizerOptions
 
 ARGUMENTS = "model_arguments"  # in a checkpoint, as JSON
@@ -79,6 +80,11 @@ class TrainingModule(LightningModule, ABC):
     def compile_networks(self) -> None:
         """Compile what takes the time, in place; names of weights stay as they are."""
         self.model.compile()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Images go to the device, while what is said of them stays on the CPU, where losses collate it."""
+        images, targets = batch
+        return [to_device(image, device) for image in images], targets
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss of one batch, a 0-d tensor."""

@@ -22,11 +22,10 @@ from diffperception.models import UNet
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.generation import (
     Batch,
-    GenerationTask,
+    GenerationModule,
     ImageDataOptions,
     ObjectiveOptions,
     held_out_loss,
-    to_signal,
 )
 from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import image_grid
@@ -34,11 +33,11 @@ from tests.training.test_resume import TORCHRUN, assert_same_run, copy_run, logg
 from tests.training.tiny_detector import PowerCut
 from tests.training.tiny_generator import write_tiny_generator, write_tiny_pictures
 
-UNLABELLED = ["--model.unet.num_classes=null", "--model.absent_label", "false", "--objective.label_dropout", "0"]
-NO_ABSENT = ["--model.absent_label", "false", "--model.unet.num_classes", "2", "--objective.label_dropout", "0"]
+UNLABELLED = ["--data.labelled", "false", "--model.null_class", "false", "--objective.label_dropout", "0"]
+NO_NULL_CLASS = ["--model.null_class", "false", "--objective.label_dropout", "0"]
 PLAIN = ["--model", "diffperception.generation.DiffusionModel"]
 STRAIGHT = [*PLAIN, "--model.schedule", "flow", "--model.prediction", "flow", "--model.learned_range", "false"]
-STRAIGHT += ["--model.unet.out_channels", "3", "--objective.times", "uniform"]
+STRAIGHT += ["--model.network.out_channels", "3", "--objective.times", "uniform"]
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +96,11 @@ def test_two_processes_learn_the_times_from_the_losses_of_both(config: Path, tmp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model.unet.num_res_blocks", "2"], "model.unet.num_res_blocks is 2, but the run in {} was begun with 1: "),
-        (["--model.unet.channels", "64"], "model.unet.channels is 64, but the run in {} was begun with 32: "),
-        ([*PLAIN, "--model.schedule", "cosine", "--model.prediction", "v"], "model.prediction is v, but the run in {}"),
+        (["--model.network.num_res_blocks", "2"], "model.network.num_res_blocks is 2, but the run in {} was begun with 1: "),
+        (["--model.network.channels", "64"], "model.network.channels is 64, but the run in {} was begun with 32: "),
+        (["--model.num_timesteps", "5"], "model.num_timesteps is 5, but the run in {} was begun with 3: "),
         (["--objective.times", "uniform"], "objective.times is uniform, but the run in {} was begun with loss_sec"),
-        (["--data.labelled", "false", *UNLABELLED], "data.labelled is false, but the run in {}"),
+        (UNLABELLED, "model.classes is null, but the run in {}"),
         (["--optimizer.ema_decay", "null"], "optimizer.ema_decay is null, but the run in {} was begun with 0.9: "),
         (["--trainer.max_steps", "4"], "trainer.max_steps is 4, but {}/last.ckpt was written after step 12"),
     ],
@@ -117,8 +116,8 @@ def test_a_resumed_run_must_be_the_same(
 
 def test_a_resumed_run_may_change_what_its_weights_do_not_hang_on(config: Path, whole: Path, tmp_path: Path) -> None:
     copy_run(whole, tmp_path)
-    options = ["--model.unet.checkpointing", "true", "--model.unet.dropout", "0", "--data.batch_size", "2"]
-    options += ["--preview.samples", "1", "--optimizer.ema_decay", "0.5", "--trainer.max_steps", "13", "--seed", "3"]
+    options = ["--model.network.checkpointing", "true", "--model.network.dropout", "0", "--data.batch_size", "2"]
+    options += ["--preview.num_samples", "1", "--optimizer.ema_decay", "0.5", "--trainer.max_steps", "13", "--seed", "3"]
     assert train(config, tmp_path, "--resume", *options) == 0
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 13
 
@@ -152,11 +151,17 @@ def both(config: Path, whole: Path) -> dict[str, DiffusionModel]:
         "averaged": load_file(whole / "model.safetensors"),
         "raw": {name[6:]: value for name, value in raw.items() if name.startswith("model.")},
     }
-    layout = yaml.safe_load(config.read_text())["model"]["init_args"]["unet"]["init_args"]
+    layout = yaml.safe_load(config.read_text())["model"]["init_args"]["network"]["init_args"]
     models = {}
     for kind, state in weights.items():
         models[kind] = DiffusionModel(
-            ["even", "odd"], UNet(**layout), "cosine", 3, learned_range=True, image_size=8, absent_label=True
+            ["even", "odd"],
+            UNet(**layout),
+            schedule="cosine",
+            num_timesteps=3,
+            learned_range=True,
+            image_size=8,
+            null_class=True,
         )
         models[kind].load_state_dict(state)
         models[kind].eval()
@@ -167,7 +172,7 @@ def test_the_exported_generator_is_the_averaged_one(whole: Path, both: dict[str,
     averages = torch.load(whole / "last.ckpt", weights_only=True)["state_dict"]
     weights, raw = (model.state_dict() for model in both.values())
     assert all(torch.equal(value, averages[f"model.{name}"]) for name, value in weights.items())
-    assert not torch.equal(weights["unet.stem.weight"], raw["unet.stem.weight"])
+    assert not torch.equal(weights["network.stem.weight"], raw["network.stem.weight"])
     assert yaml.safe_load((whole / "config.yaml").read_text())["task"] == "generation"
 
 
@@ -207,29 +212,41 @@ def batch() -> Batch:
     return list(images), [{"label": k % 2, "image_id": k, "path": f"{k}.png"} for k in range(32)]
 
 
-def make_task(**objective: Any) -> GenerationTask:
+def make_module(**objective: Any) -> GenerationModule:
     """The step of a network none of whose weights is 0."""
     torch.manual_seed(0)
-    unet = UNet(3, 6, 32, (1,), 1, attention=(), num_head_channels=32, num_classes=3)
-    for parameter in unet.parameters():
+    model = DiffusionModel(
+        ["a", "b"],
+        UNet(3, 6, 32, (1,), 1, attention=(), num_head_channels=32),
+        schedule="cosine",
+        num_timesteps=4,
+        learned_range=True,
+        image_size=4,
+        null_class=True,
+    )
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model = DiffusionModel(["a", "b"], unet, "cosine", 4, learned_range=True, image_size=4, absent_label=True)
-    return GenerationTask(model, OptimizerOptions(), 0, ObjectiveOptions(**objective))
+    return GenerationModule(model, OptimizerOptions(), 0, ObjectiveOptions(**objective))
 
 
-def by_hand(task: GenerationTask, batch: Batch, min_snr: float | None = None) -> tuple[Tensor, Tensor, dict]:
+def signal_and_labels(batch: Batch) -> tuple[Tensor, Tensor]:
+    images, targets = batch
+    return 2 * torch.stack(images) - 1, torch.tensor([target["label"] for target in targets])
+
+
+def by_hand(task: GenerationModule, batch: Batch, min_snr: float | None = None) -> tuple[Tensor, Tensor, dict]:
     """Times, weights and the terms of each picture's loss that the task must draw with seed 5."""
     generator = torch.Generator().manual_seed(5)
-    x0, labels = to_signal(batch, task.device)
+    x0, labels = signal_and_labels(batch)
     t, weights = task.times.sample(len(x0), generator)
     noise = torch.randn(x0.shape, generator=generator)
-    network = partial(task.model.network, labels=labels)
+    network = partial(task.model.network, condition=task.model.condition(labels))
     with torch.no_grad():
         return t, weights, task.model.objective(min_snr)(network, x0, t, noise)
 
 
 def test_the_loss_is_weighted_by_how_rarely_its_times_are_drawn_which_learn_from_it(batch: Batch) -> None:
-    task = make_task(times="loss_second_moment")
+    task = make_module(times="loss_second_moment")
     times = cast(LossSecondMoment, task.times)
     times.seen.fill_(10)
     times.losses.copy_(torch.tensor([[4.0], [1.0], [2.0], [8.0]]).expand(4, 10))
@@ -248,16 +265,17 @@ def test_the_loss_is_weighted_by_how_rarely_its_times_are_drawn_which_learn_from
 def test_the_loss_is_weighed_by_the_signal_to_noise_ratio_on_demand(batch: Batch) -> None:
     terms = {}
     for min_snr in (None, 0.5):
-        task = make_task(min_snr=min_snr)
+        task = make_module(min_snr=min_snr)
         terms[min_snr] = task.loss_terms(batch, torch.Generator().manual_seed(5))["mse"].detach()
         torch.testing.assert_close(terms[min_snr], by_hand(task, batch, min_snr)[2]["mse"].mean())
     assert terms[0.5] < 0.9 * terms[None]
 
 
 def test_a_share_of_the_labels_is_dropped(batch: Batch) -> None:
-    task = make_task(label_dropout=0.25)
+    task = make_module(label_dropout=0.25)
     told = []
-    task.model.unet.register_forward_pre_hook(lambda module, inputs: told.append(inputs[2]))
+    assert task.model.conditioner is not None
+    task.model.conditioner.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))
     for seed in range(8):
         task.loss_terms(batch, torch.Generator().manual_seed(seed))
     labels, own = torch.stack(told), torch.arange(32) % 2
@@ -268,8 +286,8 @@ def test_a_share_of_the_labels_is_dropped(batch: Batch) -> None:
 
 
 def test_losses_are_not_in_half_precision(batch: Batch) -> None:
-    task = make_task()
-    x0, _ = to_signal(batch, task.device)
+    task = make_module()
+    x0, _ = signal_and_labels(batch)
     t, noise = torch.arange(32) % 4, torch.randn(x0.shape)
     output = torch.randn(32, 6, 4, 4).bfloat16()
     half, full = (task.objective(lambda *_, y=y: y, x0, t, noise) for y in (output, output.float()))
@@ -300,14 +318,14 @@ def test_the_options_of_pictures_reach_them(tmp_path: Path) -> None:
             assert bool(torch.isclose(parts, found).flatten(2).all(2).any()) == cut
 
 
-def test_labels_are_dropped_to_the_absent_one(config: Path, tmp_path: Path) -> None:
-    """The absent label's embedding learns if labels are dropped, and only then."""
+def test_labels_are_dropped_to_the_null_class(config: Path, tmp_path: Path) -> None:
+    """The null class's embedding learns if labels are dropped, and only then."""
     moved = {}
     for share in ("0.0", "0.5"):
         run = tmp_path / share
         options = ["--objective.label_dropout", share, "--trainer.max_steps", "3", "--optimizer.ema_decay", "null"]
         assert train(config, run, *options, "--preview.every", "null") == 0
-        moved[share] = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]["model.unet.label_emb.weight"]
+        moved[share] = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]["model.conditioner.embedding.weight"]
     assert not torch.equal(moved["0.0"][:2], moved["0.5"][:2])
     assert not torch.equal(moved["0.0"][2], moved["0.5"][2])
 
@@ -323,7 +341,7 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
         "model": {
             "class_path": "diffperception.generation.DiffusionModel",
             "init_args": {
-                "unet": {
+                "network": {
                     "channels": 32,
                     "channel_mult": [1],
                     "num_res_blocks": 1,
@@ -337,7 +355,7 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
         "data": {"images": str(tmp_path / "pictures"), "batch_size": 16, "workers": 0, "cached": 2},
         "optimizer": {"lr": 3e-3, "base_batch_size": 16, "warmup_steps": 5, "ema_decay": 0.95},
         "trainer": {"max_steps": 120, "log_every": 50, "accelerator": "cpu"},
-        "preview": {"every": None, "samples": 1, "sampling": {"steps": 1}},
+        "preview": {"every": None, "num_samples": 1, "sampling": {"steps": 1}},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert train(tmp_path / "config.yaml", tmp_path / "run") == 0
@@ -351,11 +369,11 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--objective.label_dropout", "0.1", "--model.absent_label", "false"], "set unet.num_classes to 2"),
+        (["--objective.label_dropout", "0.1", "--model.null_class", "false"], "needs classes and model.null_class"),
         (["--model.image_size", "9"], "crop to 8 x 8 or pad to 10 x 10"),
-        (["--model.unet.channels", "30"], "multiple"),
-        (["--model.unet.attention", "[2]", "--model.unet.num_heads", "5"], "num_heads = 5"),
-        (["--data.labelled", "false"], "set unet.num_classes to null"),
+        (["--model.network.channels", "30"], "multiple"),
+        (["--model.network.attention", "[2]", "--model.network.num_heads", "5"], "num_heads = 5"),
+        (["--data.labelled", "false"], "null_class belongs to a model with classes"),
         (["--model.learned_range", "false"], "learned_range"),
         (["--model.image_size", "64"], "has 10 x 12 pixels"),
         (["--data.images", "nowhere"], "there is no folder nowhere"),
@@ -364,9 +382,9 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
         (["--preview.sampling.steps", "4"], "option preview.sampling: "),
         (["--preview.sampling.steps", "0"], "option preview.sampling: "),
         ([*STRAIGHT, "--preview.sampling.sampler", "ddpm"], "option preview.sampling: The sampler ddpm needs"),
-        ([*NO_ABSENT, "--preview.sampling.guidance", "3"], "option preview.sampling: This model has not learned"),
-        (["--preview.samples", "0"], "option preview.samples: expected a whole number above 0, got 0"),
-        (["--preview.held_out", "0"], "option preview.held_out: expected a whole number above 0, got 0"),
+        ([*NO_NULL_CLASS, "--preview.sampling.guidance", "3"], "option preview.sampling: This model has not learned"),
+        (["--preview.num_samples", "0"], "option preview.num_samples: expected a whole number above 0, got 0"),
+        (["--preview.num_held_out", "0"], "option preview.num_held_out: expected a whole number above 0, got 0"),
         (["--preview.batch_size", "0"], "option preview.batch_size: expected a whole number above 0, got 0"),
         (["--preview.every", "0"], "option preview.every: expected a whole number above 0, got 0"),
         (["--objective.min_snr", "-1"], "option objective.min_snr: expected a number above 0, got -1"),

@@ -13,7 +13,6 @@ from diffperception.cli.main import main
 from diffperception.data.image_folder import ImageFolder
 from diffperception.diffusion import (
     DenoiserOutput,
-    FlowSchedule,
     Schedule,
     classifier_guidance,
     linear_schedule,
@@ -22,7 +21,6 @@ from diffperception.diffusion import (
 )
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier, UNet
-from diffperception.training.recipes.generation import time_at
 from diffperception.training.recipes.noisy_classifier import held_out_accuracy
 from tests.training.test_resume import copy_run
 
@@ -63,7 +61,7 @@ def write_config(folder: Path, **changes: object) -> Path:
         },
         "optimizer": {"lr": 3e-3, "base_batch_size": 16, "warmup_steps": 5, "ema_decay": 0.9},
         "trainer": {"max_steps": 60, "log_every": 5, "checkpoint_every": 60, "accelerator": "cpu"},
-        "evaluation": {"every": 30, "images": 8, "ranges": 4},
+        "evaluation": {"every": 30, "num_images": 8, "num_ranges": 4},
         "output": str(folder / "run"),
         **changes,
     }
@@ -138,12 +136,6 @@ def both_classes(schedule: Schedule, x: Tensor, t: Tensor) -> Tensor:
     return mean + alpha * SPREAD**2 / variance * (x - alpha * mean)
 
 
-def test_places_on_a_path_are_times_of_it() -> None:
-    places = torch.tensor([0.0, 0.5, 0.9999])
-    assert time_at(linear_schedule(500), places).tolist() == [0, 250, 499]
-    assert torch.equal(time_at(FlowSchedule(), places), places)
-
-
 @pytest.mark.parametrize(
     ("names", "val_names", "complaint"),
     [
@@ -169,7 +161,7 @@ def test_the_command_guides_a_generator_and_refuses_another_path(
     """A new generator predicts no noise, so that the classifier alone tells the samples of the classes apart."""
     unet = UNet(channels=32, channel_mult=(1,), num_res_blocks=1, attention=(), num_head_channels=32)
     for schedule in ("linear", "cosine"):
-        DiffusionModel(None, unet, schedule, image_size=SIDE).save(tmp_path / f"{schedule}.safetensors")
+        DiffusionModel(None, unet, schedule=schedule, image_size=SIDE).save(tmp_path / f"{schedule}.safetensors")
     options = ["--classifier", str(run / "model.safetensors"), "--number", "4", "--sampling.steps", "3"]
     for scale in ("0", "5"):
         command = ["sample", "--model", str(tmp_path / "linear.safetensors"), "--output", str(tmp_path / scale)]

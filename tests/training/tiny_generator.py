@@ -33,7 +33,6 @@ def write_tiny_generator(folder: Path) -> Path:
         "num_res_blocks": 1,
         "attention": [],
         "num_head_channels": 32,
-        "num_classes": 3,
         "dropout": 0.1,
     }
     config = {
@@ -41,18 +40,18 @@ def write_tiny_generator(folder: Path) -> Path:
         "model": {
             "class_path": "tests.training.tiny_generator.UnpluggedModel",
             "init_args": {
-                "unet": {"class_path": "diffperception.models.UNet", "init_args": unet},
+                "network": {"class_path": "diffperception.models.UNet", "init_args": unet},
                 "num_timesteps": 3,
                 "learned_range": True,
                 "image_size": 8,
-                "absent_label": True,
+                "null_class": True,
             },
         },
         "data": {"images": pictures, "val_images": pictures, "labelled": True, "batch_size": 4, "workers": 0},
         "objective": {"times": "loss_second_moment", "label_dropout": 0.3},
         "optimizer": {"lr": 0.003, "base_batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9},
         "trainer": {"max_steps": 12, "log_every": 1, "checkpoint_every": 3, "accelerator": "cpu"},
-        "preview": {"every": 4, "samples": 2, "held_out": 4, "sampling": {"steps": 2}},
+        "preview": {"every": 4, "num_samples": 2, "num_held_out": 4, "sampling": {"steps": 2}},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"
@@ -64,22 +63,23 @@ class UnpluggedModel(DiffusionModel):
     def __init__(
         self,
         classes: Sequence[str] | None,
-        unet: UNet,
+        network: UNet,
         num_timesteps: int = 1000,
         learned_range: bool = False,
         image_size: int | tuple[int, int] = 64,
-        absent_label: bool = False,
+        null_class: bool = False,
         die_at: int | None = None,
     ):
         super().__init__(
             classes,
-            unet,
-            "cosine",
+            network,
+            schedule="cosine",
             num_timesteps=num_timesteps,
             learned_range=learned_range,
             image_size=image_size,
-            absent_label=absent_label,
+            null_class=null_class,
         )
+        self.record(die_at=None)
         self.left = die_at
 
     def objective(self, min_snr: float | None = None) -> Objective:

@@ -1,6 +1,7 @@
 """Training of a generator of images."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,16 +12,16 @@ from torch import Tensor
 
 from diffperception.data.batches import SeededSamples
 from diffperception.data.image_folder import ImageFolder, class_folders
-from diffperception.diffusion import (
-    DiscreteSchedule,
-    LossSecondMoment,
-    Schedule,
-    TimeSampler,
-    UniformTimes,
-)
+from diffperception.devices import first_process, gather, share
+from diffperception.diffusion import LossSecondMoment, TimeSampler, UniformTimes
+from diffperception.generation.sampling import SamplingOptions, sample, sampling_grid
 from diffperception.models.generator import DiffusionModel
-from diffperception.training.module import Task
+from diffperception.models.ops.transfer import to_device
+from diffperception.training.data import TrainingData
+from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
+from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
+from diffperception.visualization.draw import image_grid, save_png
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
@@ -30,19 +31,19 @@ class ImageDataOptions:
     """Which images the generator learns from.
 
     Args:
-        images: folder with pictures, in folders of their classes if `labelled`.
-        annotations: COCO JSON file; only the pictures it lists are used.
-        val_images: folder with pictures to measure the loss on during training; null for none.
-        val_annotations: COCO JSON file with the pictures to use of `val_images`.
-        short_side: pictures are first resized to this short side, then a random part is cut out; null resizes them
+        images: folder with images, in folders of their classes if `labelled`.
+        annotations: COCO JSON file; only the images it lists are used.
+        val_images: folder with images to measure the loss on during training; null for none.
+        val_annotations: COCO JSON file with the images to use of `val_images`.
+        short_side: images are first resized to this short side, then a random part is cut out; null resizes them
             until they are as small as holds the part.
         labelled: the folders in `images` are the classes; the model must have as many.
-        horizontal_flip: share of images mirrored left to right.
-        vertical_flip: share of images mirrored top to bottom; for scenes without an up and a down.
+        horizontal_flip: probability that an image is mirrored left to right.
+        vertical_flip: probability that an image is mirrored top to bottom; for scenes without an up and a down.
         batch_size: images in a training batch, for each process.
-        workers: processes that read pictures, for each process that trains.
-        on_broken: what to do at a picture that cannot be read or is too small: stop, naming it, or take the next one.
-        cached: how many pictures each worker keeps in memory, resized.
+        workers: processes that read images, for each process that trains.
+        on_broken: what to do at an image that cannot be read or is too small: stop, naming it, or take the next one.
+        cached: how many images each worker keeps in memory, resized.
     """
 
     images: Path
@@ -88,7 +89,6 @@ class ImageDataOptions:
             )
         return train, val
 
-
 @dataclass
 class ObjectiveOptions:
     """What the generator learns at which times.
@@ -98,29 +98,42 @@ class ObjectiveOptions:
             gradients of a learned variance (arXiv 2102.09672).
         min_snr: weigh the loss of x0 by the signal-to-noise ratio, at most this (arXiv 2303.09556; 5 there); null
             weighs the loss of the prediction by 1.
-        label_dropout: share of images whose label is replaced by the absent one, for classifier-free guidance; the
-            model needs an absent label.
+        label_dropout: fraction of images whose label is replaced by the null class, for classifier-free guidance; the
+            model needs a null class.
     """
 
     times: Literal["uniform", "loss_second_moment"] = "uniform"
     min_snr: PositiveFloat | None = None
     label_dropout: ClosedUnitInterval = 0.0
 
-    def sampler(self, model: DiffusionModel) -> TimeSampler:
-        """What draws the times of a batch; ValueError if the model's path does not have such times."""
-        if isinstance(model.schedule, DiscreteSchedule):
-            kind = UniformTimes if self.times == "uniform" else LossSecondMoment
-            return kind(model.schedule.num_timesteps)
-        if self.times != "uniform":
-            raise ValueError("objective.times loss_second_moment needs a schedule of discrete steps: take uniform")
-        return UniformTimes()
+
+@dataclass
+class PreviewOptions:
+    """What is looked at, now and then during training and at its end.
+
+    Args:
+        every: steps between looks; null for one at the end only.
+        num_samples: how many images are drawn, always from the same noise.
+        sampling: how they are drawn.
+        num_held_out: on how many images of data.val_images the loss is measured.
+        batch_size: images per pass.
+    """
+
+    every: PositiveInt | None = 1000
+    num_samples: PositiveInt = 36
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    num_held_out: PositiveInt = 256
+    batch_size: PositiveInt = 32
 
 
-class GenerationTask(Task):
+class GenerationModule(TrainingModule):
     """The step of a generator: noised images, and the loss of what the network makes of them.
 
     Args:
         objective: what is learned.
+
+    Raises:
+        ValueError: the model has no null class that labels could be replaced by, or no discrete steps to learn of.
     """
 
     model: DiffusionModel
@@ -133,67 +146,177 @@ class GenerationTask(Task):
         objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (not changed)
     ):
         super().__init__(model, options, seed)
-        if objective.label_dropout and not model.absent_label:
-            raise ValueError("objective.label_dropout needs model.absent_label: true, and a label more in the UNet")
-        self.times = objective.sampler(model)
+        if objective.label_dropout and (model.conditioner is None or not model.conditioner.has_absent):
+            raise ValueError("objective.label_dropout needs classes and model.null_class: true")
+        self.learns_times = objective.times != "uniform"
+        self.times: TimeSampler = UniformTimes(model.schedule)
+        if self.learns_times:
+            self.times = LossSecondMoment(model.schedule.require_discrete(f"objective.times {objective.times}"))
         self.objective = model.objective(objective.min_snr)
         self.label_dropout = objective.label_dropout
 
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        x0, labels = to_signal(batch, self.device)
-        if labels is not None and self.label_dropout:
-            dropped = torch.rand(len(labels), generator=generator) < self.label_dropout
-            labels = torch.where(dropped.to(labels.device), self.model.absent, labels)
-        t, weights = (x.to(x0.device) for x in self.times.sample(len(x0), generator))
-        losses = noised_losses(self.model, self.objective, x0, labels, t, generator)
+        images, targets = batch
+        x0 = self.model.space.encode(torch.stack(images))
+        conditioner = self.model.conditioner
+        said = None if conditioner is None else conditioner.read(targets)
+        if conditioner is not None and self.label_dropout:
+            said = conditioner.drop(said, torch.rand(len(images), generator=generator) < self.label_dropout)
+        t, weights = (to_device(x, self.device) for x in self.times.sample(len(x0), generator))
+        losses = noised_losses(self.model, self.objective, x0, said, t, generator)
         self._learn_times(t, losses)
         return {name: (weights * values).mean() for name, values in losses.items()}
 
     @torch.no_grad()
     def _learn_times(self, t: Tensor, losses: dict[str, Tensor]) -> None:
         """Tell the sampler of times what all processes have found."""
+        if not self.learns_times:
+            return
         total = torch.stack(list(losses.values())).sum(0)
-        if dist.is_initialized() and isinstance(self.times, LossSecondMoment):
+        if dist.is_initialized():
             t, total = (self.all_gather(values).flatten() for values in (t, total))  # type: ignore[union-attr]
         self.times.update(t, total)
 
     def describe(self, batch: Batch) -> str:
-        return "the pictures " + ", ".join(target["path"] for target in batch[1])
+        return describe_images(batch)
+
+    def compile_networks(self) -> None:
+        self.model.network.compile()
 
 
-def to_signal(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Images (0..1) and targets as x0 (B, C, H, W), -1..1, and labels (B,), if there are any."""
-    images, targets = batch
-    x0 = torch.stack(images).to(device) * 2 - 1
-    labels = [target["label"] for target in targets]
-    return x0, None if labels[0] is None else torch.tensor(labels, device=device)
+def describe_images(batch: Batch) -> str:
+    """The images of a batch, for messages."""
+    return "the images " + ", ".join(target["path"] for target in batch[1])
 
 
 def noised_losses(
-    model: DiffusionModel, objective: Any, x0: Tensor, labels: Tensor | None, t: Tensor, generator: torch.Generator
+    model: DiffusionModel, objective: Any, x0: Tensor, said: Any, t: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The terms of each image's loss, (B,), with noise from a generator of the CPU."""
-    noise = torch.randn(x0.shape, generator=generator).to(x0)
-    return objective(lambda x, time: model.unet(x, time, labels), x0, t, noise)
-
-
-def time_at(schedule: Schedule, places: Tensor) -> Tensor:
-    """The times (B,) of places (B,) on a path, from 0, its clean end, to 1, excluded."""
-    return (places * schedule.num_timesteps).long() if isinstance(schedule, DiscreteSchedule) else places
+    noise = to_device(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
+    condition = model.condition(said)
+    return objective(lambda x, time: model(x, time, condition), x0, t, noise)
 
 
 @torch.no_grad()
-def held_out_loss(model: DiffusionModel, dataset: ImageFolder, images: int, batch_size: int) -> float:
+def held_out_loss(model: DiffusionModel, dataset: ImageFolder, num_images: int, batch_size: int) -> float:
     """The mean loss over images and evenly spaced times, with the same crops, noise and times in every call."""
     model.eval()
     objective, samples = model.objective(), SeededSamples(dataset)
     generator = torch.Generator().manual_seed(0)
     total = 0.0
-    for start in range(0, images, batch_size):
-        chosen = range(start, min(start + batch_size, images))
-        pictures, targets = zip(*(samples[i % len(dataset), i] for i in chosen), strict=True)
-        x0, labels = to_signal((list(pictures), list(targets)), model.device)
-        t = time_at(model.schedule, (torch.tensor(chosen, device=x0.device) + 0.5) / images)
-        losses = noised_losses(model, objective, x0, labels, t, generator)
+    for start in range(0, num_images, batch_size):
+        chosen = range(start, min(start + batch_size, num_images))
+        images, targets = zip(*(samples[i % len(dataset), i] for i in chosen), strict=True)
+        x0 = model.space.encode(to_device(torch.stack(images), model.device))
+        said = None if model.conditioner is None else model.conditioner.read(targets)
+        t = to_device(model.schedule.from_fraction((torch.tensor(chosen) + 0.5) / num_images), model.device)
+        losses = noised_losses(model, objective, x0, said, t, generator)
         total += float(torch.stack(list(losses.values())).sum())
-    return total / images
+    return total / num_images
+
+
+class GenerationEvaluator(Evaluator):
+    """Samples from the averaged and the raw weights, and their loss on held-out images.
+
+    Args:
+        model: that is to be sampled from.
+        held_out: images that are not learned from; None to measure no loss.
+        options: how.
+        seed: of the samples.
+
+    Raises:
+        ValueError: the model cannot be sampled in this way.
+    """
+
+    last = True
+
+    def __init__(self, model: DiffusionModel, held_out: ImageFolder | None, options: PreviewOptions, seed: int):
+        sampling = options.sampling
+        try:
+            sampling_grid(model.schedule, sampling.sampler, sampling.steps)
+            model.denoiser(said_in_turn(model, range(1)), sampling.guidance)
+        except ValueError as error:
+            raise ValueError(f"option preview.sampling: {error}") from None
+        self.held_out = held_out
+        self.options = options
+        self.every = options.every
+        self.seed = seed
+
+    def evaluate(
+        self, averaged: DiffusionModel, raw: DiffusionModel, step: int, folder: Path | None
+    ) -> dict[str, float]:
+        models = {"averaged": averaged} if raw is averaged else {"averaged": averaged, "raw": raw}
+        for name, model in models.items():
+            if folder is not None:
+                self.draw(model.eval(), folder / "pictures" / f"samples_{step:07}_{name}.png")
+        if self.held_out is None:
+            return {}
+        count, at_once = self.options.num_held_out, self.options.batch_size
+        return {f"held_out_{name}": held_out_loss(model, self.held_out, count, at_once) for name, model in models.items()}
+
+    def draw(self, model: DiffusionModel, path: Path) -> None:
+        """A grid of samples from noise that is the same for every model and step; each process draws its share."""
+        numbers = share(range(self.options.num_samples))
+        images: list[Tensor] = []
+        for start in range(0, len(numbers), self.options.batch_size):
+            indices = numbers[start : start + self.options.batch_size]
+            said = said_in_turn(model, indices)
+            images.extend(sample(model, indices, self.options.sampling, self.seed, said).float().cpu())
+        images = gather(images)
+        if first_process():
+            save_png(image_grid(images), path)
+
+
+def said_in_turn(model: DiffusionModel, numbers: Any) -> Any:
+    """What is said of the samples of these numbers: classes take turns; None where the model is told nothing."""
+    return None if model.conditioner is None else model.conditioner.choose(None, numbers)
+
+
+class GenerationRecipe(Recipe):
+    """Train a generator of images on a folder of images, and draw samples from it.
+
+    Args:
+        model: the generator's class and its arguments, all but the classes, which are the folders' names.
+        data: what it learns from.
+        optimizer: how the weights are updated.
+        objective: what is learned at which times.
+        preview: samples and held-out loss.
+    """
+
+    task = "generation"
+    files = {  # noqa: RUF012 (not changed)
+        "model.safetensors": "the trained generator, for `diffperception sample`",
+        "pictures/": "samples over the steps, from the averaged and the raw weights; curves.png",
+    }
+    lasting = ("data.labelled", "objective.times")
+
+    def __init__(
+        self,
+        model: Callable[[list[str] | None], DiffusionModel],
+        data: ImageDataOptions,
+        optimizer: OptimizerOptions = OptimizerOptions(lr=2e-4, base_batch_size=32, weight_decay=0.0),  # noqa: B008
+        objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (the defaults are not changed)
+        preview: PreviewOptions = PreviewOptions(),  # noqa: B008
+    ):
+        self.model = model
+        self.data = data
+        self.optimizer = optimizer
+        self.objective = objective
+        self.preview = preview
+
+    def prepare(self, seed: int) -> Parts:
+        model = self.model(self.data.classes())
+        train, val = self.data.open(model.image_size, model.space.image_channels)
+        height, width = model.image_size
+        return Parts(
+            GenerationModule(model, self.optimizer, seed, self.objective),
+            TrainingData(train, self.data.batch_size, self.data.workers, seed),
+            GenerationEvaluator(model, val, self.preview, seed),
+            f"{size_of(model)} learns {height} x {width} pixels from {len(train)} images{left_out(train)}",
+        )
+
+
+def left_out(images: ImageFolder) -> str:
+    """How many images of a folder are not used, if any."""
+    return f"; {images.skipped} are left out" if images.skipped else ""

@@ -1,17 +1,27 @@
 """Training of the classifier of noisy images, which guides generators."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from diffperception.data.batches import SeededSamples
 from diffperception.data.image_folder import ImageFolder
+from diffperception.devices import first_process
 from diffperception.diffusion import add_noise
+from diffperception.echo import echo
+from diffperception.files import write_json
 from diffperception.models import NoisyClassifier
-from diffperception.training.module import Task
-from diffperception.training.recipes.generation import Batch, ImageDataOptions, time_at, to_signal
+from diffperception.models.ops.transfer import to_device
+from diffperception.training.data import TrainingData
+from diffperception.training.module import TrainingModule
+from diffperception.training.options import OptimizerOptions
+from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
+from diffperception.training.recipes.generation import Batch, ImageDataOptions, describe_images, left_out
 
 
 @dataclass
@@ -35,7 +45,25 @@ class LabelledImageOptions(ImageDataOptions):
         return classes
 
 
-class ClassificationTask(Task):
+@dataclass
+class AccuracyOptions:
+    """How the accuracy on data.val_images is measured, now and then during training and at its end.
+
+    Args:
+        every: steps between measurements; null for one at the end only.
+        num_images: how many images those during training use, spread over the set; null for all. The one at the end
+            uses all.
+        num_ranges: into how many ranges of noise the path is divided; each has its own accuracy.
+        batch_size: images per pass.
+    """
+
+    every: PositiveInt | None = 1000
+    num_images: PositiveInt | None = 256
+    num_ranges: PositiveInt = 5
+    batch_size: PositiveInt = 64
+
+
+class NoisyClassifierModule(TrainingModule):
     """The step of a noisy classifier: images noised at uniform times of its path, and the cross entropy of its logits.
 
     Attributes:
@@ -45,25 +73,30 @@ class ClassificationTask(Task):
     model: NoisyClassifier
 
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        x0, labels = to_signal(batch, self.device)
+        x0, labels = labelled_signal(*batch, self.device)
         logits = noised_logits(self.model, x0, torch.rand(len(x0), generator=generator), generator)
-        assert labels is not None
         return {"cross_entropy": F.cross_entropy(logits, labels)}
 
     def describe(self, batch: Batch) -> str:
-        return "the pictures " + ", ".join(target["path"] for target in batch[1])
+        return describe_images(batch)
+
+
+def labelled_signal(images: Sequence[Tensor], targets: Sequence[dict], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images (0..1) and targets as x0 (B, C, H, W), -1..1, and labels (B,)."""
+    labels = torch.tensor([target["label"] for target in targets])
+    return 2 * to_device(torch.stack(list(images)), device) - 1, to_device(labels, device)
 
 
 def noised_logits(model: NoisyClassifier, x0: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
     """Logits (B, K) of images (B, C, H, W), -1..1, noised at places (B,) on the path, 0..1."""
-    t = time_at(model.schedule, places).to(x0.device)
-    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    t = to_device(model.schedule.from_fraction(places), x0.device)
+    noise = to_device(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
     return model(add_noise(model.schedule, x0, t, noise), model.schedule.conditioning(t)).to(x0.dtype)
 
 
 @torch.no_grad()
 def held_out_accuracy(
-    model: NoisyClassifier, dataset: ImageFolder, images: int | None, batch_size: int, ranges: int
+    model: NoisyClassifier, dataset: ImageFolder, num_images: int | None, batch_size: int, ranges: int
 ) -> dict[str, float]:
     """How well images are classified that are noised once in each range of the path.
 
@@ -71,7 +104,7 @@ def held_out_accuracy(
 
     Args:
         dataset: labelled images.
-        images: how many of them, spread over the set; None for all.
+        num_images: how many of them, spread over the set; None for all.
         ranges: into how many ranges of equal length the path is divided.
 
     Returns:
@@ -79,14 +112,13 @@ def held_out_accuracy(
         from the clean end, 0, to noise, 1; ``held_out_loss``, the mean cross entropy.
     """
     model.eval()
-    count = min(images or len(dataset), len(dataset))
+    count = min(num_images or len(dataset), len(dataset))
     samples, generator = SeededSamples(dataset), torch.Generator().manual_seed(0)
     right, loss = torch.zeros(ranges), 0.0
     for start in range(0, count, batch_size):
         chosen = [i * len(dataset) // count for i in range(start, min(start + batch_size, count))]
-        pictures, targets = zip(*(samples[i, i] for i in chosen), strict=True)
-        x0, labels = to_signal((list(pictures), list(targets)), model.stem.weight.device)
-        assert labels is not None
+        images, targets = zip(*(samples[i, i] for i in chosen), strict=True)
+        x0, labels = labelled_signal(images, targets, model.device)
         for k in range(ranges):
             places = (k + torch.rand(len(x0), generator=generator)) / ranges
             logits = noised_logits(model, x0, places, generator)
@@ -94,3 +126,77 @@ def held_out_accuracy(
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     by_range = {f"accuracy_{k / ranges:.2g}-{(k + 1) / ranges:.2g}": float(right[k]) / count for k in range(ranges)}
     return {"accuracy": float(right.mean()) / count, **by_range, "held_out_loss": loss / (count * ranges)}
+
+
+class AccuracyEvaluator(Evaluator):
+    """How well images are classified at each range of noise.
+
+    Args:
+        dataset: labelled images that are not learned from; None to measure nothing.
+        options: how.
+    """
+
+    def __init__(self, dataset: ImageFolder | None, options: AccuracyOptions):
+        self.dataset = dataset
+        self.options = options
+        self.every = options.every
+
+    def evaluate(
+        self, averaged: NoisyClassifier, raw: NoisyClassifier, step: int, folder: Path | None
+    ) -> dict[str, float]:
+        return self._measure(averaged, self.options.num_images)
+
+    def finish(self, model: NoisyClassifier, folder: Path | None) -> dict[str, float]:
+        metrics = self._measure(model, None)
+        echo("\n".join(f"{name:<18}{value:.3f}" for name, value in metrics.items()))
+        if folder is not None and metrics and first_process():
+            write_json(folder / "metrics.json", {"metrics": metrics})
+        return metrics
+
+    def _measure(self, model: NoisyClassifier, num_images: int | None) -> dict[str, float]:
+        if self.dataset is None:
+            return {}
+        return held_out_accuracy(model, self.dataset, num_images, self.options.batch_size, self.options.num_ranges)
+
+
+class NoisyClassifierRecipe(Recipe):
+    """Train a classifier of noisy images, to guide a generator, on a folder of images in folders of their classes.
+
+    Its path, size and channels must be those of the generator it is to guide.
+
+    Args:
+        model: the classifier's class and its arguments, all but the classes, which are the folders' names.
+        data: what it learns from and is measured on.
+        optimizer: how the weights are updated.
+        evaluation: how its accuracy is measured.
+    """
+
+    task = "classifier"
+    files = {  # noqa: RUF012 (not changed)
+        "model.safetensors": "the trained classifier, for `diffperception sample --classifier`",
+        "metrics.json": "its accuracy by ranges of noise, if there are images to measure it on",
+        "pictures/": "curves.png",
+    }
+    lasting = ("data.labelled",)
+
+    def __init__(
+        self,
+        model: Callable[[list[str]], NoisyClassifier],
+        data: LabelledImageOptions,
+        optimizer: OptimizerOptions = OptimizerOptions(lr=3e-4, base_batch_size=256, weight_decay=0.05),  # noqa: B008
+        evaluation: AccuracyOptions = AccuracyOptions(),  # noqa: B008 (the defaults are not changed)
+    ):
+        self.model = model
+        self.data = data
+        self.optimizer = optimizer
+        self.evaluation = evaluation
+
+    def prepare(self, seed: int) -> Parts:
+        model = self.model(self.data.classes())
+        train, val = self.data.open(model.image_size, model.in_channels)
+        return Parts(
+            NoisyClassifierModule(model, self.optimizer, seed),
+            TrainingData(train, self.data.batch_size, self.data.workers, seed),
+            AccuracyEvaluator(val, self.evaluation),
+            f"{size_of(model)} learns {len(model.classes)} classes from {len(train)} images{left_out(train)}",
+        )
