@@ -96,7 +96,10 @@ def test_two_processes_learn_the_times_from_the_losses_of_both(config: Path, tmp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model.network.num_res_blocks", "2"], "model.network.num_res_blocks is 2, but the run in {} was begun with 1: "),
+        (
+            ["--model.network.num_res_blocks", "2"],
+            "network.num_res_blocks is 2, but the run in {} was begun with 1: ",
+        ),
         (["--model.network.channels", "64"], "model.network.channels is 64, but the run in {} was begun with 32: "),
         (["--model.num_timesteps", "5"], "model.num_timesteps is 5, but the run in {} was begun with 3: "),
         (["--objective.times", "uniform"], "objective.times is uniform, but the run in {} was begun with loss_sec"),
@@ -117,7 +120,16 @@ def test_a_resumed_run_must_be_the_same(
 def test_a_resumed_run_may_change_what_its_weights_do_not_hang_on(config: Path, whole: Path, tmp_path: Path) -> None:
     copy_run(whole, tmp_path)
     options = ["--model.network.checkpointing", "true", "--model.network.dropout", "0", "--data.batch_size", "2"]
-    options += ["--preview.num_samples", "1", "--optimizer.ema_decay", "0.5", "--trainer.max_steps", "13", "--seed", "3"]
+    options += [
+        "--preview.num_samples",
+        "1",
+        "--optimizer.ema_decay",
+        "0.5",
+        "--trainer.max_steps",
+        "13",
+        "--seed",
+        "3",
+    ]
     assert train(config, tmp_path, "--resume", *options) == 0
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 13
 
@@ -325,7 +337,9 @@ def test_labels_are_dropped_to_the_null_class(config: Path, tmp_path: Path) -> N
         run = tmp_path / share
         options = ["--objective.label_dropout", share, "--trainer.max_steps", "3", "--optimizer.ema_decay", "null"]
         assert train(config, run, *options, "--preview.every", "null") == 0
-        moved[share] = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]["model.conditioner.embedding.weight"]
+        moved[share] = torch.load(run / "last.ckpt", weights_only=True)["state_dict"][
+            "model.conditioner.embedding.weight"
+        ]
     assert not torch.equal(moved["0.0"][:2], moved["0.5"][:2])
     assert not torch.equal(moved["0.0"][2], moved["0.5"][2])
 

@@ -10,13 +10,13 @@ import torch
 
 from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet
+from diffperception.detection.inference import evaluate_detector, spread
 from diffperception.training.callbacks import Averaging, clock
 from diffperception.training.data import TimedLoader
-from diffperception.training.recipes.detection import DetectionModule
-from diffperception.detection.inference import evaluate_detector, spread
 from diffperception.training.loggers import RunLog
-from diffperception.training.options import DataOptions, OptimizerOptions
 from diffperception.training.module import batch_seed
+from diffperception.training.options import DataOptions, OptimizerOptions
+from diffperception.training.recipes.detection import DetectionModule
 from tests.training.tiny_data import write_tiny_data
 from tests.training.tiny_detector import TinyDetector
 

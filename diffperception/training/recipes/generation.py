@@ -14,14 +14,16 @@ from diffperception.data.batches import SeededSamples
 from diffperception.data.image_folder import ImageFolder, class_folders
 from diffperception.devices import first_process, gather, share
 from diffperception.diffusion import LossSecondMoment, TimeSampler, UniformTimes
-from diffperception.generation.sampling import SamplingOptions, sample, sampling_grid
+from diffperception.generation.inference import draw_samples
+from diffperception.generation.sampling import SamplingOptions, sampling_grid
 from diffperception.models.generator import DiffusionModel
 from diffperception.models.ops.transfer import to_device
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
-from diffperception.visualization.draw import image_grid, save_png
+from diffperception.visualization.draw import save_png
+from diffperception.visualization.panels import image_grid
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
@@ -88,6 +90,7 @@ class ImageDataOptions:
                 " both the same"
             )
         return train, val
+
 
 @dataclass
 class ObjectiveOptions:
@@ -158,12 +161,12 @@ class GenerationModule(TrainingModule):
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         images, targets = batch
         x0 = self.model.space.encode(torch.stack(images))
-        conditioner = self.model.conditioner
-        said = None if conditioner is None else conditioner.read(targets)
-        if conditioner is not None and self.label_dropout:
-            said = conditioner.drop(said, torch.rand(len(images), generator=generator) < self.label_dropout)
+        said = self.model.read(targets)
+        if self.model.conditioner is not None and self.label_dropout:
+            dropped = torch.rand(len(images), generator=generator) < self.label_dropout
+            said = self.model.conditioner.drop(said, dropped)
         t, weights = (to_device(x, self.device) for x in self.times.sample(len(x0), generator))
-        losses = noised_losses(self.model, self.objective, x0, said, t, generator)
+        losses = self.model.losses(self.objective, x0, t, noise_like(x0, generator), said)
         self._learn_times(t, losses)
         return {name: (weights * values).mean() for name, values in losses.items()}
 
@@ -189,13 +192,9 @@ def describe_images(batch: Batch) -> str:
     return "the images " + ", ".join(target["path"] for target in batch[1])
 
 
-def noised_losses(
-    model: DiffusionModel, objective: Any, x0: Tensor, said: Any, t: Tensor, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """The terms of each image's loss, (B,), with noise from a generator of the CPU."""
-    noise = to_device(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
-    condition = model.condition(said)
-    return objective(lambda x, time: model(x, time, condition), x0, t, noise)
+def noise_like(x0: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of a signal's shape, from a generator of the CPU."""
+    return to_device(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
 
 
 @torch.no_grad()
@@ -209,9 +208,8 @@ def held_out_loss(model: DiffusionModel, dataset: ImageFolder, num_images: int, 
         chosen = range(start, min(start + batch_size, num_images))
         images, targets = zip(*(samples[i % len(dataset), i] for i in chosen), strict=True)
         x0 = model.space.encode(to_device(torch.stack(images), model.device))
-        said = None if model.conditioner is None else model.conditioner.read(targets)
         t = to_device(model.schedule.from_fraction((torch.tensor(chosen) + 0.5) / num_images), model.device)
-        losses = noised_losses(model, objective, x0, said, t, generator)
+        losses = model.losses(objective, x0, t, noise_like(x0, generator), model.read(targets))
         total += float(torch.stack(list(losses.values())).sum())
     return total / num_images
 
@@ -235,7 +233,7 @@ class GenerationEvaluator(Evaluator):
         sampling = options.sampling
         try:
             sampling_grid(model.schedule, sampling.sampler, sampling.steps)
-            model.denoiser(said_in_turn(model, range(1)), sampling.guidance)
+            model.denoiser(model.conditioner and model.conditioner.choose(None, range(1)), sampling.guidance)
         except ValueError as error:
             raise ValueError(f"option preview.sampling: {error}") from None
         self.held_out = held_out
@@ -252,25 +250,16 @@ class GenerationEvaluator(Evaluator):
                 self.draw(model.eval(), folder / "pictures" / f"samples_{step:07}_{name}.png")
         if self.held_out is None:
             return {}
-        count, at_once = self.options.num_held_out, self.options.batch_size
-        return {f"held_out_{name}": held_out_loss(model, self.held_out, count, at_once) for name, model in models.items()}
+        how = (self.held_out, self.options.num_held_out, self.options.batch_size)
+        return {f"held_out_{name}": held_out_loss(model, *how) for name, model in models.items()}
 
     def draw(self, model: DiffusionModel, path: Path) -> None:
         """A grid of samples from noise that is the same for every model and step; each process draws its share."""
-        numbers = share(range(self.options.num_samples))
-        images: list[Tensor] = []
-        for start in range(0, len(numbers), self.options.batch_size):
-            indices = numbers[start : start + self.options.batch_size]
-            said = said_in_turn(model, indices)
-            images.extend(sample(model, indices, self.options.sampling, self.seed, said).float().cpu())
-        images = gather(images)
+        options, numbers = self.options, share(range(self.options.num_samples))
+        drawn = draw_samples(model, numbers, options.sampling, self.seed, batch_size=options.batch_size)
+        images = gather([image for _, batch in drawn for image in batch.cpu()])
         if first_process():
             save_png(image_grid(images), path)
-
-
-def said_in_turn(model: DiffusionModel, numbers: Any) -> Any:
-    """What is said of the samples of these numbers: classes take turns; None where the model is told nothing."""
-    return None if model.conditioner is None else model.conditioner.choose(None, numbers)
 
 
 class GenerationRecipe(Recipe):

@@ -21,7 +21,7 @@ from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
-from diffperception.training.recipes.generation import Batch, ImageDataOptions, describe_images, left_out
+from diffperception.training.recipes.generation import Batch, ImageDataOptions, describe_images, left_out, noise_like
 
 
 @dataclass
@@ -90,8 +90,8 @@ def labelled_signal(images: Sequence[Tensor], targets: Sequence[dict], device: t
 def noised_logits(model: NoisyClassifier, x0: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
     """Logits (B, K) of images (B, C, H, W), -1..1, noised at places (B,) on the path, 0..1."""
     t = to_device(model.schedule.from_fraction(places), x0.device)
-    noise = to_device(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
-    return model(add_noise(model.schedule, x0, t, noise), model.schedule.conditioning(t)).to(x0.dtype)
+    x_t = add_noise(model.schedule, x0, t, noise_like(x0, generator))
+    return model(x_t, model.schedule.conditioning(t)).to(x0.dtype)
 
 
 @torch.no_grad()
