@@ -75,16 +75,23 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if task == "segmentation" or (name == "evaluate" and task == "generation"):  # until these have moved
         module = importlib.import_module(f"diffperception.cli.{name}_{task}")
         return call(getattr(module, name), arguments, task=task)
-    module = importlib.import_module(f"diffperception.cli.{name}")
     if name == "train":
-        return module.train(arguments)
-    by_kind: Mapping[str, Callable[..., int | None]] = getattr(module, "BY_KIND", {name: getattr(module, name, None)})
+        from diffperception.cli.train import train
+
+        return train(arguments)
+    by_kind = functions(name)
     kind = find_kind(arguments, by_kind)
     if kind is not None:
         return call(by_kind[kind], arguments, name)
     for command in by_kind.values():
         Options(name, command).parser.print_help()
     return 0 if "--help" in arguments or "-h" in arguments else 2
+
+
+def functions(name: str) -> Mapping[str, Callable[..., int | None]]:
+    """The functions of a command by the kind of thing that they work on; a single one by the command's name."""
+    module = importlib.import_module(f"diffperception.cli.{name}")
+    return getattr(module, "BY_KIND", None) or {name: getattr(module, name)}
 
 
 def find_kind(arguments: Sequence[str], kinds: Collection[str]) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffperception.cli.parsing import build_parser, call, parse
+from diffperception.configuration.parser import Options, call
 from PIL import Image
 
 from diffperception.cli.compare import Labelled, compare, from_scratch, pixel_classifier
@@ -202,6 +202,6 @@ def test_means_and_spreads() -> None:
 
 def test_the_shipped_comparison_is_accepted() -> None:
     path = Path(__file__).parents[2] / "configs" / "segmentation" / "bccd_compare.yaml"
-    options = parse(build_parser(compare), compare, ["--config", str(path), "--labels", "5", "--seeds", "1"])
+    options = Options("compare", compare).parse(["--config", str(path), "--labels", "5", "--seeds", "1"])
     assert (options.labels, options.seeds) == ([5], 1)
     assert options.baseline.bf16

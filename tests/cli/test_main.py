@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from diffperception.cli.parsing import build_parser, call, parse, sentence
+from diffperception.configuration.messages import sentence
+from diffperception.configuration.parser import Options, call
+from diffperception.training.configured import RECIPES, options_for
 
-from diffperception.cli.main import COMMANDS, find, main
+from diffperception.cli.main import COMMANDS, functions, main
 
 
 class Engine:
@@ -217,34 +219,23 @@ def test_a_command_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_every_command_is_explained(name: str) -> None:
-    undocumented = [
-        action.dest for action in build_parser(find(name))._actions if not action.help and action.dest != "help"
-    ]
-    assert not undocumented
+    if name == "train":
+        options = [options_for(["--task", task]) for task in RECIPES]
+    else:
+        options = [Options(name, command) for command in functions(name).values()]
+    for each in options:
+        undocumented = [action.dest for action in each.parser._actions if not action.help and action.dest != "help"]
+        assert not undocumented
 
 
 def test_only_training_imports_lightning_and_help_imports_no_torch() -> None:
     program = """
 import sys
-from diffperception.cli.main import find, main
+from diffperception.cli.main import functions, main
 main(["--help"])
 assert "torch" not in sys.modules
 for name in ("evaluate", "predict", "check", "shapes"):
-    find(name)
+    functions(name)
 assert "lightning" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=300)
-
-
-def test_the_advice_to_unset_the_labels_of_a_unet_can_be_followed() -> None:
-    train = find("train", "generation")
-    layout = (
-        "{channels: 32, channel_mult: [1], num_res_blocks: 1, attention: [], num_head_channels: 32, num_classes: 5}"
-    )
-    arguments = ["--model", "diffperception.generation.DiffusionModel", "--data.images", "x", "--output", "y"]
-    arguments += ["--model.unet", f"{{class_path: diffperception.models.UNet, init_args: {layout}}}"]
-    parser = build_parser(train)
-    with pytest.raises(ValueError, match=r"set unet\.num_classes to null"):
-        parser.instantiate(parse(parser, train, arguments)).model(None)
-    model = parser.instantiate(parse(parser, train, [*arguments, "--model.unet.num_classes", "null"])).model(None)
-    assert model.unet.num_classes is None
