@@ -14,20 +14,23 @@ PACKAGE = "diffperception"
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "coco": set(),
-    "weights": set(),
-    "visualize": set(),
-    "mask_pictures": {"visualize"},
+    "files": set(),
+    "devices": set(),
+    "echo": {"devices"},
+    "table": set(),
+    "configuration": {"files"},
     "diffusion": set(),
-    "models": {"diffusion", "weights"},
-    "detection": {"models", "diffusion", "weights", "coco"},
-    "segmentation": {"models", "diffusion", "weights"},
-    "generation": {"models", "diffusion", "weights"},
-    "data": {"coco"},
-    "tasks": {"data", "detection", "segmentation", "generation", "models", "diffusion", "weights", "visualize", "coco"},
+    "models": {"diffusion", "files", "devices"},
+    "data": {"files", "devices", "table"},
+    "visualization": {"files", "data"},
 }
-ALLOWED["benchmarks"] = {"detection", "segmentation", "generation", "models", "diffusion"}
-ALLOWED["cli"] = {*ALLOWED["tasks"], "tasks", "benchmarks", "mask_pictures"}
+BESIDE = {"files", "devices", "echo", "table", "data", "visualization"}
+TASKS = {"detection", "generation", "segmentation"}
+for task in TASKS:
+    ALLOWED[task] = {*BESIDE, "models", "diffusion"}
+ALLOWED["training"] = {*BESIDE, *TASKS, "models", "diffusion", "configuration"}
+ALLOWED["benchmarks"] = {*BESIDE, *TASKS, "models", "diffusion"}
+ALLOWED["cli"] = {*ALLOWED["training"], "training", "benchmarks"}
 ALLOWED["integrations"] = {*ALLOWED["cli"], "cli"}
 CORE_LIBRARIES = {"torch", "numpy"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
@@ -74,9 +77,9 @@ def test_the_arrows_have_no_circle():
         left = {name: used for name, used in left.items() if name not in free}
 
 
-def test_only_tasks_imports_lightning():
+def test_only_training_imports_lightning():
     users = {room(path) for path in FILES if {name.split(".")[0] for name in imports(path)} & LIGHTNING}
-    assert users <= {"tasks"}
+    assert users <= {"training"}
 
 
 def test_the_core_needs_torch_and_numpy_alone():
@@ -109,7 +112,8 @@ def test_a_turned_arrow_is_seen(tmp_path, monkeypatch):
     [
         (PACKAGE, {"torch", "numpy"}),
         (f"{PACKAGE}.cli.main", {"torch", "numpy", "jsonargparse"}),
-        (f"{PACKAGE}.cli.predict", {"matplotlib", *LIGHTNING}),  # it imports detection and visualize
+        (f"{PACKAGE}.training", {"torch", *LIGHTNING}),
+        (f"{PACKAGE}.cli.predict", {"matplotlib", *LIGHTNING}),  # it imports detection and visualization
     ],
 )
 def test_importing_stays_light(module, absent):

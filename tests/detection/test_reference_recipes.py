@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from diffperception.cli.parsing import build_parser, parse
-from diffperception.cli.train import train
-from tests.test_configs import files_of
+from diffperception.configuration.base import with_bases
+from diffperception.training.configured import options_for
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detection"
 FILES = {"coco": ["coco"], "lvis": ["coco", "coco_lvis"]}
@@ -25,21 +25,22 @@ ANNOTATIONS = {
 @pytest.mark.parametrize("suffix", BACKBONES)
 @pytest.mark.parametrize("data", DROPS)
 def test_recipe(data, suffix):
-    parser = build_parser(train)
-    files = dict.fromkeys([*FILES[data], FILES[data][-1] + suffix])
-    options = parse(parser, train, [word for name in files for word in ("--config", str(CONFIGS / f"{name}.yaml"))])
+    file = str(CONFIGS / f"{FILES[data][-1]}{suffix}.yaml")
+    parser = options_for([file])
+    options = parser.parse([file])
     model = options.model.init_args
     assert model.backbone.partition(".")[0] == BACKBONES[suffix]
     assert (model.pretrained, model.freeze_norm) == (True, True)
     assert Path(options.output).name == data + suffix
-    values = parser.instantiate(options)
+    recipe, run = (SimpleNamespace(**values) for values in parser.instantiate(options))
+    values = SimpleNamespace(**vars(recipe), trainer=run.trainer)
     evaluation = values.evaluation
     rules = (model.federated_classes, values.data.repeat_threshold, evaluation.protocol, evaluation.max_dets)
     assert rules == RARE[data]
     read = (values.data.train_annotations, values.data.val_annotations)
     assert tuple(Path(path).relative_to("data").as_posix() for path in read) == ANNOTATIONS[data]
     optimizer = values.optimizer
-    assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_norm) == (2.5e-5, 1e-4, 1.0)
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.grad_clip_norm) == (2.5e-5, 1e-4, 1.0)
     assert optimizer.ema_decay is None
     assert values.data.batch_size * values.trainer.devices == optimizer.base_batch_size == 16
     steps, first, second = DROPS[data]
@@ -52,8 +53,8 @@ def test_recipe(data, suffix):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("coco_*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_states_its_differences_alone(path):
     """Nothing that the files before it say already."""
-    before = files_of(path)[:-1]
-    said = [set(settings(yaml.safe_load(file.read_text()))) for file in before]
+    before = with_bases(str(path))[:-1]
+    said = [set(settings(yaml.safe_load(Path(file).read_text()))) for file in before]
     assert not set(settings(yaml.safe_load(path.read_text()))) & set().union(*said)
 
 
