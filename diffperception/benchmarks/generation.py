@@ -17,21 +17,24 @@ TARGET = 0.8
 Network = Callable[[], Tensor]
 
 
-def measure(repeats: int, say: Callable[[str], None]) -> list[tuple[Row, list[Row]]]:
+def measure(repeats: int, say: Callable[[str], None], device: torch.device | str = "cpu") -> list[tuple[Row, list[Row]]]:
     """A forward pass, then a training step: diffusers' time (the unit), diffusers' with channels last, ours.
 
     Args:
         repeats: the best of so many runs counts, with the networks taking turns.
         say: is told what is measured next.
+        device: where all compute.
 
     Raises:
         ValueError: if diffusers is not installed.
     """
     torch.manual_seed(0)
-    ours, peer, peer_last = _ours(), _diffusers(), _diffusers().to(memory_format=torch.channels_last)
+    ours, peer, peer_last = (model.to(device) for model in (_ours(), _diffusers(), _diffusers()))
+    peer_last.to(memory_format=torch.channels_last)
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, peer)]
     assert abs(sizes[0] / sizes[1] - 1) < 0.01, sizes
-    x, t, noise = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(1000, (BATCH,)), torch.randn(BATCH, 3, SIZE, SIZE)
+    x, noise = torch.randn(2, BATCH, 3, SIZE, SIZE).to(device)
+    t = torch.randint(1000, (BATCH,)).to(device)
     networks: list[tuple[nn.Module, Network]] = [
         (peer, lambda: peer(x, t).sample),
         (peer_last, lambda: peer_last(x.contiguous(memory_format=torch.channels_last), t).sample),

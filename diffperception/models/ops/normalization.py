@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from diffperception.models.ops.convolution import is_eager_cpu
+
 
 def group_norm(
     norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, activate: bool = False
@@ -22,7 +24,7 @@ def group_norm(
         scale, shift: (B, C), or None for the norm alone.
         activate: apply SiLU.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_eager_cpu(x):
         gain, bias = norm.weight.expand(x.shape[:2]), norm.bias.expand(x.shape[:2])
         if scale is not None and shift is not None:
             gain, bias = gain * (1 + scale), torch.addcmul(shift, bias, 1 + scale)

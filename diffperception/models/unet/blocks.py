@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.models.ops.convolution import Conv1x1, Conv3x3
+from diffperception.models.ops.convolution import Conv1x1, Conv3x3, double, double_and_convolve
 from diffperception.models.ops.normalization import group_norm
 
 NORM_GROUPS = 32
@@ -125,22 +125,6 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return double(x) if self.conv is None else double_and_convolve(x, self.conv)
-
-
-def double(x: Tensor) -> Tensor:
-    """Every pixel repeated in a square of 2 x 2."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def double_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """``conv(double(x))`` of a 3 x 3 convolution, with 4 instead of 9 products an output.
-
-    Of the nine pixels under the kernel only four differ. A transposed convolution of stride 2 meets just those, if its
-    kernel is the flipped one summed over each square of 2 x 2.
-    """
-    flipped = conv.weight.flip(2, 3).transpose(0, 1)
-    rows = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))
-    return F.conv_transpose2d(x, F.pad(rows, (0, 1)) + F.pad(rows, (1, 0)), conv.bias, stride=2, padding=1)
 
 
 def zeroed(module: nn.Module) -> nn.Module:

@@ -3,8 +3,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffperception.diffusion import (
     DiscreteSchedule,
@@ -22,8 +22,8 @@ from diffperception.diffusion import (
 from diffperception.models import Condition, DiffusionModel, UNet
 from diffperception.models.base import describe
 from diffperception.models.convert import adm
-from diffperception.models.ops.normalization import group_norm
-from diffperception.models.unet.blocks import double, double_and_convolve, time_embedding
+from diffperception.models.unet.blocks import time_embedding
+from tests.helpers.devices import Device
 from tests.parity import FOLDER, arrays, distance, filled_state
 from tests.parity.fill import fill
 
@@ -330,44 +330,6 @@ def test_time_embedding_is_cosines_then_sines() -> None:
     assert time_embedding(torch.tensor([3]), 9).shape == (1, 9)
 
 
-def test_doubling_and_convolving_at_once_is_the_same() -> None:
-    conv = nn.Conv2d(3, 5, 3, padding=1).double()
-    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    at_once, in_turn = double_and_convolve(x, conv), conv(double(x))
-    assert torch.allclose(at_once, in_turn)
-    weights = torch.randn_like(in_turn)
-    for one, other in zip(
-        torch.autograd.grad((at_once * weights).sum(), [x, *conv.parameters()]),
-        torch.autograd.grad((in_turn * weights).sum(), [x, *conv.parameters()]),
-        strict=True,
-    ):
-        assert torch.allclose(one, other)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_group_norm_and_its_gradient_are_torchs(memory_format: torch.memory_format) -> None:
-    norm = nn.GroupNorm(4, 8).double()
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    x = torch.randn(2, 8, 3, 5, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
-    scale, shift = torch.randn(2, 2, 8, dtype=torch.float64, requires_grad=True)
-    inputs, weights = [x, scale, shift, *norm.parameters()], torch.randn(2, 8, 3, 5, dtype=torch.float64)
-    expected = F.group_norm(x, 4, norm.weight, norm.bias) * (1 + scale[..., None, None]) + shift[..., None, None]
-    ours = group_norm(norm, x, scale, shift)
-    assert torch.allclose(ours, expected)
-    assert torch.allclose(group_norm(norm, x), norm(x))
-    for one, other in ((ours, expected), (group_norm(norm, x, scale, shift, activate=True), F.silu(expected))):
-        gradients = (torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True) for y in (one, other))
-        assert torch.allclose(one, other)
-        assert all(map(torch.allclose, *gradients))
-
-
-def test_group_norm_is_exact_far_from_zero() -> None:
-    x = (torch.randn(2, 32, 64, 64) + 30).contiguous(memory_format=torch.channels_last)
-    norm = nn.GroupNorm(32, 32)
-    assert torch.allclose(group_norm(norm, x).double(), F.group_norm(x.double(), 32), atol=2e-5)
-
-
 # What it refuses
 
 
@@ -419,3 +381,37 @@ def test_impossible_inputs_are_refused() -> None:
     for blocks in ((6,), (-1,), ()):
         with pytest.raises(ValueError, match="blocks among 0 to 5"):
             unet.activations(torch.zeros(1, 3, 32, 32), t, blocks)
+
+
+# Other ways to run it
+
+
+@torch.no_grad()
+def test_every_device_predicts_the_same_and_waits_for_nothing(device: Device) -> None:
+    unet, x, t = tiny(), torch.randn(2, 3, 16, 16), torch.tensor([3, 400])
+    condition = told(unet, 2)
+    expected = unet(x, t, condition)
+    unet, x, t, vector = device.move((unet, x, t, condition.vector))
+    out = unet(x, t, Condition(vector=vector))
+    assert not device.waits, device.report()
+    torch.testing.assert_close(device.host(out), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_exported_unet_takes_any_batch() -> None:
+    unet = tiny(channels=64, channel_mult=(1, 2), attention=(2,), num_head_channels=32)
+    arguments = torch.randn(2, 3, 16, 16), torch.tensor([3, 400])
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(unet, arguments, dynamic_shapes=({0: batch}, {0: batch}))
+    x, t = torch.randn(9, 3, 16, 16), torch.arange(9)
+    torch.testing.assert_close(program.module()(x, t), unet(x, t), atol=1e-4, rtol=1e-4)
+
+
+def test_forward_mode_derivatives_are_finite_differences() -> None:
+    """Of a whole network, as MeanFlow and likelihoods need them."""
+    unet = tiny().double()
+    x, direction, t = *torch.randn(2, 1, 3, 8, 8, dtype=torch.float64), torch.tensor([300.0])
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
+        _, derivative = torch.func.jvp(lambda x: unet(x, t), (x,), (direction,))
+        ahead, behind = (unet(x + step * direction, t) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(derivative, (ahead - behind) / 2e-5, atol=1e-5, rtol=1e-4)

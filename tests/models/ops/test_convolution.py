@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.models.ops.convolution import Conv1x1, Conv3x3
+from diffperception.models.ops.convolution import Conv1x1, Conv3x3, double, double_and_convolve
 from diffperception.models.ops.winograd import winograd
+from tests.helpers.devices import Device
 from tests.parity import distance
 
 
@@ -69,3 +70,28 @@ def test_autocast_computes_in_half_precision() -> None:
 def test_single_pixels_are_a_linear_layer() -> None:
     conv, x = Conv1x1(6, 5), torch.randn(2, 6, 3, 4)
     assert torch.allclose(conv(x), F.conv2d(x, conv.weight, conv.bias), atol=1e-6)
+
+
+def test_doubling_and_convolving_at_once_is_the_same() -> None:
+    conv = nn.Conv2d(3, 5, 3, padding=1).double()
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    at_once, in_turn = double_and_convolve(x, conv), conv(double(x))
+    assert torch.allclose(at_once, in_turn)
+    weights = torch.randn_like(in_turn)
+    for one, other in zip(
+        torch.autograd.grad((at_once * weights).sum(), [x, *conv.parameters()]),
+        torch.autograd.grad((in_turn * weights).sum(), [x, *conv.parameters()]),
+        strict=True,
+    ):
+        assert torch.allclose(one, other)
+
+
+@torch.no_grad()
+def test_every_device_convolves_the_same(device: Device) -> None:
+    """Winograd's way, linear layers and transposed convolutions are the CPU's alone."""
+    torch.manual_seed(0)
+    wide, single, x = Conv3x3(64, 64), Conv1x1(64, 5), torch.randn(8, 64, 16, 16)
+    expected = wide(x), single(x), double_and_convolve(x, wide)
+    wide, single, x = device.move((wide, single, x))
+    for out, value in zip((wide(x), single(x), double_and_convolve(x, wide)), expected, strict=True):
+        torch.testing.assert_close(device.host(out), value, atol=1e-4, rtol=1e-4)
