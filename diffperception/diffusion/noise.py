@@ -45,4 +45,7 @@ class SampleNoise:
         drawn = [
             torch.randn(like.shape[1:], generator=generator, device=generator.device) for generator in self.generators
         ]
-        return torch.stack(drawn).to(like)
+        noise = torch.stack(drawn)
+        if noise.device.type == "cpu" and like.device.type == "cuda":
+            noise = noise.pin_memory()  # a copy from other memory waits until the GPU has done all that it was given
+        return noise.to(like, non_blocking=True)

@@ -1,6 +1,7 @@
 """Sampling: an oracle denoiser is followed exactly, and an image depends on its own number alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,6 +25,7 @@ from diffperception.diffusion import (
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
 from diffperception.generation.sampling import SAMPLERS, Sampler, sampling_grid
 from tests.diffusion.gaussian_mixture import Mixture
+from tests.helpers.devices import Device
 from tests.models.test_generator import conditional, tiny_unet
 
 
@@ -149,3 +151,21 @@ def test_more_steps_than_the_schedule_has_are_refused(model: DiffusionModel, sam
 def test_an_eta_that_means_nothing_is_refused(sampler: Sampler, eta: float) -> None:
     with pytest.raises(ValueError, match="eta"):
         SamplingOptions(sampler, eta=eta)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [SamplingOptions(name, 2, eta) for name, eta in (("dpm_solver", 0), ("heun", 0), ("ddim", 0.5), ("ddpm", 0))],  # type: ignore[arg-type]
+    ids=lambda options: options.sampler,
+)
+def test_no_step_waits_for_the_device(device: Device, options: SamplingOptions) -> None:
+    model = conditional()
+    labels = torch.tensor([0, 1])
+    expected = sample(model, range(2), options, said=labels)
+    model = device.move(model)
+    images = sample(model, range(2), options, said=labels)
+    few = len(device.waits)
+    torch.testing.assert_close(device.host(images), expected, atol=1e-4, rtol=1e-4)
+    sample(model, range(2), replace(options, steps=6), said=labels)
+    assert len(device.waits) <= 2 * few, device.report()
+    assert few <= 4, device.report()

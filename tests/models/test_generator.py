@@ -10,6 +10,7 @@ from diffperception.diffusion import FlowSchedule, Objective
 from diffperception.generation import DiffusionModel
 from diffperception.models import ClassLabels, Condition, Pixels, UNet
 from diffperception.models.base import file_kind
+from tests.helpers.devices import Device
 
 CLASSES = ["disc", "square"]
 
@@ -161,3 +162,15 @@ def test_losses_are_the_objectives_with_what_is_said() -> None:
     plain = DiffusionModel(None, tiny_unet(), image_size=8)
     assert plain.read(targets) is None
     assert plain.losses(plain.objective(), x0, t, noise)["mse"].shape == (2,)
+
+
+def test_a_training_step_waits_for_the_copies_of_its_batch_alone(device: Device) -> None:
+    model, (x0, noise) = conditional(), torch.randn(2, 2, 3, 8, 8)
+    t, said = torch.tensor([3, 700]), torch.tensor([1, 0])
+    expected = model.losses(model.objective(5.0), x0, t, noise, said)["mse"].detach()
+    model, x0, noise, t, said = device.move((model, x0, noise, t, said))
+    model.schedule.alpha(t)  # its table is on the device from the first step on
+    before = len(device.waits)
+    losses = model.losses(model.objective(5.0), x0, t, noise, said)["mse"]
+    assert len(device.waits) == before, device.report()
+    torch.testing.assert_close(device.host(losses), expected, atol=1e-4, rtol=1e-4)

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffperception.detection import FCOS
 from diffperception.diffusion import cosine_schedule, linear_schedule
 from diffperception.models import ActivationReader, DiffusionModel, UNet, UNetBackbone
+from tests.helpers.devices import Device
 from tests.models.unet.test_unet import tiny
 
 TILE = 256  # side of the noise that is repeated
@@ -201,3 +202,25 @@ def test_a_saved_reader_keeps_its_noise(tmp_path: Path) -> None:
     loaded = ActivationReader.load(tmp_path / "reader.safetensors")
     pictures = torch.rand(1, 3, 16, 16)
     assert torch.equal(loaded(pictures)[0], reader(pictures)[0])
+
+
+@torch.no_grad()
+def test_reading_waits_for_no_device(device: Device) -> None:
+    reader = ActivationReader(labelled(), [4, 0], [50, 900], label=1).eval()
+    pictures = torch.rand(2, 3, 16, 24)
+    expected = reader(pictures)
+    reader, pictures = device.move((reader, pictures))
+    maps = reader(pictures)
+    assert len(device.waits) <= 1, device.report()  # the label's number
+    for read, wanted in zip(device.host(maps), expected, strict=True):
+        torch.testing.assert_close(read, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_detectors_backbone_on_every_device(device: Device) -> None:
+    backbone, batch = UNetBackbone(tiny(), blocks=BLOCKS), images(2, 3, 16, 24)
+    expected = [m.detach() for m in backbone(batch)]
+    backbone, batch = device.move((backbone, batch))
+    maps = backbone(batch)
+    assert not device.waits, device.report()
+    for read, wanted in zip(device.host(maps), expected, strict=True):
+        torch.testing.assert_close(read, wanted, atol=1e-4, rtol=1e-4)
