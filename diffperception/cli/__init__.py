@@ -6,4 +6,7 @@ from typing import Any
 def __getattr__(name: str) -> Any:  # until no command asks for them here any more
     from diffperception import echo
 
-    return {"say": echo.echo, "counted": echo.plural}[name]
+    known: dict[str, Any] = {"say": echo.echo, "counted": echo.plural}
+    if name not in known:
+        raise AttributeError(name)
+    return known[name]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffperception.cli import say
 from diffperception.data.coco_file import labels_of, read_coco
 from diffperception.detection import DiffusionDet
 from diffperception.diffusion import Prediction, ScheduleName
+from diffperception.echo import echo
 from diffperception.files import require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.convert import adm
@@ -86,13 +86,13 @@ def convert(
             model = DiffusionDet.from_reference(weights, classes)
     model.save(output)
     for remark in remarks:
-        say(str(remark.message))
-    say(f"{checkpoint}{f' ({part})' if part else ''}: {in_one_line(model)}")
+        echo(str(remark.message))
+    echo(f"{checkpoint}{f' ({part})' if part else ''}: {in_one_line(model)}")
     if EMA in parts and part != EMA:
-        say(f"it also has averaged weights ({EMA}): --ema takes those")
+        echo(f"it also has averaged weights ({EMA}): --ema takes those")
     if model.classes and model.classes[0] == "0":
-        say("its classes are numbered: --annotations FILE names them after a COCO file's categories or a .txt's lines")
-    say(f"{output}: for {USES[model.kind]}")
+        echo("its classes are numbered: --annotations FILE names them after a COCO file's categories or a .txt's lines")
+    echo(f"{output}: for {USES[model.kind]}")
 
 
 def read_names(path: Path) -> list[str]:

@@ -132,7 +132,7 @@ def samples(
     generator: DiffusionModel, number: int, sampling: SamplingOptions, batch_size: int, seed: int
 ) -> Iterator[Unlabelled]:
     """Images from a generator, as `sample` draws them."""
-    require_image_channels(generator.space.channels)
+    require_image_channels(generator.space.image_channels)
     for numbers, images in draw_samples(generator, range(number), sampling, seed, None, batch_size):
         for index, image in zip(numbers, images.cpu(), strict=True):
             yield Unlabelled(Path(f"{index:06}.png"), image.expand(3, -1, -1))

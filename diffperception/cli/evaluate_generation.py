@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from diffperception.cli import say
 from diffperception.devices import Precision
+from diffperception.echo import echo
 from diffperception.files import images_below, write_json
 from diffperception.generation.evaluator import evaluate_samples
 from diffperception.training.crops import training_crops
@@ -72,11 +72,11 @@ def evaluate_sample_folder(
         precision,
         seed,
     )
-    say(report.table())
+    echo(report.table())
     counts, channels = report.images, report.settings["channels"]
-    say(f"{counts['samples']} samples, {counts['reference']} real images; {channels} features of {features}")
+    echo(f"{counts['samples']} samples, {counts['reference']} real images; {channels} features of {features}")
     for note in report.notes:
-        say(f"note: {note}")
+        echo(f"note: {note}")
     if output is not None:
         write_json(output / "metrics.json", asdict(report))
-        say(f"{output / 'metrics.json'}: these numbers")
+        echo(f"{output / 'metrics.json'}: these numbers")

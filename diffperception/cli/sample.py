@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from diffperception.cli import say
 from diffperception.devices import Precision
+from diffperception.echo import echo
 from diffperception.generation import SamplingOptions
 from diffperception.generation.inference import sample_folder
 from diffperception.models.generator import both_sides
@@ -66,4 +66,4 @@ def sample(
         precision,
         overwrite,
     )
-    say(f"{output / 'images'}: {number} images\n{output / 'grid.png'}: the first ones")
+    echo(f"{output / 'images'}: {number} images\n{output / 'grid.png'}: the first ones")

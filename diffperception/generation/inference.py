@@ -111,7 +111,7 @@ def sample_folder(
     if classifier is not None:
         classifier = NoisyClassifier.load(classifier) if isinstance(classifier, str | Path) else classifier
         classifier.to(place)
-    require_image_channels(model.space.channels if model.space.stride == 1 else 3)
+    require_image_channels(model.space.image_channels)
     names = list(classes or (classifier.classes if classifier is not None else model.classes) or [])
     first: list[Tensor] = []
     with join_processes(), autocast(place, precision):

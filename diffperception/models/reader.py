@@ -121,9 +121,9 @@ def strides_in_words(info: Sequence[FeatureInfo]) -> str:
 
 
 def _require_colour(model: DiffusionModel) -> None:
-    if model.space.stride == 1 and model.space.channels != 3:
+    if model.space.image_channels != 3:
         raise ValueError(
-            f"this UNet takes images of {model.space.channels} channels: features need colour images, of 3"
+            f"this UNet takes images of {model.space.image_channels} channels: features need colour images, of 3"
         )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from diffperception.configuration.base import given, spread_files
 from diffperception.generation.evaluator import Crops
 from diffperception.models.generator import both_sides
 from diffperception.training.configured import options_for
@@ -21,10 +22,10 @@ def training_crops(config: Path, number: int, seed: int) -> Crops:
     """
     if not config.is_file():
         raise FileNotFoundError(f"there is no file {config}: give the config.yaml of a training run, or a folder")
-    options = options_for(["--config", str(config)])
-    parsed = options.parse(["--config", str(config)])
-    if parsed.task != "generation":
+    arguments = ["--config", str(config)]
+    if given(spread_files(arguments), "task") != "generation":
         raise ValueError(f"{config} is not the config.yaml of a training of a generator")
+    parsed = options_for(arguments).parse(arguments)
     model, data = parsed.model.init_args, ImageDataOptions(**vars(parsed.data))
     channels = model.network.init_args.in_channels
     train_set, _ = replace(data, val_images=None).open(both_sides(model.image_size), channels)
