@@ -29,7 +29,7 @@ from diffperception.training.recipes.generation import (
 )
 from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import image_grid
-from tests.training.test_resume import TORCHRUN, assert_same_run, copy_run, logged, python
+from tests.training.test_resume import assert_same_run, copy_run, logged
 from tests.training.tiny_detector import PowerCut
 from tests.training.tiny_generator import write_tiny_generator, write_tiny_pictures
 
@@ -83,14 +83,6 @@ def test_bfloat16_resumes_bit_for_bit(config: Path, tmp_path: Path) -> None:
     half, full = ([float(row["train/loss"]) for row in logged(tmp_path / name)] for name in ("whole", "full"))
     assert half == pytest.approx(full, rel=0.05)
     assert half[1:] != full[1:]
-
-
-@pytest.mark.slow
-def test_two_processes_learn_the_times_from_the_losses_of_both(config: Path, tmp_path: Path) -> None:
-    command = [*TORCHRUN, "-m", "diffperception", "train", "--config", str(config), "--output"]
-    assert python(*command, str(tmp_path / "two")) == 0
-    state = torch.load(tmp_path / "two" / "last.ckpt", weights_only=True)["state_dict"]
-    assert int(state["times.seen"].sum()) == 12 * 2 * 4  # steps, processes, images
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffperception.cli.main import main
 from diffperception.data import CocoDetection
-from diffperception.training.options import DataOptions
+from diffperception.training.recipes.detection import DataOptions
 from tests.training.test_resume import UNPLUGGED, assert_same_run, train
 from tests.training.tiny_data import write_tiny_config, write_tiny_data
 from tests.training.tiny_detector import PowerCut, TinyDetector
@@ -21,7 +21,6 @@ class Remembering(TinyDetector):
 
     def __init__(self, classes: list[str]):
         super().__init__(classes)
-        self.arguments = {"classes": list(classes)}
         self.register_buffer("told", torch.zeros(len(classes)))
 
     def loss(self, *arguments, **options) -> dict[str, Tensor]:

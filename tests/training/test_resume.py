@@ -108,11 +108,6 @@ def test_killed_without_a_word_and_resumed(config: Path, tmp_path: Path) -> None
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_two_processes_stopped_and_resumed(config: Path, tmp_path: Path) -> None:
-    assert python(*TORCHRUN, "-m", "tests.training.two_processes", str(config), str(tmp_path)) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-
-
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed(config: Path, tmp_path: Path) -> None:
     command = [*TORCHRUN, "-m", "diffperception", "train", "--config", str(config), "--output"]

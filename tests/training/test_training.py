@@ -3,20 +3,20 @@
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from diffperception.data import CocoDetection
-from diffperception.detection import DiffusionDet
+from diffperception.detection import DiffusionDet, DynamicHead
 from diffperception.detection.inference import evaluate_detector, spread
-from diffperception.training.callbacks import Averaging, clock
+from diffperception.training.callbacks import blend, clock
 from diffperception.training.data import TimedLoader
-from diffperception.training.loggers import RunLog
-from diffperception.training.module import batch_seed
-from diffperception.training.options import DataOptions, OptimizerOptions
-from diffperception.training.recipes.detection import DetectionModule
+from diffperception.training.loggers import CsvLog
+from diffperception.training.options import OptimizerOptions
+from diffperception.training.recipes.detection import DataOptions, DetectionModule
 from tests.training.tiny_data import write_tiny_data
 from tests.training.tiny_detector import TinyDetector
 
@@ -34,21 +34,16 @@ def test_the_rate_rises_linearly_and_then_follows_its_schedule() -> None:
     assert OptimizerOptions(warmup_steps=0, schedule="constant").lr_factor(7, 8) == 1
 
 
-def test_no_two_batches_share_a_seed() -> None:
-    seeds = {batch_seed(seed, rank, step) for seed in range(4) for rank in range(4) for step in range(50)}
-    assert len(seeds) == 4 * 4 * 50
-    assert batch_seed(1, 2, 3) == batch_seed(1, 2, 3)
-
-
 class Groups(DetectionModule):
     lr = 0.5  # what a trainer would say
 
 
 def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
-    detector = DiffusionDet(["a"], "resnet10t", strides=(8, 16), width=16, stages=1, ffn_width=16, num_heads=2)
+    head = partial(DynamicHead, width=16, stages=1, ffn_width=16, num_heads=2)
+    detector = DiffusionDet(["a"], "resnet10t", head, strides=(8, 16))
     detector.head.requires_grad_(False)
-    task = Groups(detector, OptimizerOptions(backbone_lr_factor=0.1, weight_decay=0.2), seed=0)
-    groups = task._groups()
+    module = Groups(detector, OptimizerOptions(backbone_lr_factor=0.1, weight_decay=0.2), seed=0)
+    groups = module._groups()
     grouped = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in detector.parameters() if p.requires_grad}
     assert len(grouped) == len({id(p) for p in grouped})
@@ -60,12 +55,12 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
 
 
 def test_the_average_is_the_recursion_it_claims_to_be() -> None:
-    averaging = Averaging(decay=0.9)
     average, counter = torch.tensor([1.0, 2.0]), torch.tensor(3)
     expected = average.clone()
     for n in range(1, 200):
         value = torch.tensor([float(n), -1.0])
-        averaging._blend([average, counter], [value, torch.tensor(n)], torch.tensor(n))
+        blend([average], [value], 0.9, n)
+        blend([counter], [torch.tensor(n)], 0.9, n)
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * value
         assert torch.allclose(average, expected)  # in the first updates too, whose decay is smaller
@@ -73,18 +68,15 @@ def test_the_average_is_the_recursion_it_claims_to_be() -> None:
 
 
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.write(2, {"train/loss": 1.25})
-    log.write(4, {"train/loss": 1})
-    log.write(4, {"val/AP": 0.5})
-    log.write(6, {"train/loss": 0.75})
-    log.close()
-    resumed = RunLog(tmp_path, after=4)
-    resumed.write(5, {"train/lr": 0.1})
-    resumed.close()
-    lines = (tmp_path / "metrics.csv").read_text().split()
-    assert lines == ["step,train/loss,val/AP,train/lr", "2,1.25,,", "4,1,0.5,", "5,,,0.1"]
-    assert any((tmp_path / "tensorboard").iterdir())
+    path = tmp_path / "metrics.csv"
+    log = CsvLog(path)
+    log.log_metrics({"train/loss": 1.25}, 2)
+    log.log_metrics({"train/loss": 1}, 4)
+    log.log_metrics({"val/AP": 0.5}, 4)
+    log.log_metrics({"train/loss": 0.75}, 6)
+    resumed = CsvLog(path, after=4)
+    resumed.log_metrics({"train/lr": 0.1}, 5)
+    assert path.read_text().split() == ["step,train/loss,val/AP,train/lr", "2,1.25,,", "4,1,0.5,", "5,,,0.1"]
 
 
 def test_the_time_spent_waiting_for_data_is_counted() -> None:

@@ -1,4 +1,4 @@
-"""What each of two processes runs in `test_resume.py`: a whole run, and one that is cut off and resumed."""
+"""What each of two processes runs for `test_two_processes.py`, which starts them once."""
 
 import sys
 from contextlib import suppress
@@ -7,14 +7,27 @@ from pathlib import Path
 from diffperception.cli.main import main
 from tests.training.tiny_detector import PowerCut
 
-config, folder = map(Path, sys.argv[1:])
+
+def train(config: str, output: Path, *options: str) -> int:
+    return main(["train", config, "--output", str(output), *options])
 
 
-def train(name: str, *options: str) -> int:
-    return main(["train", "--config", str(config), "--output", str(folder / name), *options])
+def run(detector: str, generator: str, folder: Path) -> int:
+    """A detector's whole run, one that is cut off and resumed, and one of a generator; returns the exit code."""
+    codes = [train(detector, folder / "whole")]
+    with suppress(PowerCut):
+        train(
+            detector,
+            folder / "stopped",
+            "--model",
+            "tests.training.tiny_detector.UnpluggedDetector",
+            "--model.die_at",
+            "6",
+        )
+    codes.append(train(detector, folder / "stopped", "--resume"))
+    codes.append(train(generator, folder / "generator", "--preview.num_samples", "3"))
+    return max(codes)
 
 
-code = train("whole")
-with suppress(PowerCut):
-    train("stopped", "--model", "tests.training.tiny_detector.UnpluggedDetector", "--model.die_at", "6")
-sys.exit(code or train("stopped", "--resume"))
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1], sys.argv[2], Path(sys.argv[3])))

@@ -1,0 +1,81 @@
+"""Training steps on every device: nothing is mixed, and a GPU is hardly waited for."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffperception.generation import DiffusionModel
+from diffperception.models import NoisyClassifier, UNet
+from diffperception.training.callbacks import blend
+from diffperception.training.module import NonFiniteLossError, TrainingModule
+from diffperception.training.options import OptimizerOptions
+from diffperception.training.recipes.detection import DetectionModule
+from diffperception.training.recipes.generation import GenerationModule, ObjectiveOptions
+from diffperception.training.recipes.noisy_classifier import NoisyClassifierModule
+from tests.detection.scenes import random_image, random_target, tiny_detector
+from tests.helpers.devices import Device
+
+SIZES = {"channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "attention": (), "num_head_channels": 32}
+
+
+def detection() -> tuple[TrainingModule, Any]:
+    images = [random_image(64, 50 + seed, seed) for seed in range(4)]
+    targets = [random_target(2, 64, 50, seed) | {"image_id": 70 + seed} for seed in range(4)]
+    return DetectionModule(tiny_detector().train(), OptimizerOptions(), 0), (images, targets)
+
+
+def labelled_batch() -> tuple[list[Tensor], list[dict[str, Any]]]:
+    images = [random_image(8, 8, seed) for seed in range(4)]
+    return images, [{"label": k % 2, "path": f"{k}.png"} for k in range(4)]
+
+
+def generation() -> tuple[TrainingModule, Any]:
+    torch.manual_seed(0)
+    model = DiffusionModel(["a", "b"], UNet(**SIZES), image_size=8, null_class=True)
+    return GenerationModule(model, OptimizerOptions(), 0, ObjectiveOptions(label_dropout=0.5)), labelled_batch()
+
+
+def classification() -> tuple[TrainingModule, Any]:
+    torch.manual_seed(0)
+    return NoisyClassifierModule(
+        NoisyClassifier(["a", "b"], **SIZES, image_size=8), OptimizerOptions(), 0
+    ), labelled_batch()
+
+
+@pytest.mark.parametrize("make", [detection, generation, classification])
+def test_a_step_gives_the_same_loss_everywhere_and_hardly_waits(device: Device, make: Any) -> None:
+    module, batch = make()
+    expected = module.training_step(batch, 3)
+    module, batch = make()
+    device.move(module)
+    batch = module.transfer_batch_to_device(batch, device.device, 0)
+    before = len(device.waits)
+    loss = module.training_step(batch, 3)
+    assert len(device.waits) - before <= 4, device.report()
+    torch.testing.assert_close(device.host(loss), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_found_later_on_a_gpu_and_named(device: Device) -> None:
+    module, batch = classification()
+    batch[0][2][:] = float("nan")
+    if device.device.type == "cpu":
+        with pytest.raises(NonFiniteLossError, match=r"2\.png"):
+            module.training_step(batch, 0)
+        return
+    device.move(module)
+    module.training_step(module.transfer_batch_to_device(batch, device.device, 0), 0)
+    for _ in range(2):  # later ones do not hide it
+        module.training_step(module.transfer_batch_to_device(classification()[1], device.device, 0), 1)
+    with pytest.raises(NonFiniteLossError, match=r"cross_entropy nan.*2\.png"):
+        module.require_finite()
+
+
+def test_averages_are_updated_without_a_wait(device: Device) -> None:
+    averages, values = (device.move([torch.full((3,), x), torch.full((2, 2), x)]) for x in (1.0, 2.0))
+    before = len(device.waits)
+    blend(averages, values, 0.9, 1)
+    assert len(device.waits) == before
+    for average in device.host(averages):
+        torch.testing.assert_close(average, torch.full_like(average, 1 + 9 / 11))
