@@ -21,7 +21,7 @@ def spread_files(arguments: Sequence[str]) -> list[str]:
         FileNotFoundError: a base is missing.
     """
     words = list(arguments)
-    first = next((i for i, word in enumerate(words) if not word.endswith(SUFFIXES)), len(words))
+    first = next((i for i, word in enumerate(words) if word.startswith("-") or not word.endswith(SUFFIXES)), len(words))
     words = [part for file in words[:first] for part in ("--config", file)] + words[first:]
     spread: list[str] = []
     while words:

@@ -98,7 +98,7 @@ class Options:
         return options
 
     def instantiate(self, options: Namespace) -> list[dict[str, Any]]:
-        """The arguments of each part, by name. Networks among them are built with the seed, if there is such an option."""
+        """The arguments of each part, by name. Networks among them are built with the seed, if there is one."""
         if "seed" in options:
             import torch
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,14 @@ class CsvLog(Logger):
         """Options are in config.yaml."""
 
 
+def require_loggers(names: Sequence[LoggerName]) -> None:
+    """ValueError if one is not installed."""
+    if "wandb" in names and find_spec("wandb") is None:
+        raise ValueError("trainer.logger wandb needs the package wandb: pip install wandb")
+
+
 def open_loggers(names: Sequence[LoggerName], folder: Path, after: int) -> list[Logger]:
-    """The loggers of these names; ValueError if one is not installed.
+    """The loggers of these names.
 
     Args:
         folder: of the run.
@@ -58,10 +65,7 @@ def open_loggers(names: Sequence[LoggerName], folder: Path, after: int) -> list[
     if "tensorboard" in names:
         loggers.append(TensorBoardLogger(folder, "", BOARD, purge_step=after + 1 if after else None))
     if "wandb" in names:
-        try:
-            loggers.append(WandbLogger(folder.resolve().name, folder))
-        except ModuleNotFoundError:
-            raise ValueError("trainer.logger wandb needs the package wandb: pip install wandb") from None
+        loggers.append(WandbLogger(folder.resolve().name, folder))
     return loggers
 
 

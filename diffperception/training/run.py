@@ -17,7 +17,7 @@ from diffperception.devices import first_process
 from diffperception.echo import echo
 from diffperception.training.callbacks import Averaging, Checkpoints, Evaluations, Reporter
 from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, Checkpoint, RunFolder, echo_files, read_to_resume
-from diffperception.training.loggers import METRICS, open_loggers
+from diffperception.training.loggers import METRICS, open_loggers, require_loggers
 from diffperception.training.options import RunOptions, TrainerOptions
 from diffperception.training.recipe import Parts, Recipe
 from diffperception.visualization.curves import training_curves
@@ -58,6 +58,7 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
     if folder is not None and first_process():
         folder.require_room(options.resume, options.overwrite)
     require_machine(options.trainer)
+    require_loggers(options.trainer.logger)
     torch.manual_seed(options.seed)
     parts = recipe.prepare(options.seed)
     max_steps = parts.module.max_steps or options.trainer.max_steps

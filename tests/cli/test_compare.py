@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffperception.configuration.parser import Options, call
 from PIL import Image
 
 from diffperception.cli.compare import Labelled, compare, from_scratch, pixel_classifier
 from diffperception.cli.comparison import lead_sentence, markdown, summarise
+from diffperception.configuration.parser import Options, call
 from diffperception.data.masks import MaskFolder
 from diffperception.segmentation import FitOptions, PixelEnsemble, RGBFeatures
 from diffperception.segmentation.baseline import BaselineOptions, predict_labels, segmentation_unet, train_unet

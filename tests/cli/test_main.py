@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+
+from diffperception.cli.main import COMMANDS, functions, main
 from diffperception.configuration.messages import sentence
 from diffperception.configuration.parser import Options, call
 from diffperception.training.configured import RECIPES, options_for
-
-from diffperception.cli.main import COMMANDS, functions, main
 
 
 class Engine:

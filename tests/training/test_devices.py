@@ -1,5 +1,6 @@
 """Training steps on every device: nothing is mixed, and a GPU is hardly waited for."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -79,3 +80,14 @@ def test_averages_are_updated_without_a_wait(device: Device) -> None:
     assert len(device.waits) == before
     for average in device.host(averages):
         torch.testing.assert_close(average, torch.full_like(average, 1 + 9 / 11))
+
+
+@pytest.mark.parametrize("make", [detection, generation, classification])
+def test_networks_are_compiled_in_place_and_their_averages_are_not(make: Any) -> None:
+    module, _ = make()
+    names = list(module.state_dict())
+    module.compile_networks()
+    compiled = [name for name, part in module.model.named_modules() if part._compiled_call_impl is not None]
+    assert compiled == {detection: ["backbone", "head"], generation: ["network"], classification: [""]}[make]
+    assert list(module.state_dict()) == names
+    assert all(part._compiled_call_impl is None for part in deepcopy(module).modules())

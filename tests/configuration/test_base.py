@@ -1,0 +1,49 @@
+"""Files that build on others, files without --config, and what is known of options before they are parsed."""
+
+from pathlib import Path
+
+import pytest
+
+from diffperception.configuration.base import given, spread_files, with_bases
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_comes_after_all_that_it_builds_on(tmp_path: Path) -> None:
+    bottom = write(tmp_path / "bottom.yaml", "a: 1\n")
+    data = write(tmp_path / "data.yaml", "b: 1\n")
+    middle = write(tmp_path / "x" / "middle.yaml", "base: ../bottom.yaml\n")
+    top = write(tmp_path / "top.yaml", "base: [x/middle.yaml, data.yaml]\n")
+    resolved = [Path(file).resolve() for file in with_bases(top)]
+    assert resolved == [Path(file) for file in (bottom, middle, data, top)]
+
+
+def test_files_may_come_first_without_config(tmp_path: Path) -> None:
+    base, file = write(tmp_path / "base.yaml", "a: 1\n"), write(tmp_path / "file.yml", "base: base.yaml\n")
+    expected = ["--config", base, "--config", file, "--b", "other.yaml"]
+    assert spread_files([file, "--b", "other.yaml"]) == expected
+    assert spread_files(["--config", file, "--b", "other.yaml"]) == expected
+    assert spread_files([f"--config={file}", "--b", "other.yaml"]) == expected
+
+
+def test_circles_and_missing_bases_are_named(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.yaml", "base: two.yaml\n")
+    write(tmp_path / "two.yaml", "base: one.yaml\n")
+    with pytest.raises(ValueError, match=r"one\.yaml builds on itself"):
+        with_bases(one)
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml, which .*three\.yaml names as its base"):
+        with_bases(write(tmp_path / "three.yaml", "base: absent.yaml\n"))
+
+
+def test_the_last_word_on_an_option_counts(tmp_path: Path) -> None:
+    base, file = write(tmp_path / "base.yaml", "task: a\nmodel: m\n"), write(tmp_path / "f.yaml", "task: b\n")
+    arguments = ["--config", base, "--config", file]
+    assert given(arguments, "task") == "b"
+    assert given(arguments, "model") == "m"
+    assert given([*arguments, "--task", "c"], "task") == "c"
+    assert given([*arguments, "--task=d", "--model.x", "3"], "task") == "d"
+    assert given(["--help"], "task") is None
