@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffperception.cli.report import write_text
+from diffperception.files import write_text
 from diffperception.configuration.settings import differences, read_settings
 
 TITLES = {

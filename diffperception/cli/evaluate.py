@@ -1,178 +1,150 @@
-"""`diffperception evaluate`."""
+"""`diffperception evaluate`: scores of a model, or of its results; which function it is depends on what is given."""
 
-import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
-from diffperception.cli import say
-from diffperception.cli.report import draw_pictures, write_audit, write_scores
 from diffperception.data import CocoDetection
-from diffperception.detection import Detector, DiffusionDet
-from diffperception.detection.evaluator import CocoResult
-from diffperception.detection.inference import EVALUATORS, Protocol, evaluate_detector, join_processes
+from diffperception.detection import Detector
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, IouType, Protocol
+from diffperception.detection.inference import draw_predictions, evaluate_detector, write_result
 from diffperception.detection.sampler import Mode
-from diffperception.detection.sweep import Audit, audit_detector, combine
-from diffperception.devices import first_process
-from diffperception.models.base import Model
+from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
+from diffperception.devices import Precision, first_process, join_processes, pick_device
+from diffperception.echo import echo
 
 
-def evaluate(
+def evaluate_detector_file(
+    model: Path,
     annotations: Path,
-    images: Path | None = None,
-    model: Path | None = None,
-    results: Path | None = None,
+    images: Path,
     output: Path | None = None,
     steps: PositiveInt | list[PositiveInt] | None = None,
     num_boxes: PositiveInt | list[PositiveInt] | None = None,
-    modes: Mode | list[Mode] | None = None,
-    renewal: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
+    mode: Mode | list[Mode] | None = None,
+    renewal_threshold: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     ensemble: bool | list[bool] | None = None,
     eta: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
-    nms: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
+    nms_threshold: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     protocol: Protocol = "coco",
+    masks: bool = False,
     max_dets: int | None = None,
-    batch_size: int = 8,
-    workers: int = 2,
-    seed: int = 0,
+    batch_size: PositiveInt = 8,
+    pad_together: bool = False,
+    workers: NonNegativeInt = 2,
+    seed: NonNegativeInt = 0,
     seeds: PositiveInt = 1,
     device: str = "auto",
-    pictures: int = 8,
+    precision: Precision = "32",
+    pictures: NonNegativeInt = 8,
     trust: str | None = None,
 ) -> None:
-    """Score a detector, or a COCO results file, on a COCO data set.
+    """Score a detector on a COCO data set.
 
     Prints the COCO table and the AP of each class. Where options have several values, as in `--steps 1 2 4`, or there
-    are several seeds, it is an audit instead: AP and seconds of every combination as a table, audit.json and audit.png.
+    are several seeds, it is a sweep instead: AP and seconds of every combination as a table, sweep.json and sweep.png.
 
-    AP depends neither on the batch size nor on the number of processes; to use several, start the command with
-    `torchrun --nproc_per_node=N -m diffperception evaluate ...`.
+    AP depends neither on the batch size nor on the number of processes, up to rounding; to use several, start the
+    command with `torchrun --nproc_per_node=N -m diffperception evaluate ...`.
 
     Args:
-        annotations: COCO JSON file with the ground truth.
-        images: the folder that its file names are relative to; needed with a model.
         model: the detector, a model.safetensors file.
-        results: score this COCO results file instead of a model.
-        output: folder for metrics.json, detections.json and pictures, or for the audit; nothing is written without it.
+        annotations: COCO JSON file with the ground truth.
+        images: the folder that its file names are relative to.
+        output: folder for metrics.json, detections.json and pictures, or for the sweep; nothing is written without it.
         steps: passes from noise to boxes; by default what the model was made with.
         num_boxes: boxes to start from; by default what the model was made with.
-        modes: ddim, by default; or a control, which shows what ddim is worth: fixed_time (the time is held) or
-            fresh_boxes (every step starts from new noise).
-        renewal: between steps, boxes with no class above this probability are drawn anew; 0 turns it off. By default
-            0.5.
-        ensemble: whether the detections of all steps count, or the last step's alone. By default they do.
-        eta: how much noise a step adds: 1, by default, is the ancestral step, 0 the deterministic one.
-        nms: of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off. By default 0.5.
+        mode: ddim; or a control, which shows what ddim is worth: fixed_time (the time is held) or fresh_boxes (every
+            step starts from new noise).
+        renewal_threshold: between steps, boxes with no class above this probability are drawn anew; 0 turns it off.
+        ensemble: whether the detections of all steps count, or the last step's alone.
+        eta: how much noise a step adds: 1 is the ancestral step, 0 the deterministic one.
+        nms_threshold: of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off.
         protocol: coco, or lvis for annotation files of LVIS, which adds APr, APc and APf of rare, common and frequent
-            classes; it needs the extra `lvis`.
-        max_dets: how many detections count in an image, the best first; by default the protocol's number: 100 of each
+            classes.
+        masks: score the masks that the detector predicts too.
+        max_dets: how many detections count per image, the best first; by default the protocol's number: 100 of each
             class (coco), 300 of all (lvis).
-        batch_size: images in one prediction.
+        batch_size: images per prediction.
+        pad_together: pad the images of a batch to one size: faster on a GPU, but AP then depends, a little, on the
+            batch size.
         workers: processes that read images, for each process that predicts.
         seed: of the noise; the noise of an image depends on this and on its id alone.
         seeds: score with so many seeds, from `seed` on.
-        device: cpu, cuda, cuda:1, ... or auto.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        precision: bf16 computes the network's products in bfloat16, faster on recent GPUs; 32 in float32.
         pictures: how many images are drawn with predictions beside ground truth.
         trust: a Python package of your own whose model classes the model file may name.
     """
-    if (model is None) == (results is None):
-        raise ValueError("give either --model (and --images) or --results")
-    if results is not None:
-        finish(EVALUATORS[protocol](annotations, max_dets).score_results(results), output)
-        return
-    if model is None or images is None:
-        raise ValueError("give --images, the folder with the images that the model shall be scored on")
-    join_processes()
-    detector = load_detector(model, trust).to(pick_device(device))
-    dataset = CocoDetection(annotations, images)
+    place = pick_device(device)
     settings = {
-        "mode": modes,
+        "mode": mode,
         "num_boxes": num_boxes,
-        "renewal_threshold": renewal,
+        "renewal_threshold": renewal_threshold,
         "ensemble": ensemble,
         "eta": eta,
-        "nms_threshold": nms,
+        "nms_threshold": nms_threshold,
         "steps": steps,
     }
-    given = {
+    choices = {
         name: list(dict.fromkeys(value if isinstance(value, list) else [value]))
         for name, value in settings.items()
         if value is not None
     }
-    if seeds > 1 or any(len(values) > 1 for values in given.values()):
-        sampler = require_sampler(detector)
-        combinations = combine(sampler.sampler_options(), given)
-        tried = range(seed, seed + seeds)
-        say(f"{len(dataset)} images, {len(combinations)} combinations of settings, seeds {', '.join(map(str, tried))}")
-        audit = audit_detector(sampler, dataset, combinations, tried, batch_size, workers, max_dets, protocol)
-        finish_audit(audit, output)
-    else:
-        options = prediction_options(detector, {name: values[0] for name, values in given.items()})
-        result = evaluate_detector(detector, dataset, None, batch_size, workers, max_dets, seed, options, protocol)
+    with join_processes():
+        detector = Detector.load(model, place, allow=(trust,) if trust else ())
+        detector.pad_together = pad_together
+        dataset = CocoDetection(annotations, images)
+        if seeds > 1 or any(len(values) > 1 for values in choices.values()):
+            tried = range(seed, seed + seeds)
+            combinations = combine(detector, choices)
+            sweep = sweep_sampler(
+                detector, dataset, combinations, tried, batch_size, workers, max_dets, protocol, precision
+            )
+            echo(sweep.table())
+            if output is not None and first_process():
+                write_sweep(sweep, output)
+                echo(f"\n{output / 'sweep.json'}: these numbers\n{output / 'sweep.png'}: AP against passes and seconds")
+            return
+        sampler = detector.sampler_with(**{name: values[0] for name, values in choices.items()})
+        types: tuple[IouType, ...] = ("bbox", "segm") if masks else ("bbox",)
+        result = evaluate_detector(
+            detector, dataset, None, batch_size, workers, max_dets, seed, sampler, protocol, types, precision
+        )
         finish(result, output)
         if output is not None and first_process():
-            draw_pictures(detector, dataset, output / "pictures", pictures, seed, options)
-            say(f"{output / 'pictures'}: predictions beside ground truth")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            draw_predictions(detector, dataset, output / "pictures", pictures, seed, sampler)
+            echo(f"{output / 'pictures'}: predictions beside ground truth")
+
+
+def score_results(
+    results: Path,
+    annotations: Path,
+    output: Path | None = None,
+    protocol: Protocol = "coco",
+    masks: bool = False,
+    max_dets: int | None = None,
+) -> None:
+    """Score a COCO results file: print the COCO table and the AP of each class.
+
+    Args:
+        results: the COCO results file.
+        annotations: COCO JSON file with the ground truth.
+        output: folder for metrics.json and detections.json; nothing is written without it.
+        protocol: coco, or lvis for annotation files of LVIS.
+        masks: score the masks in the results too.
+        max_dets: how many detections count per image, the best first; by default the protocol's number.
+    """
+    types: tuple[IouType, ...] = ("bbox", "segm") if masks else ("bbox",)
+    finish(CocoEvaluator(annotations, types, max_dets, None, protocol).score_results(results), output)
 
 
 def finish(result: CocoResult, output: Path | None) -> None:
     """Print the table and write the numbers."""
-    say(result.table())
+    echo(result.table())
     if output is not None and first_process():
-        write_scores(result, output)
-        say(f"\n{output / 'metrics.json'}: these numbers\n{output / 'detections.json'}: every predicted box")
+        write_result(result, output)
+        echo(f"\n{output / 'metrics.json'}: these numbers\n{output / 'detections.json'}: every predicted box")
 
 
-def finish_audit(audit: Audit, output: Path | None) -> None:
-    """Print the table, write the numbers and draw the curves."""
-    say(audit.table())
-    if output is not None and first_process():
-        write_audit(audit, output)
-        say(f"\n{output / 'audit.json'}: these numbers\n{output / 'audit.png'}: AP against head passes and seconds")
-
-
-def require_sampler(detector: Detector) -> DiffusionDet:
-    """The detector; ValueError unless it draws boxes step by step."""
-    if not isinstance(detector, DiffusionDet):
-        name = type(detector).__name__
-        raise ValueError(f"{name} has no sampler to audit: give one seed, and one value of each option")
-    return detector
-
-
-def prediction_options(detector: Detector, settings: dict[str, Any]) -> dict[str, Any]:
-    """The sampler's settings as arguments of `detector.predict`."""
-    if isinstance(detector, DiffusionDet):
-        return {"options": replace(detector.sampler_options(), **settings)}
-    return settings
-
-
-def load_detector(path: Path, trust: str | None = None) -> Detector:
-    """The detector that a model file holds, in evaluation mode on the CPU; ValueError if it is none."""
-    model = Model.load(path, allow=(trust,) if trust else ())
-    if not isinstance(model, Detector):
-        raise ValueError(f"{path} holds a {type(model).__name__}, which is not a detector")
-    return model
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; for `auto` this process's GPU, if there is one, else the CPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch asserts that it was built for the device
-        raise ValueError(f"there is no device {name!r} here: use cpu or auto") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+BY_KIND = {"results": score_results, "detector": evaluate_detector_file}

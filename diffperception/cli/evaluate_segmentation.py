@@ -9,9 +9,9 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from diffperception.cli import counted, say
-from diffperception.cli.evaluate import pick_device
-from diffperception.cli.predict import require_room
-from diffperception.cli.report import write_text
+from diffperception.devices import pick_device
+from diffperception.files import check_output_dir as require_room
+from diffperception.files import write_text
 from diffperception.data.masks import IGNORE_INDEX, MaskFolder
 from diffperception.detection.inference import spread
 from diffperception.segmentation import MeanIoU, PixelSegmenter

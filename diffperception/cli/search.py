@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffperception.cli import counted, say
-from diffperception.cli.evaluate import pick_device
-from diffperception.cli.predict import require_room
-from diffperception.cli.report import write_text
+from diffperception.devices import pick_device
+from diffperception.files import check_output_dir as require_room
+from diffperception.files import write_text
 from diffperception.segmentation import DiffusionFeatures, Probe
 from diffperception.segmentation import search as rank
 from diffperception.training.recipes.segmentation import MaskDataOptions

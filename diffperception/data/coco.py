@@ -1,5 +1,7 @@
 """COCO detection data sets."""
 
+import itertools
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from diffperception.data.annotations import ADVICE, CocoTable, tabulate
 from diffperception.data.batches import images_per_class
 from diffperception.data.coco_file import labels_of, read_coco
 from diffperception.data.images import BrokenImageError, read_image
+from diffperception.data.outlines import decode_outlines, outline_of
 
 Target = dict[str, Any]
 
@@ -26,7 +29,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     Sample i is `(image, target)`: image float32 (3, H, W), RGB, 0..1; target a dict of
     - boxes (n, 4) float32, x1 y1 x2 y2 in pixels, clipped to the image;
     - labels (n,) int64 in 0..K-1: label k is `category_ids[k]` of the file and `classes[k]` by name;
-    - image_id int; iscrowd (n,) int64; area (n,) float32, the file's area in pixels of the stored image.
+    - image_id int; iscrowd (n,) int64; area (n,) float32, the file's area in pixels of the stored image;
+    - masks (n, H, W) uint8, 1 inside, where they are asked for.
 
     Boxes without area inside the image are left out and counted in `boxes_dropped`. Crowd regions (one box around many
     objects) stay in the target because pictures and evaluation need them; `TrainingTransforms` removes them, as a
@@ -39,6 +43,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             for the boxes, so torchvision's v2 transforms fit; conversion to float comes after it.
         on_broken: "stop" raises BrokenImageError on an image that is missing, unreadable or of another size than the
             file says; "skip" warns once in a process for each such image and returns the next readable sample instead.
+        masks: whether targets have masks, decoded from the file's outlines when a sample is read.
     """
 
     def __init__(
@@ -47,12 +52,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         images: str | Path,
         transforms: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None,
         on_broken: Literal["stop", "skip"] = "stop",
+        masks: bool = False,
     ):
         self.annotations = Path(annotations)
         self.images = Path(images)
         self.transforms = transforms
         self.on_broken = on_broken
-        content = read_coco(annotations)
+        content = read_coco(annotations, outlines=masks)
         table = tabulate(content, annotations)
         _require_sound(table, self.annotations)
         if not self.images.is_dir():
@@ -62,11 +68,12 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.image_ids: list[int] = table.image_ids.tolist()
         self.file_names = table.file_names
         self.sizes = table.sizes
-        self._index_boxes(table)
+        kept = self._index_boxes(table)
+        self._outlines = _Outlines([content["annotations"][i] for i in kept], str(annotations)) if masks else None
         self._warned: set[int] = set()
 
-    def _index_boxes(self, table: CocoTable) -> None:
-        """Sort the boxes by image: those of image i are rows offsets[i]..offsets[i+1]."""
+    def _index_boxes(self, table: CocoTable) -> np.ndarray:
+        """Sort the boxes by image: of image i rows offsets[i]..offsets[i+1]. Returns their rows in the file."""
         image, _ = table.rows_of_images()
         boxes = clip_boxes(table.boxes, table.sizes[image])
         kept = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
@@ -78,6 +85,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.labels = np.searchsorted(self.category_ids, table.annotation_categories[kept])
         self.iscrowd = table.iscrowd[kept].astype(np.int64)
         self.areas = table.areas[kept].astype(np.float32)
+        return kept
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -88,20 +96,25 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if self.transforms is not None:
             image, target = self.transforms(tv_tensors.Image(image), target)
         image = F.to_dtype(image, torch.float32, scale=True)
-        return image.as_subclass(Tensor), target | {"boxes": target["boxes"].as_subclass(Tensor)}
+        plain = {name: target[name].as_subclass(Tensor) for name in ("boxes", "masks") if name in target}
+        return image.as_subclass(Tensor), target | plain
 
     def target(self, index: int) -> Target:
         """The target of sample `index`, without opening its image."""
         width, height = self.sizes[index].tolist()
         rows = slice(self.offsets[index], self.offsets[index + 1])
         boxes = torch.from_numpy(self.boxes[rows].copy())
-        return {
+        target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
             "labels": torch.from_numpy(self.labels[rows].copy()),
             "image_id": self.image_ids[index],
             "iscrowd": torch.from_numpy(self.iscrowd[rows].copy()),
             "area": torch.from_numpy(self.areas[rows].copy()),
         }
+        if self._outlines is not None:
+            outlines = self._outlines[self.offsets[index] : self.offsets[index + 1]]
+            target["masks"] = tv_tensors.Mask(decode_outlines(outlines, height, width))
+        return target
 
     def labels_of_images(self) -> list[np.ndarray]:
         """The labels of each image's boxes, one for each box; crowd regions are left out, as they are not learnt."""
@@ -136,6 +149,19 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 f" {width}x{height}, so its boxes would be misplaced"
             )
         return image
+
+
+class _Outlines:
+    """Outlines of many objects as one piece of memory, which worker processes do not copy by reading it."""
+
+    def __init__(self, annotations: list[dict[str, Any]], source: str):
+        texts = [json.dumps(outline_of(annotation, source)).encode() for annotation in annotations]
+        self.ends = np.cumsum([0, *map(len, texts)])
+        self.text = np.frombuffer(b"".join(texts), dtype=np.uint8)
+
+    def __getitem__(self, rows: slice) -> list[Any]:
+        ends = self.ends[rows.start : rows.stop + 1]
+        return [json.loads(self.text[start:end].tobytes()) for start, end in itertools.pairwise(ends)]
 
 
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 
-def read_coco(path: str | Path) -> dict[str, Any]:
+def read_coco(path: str | Path, outlines: bool = False) -> dict[str, Any]:
     """The content of a COCO annotation file.
 
+    Args:
+        outlines: whether outlines (`segmentation`) are wanted. They are most of a large file: where nobody needs them,
+            they are dropped while parsing and take no memory.
+
     Returns:
-        Its dictionary, with the lists `images`, `annotations` and `categories`; outlines (`segmentation`) are left out.
+        Its dictionary, with the lists `images`, `annotations` and `categories`.
         Images have a `file_name` where LVIS names them by their URL: its last two parts, such as train2017/000001.jpg.
 
     Raises:
@@ -20,7 +24,7 @@ def read_coco(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no annotation file {path}: give the path of a COCO JSON file")
     try:
-        content = json.loads(path.read_bytes(), object_hook=_without_outline)
+        content = json.loads(path.read_bytes(), object_hook=None if outlines else _without_outline)
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
     keys = ("images", "annotations", "categories")
@@ -35,7 +39,6 @@ def read_coco(path: str | Path) -> dict[str, Any]:
 
 
 def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
-    """Boxes are all that is used, and outlines are most of a large file: dropped while parsing, they take no memory."""
     entry.pop("segmentation", None)
     return entry
 

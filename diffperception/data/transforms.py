@@ -1,4 +1,4 @@
-"""Random changes of training images and their boxes, composed of torchvision's v2 transforms."""
+"""Random changes of training images, their boxes and masks, composed of torchvision's v2 transforms."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 Target = dict[str, Any]
-PER_BOX = ("boxes", "labels", "iscrowd", "area")
+PER_BOX = ("boxes", "labels", "iscrowd", "area", "masks")
 
 
 class TrainingTransforms:
@@ -17,7 +17,8 @@ class TrainingTransforms:
 
     All draws come from torch's global generator (see `SeededSamples`). Called with a uint8 `tv_tensors.Image` and a
     target whose boxes are `tv_tensors.BoundingBoxes`, it returns both changed. Boxes are clipped to the new image;
-    those with a side below `min_box_side`, and crowd regions, leave the target with their labels, iscrowd and area.
+    those with a side below `min_box_side`, and crowd regions, leave the target with their labels, iscrowd, area and,
+    where there are some, masks.
 
     Args:
         horizontal_flip: share of samples mirrored left to right.
@@ -57,7 +58,7 @@ class TrainingTransforms:
             v2.RandomHorizontalFlip(horizontal_flip),
             v2.RandomVerticalFlip(vertical_flip),
             _sometimes(photometric, v2.RandomPhotometricDistort(p=0.5)),
-            v2.RandomZoomOut(fill=127, side_range=(1, 2), p=zoom_out),
+            v2.RandomZoomOut(fill={tv_tensors.Image: 127, "others": 0}, side_range=(1, 2), p=zoom_out),
             _sometimes(iou_crop, v2.RandomIoUCrop()),
             _sometimes(crop, v2.RandomShortestSize(list(crop_short_sides)), RandomSizeCrop(*crop_sides)),
         ]
@@ -102,7 +103,8 @@ def clean(target: Target, min_box_side: float) -> Target:
     sides = boxes[:, 2:] - boxes[:, :2]
     kept = (sides >= min_box_side).all(dim=1) & (target["iscrowd"] == 0)
     target = target | {"boxes": boxes}
-    return target | {key: tv_tensors.wrap(target[key][kept], like=target[key]) for key in PER_BOX}
+    names = [name for name in PER_BOX if name in target]
+    return target | {name: tv_tensors.wrap(target[name][kept], like=target[name]) for name in names}
 
 
 def _sometimes(share: float, *steps: torch.nn.Module) -> torch.nn.Module:

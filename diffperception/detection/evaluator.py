@@ -1,24 +1,33 @@
-"""COCO's average precision on pycocotools, for any number of detections and for predictions spread over processes."""
+"""Average precision by the rules of COCO and LVIS, for any number of detections and predictions spread over processes.
 
-import io
+Numbers are faster-coco-eval's, which agree with those of pycocotools and of the lvis package.
+"""
+
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from diffperception.data.coco_file import labels_of, read_coco
+from diffperception.data.outlines import encode_masks, mask_area, outline_of
+from diffperception.devices import gather
+from diffperception.table import format_table
 
+Protocol = Literal["coco", "lvis"]
+IouType = Literal["bbox", "segm"]
+MAX_DETS: dict[Protocol, int] = {"coco": 100, "lvis": 300}  # of each class (COCO), of all (LVIS)
+PREFIX: dict[IouType, str] = {"bbox": "", "segm": "mask_"}  # of the metrics' names
+FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}  # in under 10, under 100, and more training images
 NEARLY_ZERO = 5e-4  # an AP that a table with three digits shows as 0
+CLASSES_AT_A_TIME = 100  # the evaluation keeps something for each image and class, objects or not
 
 
 @dataclass(frozen=True)
@@ -27,11 +36,13 @@ class CocoResult:
 
     Attributes:
         metrics: AP, AP50, AP75, APs, APm, APl, AR1, AR10 and AR<max_dets>, each in 0..1, or nan where the file has no
-            object to find (of that size).
-        per_class: AP of each class; nan for a class without objects.
+            object to find (of that size); for LVIS APr, APc and APf too, but of the recalls the last alone. Those of
+            masks are mask_AP, ...
+        per_class: AP of each class, of boxes where they are scored; nan for a class without objects.
         objects: number of objects of each class, crowds not counted.
-        detections: the predictions as rows of a COCO results file: image_id, category_id, bbox (xywh, pixels), score.
-        notes: what was left out of the evaluation or is missing from it, a sentence each.
+        detections: the predictions as rows of a COCO results file: image_id, category_id, bbox (xywh, pixels), score,
+            and segmentation where masks are scored.
+        notes: what was left out of the evaluation or is missing from it, one sentence each.
         explanation: why AP is 0 or undefined, in one sentence; None where there is nothing to explain.
     """
 
@@ -44,12 +55,11 @@ class CocoResult:
 
     def table(self) -> str:
         """The metrics, the AP of each class, and the notes, as lines of text."""
-        summary = [f"{name:>6}" for name in self.metrics], [_number(value) for value in self.metrics.values()]
-        width = max([len(name) for name in self.per_class] + [len("class")])
-        classes = [f"{name:<{width}}  {_number(ap)}  {self.objects[name]:>7}" for name, ap in self.per_class.items()]
-        lines = ["  ".join(row) for row in summary] + ["", f"{'class':<{width}}  {'AP':>6}  objects", *classes]
+        summary = format_table([[_number(value) for value in self.metrics.values()]], list(self.metrics))
+        rows = [(name, _number(ap), str(self.objects[name])) for name, ap in self.per_class.items()]
         remarks = [*self.notes, *([self.explanation] if self.explanation else [])]
-        return "\n".join(lines + (["", *remarks] if remarks else []))
+        parts = [summary, format_table(rows, ["class", "AP", "objects"]), "\n".join(remarks)]
+        return "\n\n".join(part for part in parts if part)
 
 
 class CocoEvaluator:
@@ -58,24 +68,38 @@ class CocoEvaluator:
     Every image of the file counts, whether it was predicted or not. Boxes without area are left out, in the file and
     among the predictions: nothing can overlap them, so they could only lower the best score that is possible.
 
+    By LVIS's rules (arXiv 1908.03195) an image's detections of a class count only if the class is known to be there or
+    not to be there, and unmatched ones not where its objects were not all annotated.
+
     Args:
-        annotations: COCO JSON file.
-        max_dets: how many detections of a class count in an image, the best scores first; by default COCO's 100.
+        annotations: COCO JSON file, or LVIS's.
+        iou_types: what is compared: `bbox`, `segm` or both.
+        max_dets: how many detections count per image, the best scores first: of each class, by default 100 (COCO), or
+            of all classes, by default 300 (LVIS).
         image_ids: evaluate these images of the file only.
+        protocol: whose rules.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing or is no COCO annotation file, or `max_dets` is below 1.
+        FileNotFoundError, ValueError: the file is missing or is not what the protocol needs, masks are asked for and it
+            has none, or `max_dets` is below 1.
     """
 
-    default_max_dets = 100
-
     def __init__(
-        self, annotations: str | Path, max_dets: int | None = None, image_ids: Iterable[int] | None = None
+        self,
+        annotations: str | Path,
+        iou_types: Sequence[IouType] = ("bbox",),
+        max_dets: int | None = None,
+        image_ids: Iterable[int] | None = None,
+        protocol: Protocol = "coco",
     ) -> None:
-        self.max_dets = self.default_max_dets if max_dets is None else max_dets
+        self.iou_types = tuple(iou_types)
+        self.protocol: Protocol = protocol
+        self.max_dets = MAX_DETS[protocol] if max_dets is None else max_dets
         if self.max_dets < 1:
-            raise ValueError(f"max_dets is {max_dets}: at least 1 detection an image must count")
-        self.truth = GroundTruth(annotations, image_ids)
+            raise ValueError(f"max_dets is {max_dets}: at least 1 detection per image must count")
+        self.truth = GroundTruth(annotations, image_ids, with_masks="segm" in self.iou_types)
+        if protocol == "lvis":
+            _require_lvis_file(self.truth)
         self.reset()
 
     @property
@@ -90,7 +114,7 @@ class CocoEvaluator:
 
     def reset(self) -> None:
         """Forget the predictions; the annotations stay."""
-        self._predictions: dict[int, dict[str, Tensor]] = {}
+        self._predictions: dict[int, dict[str, Any]] = {}
 
     def update(self, image_ids: Sequence[int], predictions: Sequence[dict[str, Tensor]]) -> None:
         """Take the predictions of some images; an image that was taken before is ignored.
@@ -98,19 +122,18 @@ class CocoEvaluator:
         Args:
             image_ids: ids in the annotation file.
             predictions: for each image `boxes` (n, 4) xyxy in pixels of the original image, `scores` (n,) and `labels`
-                (n,) in 0..K-1.
+                (n,) in 0..K-1; where masks are scored, `masks` (n, H, W) of the original image too, bool or 0..1.
         """
         for image_id, prediction in zip(image_ids, predictions, strict=True):
-            kept = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
+            kept: dict[str, Any] = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
+            if "segm" in self.iou_types:
+                kept["masks"] = encode_masks(prediction["masks"])
             self._predictions.setdefault(int(image_id), kept)
 
     def gather(self) -> None:
         """Give every process the predictions of all, each image once; does nothing in a single process."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, self._predictions)
         # Lower ranks win, so that every process keeps the same copy of an image that a sampler has handed out twice.
+        parts = gather([self._predictions])
         self._predictions = {image_id: kept for part in reversed(parts) for image_id, kept in part.items()}
 
     def compute(self) -> CocoResult:
@@ -126,42 +149,56 @@ class CocoEvaluator:
     def score_results(self, results: str | Path) -> CocoResult:
         """Score a COCO results file: a JSON list of rows with image_id, category_id, bbox (xywh in pixels) and score.
 
+        Where masks are scored, rows must have a segmentation too, as run lengths.
+
         Raises:
             FileNotFoundError, ValueError: the file is missing or is not what it should be.
         """
-        detections = _from_rows(_read_results(Path(results)), self.category_ids)
+        rows = _read_results(Path(results), with_masks="segm" in self.iou_types)
+        detections = _from_rows(rows, self.category_ids)
         return self._score(detections, np.unique(detections.image_ids).tolist())
-
-    def measure(self, rows: list[dict[str, Any]]) -> "Measurement":
-        """Metrics of rows of a COCO results file, by the rules of the protocol."""
-        limits = sorted({1, 10, self.max_dets})
-        evaluation = _run(self.truth, rows, limits)
-        # (T, R, K, A, M) and (T, K, A, M); -1 where there is no object
-        precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
-        best = precision[..., limits.index(self.max_dets)]
-        metrics = precision_metrics(best)
-        metrics |= {f"AR{limit}": mean_defined(recall[:, :, 0, m]) for m, limit in enumerate(limits)}
-        return Measurement(metrics, best[..., 0], best_overlap(evaluation.ious))
 
     def _score(self, detections: "_Detections", seen: Sequence[int]) -> CocoResult:
         usable = _usable(self.truth, detections)
         rows = _rows(detections.where(usable), self.category_ids)
-        measured = self.measure(rows)
-        found = measured.metrics["AP"] >= NEARLY_ZERO
+        measured = [self._measure(rows, iou_type) for iou_type in self.iou_types]
+        found = measured[0].ap >= NEARLY_ZERO
         return CocoResult(
-            metrics=measured.metrics,
-            per_class={name: mean_defined(measured.precision[:, :, k]) for k, name in enumerate(self.classes)},
+            metrics={name: value for part in measured for name, value in part.metrics.items()},
+            per_class={name: mean_defined(measured[0].precision[:, :, k]) for k, name in enumerate(self.classes)},
             objects=self.truth.objects,
             detections=rows,
             notes=_notes(self.truth, usable),
-            explanation=None if found else _explain(self.truth, detections, seen, measured.overlap),
+            explanation=None if found else _explain(self.truth, detections, seen, measured[0].overlap),
         )
+
+    def _measure(self, rows: list[dict[str, Any]], iou_type: IouType) -> "Measurement":
+        """Metrics of rows of a COCO results file, by the rules of the protocol."""
+        limits = sorted({1, 10, self.max_dets})
+        if self.protocol == "lvis":
+            rows, limits = best_of_each_image(rows, self.max_dets), [self.max_dets]
+        ids = self.truth.category_ids
+        parts = [
+            _run(self.truth, rows, iou_type, limits, ids[first : first + CLASSES_AT_A_TIME], self.protocol == "lvis")
+            for first in range(0, len(ids), CLASSES_AT_A_TIME)
+        ]
+        # (T, R, K, A, M) and (T, K, A, M); -1 where there is no object
+        precision = np.concatenate([part.eval["precision"] for part in parts], axis=2)
+        recall = np.concatenate([part.eval["recall"] for part in parts], axis=1)
+        best = precision[..., limits.index(self.max_dets)]
+        metrics = precision_metrics(best)
+        if self.protocol == "lvis":
+            metrics |= {f"AP{name}": mean_defined(best[:, :, self.truth.group == name, 0]) for name in FREQUENCIES}
+        metrics |= {f"AR{limit}": mean_defined(recall[:, :, 0, m]) for m, limit in enumerate(limits)}
+        named = {PREFIX[iou_type] + name: value for name, value in metrics.items()}
+        return Measurement(named, metrics["AP"], best[..., 0], max(best_overlap(part.ious) for part in parts))
 
 
 class Measurement(NamedTuple):
-    """What a protocol measures."""
+    """What a protocol measures of boxes, or of masks."""
 
     metrics: dict[str, float]
+    ap: float
     precision: np.ndarray  # (T, R, K) at T thresholds of IoU and R of recall; -1 where a class has no object
     overlap: float  # the best IoU of a prediction with an object of its class
 
@@ -169,6 +206,17 @@ class Measurement(NamedTuple):
 def best_overlap(ious: dict[tuple[int, int], Any]) -> float:
     """The largest of the IoUs of each image and class."""
     return max((float(iou.max()) for iou in ious.values() if np.size(iou)), default=0.0)
+
+
+def best_of_each_image(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most so many rows of an image, those with the best scores."""
+    taken: Counter[int] = Counter()
+    kept = []
+    for row in sorted(rows, key=lambda row: row["score"], reverse=True):
+        taken[row["image_id"]] += 1
+        if taken[row["image_id"]] <= limit:
+            kept.append(row)
+    return kept
 
 
 def precision_metrics(precision: np.ndarray) -> dict[str, float]:
@@ -199,16 +247,21 @@ class _Detections(NamedTuple):
     labels: np.ndarray  # (n,)
     boxes: np.ndarray  # (n, 4) xyxy
     scores: np.ndarray  # (n,)
+    masks: np.ndarray  # (n,) run lengths, None where only boxes count
 
     def where(self, mask: np.ndarray) -> "_Detections":
         return _Detections._make(column[mask] for column in self)
 
 
 class GroundTruth:
-    """What an annotation file has in the chosen images: `annotations` with an area, of which `count` are to find."""
+    """What an annotation file has in the chosen images: `annotations` with an area, of which `count` are to find.
 
-    def __init__(self, path: str | Path, image_ids: Iterable[int] | None) -> None:
-        content = read_coco(path)
+    Attributes:
+        group: (K,) LVIS's frequency of each class, r, c or f; None in other files.
+    """
+
+    def __init__(self, path: str | Path, image_ids: Iterable[int] | None, with_masks: bool = False) -> None:
+        content = read_coco(path, outlines=with_masks)
         self.name = Path(path).name
         self.categories = content["categories"]
         self.category_ids, self.classes = labels_of(self.categories)
@@ -217,6 +270,11 @@ class GroundTruth:
         self.images = [known[i] for i in self.image_ids]
         found = [a for a in content["annotations"] if a["image_id"] in self.image_ids]
         self.annotations = [_object(i, a) for i, a in enumerate(found, 1) if _has_area(a)]
+        if with_masks:
+            outlines = (outline_of(a, self.name) for a in found if _has_area(a))
+            self.annotations = [o | {"segmentation": s} for o, s in zip(self.annotations, outlines, strict=True)]
+        frequency = {category["id"]: category.get("frequency") for category in self.categories}
+        self.group = np.array([frequency[number] for number in self.category_ids])
         self.without_area = len(found) - len(self.annotations)
         counts = Counter(o["category_id"] for o in self.annotations if not o["iscrowd"])
         self.objects = {name: counts[c] for c, name in zip(self.category_ids, self.classes, strict=True)}
@@ -245,23 +303,19 @@ def _object(number: int, annotation: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _coco(content: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = content
-    with redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-def as_detections(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _found(rows: list[dict[str, Any]], iou_type: IouType) -> list[dict[str, Any]]:
     """Rows of a results file with what an annotation has beside: id, area, iscrowd."""
     return [
-        row | {"id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-        for number, row in enumerate(rows, 1)  # COCOeval takes a match with id 0 for no match
+        row | {"id": number, "area": _area(row, iou_type), "iscrowd": 0}
+        for number, row in enumerate(rows, 1)  # the evaluation takes a match with id 0 for no match
     ]
 
 
-def _stack(ids: Sequence[int], predictions: Sequence[dict[str, Tensor]]) -> _Detections:
+def _area(row: dict[str, Any], iou_type: IouType) -> float:
+    return mask_area(row["segmentation"]) if iou_type == "segm" else row["bbox"][2] * row["bbox"][3]
+
+
+def _stack(ids: Sequence[int], predictions: Sequence[dict[str, Any]]) -> _Detections:
     def column(key: str, empty: Tensor) -> np.ndarray:
         return torch.cat([empty, *(p[key].cpu() for p in predictions)]).numpy()
 
@@ -270,17 +324,24 @@ def _stack(ids: Sequence[int], predictions: Sequence[dict[str, Tensor]]) -> _Det
         labels=column("labels", torch.zeros(0, dtype=torch.int64)),
         boxes=column("boxes", torch.zeros(0, 4, dtype=torch.float64)),
         scores=column("scores", torch.zeros(0, dtype=torch.float64)),
+        masks=_objects([mask for p in predictions for mask in p.get("masks", [None] * len(p["scores"]))]),
     )
 
 
-def _read_results(path: Path) -> list[dict[str, Any]]:
+def _objects(values: Sequence[Any]) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def _read_results(path: Path, with_masks: bool) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no results file {path}")
     try:
         rows = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
-    keys = {"image_id", "category_id", "bbox", "score"}
+    keys = {"image_id", "category_id", "bbox", "score", *(["segmentation"] if with_masks else [])}
     if isinstance(rows, list) and all(
         isinstance(row, dict) and keys <= row.keys() and len(row["bbox"]) == 4 for row in rows
     ):
@@ -296,6 +357,7 @@ def _from_rows(rows: list[dict[str, Any]], category_ids: Sequence[int]) -> _Dete
         labels=np.array([label.get(row["category_id"], -1) for row in rows], dtype=np.int64),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
         scores=np.array([row["score"] for row in rows], dtype=np.float64),
+        masks=_objects([row.get("segmentation") for row in rows]),
     )
 
 
@@ -314,29 +376,41 @@ def _usable(truth: GroundTruth, detections: _Detections) -> np.ndarray:
 def _rows(detections: _Detections, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     boxes = detections.boxes.astype(np.float64)
     xywh = np.concatenate([boxes[:, :2], _sizes(boxes)], axis=1).round(4)  # float32 carries no more, and JSON is short
-    columns = (
-        detections.image_ids.tolist(),
-        np.array(category_ids, dtype=np.int64)[detections.labels].tolist(),
-        xywh.tolist(),
-        detections.scores.tolist(),
-    )
-    return [
-        dict(zip(("image_id", "category_id", "bbox", "score"), row, strict=True)) for row in zip(*columns, strict=True)
-    ]
+    ids = np.array(category_ids, dtype=np.int64)[detections.labels].tolist()
+    columns = (detections.image_ids.tolist(), ids, xywh.tolist(), detections.scores.tolist())
+    names = ("image_id", "category_id", "bbox", "score")
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    masked = zip(rows, detections.masks, strict=True)
+    return [row if mask is None else row | {"segmentation": mask} for row, mask in masked]
 
 
-def _run(truth: GroundTruth, rows: list[dict[str, Any]], limits: list[int]) -> COCOeval:
-    with redirect_stdout(io.StringIO()):
-        objects, found = _coco(truth.content(truth.annotations)), _coco(truth.content(as_detections(rows)))
-        evaluation = COCOeval(objects, found, "bbox")
-        evaluation.params.maxDets = limits
-        evaluation.evaluate()
-        evaluation.accumulate()
+def _run(
+    truth: GroundTruth, rows: list[dict[str, Any]], iou_type: IouType, limits: list[int], ids: list[int], lvis: bool
+) -> COCOeval_faster:
+    chosen = set(ids)
+    objects = [o for o in truth.annotations if o["category_id"] in chosen]
+    found = [row for row in _found(rows, iou_type) if row["category_id"] in chosen]
+    evaluation = COCOeval_faster(COCO(truth.content(objects)), COCO(truth.content(found)), iou_type, lvis_style=lvis)
+    evaluation.params.maxDets = limits
+    evaluation.params.catIds = ids
+    evaluation.evaluate()
+    evaluation.accumulate()
     return evaluation
 
 
+def _require_lvis_file(truth: GroundTruth) -> None:
+    lists = {"neg_category_ids", "not_exhaustive_category_ids"}
+    has_lists = all(lists <= image.keys() for image in truth.images)
+    if has_lists and all(group in FREQUENCIES for group in truth.group):
+        return
+    raise ValueError(
+        f"{truth.name} is not an LVIS annotation file: its images must have {' and '.join(sorted(lists))}, its"
+        f" categories a frequency ({', '.join(FREQUENCIES)}); evaluate other files with --protocol coco"
+    )
+
+
 def _number(value: float) -> str:
-    return f"{'-' if isnan(value) else format(value, '.3f'):>6}"
+    return "-" if isnan(value) else f"{value:.3f}"
 
 
 def _notes(truth: GroundTruth, usable: np.ndarray) -> list[str]:

@@ -1,25 +1,158 @@
-"""Scoring a detector on a data set, in one process or in several. No lightning here: it is what `evaluate` runs."""
+"""Detectors at work: a folder of images, a data set to be scored on. What the commands call, and notebooks may."""
 
-import inspect
-import os
-import signal
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from diffperception.data import CocoDetection
 from diffperception.data.batches import collate
-from diffperception.detection import Detector
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult
-from diffperception.detection.lvis import LvisEvaluator
-from diffperception.diffusion import sample_seed
+from diffperception.data.images import ImageSample, ignore_interrupts, load_images
+from diffperception.detection.detector import Detector, DiffusionDet
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, IouType, Protocol, results_rows
+from diffperception.detection.sampler import BoxSampler
+from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
+from diffperception.diffusion import name_seed, sample_seed
+from diffperception.files import OutputFolder, list_images, png_names, write_json
+from diffperception.visualization.draw import THRESHOLD, draw_detections, save_png
+from diffperception.visualization.panels import side_by_side, trajectory
 
-Protocol = Literal["coco", "lvis"]
-EVALUATORS: dict[Protocol, type[CocoEvaluator]] = {"coco": CocoEvaluator, "lvis": LvisEvaluator}
+TRAJECTORY_STEPS = 4  # of the pictures of trajectories, where no number of steps is asked for
+
+
+@dataclass(frozen=True)
+class FolderResult:
+    """What was found in a folder of images.
+
+    Attributes:
+        images: of a COCO file: ids from 1, names below the folder, sizes.
+        detections: rows of a COCO results file.
+        broken: what is wrong with each image that could not be read, one sentence each.
+    """
+
+    images: list[dict[str, Any]]
+    detections: list[dict[str, Any]]
+    broken: list[str]
+
+
+def detect_folder(
+    detector: Detector | str | Path,
+    images: str | Path,
+    output: str | Path,
+    sampler: BoxSampler | None = None,
+    seed: int = 0,
+    score_threshold: float = THRESHOLD,
+    pictures: int = 100,
+    trajectories: int = 3,
+    batch_size: int = 1,
+    workers: int = 2,
+    precision: Precision = "32",
+    overwrite: bool = False,
+) -> FolderResult:
+    """Detect objects in an image, or in all images of a folder.
+
+    Writes OUTPUT/predictions.json, a COCO results file with all detections; OUTPUT/images.json, a COCO file with the
+    images' ids, names and sizes and with the categories; OUTPUT/pictures, the images with their detections; and
+    OUTPUT/trajectories, where noise turns into boxes. Images that cannot be read are left out. Several processes share
+    the images.
+
+    Args:
+        detector: or its file; where it is, images go.
+        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'.
+        output: folder for the results.
+        sampler: instead of the detector's own, see `Detector.sampler_with`.
+        seed: of the noise; it and the name of an image decide the noise of that image.
+        score_threshold: boxes with a lower score are not drawn.
+        pictures, trajectories: are drawn of at most so many images.
+        batch_size: images that are predicted together; the results do not depend on it.
+        workers: processes that read images.
+        precision: of the network's products.
+        overwrite: write into a folder that is not empty, replacing what an earlier run wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such image or model, none can be read, or the folder is in use.
+    """
+    detector = (detector if isinstance(detector, Detector) else Detector.load(detector)).eval()
+    folder = OutputFolder(Path(output), overwrite)
+    root, paths = list_images(images, leave_out=folder.path)
+    names = png_names([path.relative_to(root) for path in paths])
+    if first_process():
+        folder.clear()
+    found: list[_Found] = []
+    drawn = 0
+    for sample, detections in _detect(detector, share(paths), sampler, seed, batch_size, workers, precision):
+        name = sample.path.relative_to(root)
+        if sample.image is None:
+            found.append(_Found(name.as_posix(), problem=sample.problem))
+            continue
+        rows = results_rows([0], [detections], range(1, len(detector.classes) + 1))
+        found.append(_Found(name.as_posix(), tuple(sample.image.shape[-2:]), rows))
+        if drawn < len(share(range(pictures))):
+            picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
+            save_png(picture, folder.file(Path("pictures") / names[name]))
+        if drawn < len(share(range(trajectories))) and isinstance(detector, DiffusionDet):
+            picture = draw_trajectory(detector, sample.image, name_seed(seed, name.name), sampler, score_threshold)
+            save_png(picture, folder.file(Path("trajectories") / names[name]))
+        drawn += 1
+    result = _together(gather(found))
+    if not result.images:
+        raise ValueError(f"no image can be read: {result.broken[0]}")
+    if first_process():
+        categories = [{"id": k, "name": name} for k, name in enumerate(detector.classes, 1)]
+        content = {"images": result.images, "annotations": [], "categories": categories}
+        write_json(folder.file("images.json"), content, None)
+        write_json(folder.file("predictions.json"), result.detections, None)
+    return result
+
+
+@dataclass
+class _Found:
+    """What one image gave: its size and rows of a results file, or what is wrong with it."""
+
+    name: str
+    size: tuple[int, ...] = ()
+    rows: Sequence[dict[str, Any]] = ()
+    problem: str = ""
+
+
+def _together(found: Sequence[_Found]) -> FolderResult:
+    """All images in order, numbered from 1 on without those that are broken."""
+    whole = [image for image in found if not image.problem]
+    images = [
+        {"id": number, "file_name": image.name, "width": image.size[1], "height": image.size[0]}
+        for number, image in enumerate(whole, 1)
+    ]
+    rows = [row | {"image_id": number} for number, image in enumerate(whole, 1) for row in image.rows]
+    return FolderResult(images, rows, [image.problem for image in found if image.problem])
+
+
+def _detect(
+    detector: Detector,
+    paths: Sequence[Path],
+    sampler: BoxSampler | None,
+    seed: int,
+    batch_size: int,
+    workers: int,
+    precision: Precision,
+) -> Iterator[tuple[ImageSample, dict[str, Tensor]]]:
+    """Each image with its detections, on the CPU, as they are made; broken images have none. Shows the time left."""
+    with tqdm(total=len(paths), desc="predict", unit="image", disable=hide_bar()) as bar:
+        for batch in load_images(paths, batch_size, workers):
+            images = [sample.image for sample in batch if sample.image is not None]
+            seeds = [name_seed(seed, sample.path.name) for sample in batch if sample.image is not None]
+            with autocast(detector.device, precision):
+                found = iter(detector.predict(images, seeds, sampler) if images else [])
+            for sample in batch:
+                detections = {} if sample.image is None else next(found)
+                yield sample, {name: value.cpu() for name, value in detections.items()}
+                bar.update()
 
 
 def evaluate_detector(
@@ -30,8 +163,10 @@ def evaluate_detector(
     workers: int = 0,
     max_dets: int | None = None,
     seed: int = 0,
-    options: Mapping[str, Any] | None = None,
+    sampler: BoxSampler | None = None,
     protocol: Protocol = "coco",
+    iou_types: Sequence[IouType] = ("bbox",),
+    precision: Precision = "32",
 ) -> CocoResult:
     """COCO metrics of `detector`, which is left in evaluation mode.
 
@@ -40,44 +175,39 @@ def evaluate_detector(
 
     Args:
         images: use this many images, spread over the data set; all by default.
-        batch_size: images in one prediction.
+        batch_size: images per prediction.
         workers: processes that read images, for each process that predicts.
-        max_dets: how many detections count in an image; the protocol's number by default.
-        options: for `detector.predict`, such as `steps` and `num_boxes`, or DiffusionDet's `options`.
+        max_dets: how many detections count per image; the protocol's number by default.
+        sampler: instead of the detector's own, see `Detector.sampler_with`.
         protocol: whose rules the score follows.
+        iou_types: what is compared, boxes or masks or both.
+        precision: of the network's products.
 
     Raises:
-        ValueError: the detector has other classes than the data set, or knows no such option; or the annotations are
-            not what the protocol needs.
+        ValueError: the detector has other classes than the data set, or the annotations are not what the protocol
+            needs.
     """
     require_classes(detector.classes, dataset)
-    options = dict(options or {})
-    require_options(detector, options)
     share_statistics(detector)
     chosen = spread(len(dataset), images)
-    evaluator = EVALUATORS[protocol](dataset.annotations, max_dets, [dataset.image_ids[i] for i in chosen])
-    batches = share_of_batches(dataset, chosen, batch_size, workers)
+    ids = [dataset.image_ids[i] for i in chosen]
+    evaluator = CocoEvaluator(dataset.annotations, iou_types, max_dets, ids, protocol)
     detector.eval()
-    with torch.no_grad():
-        for batch, targets in tqdm(batches, desc="evaluate", leave=False, disable=hide_bar()):
-            ids = [target["image_id"] for target in targets]
-            seeds = [sample_seed(seed, image_id) for image_id in ids]
-            on_device = [image.to(detector.device) for image in batch]
-            evaluator.update(ids, detector.predict(on_device, seeds=seeds, **options))
+    for batch, targets in tqdm(
+        share_of_batches(dataset, chosen, batch_size, workers), desc="evaluate", leave=False, disable=hide_bar()
+    ):
+        ids = [target["image_id"] for target in targets]
+        with torch.no_grad(), autocast(detector.device, precision):
+            found = detector.predict(batch, [sample_seed(seed, image_id) for image_id in ids], sampler)
+        evaluator.update(ids, found)
     evaluator.gather()
     return evaluator.compute()
 
 
 def share_of_batches(dataset: CocoDetection, chosen: Sequence[int], batch_size: int, workers: int) -> DataLoader[Any]:
     """Batches (images, targets) of those of the chosen images that this process predicts."""
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = Subset(dataset, chosen[rank::processes])
-    return DataLoader(share, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupts)
-
-
-def hide_bar() -> bool | None:
-    """For tqdm's `disable`: the first of several processes has a bar, and that only in a terminal."""
-    return True if dist.is_initialized() and dist.get_rank() else None
+    subset = Subset(dataset, share(chosen))
+    return DataLoader(subset, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupts)
 
 
 def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
@@ -95,13 +225,6 @@ def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
     )
 
 
-def require_options(detector: Detector, options: Mapping[str, Any]) -> None:
-    """ValueError if `detector.predict` has no such options."""
-    unknown = options.keys() - inspect.signature(detector.predict).parameters.keys()
-    if unknown:
-        raise ValueError(f"{type(detector).__name__} has no option {', '.join(sorted(unknown))} in prediction")
-
-
 def share_statistics(detector: Detector) -> None:
     """Give all processes the first one's statistics of batch norm, which each has gathered from batches of its own."""
     if dist.is_initialized():
@@ -116,15 +239,58 @@ def spread(total: int, wanted: int | None) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def join_processes() -> None:
-    """Connect to the other processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def write_result(result: CocoResult, folder: Path) -> None:
+    """metrics.json (overall and by class; null where undefined) and detections.json (a COCO results file)."""
+    notes = [*result.notes, *([result.explanation] if result.explanation else [])]
+    scores = {"metrics": result.metrics, "per_class": result.per_class, "notes": notes}
+    write_json(folder / "metrics.json", scores)
+    write_json(folder / "detections.json", result.detections, None)
 
 
-def ignore_interrupts(worker: int) -> None:
-    """For workers that read images: Ctrl-C reaches them too, but it is the main process that ends the work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def draw_predictions(
+    detector: Detector,
+    dataset: CocoDetection,
+    folder: Path,
+    count: int,
+    seed: int = 0,
+    sampler: BoxSampler | None = None,
+) -> None:
+    """Predictions beside ground truth for `count` images spread over the data set, one PNG each.
+
+    Of the first two there is also, for a DiffusionDet, its trajectory: noise turning into boxes.
+
+    Args:
+        seed, sampler: as in `evaluate_detector`.
+    """
+    for number, index in enumerate(spread(len(dataset), count) if count else []):
+        image, target = dataset[index]
+        name = Path(dataset.file_names[index]).stem
+        noise = sample_seed(seed, target["image_id"])
+        prediction = detector.predict([image], [noise], sampler)[0]
+        save_png(side_by_side(image, target, prediction, detector.classes), folder / f"{name}.png")
+        if number < 2 and isinstance(detector, DiffusionDet):
+            save_png(draw_trajectory(detector, image, noise), folder / f"{name}_noise_to_boxes.png")
+
+
+def draw_trajectory(
+    detector: DiffusionDet,
+    image: Tensor,
+    seed: int,
+    sampler: BoxSampler | None = None,
+    threshold: float = THRESHOLD,
+) -> Image.Image:
+    """Noise turning into the boxes of one image.
+
+    Args:
+        image: (3, H, W), as for `detector.predict`.
+        seed: of the noise.
+        sampler: by default the detector's own. Where it takes one step, TRAJECTORY_STEPS are shown.
+        threshold: detections with lower scores are not drawn.
+    """
+    sampler = sampler or detector.sampler
+    shown = sampler if sampler.steps > 1 else replace(sampler, steps=TRAJECTORY_STEPS)
+    steps, detections = detector.trajectory(image, seed, shown)
+    return trajectory(image, steps, detections, detector.classes, threshold)
 
 
 def _short(names: Sequence[str]) -> str:

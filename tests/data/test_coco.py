@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
+from torchvision.transforms import v2
 
 from diffperception.data import CocoDetection
 from diffperception.data.images import BrokenImageError, read_image
@@ -23,6 +25,34 @@ def test_sample_has_the_files_boxes_labels_and_pixels(folder, content, save):
     assert target["labels"].tolist() == [1, 0]
     assert target["iscrowd"].tolist() == [0, 1]
     assert target["area"].tolist() == [100, 900]
+
+
+def test_masks_are_read_where_asked_for(folder, content, save):
+    box, counts = [[1, 2, 11, 2, 11, 14, 1, 14]], [0, 1000]  # a polygon, and run lengths of a crowd: all of 50 x 20
+    outlines = [box, [[5, 5, 15, 5, 15, 15, 5, 15], [20, 5, 25, 5, 25, 15]], {"size": [50, 20], "counts": counts}]
+    for annotation, outline in zip(content["annotations"], outlines, strict=True):
+        annotation["segmentation"] = outline
+    path = save(content)
+    assert "masks" not in CocoDetection(path, folder)[1][1]
+    dataset = CocoDetection(path, folder, masks=True)
+    masks = dataset[1][1]["masks"]
+    assert (type(masks), masks.dtype, masks.shape) == (torch.Tensor, torch.uint8, (2, 50, 20))
+    assert masks[0].sum() == masks[0, 2:14, 1:11].sum() == 120
+    assert masks[1].all()
+    parts = dataset[0][1]["masks"][0]  # a square, and a triangle beside it
+    assert parts[5:15, 5:15].all()
+    assert 20 <= parts[5:15, 20:25].sum() <= 30
+    assert dataset[2][1]["masks"].shape == (0, 32, 32)
+    flipped = CocoDetection(path, folder, lambda *sample: v2.RandomHorizontalFlip(1.0)(*sample), masks=True)[1][1]
+    assert torch.equal(flipped["masks"], masks.flip(2))
+    compressed = coco_mask.encode(np.asfortranarray(masks[0].numpy()))
+    content["annotations"][0]["segmentation"] = {"size": [50, 20], "counts": compressed["counts"].decode()}
+    assert torch.equal(CocoDetection(save(content), folder, masks=True)[1][1]["masks"], masks)
+
+
+def test_an_object_without_an_outline_is_named_where_masks_are_asked_for(folder, content, save):
+    with pytest.raises(ValueError, match=r"annotation \d of \S+annotations.json has no segmentation"):
+        CocoDetection(save(content), folder, masks=True)
 
 
 def test_image_without_objects_has_an_empty_target(folder, content, save):

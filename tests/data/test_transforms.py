@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 
 from diffperception.data import TrainingTransforms
 from diffperception.data.transforms import PER_BOX, clean
@@ -58,7 +59,35 @@ def test_nothing_asked_for_changes_nothing():
     image, target = sample([[10, 20, 30, 50]])
     same, kept = TrainingTransforms(**NOTHING)(image, target)
     assert torch.equal(same, image)
-    assert all(torch.equal(kept[key], target[key]) for key in PER_BOX)
+    assert all(torch.equal(kept[key], target[key]) for key in PER_BOX if key in target)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"horizontal_flip": 1.0},
+        {"vertical_flip": 1.0},
+        {"zoom_out": 1.0},
+        {"iou_crop": 1.0},
+        {"crop": 1.0, "crop_short_sides": (60, 80), "crop_sides": (40, 70)},
+        {"short_sides": (120, 180)},
+    ],
+)
+def test_masks_follow_their_boxes(change):
+    image, target = sample([[10, 20, 30, 50], [40, 5, 80, 25], [60, 30, 85, 58]])
+    masks = torch.zeros(3, *image.shape[1:], dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, target["boxes"].int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    target["iscrowd"][1] = 1
+    for seed in range(10):
+        torch.manual_seed(seed)
+        changed, kept = TrainingTransforms(**NOTHING | change)(image, target | {"masks": tv_tensors.Mask(masks)})
+        assert kept["masks"].shape == (len(kept["boxes"]), *changed.shape[1:])
+        assert 1 not in kept["labels"]
+        for mask, box in zip(kept["masks"], kept["boxes"], strict=True):
+            assert set(mask.unique().tolist()) <= {0, 1}
+            around = masks_to_boxes(mask[None])[0] + torch.tensor([0, 0, 1, 1])
+            torch.testing.assert_close(around, box.as_subclass(torch.Tensor), atol=1.1, rtol=0)
 
 
 def test_the_reference_recipe_meets_its_sizes():
@@ -78,7 +107,7 @@ def test_crowds_and_slivers_leave_with_all_that_belongs_to_them():
     _, target = sample([[0, 0, 10, 10], [5, 5, 6, 40], [-8, 0, 1, 30], [20, 20, 60, 50]])
     target["iscrowd"][3] = 1
     kept = clean(target, min_box_side=2)
-    assert {key: kept[key].tolist() for key in PER_BOX} == {
+    assert {key: kept[key].tolist() for key in PER_BOX if key in kept} == {
         "boxes": [[0, 0, 10, 10]],
         "labels": [0],
         "iscrowd": [0],

@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from diffperception.data.coco_file import labels_of
+from diffperception.data.outlines import decode_outlines
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult
 
 BCCD = Path(__file__).parents[3] / "shared/data/bccd/annotations/instances_test.json"
@@ -124,24 +125,102 @@ def test_hand_computed_average_precision(tmp_path):
     path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10), item(1, 1, 0, 0, 10, 10)], 2, [1])
     # In order of score: found, missed, found. Precision is 1 up to recall 1/2 (51 of 101 points), then 2/3.
     predictions = [boxes((0, 0, 10, 10), (100, 100, 110, 110), scores=[0.9, 0.8]), boxes((0, 0, 10, 10), scores=[0.7])]
-    assert score(path, [0, 1], predictions).metrics["AP"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101, abs=1e-12)
+    assert score(path, [0, 1], predictions).metrics["AP"] == pytest.approx(
+        (51 * 1 + 50 * 2 / 3) / 101, abs=1e-12, nan_ok=True
+    )
     # An IoU of 0.76 counts at the six thresholds 0.50 to 0.75 of ten.
     result = score(path, [0, 1], [boxes((0, 0, 10, 7.6)), boxes((0, 0, 10, 7.6))])
-    assert result.metrics["AP"] == pytest.approx(0.6, abs=1e-12)
+    assert result.metrics["AP"] == pytest.approx(0.6, abs=1e-12, nan_ok=True)
     assert result.metrics["AP50"] == result.metrics["AP75"] == 1.0
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_agrees_with_pycocotools(tmp_path, seed):
-    path, image_ids, predictions = random_case(tmp_path, seed=seed)
-    result = score(path, image_ids, predictions)
+def reference_stats(path: Path, rows: list[dict[str, Any]], iou_type: str, max_dets: int) -> list[float]:
+    """What pycocotools says, in the order of our metrics."""
     truth = COCO(str(path))
-    reference = COCOeval(truth, truth.loadRes(json.loads(json.dumps(result.detections))), "bbox")
+    reference = COCOeval(truth, truth.loadRes(json.loads(json.dumps(rows))), iou_type)
+    reference.params.maxDets = [1, 10, max_dets]
     reference.evaluate()
     reference.accumulate()
-    reference.summarize()
+    precision, recall = reference.eval["precision"][..., 2], reference.eval["recall"]
+    parts = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0], *(precision[..., k] for k in (1, 2, 3))]
+    parts += [recall[:, :, 0, limit] for limit in range(3)]
+    return [part[part > -1].mean() if (part > -1).any() else np.nan for part in parts]
+
+
+@pytest.mark.parametrize(("seed", "max_dets"), [(0, 100), (1, 100), (2, 500)])
+def test_agrees_with_pycocotools(tmp_path, seed, max_dets):
+    path, image_ids, predictions = random_case(tmp_path, seed=seed)
+    result = score(path, image_ids, predictions, max_dets=max_dets)
     assert 0.1 < result.metrics["AP"] < 0.9
-    assert list(result.metrics.values()) == pytest.approx(reference.stats[:9].tolist(), abs=1e-9)
+    expected = reference_stats(path, result.detections, "bbox", max_dets)
+    assert list(result.metrics.values()) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+def test_agrees_with_pycocotools_on_many_detections_of_equal_scores(tmp_path):
+    path, image_ids, predictions = random_case(tmp_path, images=4)
+    for prediction in predictions:
+        for name, value in prediction.items():
+            prediction[name] = value.repeat(40, *[1] * (value.dim() - 1))  # hundreds per image, many as sure as others
+        prediction["scores"] = (prediction["scores"] * 7).round() / 7
+    for max_dets in (100, 300):
+        result = score(path, image_ids, predictions, max_dets=max_dets)
+        expected = reference_stats(path, result.detections, "bbox", max_dets)
+        assert list(result.metrics.values()) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+def with_outlines(path: Path) -> Path:
+    """Ellipses in the boxes; crowds as run lengths."""
+    content = json.loads(path.read_text())
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        points = np.stack([x + w / 2 * (1 + np.cos(angles)), y + h / 2 * (1 + np.sin(angles))], 1)
+        annotation["segmentation"] = [points.ravel().tolist()]
+        if annotation["iscrowd"]:
+            annotation["segmentation"] = json_runs(decode_outlines([annotation["segmentation"]], 300, 400)[0])
+    path.write_text(json.dumps(content))
+    return path
+
+
+def json_runs(mask: Tensor) -> dict[str, Any]:
+    """Run lengths, not compressed, as COCO has its crowds."""
+    flat = mask.T.flatten().tolist()
+    changes = [i for i in range(1, len(flat)) if flat[i] != flat[i - 1]]
+    counts = np.diff([0, *changes, len(flat)]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+
+
+def ellipses(boxes: Tensor) -> Tensor:
+    """Masks (n, 300, 400)."""
+    y, x = torch.arange(300)[:, None] + 0.5, torch.arange(400) + 0.5
+    x1, y1, x2, y2 = boxes[:, :, None, None].unbind(1)
+    return ((2 * x - x1 - x2) / (x2 - x1)) ** 2 + ((2 * y - y1 - y2) / (y2 - y1)) ** 2 <= 1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_masks_agree_with_pycocotools(tmp_path, seed):
+    path, image_ids, predictions = random_case(tmp_path, images=6, seed=seed)
+    with_outlines(path)
+    for prediction in predictions:
+        prediction["masks"] = ellipses(prediction["boxes"])
+    result = score(path, image_ids, predictions, iou_types=("bbox", "segm"))
+    of_boxes, of_masks = np.split(np.array(list(result.metrics.values())), 2)
+    assert list(result.metrics)[9:] == [f"mask_{name}" for name in list(result.metrics)[:9]]
+    assert 0.1 < result.metrics["mask_AP"] < 0.9
+    rows = [{name: value for name, value in row.items() if name != "bbox"} for row in result.detections]
+    assert of_masks.tolist() == pytest.approx(reference_stats(path, rows, "segm", 100), abs=1e-9, nan_ok=True)
+    assert of_boxes.tolist() == pytest.approx(
+        list(score(path, image_ids, predictions).metrics.values()), abs=1e-12, nan_ok=True
+    )
+    (tmp_path / "results.json").write_text(json.dumps(result.detections))
+    again = CocoEvaluator(path, ("segm",)).score_results(tmp_path / "results.json")
+    assert list(again.metrics.values()) == pytest.approx(of_masks.tolist(), abs=1e-12, nan_ok=True)
+
+
+def test_a_file_without_outlines_has_no_masks_to_score(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
+    with pytest.raises(ValueError, match=r"of a\.json has no segmentation"):
+        CocoEvaluator(path, ("segm",))
 
 
 def test_order_batches_and_repeated_images_do_not_matter(tmp_path):

@@ -1,7 +1,5 @@
-import importlib.util
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +8,7 @@ import pytest
 import torch
 
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult
-from diffperception.detection.lvis import LvisEvaluator
-
-from .test_evaluation import as_predictions, boxes, item, random_case
-
-needs_lvis = pytest.mark.skipif(
-    importlib.util.find_spec("lvis") is None,
-    reason="the lvis package is not installed: it brings OpenCV, so `make test` does without; pip install -e '.[lvis]'",
-)
+from tests.detection.test_evaluator import as_predictions, boxes, item, random_case
 
 
 def as_lvis(
@@ -47,44 +38,11 @@ def small_file(folder: Path, **lists: dict[int, list[int]]) -> Path:
 
 
 def score(path: Path, image_ids: list[int], predictions: list[dict[str, torch.Tensor]], **options: Any) -> CocoResult:
-    evaluator = LvisEvaluator(path, **options)
+    evaluator = CocoEvaluator(path, protocol="lvis", **options)
     evaluator.update(image_ids, predictions)
     return evaluator.compute()
 
 
-@needs_lvis
-@pytest.mark.parametrize(("max_dets", "classes_at_a_time"), [(300, 100), (4, 2)])
-def test_agrees_with_the_lvis_package_fed_with_files(tmp_path, monkeypatch, max_dets, classes_at_a_time):
-    import lvis
-
-    monkeypatch.setattr("diffperception.detection.lvis.CLASSES_AT_A_TIME", classes_at_a_time)
-    path, image_ids, predictions = random_case(tmp_path)
-    content = json.loads(path.read_text())
-    random = np.random.default_rng(1)
-    lists = [{i: random.choice([3, 7, 90], 1).tolist() for i in image_ids} for _ in range(2)]
-    for annotation in content["annotations"]:
-        annotation.pop("iscrowd")  # LVIS has none
-        x, y, width, height = annotation["bbox"]
-        annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height]]
-    path.write_text(json.dumps(content))
-    as_lvis(path, *lists)
-    result = score(path, image_ids, predictions, max_dets=max_dets)
-    assert not hasattr(np, "float")  # what the package needs of numpy is taken back
-
-    monkeypatch.setattr(np, "float", float, raising=False)
-    rows = [{**row} for row in result.detections]
-    truth = lvis.LVIS(str(path))
-    reference = lvis.LVISEval(truth, lvis.LVISResults(truth, rows, max_dets), "bbox")
-    reference.params.max_dets = max_dets  # it names the recall
-    reference.run()
-    expected = reference.get_results()
-    assert 0.1 < result.metrics["AP"] < 0.9
-    assert {"APr", "APc", "APf"} < result.metrics.keys()
-    for name, value in result.metrics.items():
-        assert value == pytest.approx(expected[name.replace("AR", "AR@")], abs=1e-9), name
-
-
-@needs_lvis
 def test_ground_truth_as_predictions_scores_one_in_every_group(tmp_path):
     path = small_file(tmp_path)
     result = score(path, *as_predictions(path))
@@ -94,7 +52,6 @@ def test_ground_truth_as_predictions_scores_one_in_every_group(tmp_path):
     assert result.explanation is None
 
 
-@needs_lvis
 def test_only_classes_that_were_looked_for_are_judged(tmp_path):
     """A wrong detection of class 1 in image 2, better scored than the right one, by what is known of image 2."""
     predictions = [boxes((0, 0, 10, 10), scores=[0.5]), boxes((0, 0, 10, 10), label=1), boxes((50, 50, 60, 60))]
@@ -108,7 +65,6 @@ def test_only_classes_that_were_looked_for_are_judged(tmp_path):
     assert absent.metrics["AP"] == pytest.approx(0.75)
 
 
-@needs_lvis
 def test_the_best_of_all_classes_in_an_image_count(tmp_path):
     path = small_file(tmp_path, negative={0: [2]})
     image = {
@@ -118,30 +74,28 @@ def test_the_best_of_all_classes_in_an_image_count(tmp_path):
     }
     assert score(path, [0], [image], max_dets=2).metrics["APr"] == 1.0
     assert score(path, [0], [image], max_dets=1).metrics["APr"] == 0.0
-    assert LvisEvaluator(path).max_dets == 300
+    assert CocoEvaluator(path, protocol="lvis").max_dets == 300
 
 
-@needs_lvis
 def test_nothing_predicted_is_explained(tmp_path):
     result = score(small_file(tmp_path), [0], [boxes()])
     assert result.metrics["AP"] == 0
     assert "no box was predicted" in result.explanation
 
 
-@needs_lvis
 def test_a_results_file_and_a_part_of_the_images(tmp_path):
     path, image_ids, predictions = random_case(tmp_path)
     as_lvis(path)
     chosen = image_ids[::2]
-    evaluator = LvisEvaluator(path, image_ids=chosen)
+    evaluator = CocoEvaluator(path, image_ids=chosen, protocol="lvis")
     evaluator.update(chosen, predictions[::2])
     part = evaluator.compute()
     (tmp_path / "results.json").write_text(json.dumps(part.detections))
-    assert LvisEvaluator(path, image_ids=chosen).score_results(tmp_path / "results.json").metrics == part.metrics
+    again = CocoEvaluator(path, image_ids=chosen, protocol="lvis").score_results(tmp_path / "results.json")
+    assert again.metrics == part.metrics
     assert part.notes == []
 
 
-@needs_lvis
 @pytest.mark.parametrize(("section", "key"), [("images", "neg_category_ids"), ("categories", "frequency")])
 def test_a_file_that_is_not_of_lvis_is_refused(tmp_path, section, key):
     path = small_file(tmp_path)
@@ -149,19 +103,19 @@ def test_a_file_that_is_not_of_lvis_is_refused(tmp_path, section, key):
     del content[section][0][key]
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"lvis\.json is not an LVIS annotation file.*--protocol coco"):
-        LvisEvaluator(path)
+        CocoEvaluator(path, protocol="lvis")
 
 
-@needs_lvis
-def test_the_package_says_nothing(tmp_path, capfd, caplog):
+def test_nothing_is_printed(tmp_path, capfd, caplog):
     path = small_file(tmp_path)
     with caplog.at_level(logging.INFO):
         score(path, *as_predictions(path))
     assert capfd.readouterr() == ("", "")
-    assert not caplog.records
 
 
-def test_without_the_package_it_is_said_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lvis", None)  # what Python itself puts there to make an import fail
-    with pytest.raises(ValueError, match=r"needs the lvis package.*pip install -e '\.\[lvis\]'"):
-        LvisEvaluator(small_file(tmp_path))
+def test_classes_are_judged_in_portions(tmp_path, monkeypatch):
+    path, image_ids, predictions = random_case(tmp_path)
+    as_lvis(path, {i: [3, 7, 90][i % 3 :][:1] for i in image_ids}, {i: [3, 7, 90][i % 2 :][:1] for i in image_ids})
+    whole = score(path, image_ids, predictions)
+    monkeypatch.setattr("diffperception.detection.evaluator.CLASSES_AT_A_TIME", 2)
+    assert score(path, image_ids, predictions) == whole

@@ -15,7 +15,8 @@ from diffperception.data import CocoDetection
 from diffperception.data.batches import repeat_factors
 from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
-from diffperception.detection.inference import EVALUATORS, Protocol, evaluate_detector, require_classes
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol
+from diffperception.detection.inference import draw_predictions, evaluate_detector, require_classes, write_result
 from diffperception.devices import first_process
 from diffperception.echo import echo
 from diffperception.models import Backbone
@@ -87,7 +88,7 @@ class EvaluationOptions:
         batch_size: images per prediction and process. AP does not depend on it.
         max_dets: how many detections count per image, the best first; null for the protocol's number: 100 of each
             class (coco), 300 of all (lvis).
-        protocol: coco, or lvis for annotation files of LVIS; it needs the extra `lvis`.
+        protocol: coco, or lvis for annotation files of LVIS.
         pictures: how many images are drawn with predictions beside ground truth.
     """
 
@@ -137,7 +138,7 @@ class DetectionEvaluator(Evaluator):
 
     def __init__(self, dataset: CocoDetection, options: EvaluationOptions, workers: int, seed: int):
         # What cannot be scored is refused here, not after the training.
-        EVALUATORS[options.protocol](dataset.annotations, options.max_dets)
+        CocoEvaluator(dataset.annotations, max_dets=options.max_dets, protocol=options.protocol)
         self.dataset = dataset
         self.options = options
         self.every = options.every
@@ -148,16 +149,14 @@ class DetectionEvaluator(Evaluator):
         return self._score(averaged, self.options.images).metrics
 
     def finish(self, model: Detector, folder: Path | None) -> dict[str, float]:
-        from diffperception.cli.report import draw_pictures, write_scores
-
         result = self._score(model, None)
         echo(result.table())
         if folder is not None and first_process():
-            write_scores(result, folder)
-            draw_pictures(model, self.dataset, folder / "pictures", self.options.pictures, self.seed)
+            write_result(result, folder)
+            draw_predictions(model, self.dataset, folder / "pictures", self.options.pictures, self.seed)
         return result.metrics
 
-    def _score(self, model: Detector, images: int | None) -> Any:
+    def _score(self, model: Detector, images: int | None) -> CocoResult:
         options = self.options
         return evaluate_detector(
             model,
