@@ -14,6 +14,7 @@ HEIGHT, WIDTH = 480, 640
 NUM_BOXES = 300
 NUM_CLASSES = 80
 OBJECTS = 10
+STAGES = 6
 
 
 def measure(repeats: int, say: Callable[[Row], None]) -> tuple[Row, list[Row]]:
@@ -58,7 +59,7 @@ def _measure_prediction(detector: DiffusionDet, images: list[torch.Tensor], reco
 
 def _measure_training(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
     targets = [{"boxes": _random_boxes(OBJECTS), "labels": torch.arange(OBJECTS)} for _ in images]
-    padded = PaddedTargets.collate(targets, image_sizes(images)).repeat(len(detector.head.stages))
+    padded = PaddedTargets.collate(targets, image_sizes(images)).repeat(STAGES)
     rows = len(padded.boxes)
     logits, boxes = torch.randn(rows, NUM_BOXES, NUM_CLASSES), _random_boxes(NUM_BOXES).expand(rows, -1, -1)
     optimizer = torch.optim.AdamW(detector.parameters(), 1e-6, foreach=True)

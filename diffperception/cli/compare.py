@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from diffperception.cli import counted, say
 from diffperception.cli.comparison import TITLES, Results, lead_sentence, markdown, summarise
-from diffperception.devices import pick_device
-from diffperception.files import write_text
 from diffperception.cli.train_segmentation import warnings_said
 from diffperception.data.masks import read_mask
 from diffperception.detection.inference import spread
+from diffperception.devices import pick_device
+from diffperception.files import write_text
 from diffperception.models import UNet
 from diffperception.segmentation import (
     DiffusionFeatures,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffperception.files import write_text
 from diffperception.configuration.settings import differences, read_settings
+from diffperception.files import write_text
 
 TITLES = {
     "diffusion": "diffusion features",

@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.cli import counted, say
-from diffperception.devices import pick_device
+from diffperception.cli.segment import shares
+from diffperception.data.image_folder import require_image_channels
 from diffperception.data.images import ImageFiles
+from diffperception.devices import pick_device
 from diffperception.files import list_images as find_images
 from diffperception.files import png_names as name_pictures
 from diffperception.files import write_text
-from diffperception.cli.segment import shares
-from diffperception.data.image_folder import require_image_channels
 from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation.inference import draw_samples
 from diffperception.segmentation import PixelSegmenter

@@ -9,11 +9,11 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from diffperception.cli import counted, say
+from diffperception.data.masks import IGNORE_INDEX, MaskFolder
+from diffperception.detection.inference import spread
 from diffperception.devices import pick_device
 from diffperception.files import check_output_dir as require_room
 from diffperception.files import write_text
-from diffperception.data.masks import IGNORE_INDEX, MaskFolder
-from diffperception.detection.inference import spread
 from diffperception.segmentation import MeanIoU, PixelSegmenter
 from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import segmentation_panels

@@ -14,11 +14,11 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from diffperception.cli import counted, say
+from diffperception.configuration.settings import differences, read_settings
+from diffperception.data.images import BrokenImageError, read_image, read_size
 from diffperception.devices import pick_device
 from diffperception.files import list_images as find_images
 from diffperception.files import write_text
-from diffperception.configuration.settings import differences, read_settings
-from diffperception.data.images import BrokenImageError, read_image, read_size
 from diffperception.segmentation import FeatureExtractor
 from diffperception.segmentation.feature_cache import file_bytes, fingerprint, in_bytes, parse_bytes, save_maps
 

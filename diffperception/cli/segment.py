@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.cli import counted, say
-from diffperception.devices import pick_device
 from diffperception.data.images import ImageFiles
+from diffperception.data.masks import find_mask
+from diffperception.devices import pick_device
 from diffperception.files import check_output_dir as require_room
 from diffperception.files import list_images as find_images
 from diffperception.files import png_names as name_pictures
 from diffperception.files import write_text
-from diffperception.data.masks import find_mask
 from diffperception.segmentation import PixelSegmenter, Segmentation
 from diffperception.visualization.draw import save_png, to_pil
 from diffperception.visualization.panels import (

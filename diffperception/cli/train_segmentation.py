@@ -13,11 +13,11 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from diffperception.cli import counted, say
-from diffperception.devices import pick_device
 from diffperception.cli.evaluate_segmentation import draw, iou_table, score
+from diffperception.data.masks import IGNORE_INDEX, MaskFolder
+from diffperception.devices import pick_device
 from diffperception.files import check_output_dir as require_room
 from diffperception.files import write_text
-from diffperception.data.masks import IGNORE_INDEX, MaskFolder
 from diffperception.segmentation import FeatureExtractor, FitOptions, PixelEnsemble, PixelSegmenter
 from diffperception.segmentation.feature_cache import in_bytes, stored_bytes
 from diffperception.training.folder import WEIGHTS, RunFolder, echo_files

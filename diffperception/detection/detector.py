@@ -158,7 +158,7 @@ class DiffusionDet(Detector):
         self.sampler = sampler or BoxSampler()
         body = build_backbone(backbone, strides, pretrained, freeze_norm)
         built = head if isinstance(head, Head) else head(len(self.classes))
-        self.pad_multiple = body.multiple
+        self.strides, self.pad_multiple = body.strides, body.multiple
         self.backbone = build_pyramid(body, built.width, fpn_norm)
         self.head = built
         self.criterion = criterion or SetCriterion()
@@ -199,7 +199,7 @@ class DiffusionDet(Detector):
 
     def features(self, images: list[Tensor]) -> FeaturePyramid:
         """The pyramid of images padded together."""
-        return FeaturePyramid.from_maps([self._maps(images)], self.backbone.strides)
+        return FeaturePyramid.from_maps([self._maps(images)], self.strides)
 
     def _maps(self, images: list[Tensor]) -> list[Tensor]:
         return self.backbone(pad_images(images, self.mean, self.std, self.pad_multiple))
@@ -271,7 +271,7 @@ class DiffusionDet(Detector):
         if not images:
             return []
         given = {"steps": steps, "num_boxes": num_boxes}
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         sampler = replace(self._complete(sampler or self.sampler), **changes)
         encoded = encoded or self.encode(images)
         selected = sampler.select(self.sample(encoded, [0] * len(images) if seeds is None else seeds, sampler))
@@ -359,7 +359,7 @@ class DiffusionDet(Detector):
             for part in (members[i : i + at_once] for i in range(0, len(members), at_once)):
                 maps.append(self._maps([images[i] for i in part]))
             order += members
-        return FeaturePyramid.from_maps(maps, self.backbone.strides, sorted(range(len(images)), key=order.__getitem__))
+        return FeaturePyramid.from_maps(maps, self.strides, sorted(range(len(images)), key=order.__getitem__))
 
     def _at_once(self, images: int, size: int, most: int) -> int:
         """How many of the images to predict together: on a CPU at most `most` pixels or boxes, `size` per image."""

@@ -64,8 +64,11 @@ class PaddedTargets:
 
     def repeat(self, stages: int) -> "PaddedTargets":
         """What matching needs of the objects, for every stage: rows (S * B, ...), stage by stage."""
-        needed = (self.boxes, self.labels, self.valid, self.image_sizes, self.present)
-        return PaddedTargets(*(x.repeat(stages, *[1] * (x.dim() - 1)) for x in needed))
+        boxes, labels, valid, sizes, present = (
+            x.repeat(stages, *[1] * (x.dim() - 1))
+            for x in (self.boxes, self.labels, self.valid, self.image_sizes, self.present)
+        )
+        return PaddedTargets(boxes, labels, valid, sizes, present)
 
     def limit(self, proposals: int, generator: torch.Generator | None = None) -> "PaddedTargets":
         """At most `proposals` objects per image, chosen at random where there are more."""

@@ -96,7 +96,6 @@ def test_a_results_file_is_scored_without_a_model(given: list[str], tmp_path: Pa
         (["--steps", "4"], "no option steps"),
         (["--model", "absent.safetensors"], "absent.safetensors"),
         (["--images", "absent"], "no image folder absent"),
-        (["--results", "some.json"], "either --model"),
         (["--device", "abacus"], "no device"),
         (["--max_dets", "0"], "max_dets"),
         (["--trust", "nobody"], "tests"),

@@ -1,16 +1,12 @@
 """LVIS from the command line."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from diffperception.cli.main import main
-from tests.detection.test_lvis import needs_lvis
 from tests.training.tiny_data import write_tiny_config
-
-WITHOUT = "needs the lvis package"
 
 
 @pytest.fixture
@@ -39,7 +35,6 @@ def evaluate(config: Path, *options: str) -> int:
     return main(["evaluate", "--annotations", str(annotations), "--protocol", "lvis", *options])
 
 
-@needs_lvis
 def test_a_run_on_lvis_is_scored_by_its_rules_and_its_results_score_the_same(config, tmp_path, capsys):
     run, again = tmp_path / "run", tmp_path / "again"
     assert train(config, run) == 0
@@ -49,13 +44,3 @@ def test_a_run_on_lvis_is_scored_by_its_rules_and_its_results_score_the_same(con
     assert metrics["APc"] is None
     assert evaluate(config, "--results", str(run / "detections.json"), "--output", str(again)) == 0
     assert json.loads((again / "metrics.json").read_text())["metrics"] == metrics
-
-
-def test_without_the_package_training_does_not_begin(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lvis", None)
-    assert train(config, tmp_path / "run") == 2
-    assert WITHOUT in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "results.json").write_text("[]")
-    assert evaluate(config, "--results", str(tmp_path / "results.json")) == 2
-    assert WITHOUT in capsys.readouterr().err

@@ -1,6 +1,7 @@
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from diffperception.cli.main import main
-from diffperception.cli.predict import name_pictures, noise_seed
 from diffperception.data.coco_file import labels_of
 from diffperception.data.images import read_image
-from diffperception.detection import FCOS, DiffusionDet, SamplerOptions
+from diffperception.detection import FCOS, BoxSampler, DiffusionDet, DynamicHead
 from diffperception.detection.evaluator import CocoEvaluator, results_rows
+from diffperception.diffusion import name_seed
 
 CLASSES = ["circle", "square", "star"]
 
@@ -23,8 +24,8 @@ def model(tmp_path_factory) -> Path:
     """A tiny detector with random weights."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    tiny = {"backbone": "resnet18", "width": 16, "stages": 2, "pool_size": 3, "dynamic_width": 8, "ffn_width": 16}
-    DiffusionDet(CLASSES, **tiny, num_heads=2, num_boxes=12, min_size=64, max_size=96).save(path)
+    head = partial(DynamicHead, stages=2, width=16, pool_size=3, dynamic_width=8, ffn_width=16, num_heads=2)
+    DiffusionDet(CLASSES, "resnet18", head, num_boxes=12, min_size=64, max_size=96).save(path)
     return path
 
 
@@ -57,9 +58,9 @@ def by_name(output: Path) -> dict[str, list]:
     }
 
 
-def test_a_folder_gives_results_pictures_and_strips(model, photos, tmp_path, capsys):
+def test_a_folder_gives_results_pictures_and_trajectories(model, photos, tmp_path, capsys):
     output = tmp_path / "out"
-    assert run(model, photos, output, "--strips", "2", "--pictures", "3", "--score_threshold", "0") == 0
+    assert run(model, photos, output, "--trajectories", "2", "--pictures", "3", "--score_threshold", "0") == 0
     content, rows = read(output)
     assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "c.bmp", "d.png", "more/a.png"]
     assert [image["width"] for image in content["images"]] == [60, 70, 80, 90, 100]
@@ -71,20 +72,15 @@ def test_a_folder_gives_results_pictures_and_strips(model, photos, tmp_path, cap
         assert 0 <= y < y + h <= 80 + 1e-3
     pictures = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.png"))
     drawn = ["a.png", "b.png", "c.png"]
-    assert pictures == [f"pictures/{name}" for name in drawn] + [f"strips/{name}" for name in drawn[:2]]
+    assert pictures == [f"pictures/{name}" for name in drawn] + [f"trajectories/{name}" for name in drawn[:2]]
     printed = capsys.readouterr().out
     assert "1 image left out" in printed
     assert "broken.png" in printed
 
 
-def test_pictures_of_images_that_differ_in_their_ending_stay_apart():
-    names = [Path("a.png"), Path("b.png"), Path("b.jpg"), Path("c/b.tif")]
-    assert [str(name) for name in name_pictures(names).values()] == ["a.png", "b.png.png", "b.jpg.png", "c/b.png"]
-
-
 def test_results_can_be_scored(model, photos, tmp_path):
     output = tmp_path / "out"
-    assert run(model, photos, output, "--pictures", "0", "--strips", "0") == 0
+    assert run(model, photos, output, "--pictures", "0", "--trajectories", "0") == 0
     content, rows = read(output)
     best = max(rows, key=lambda row: row["score"])
     content["annotations"] = [{"id": 1, **{key: best[key] for key in ("image_id", "category_id", "bbox")}}]
@@ -93,7 +89,7 @@ def test_results_can_be_scored(model, photos, tmp_path):
 
 
 def test_batches_and_other_images_do_not_change_detections(model, photos, tmp_path):
-    plain = ("--pictures", "0", "--strips", "0", "--steps", "2")
+    plain = ("--pictures", "0", "--trajectories", "0", "--steps", "2")
     assert run(model, photos, tmp_path / "one", *plain) == 0
     assert run(model, photos, tmp_path / "three", *plain, "--batch_size", "3", "--workers", "1") == 0
     assert run(model, photos / "b.jpg", tmp_path / "alone", *plain) == 0
@@ -115,15 +111,26 @@ def test_steps_and_boxes_can_be_chosen(model, photos, tmp_path):
 
 def test_the_sampler_can_be_set(model, photos, tmp_path):
     image = photos / "a.png"
-    settings = ["--steps", "2", "--renewal", "0", "--ensemble", "false", "--eta", "0.5", "--nms", "0.3"]
+    settings = [
+        "--steps",
+        "2",
+        "--renewal_threshold",
+        "0",
+        "--ensemble",
+        "false",
+        "--eta",
+        "0.5",
+        "--nms_threshold",
+        "0.3",
+    ]
     assert run(model, image, tmp_path / "out", *settings) == 0
-    options = SamplerOptions(2, 12, eta=0.5, renewal_threshold=0, ensemble=False, nms_threshold=0.3)
+    sampler = BoxSampler(2, 12, eta=0.5, renewal_threshold=0, ensemble=False, nms_threshold=0.3)
     pixels = TF.to_dtype(read_image(image), torch.float32, scale=True)
-    (found,) = DiffusionDet.load(model).predict([pixels], [noise_seed(0, image)], options=options)
+    (found,) = DiffusionDet.load(model).predict([pixels], [name_seed(0, image.name)], sampler)
     assert read(tmp_path / "out")[1] == results_rows([1], [found], [1, 2, 3])
-    strips = [tmp_path / name / "strips/a.png" for name in ("out", "plain")]
+    drawn = [tmp_path / name / "trajectories/a.png" for name in ("out", "plain")]
     assert run(model, image, tmp_path / "plain", "--steps", "2") == 0
-    assert strips[0].read_bytes() != strips[1].read_bytes()
+    assert drawn[0].read_bytes() != drawn[1].read_bytes()
 
 
 def test_patterns_name_images(model, photos, tmp_path):
@@ -143,7 +150,7 @@ def test_a_detector_without_noise_predicts_too(photos, tmp_path, capsys):
     FCOS(CLASSES, backbone="resnet18", width=64, min_size=64, max_size=96).save(tmp_path / "fcos.safetensors")
     assert run(tmp_path / "fcos.safetensors", photos / "a.png", tmp_path / "out") == 0
     assert (tmp_path / "out/pictures/a.png").exists()
-    assert not (tmp_path / "out/strips").exists()
+    assert not (tmp_path / "out/trajectories").exists()
     assert run(tmp_path / "fcos.safetensors", photos / "a.png", tmp_path / "steps", "--steps", "4") == 2
     assert "steps" in capsys.readouterr().err
 
@@ -162,13 +169,16 @@ def test_what_is_in_the_output_folder_stays(model, photos, tmp_path, capsys):
     ("change", "words"),
     [
         (lambda photos: ("nowhere", ()), "there is no image or folder nowhere"),
-        (lambda photos: (photos / "empty", ()), "has no images in it"),
+        (lambda photos: (photos / "empty", ()), "there is no image in the folder"),
         (lambda photos: (photos / "broken.png", ()), "no image can be read"),
         (lambda photos: (photos, ("--model", "none.safetensors")), "there is no model file none.safetensors"),
         (lambda photos: (photos, ("--model", str(photos / "notes.txt"))), "not a whole safetensors file"),
         (lambda photos: (photos, ("--device", "toaster")), "no device 'toaster'"),
         (lambda photos: (photos, ("--steps", "0")), "steps"),
-        (lambda photos: (photos, ("--nms", "7")), "option nms: expected a number from 0 to 1, got 7"),
+        (
+            lambda photos: (photos, ("--nms_threshold", "7")),
+            "option nms_threshold: expected a number from 0 to 1, got 7",
+        ),
         (lambda photos: (photos, ("--output", str(photos / "notes.txt"))), "is a file"),
     ],
 )

@@ -239,7 +239,8 @@ def check_network(state: dict[str, Tensor], images: list[Tensor], window: int | 
     boxes = torch.stack([random_boxes(12, *image.shape[:0:-1], seed=7) for image in images])
     t = torch.arange(len(images)) * 300 + 99
     with torch.no_grad():
-        computed = [detector.backbone(batch), *detector(images, boxes, t)]
+        output = detector(images, boxes, t)
+        computed = [detector.backbone(batch), output.logits, output.boxes]
     for ours, theirs in zip(computed, [maps, *naive.head(state, maps, boxes, t)], strict=True):
         assert max(distance(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
 
@@ -275,8 +276,8 @@ def test_1203_classes_match_what_the_reference_does(lvis):
     labels = torch.randint(1203, (2, 6), generator=torch.Generator().manual_seed(0))
     boxes = torch.stack([random_boxes(60, 128, 96, seed + 10) for seed in range(2)])
     with torch.no_grad():
-        logits, refined = (x[-1] for x in lvis[1](images, boxes, torch.tensor([5, 5])))
-    sizes = image_sizes(images, torch.device("cpu"))
+        output = lvis[1](images, boxes, torch.tensor([5, 5]))
+    logits, refined, sizes = output.logits[-1], output.boxes[-1], image_sizes(images)
     targets = [{"boxes": b, "labels": label} for b, label in zip(objects, labels, strict=True)]
     matches = match(logits, refined, PaddedTargets.collate(targets, sizes))
     for i in range(2):

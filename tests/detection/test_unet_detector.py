@@ -9,7 +9,7 @@ import yaml
 
 from diffperception.cli.main import main
 from diffperception.detection import FCOS, Detector, DiffusionDet
-from diffperception.generation import DiffusionModel
+from diffperception.models import DiffusionModel
 from diffperception.models import UNetBackbone, pad_images
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.detection import DetectionModule
@@ -39,7 +39,7 @@ def fcos(unet: Path, frozen: bool = True) -> FCOS:
 
 
 def unet_of(detector: Detector) -> torch.nn.Module:
-    return next(module for module in detector.modules() if isinstance(module, UNetBackbone)).unet
+    return next(module for module in detector.modules() if isinstance(module, UNetBackbone)).reader.generator.network
 
 
 @pytest.mark.parametrize("build", [diffusiondet, fcos])
@@ -105,7 +105,7 @@ def test_the_backbone_has_a_learning_rate_of_its_own(generator: Path, frozen: bo
     scales = {name: task.lr_scale(name) for name, p in task.model.named_parameters() if p.requires_grad}
     assert {scale for name, scale in scales.items() if name.startswith("backbone.backbone.")} == {0.25}
     assert {scale for name, scale in scales.items() if not name.startswith("backbone.backbone.")} == {1.0}
-    assert ("backbone.backbone.unet.stem.weight" in scales) != frozen
+    assert ("backbone.backbone.reader.generator.network.stem.weight" in scales) != frozen
 
 
 # From the command line
@@ -120,10 +120,13 @@ def config(generator: Path, tmp_path: Path) -> Path:
         "class_path": "diffperception.models.UNetBackbone",
         "init_args": {"unet": str(generator), "blocks": [4, 2, 0]},
     }
-    sizes = {"width": 32, "stages": 1, "dynamic_width": 8, "ffn_width": 32, "num_heads": 4, "num_boxes": 20}
+    head = {
+        "class_path": "diffperception.detection.DynamicHead",
+        "init_args": {"width": 32, "stages": 1, "dynamic_width": 8, "ffn_width": 32, "num_heads": 4},
+    }
     options["model"] = {
         "class_path": "diffperception.detection.DiffusionDet",
-        "init_args": {"backbone": backbone, "strides": [1, 2, 4], "min_size": None, **sizes},
+        "init_args": {"backbone": backbone, "head": head, "strides": [1, 2, 4], "min_size": None, "num_boxes": 20},
     }
     options["trainer"]["max_steps"] = 2
     options["evaluation"] = {"every": None, "pictures": 0}
@@ -134,7 +137,7 @@ def config(generator: Path, tmp_path: Path) -> Path:
 def test_a_detector_is_trained_from_a_configuration(config: Path, generator: Path, tmp_path: Path) -> None:
     options = ["--config", str(config), "--model.init_args.backbone.init_args.timestep", "7"]
     assert main(["train", *options, "--output", str(tmp_path / "run")]) == 0
-    before = DiffusionModel.load(generator).unet.state_dict()
+    before = DiffusionModel.load(generator).network.state_dict()
     generator.unlink()
     detector = Detector.load(tmp_path / "run" / "model.safetensors")
     after = unet_of(detector).state_dict()
@@ -153,7 +156,7 @@ def test_a_detector_is_trained_from_a_configuration(config: Path, generator: Pat
         ),
         ("timestp=1", "UNetBackbone: Option 'timestp' is not accepted; did you mean timestep?"),
         ("unet=nothing.safetensors", "there is no model file nothing.safetensors"),
-        ("blocks=[1,2]", "blocks [2, 1] have strides [2, 2], but a pyramid needs one a stride"),
+        ("blocks=[1,2]", "blocks [2, 1] have strides [2, 2], but a pyramid needs one per stride"),
         ("blocks=[0,2]", "gives maps at strides [2, 4], not [1, 2, 4]: set the detector's strides to [2, 4]"),
     ],
 )
