@@ -14,8 +14,8 @@ from diffperception.data.masks import MaskFolder
 from diffperception.segmentation import FitOptions, PixelEnsemble, RGBFeatures
 from diffperception.segmentation.baseline import BaselineOptions, predict_labels, segmentation_unet, train_unet
 from diffperception.visualization.draw import save_png, to_pil
+from tests.helpers.networks import tiny_unet
 from tests.segmentation.test_ensemble import scene
-from tests.segmentation.test_features import unet
 
 METHODS = ["diffusion", "untrained", "rgb", "scratch"]
 
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     write_scenes(folder / "train", range(4))
     write_scenes(folder / "test", range(4, 7))
-    unet().save(folder / "unet.safetensors")
+    tiny_unet().save(folder / "unet.safetensors")
     return folder
 
 
@@ -97,7 +97,7 @@ def test_pixel_classifiers_differ_by_the_seed_alone() -> None:
 def test_the_unet_from_scratch_sees_the_seeds_crops() -> None:
     labelled, options = labelled_scenes(), BaselineOptions(steps=3, batch_size=2, crop=16, lr=1e-2)
     image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
-    like = unet()
+    like = tiny_unet()
     found = from_scratch(like, 3, options)(labelled, 1)(image, (24, 32))
     for seed in (1, 0):
         torch.manual_seed(1)
@@ -144,7 +144,7 @@ def test_results_of_other_settings_are_not_mixed(root: Path, first: Path) -> Non
 
 def test_results_of_another_generator_are_not_mixed(root: Path, first: Path) -> None:
     file = root / "unet.safetensors"
-    before, other = file.read_bytes(), unet()
+    before, other = file.read_bytes(), tiny_unet()
     other.stem.weight.data += 1
     other.save(file)
     try:

@@ -13,8 +13,8 @@ from diffperception.generation import DiffusionModel, SamplingOptions
 from diffperception.generation import sample as draw
 from diffperception.segmentation import FitOptions, PixelEnsemble, PixelSegmenter, RGBFeatures, Segmentation
 from tests.cli.test_compare import write_scenes
+from tests.helpers.networks import tiny_unet
 from tests.segmentation.test_ensemble import scene
-from tests.segmentation.test_features import unet
 
 CLASSES = ["red", "green", "blue"]
 
@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     features = RGBFeatures()
     classifier = PixelEnsemble(3, 3, 3).fit(features, [image], [mask], FitOptions(max_minibatches=200))
     PixelSegmenter(features, classifier, CLASSES).save(folder / "segmenter.safetensors")
-    DiffusionModel(None, unet(), image_size=16).save(folder / "generator.safetensors")
+    DiffusionModel(None, tiny_unet(), image_size=16).save(folder / "generator.safetensors")
     return folder
 
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_done(root: Path, tmp_path: Path, options: list[str], mes
 
 
 def test_the_classes_of_a_generator_take_turns(root: Path, tmp_path: Path) -> None:
-    model = DiffusionModel(["a", "b"], unet(num_classes=2), image_size=16)
+    model = DiffusionModel(["a", "b"], tiny_unet(num_classes=2), image_size=16)
     model.unet.label_emb.weight.data.mul_(20)
     model.save(tmp_path / "generator.safetensors")
     options = ["--number", "3", "--batch_size", "2", "--drop", "0", "--sampling.steps", "2"]

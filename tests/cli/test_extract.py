@@ -13,7 +13,7 @@ from diffperception.data.images import read_image
 from diffperception.segmentation import DiffusionFeatures
 from diffperception.segmentation.feature_cache import load_maps
 from diffperception.visualization.draw import save_png, to_pil
-from tests.segmentation.test_features import unet
+from tests.helpers.networks import tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(0)
     for number, name in enumerate(("a.png", "b.png", "more/a.png")):
         save_png(to_pil(torch.rand(3, 20, 24 + number, generator=generator)), folder / "images" / name)
-    unet().save(folder / "unet.safetensors")
+    tiny_unet().save(folder / "unet.safetensors")
     return folder
 
 
@@ -106,7 +106,7 @@ def test_a_file_that_is_cut_is_written_anew(root: Path, tmp_path: Path) -> None:
 
 def test_features_of_another_generator_are_not_mixed(root: Path, tmp_path: Path) -> None:
     run(root, tmp_path / "features")
-    other, options = unet(), ["--features.generator", str(tmp_path / "unet.safetensors")]
+    other, options = tiny_unet(), ["--features.generator", str(tmp_path / "unet.safetensors")]
     other.save(tmp_path / "unet.safetensors")
     run(root, tmp_path / "features", *options)
     other.stem.weight.data += 1

@@ -11,12 +11,13 @@ from diffperception.cli.search import expected_seconds, search, suggest
 from diffperception.configuration.parser import call
 from diffperception.segmentation import Probe
 from tests.cli.test_compare import write_scenes
-from tests.segmentation.test_features import diffusion, unet
+from tests.helpers.networks import tiny_unet
+from tests.segmentation.test_features import diffusion
 
 
 def test_blocks_and_timesteps_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_scenes(tmp_path / "data", range(4))
-    unet().save(tmp_path / "unet.safetensors")
+    tiny_unet().save(tmp_path / "unet.safetensors")
     arguments = ["--model", str(tmp_path / "unet.safetensors"), "--output", str(tmp_path / "search"), "--device", "cpu"]
     arguments += [f"--data.{kind}={tmp_path / 'data' / kind}" for kind in ("images", "masks")]
     arguments += ["--data.classes", "[red, green, blue]", "--timesteps", "800", "20", "--pixels", "200"]

@@ -15,7 +15,7 @@ from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.detection import DetectionModule
 from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
 from tests.detection.test_detector import assert_same_detections
-from tests.models.unet.test_unet import tiny
+from tests.helpers.networks import tiny_unet
 from tests.training.tiny_data import write_tiny_config
 
 IMAGES = [random_image(32, 48, 1), random_image(37, 26, 2), random_image(30, 47, 3)]
@@ -25,7 +25,7 @@ TARGETS = [random_target(n, *image.shape[1:], seed=n) for n, image in zip([3, 0,
 @pytest.fixture
 def generator(tmp_path: Path) -> Path:
     """The file of a small diffusion model."""
-    DiffusionModel(None, tiny(), schedule="cosine", image_size=16).save(tmp_path / "generator.safetensors")
+    DiffusionModel(None, tiny_unet(), schedule="cosine", image_size=16).save(tmp_path / "generator.safetensors")
     return tmp_path / "generator.safetensors"
 
 

@@ -7,13 +7,13 @@ import torch
 
 from diffperception.generation import SamplingOptions, sample
 from diffperception.generation.inference import draw_samples, sample_folder
-from tests.models.test_generator import CLASSES, conditional
+from tests.helpers.networks import CLASSES, conditional_generator
 
 TWO = SamplingOptions(steps=2)
 
 
 def test_batches_are_the_images_of_their_numbers_with_classes_in_turn() -> None:
-    model = conditional()
+    model = conditional_generator()
     batches = list(draw_samples(model, range(3, 8), TWO, seed=5, batch_size=2))
     assert [list(numbers) for numbers, _ in batches] == [[3, 4], [5, 6], [7]]
     expected = sample(model, range(3, 8), TWO, 5, torch.tensor([1, 0, 1, 0, 1]))
@@ -23,19 +23,19 @@ def test_batches_are_the_images_of_their_numbers_with_classes_in_turn() -> None:
 
 
 def test_a_file_is_sampled_in_one_call_and_other_files_stay(tmp_path: Path) -> None:
-    conditional().save(tmp_path / "model.safetensors")
+    conditional_generator().save(tmp_path / "model.safetensors")
     output = tmp_path / "out"
     sample_folder(tmp_path / "model.safetensors", output, 3, TWO, device="cpu")
     (output / "images" / "disc" / "000009.png").touch()
-    sample_folder(conditional(), output, 1, TWO, ["square"], device="cpu", overwrite=True)
+    sample_folder(conditional_generator(), output, 1, TWO, ["square"], device="cpu", overwrite=True)
     found = {path.relative_to(output).as_posix() for path in output.rglob("*.png")}
     assert found == {"images/square/000000.png", "images/disc/000009.png", "grid.png"}
     with pytest.raises(ValueError, match="is not empty"):
-        sample_folder(conditional(), output, 1, TWO, device="cpu")
+        sample_folder(conditional_generator(), output, 1, TWO, device="cpu")
 
 
 def test_half_precision_stays_close(tmp_path: Path) -> None:
-    model = conditional()
+    model = conditional_generator()
     with torch.autocast("cpu", torch.bfloat16):
         ((_, rounded),) = draw_samples(model, range(2), TWO)
     ((_, exact),) = draw_samples(model, range(2), TWO)
@@ -45,7 +45,7 @@ def test_half_precision_stays_close(tmp_path: Path) -> None:
 
 def test_noise_of_the_device_is_as_reproducible() -> None:
     """On the CPU both are the same."""
-    model, options = conditional(), SamplingOptions("ddpm", 3, noise="device")
+    model, options = conditional_generator(), SamplingOptions("ddpm", 3, noise="device")
     one, other = (sample(model, range(2), o, 1, torch.tensor([0, 1])) for o in (options, SamplingOptions("ddpm", 3)))
     assert torch.equal(one, other)
     assert model.classes == CLASSES

@@ -26,7 +26,7 @@ from diffperception.generation import DiffusionModel, SamplingOptions, sample
 from diffperception.generation.sampling import SAMPLERS, Sampler, sampling_grid
 from tests.diffusion.gaussian_mixture import Mixture
 from tests.helpers.devices import Device
-from tests.models.test_generator import conditional, tiny_unet
+from tests.helpers.networks import conditional_generator, two_level_unet
 
 
 def oracle(x0: Tensor) -> Denoiser:
@@ -35,7 +35,7 @@ def oracle(x0: Tensor) -> Denoiser:
 
 @pytest.fixture(scope="module")
 def model() -> DiffusionModel:
-    return DiffusionModel(None, tiny_unet(), image_size=8)
+    return DiffusionModel(None, two_level_unet(), image_size=8)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -104,13 +104,13 @@ def test_an_image_is_a_function_of_seed_and_number(model: DiffusionModel, option
 
 
 def test_labels_change_the_image() -> None:
-    labelled, options = conditional(), SamplingOptions(steps=2)
+    labelled, options = conditional_generator(), SamplingOptions(steps=2)
     one, other = (sample(labelled, [0], options, said=torch.tensor([k])) for k in (0, 1))
     assert not torch.allclose(one, other, atol=1e-3)
 
 
 def test_flow_matching_is_sampled_on_the_same_code() -> None:
-    straight = DiffusionModel(None, tiny_unet(), schedule="flow", prediction="flow", image_size=8)
+    straight = DiffusionModel(None, two_level_unet(), schedule="flow", prediction="flow", image_size=8)
     told: list[float] = []
     straight.network.register_forward_pre_hook(lambda unet, inputs: told.append(float(inputs[1][0])))
     for sampler in ("ddim", "heun", "dpm_solver"):
@@ -159,7 +159,7 @@ def test_an_eta_that_means_nothing_is_refused(sampler: Sampler, eta: float) -> N
     ids=lambda options: options.sampler,
 )
 def test_no_step_waits_for_the_device(device: Device, options: SamplingOptions) -> None:
-    model = conditional()
+    model = conditional_generator()
     labels = torch.tensor([0, 1])
     expected = sample(model, range(2), options, said=labels)
     model = device.move(model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffperception.models import Backbone, Condition, Conditioner, FeatureInfo, Model
 from diffperception.models.base import FORMAT, describe, file_kind
-from tests.models.unet.test_unet import tiny
+from tests.helpers.networks import tiny_unet
 
 OURS = ("tests",)  # the package of the classes below
 
@@ -148,7 +148,7 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
     Witness().save(tmp_path / "model.safetensors")
     assert not Witness.load(tmp_path / "model.safetensors", allow=OURS).drew
     whole().save(tmp_path / "whole.safetensors")
-    tiny().save(tmp_path / "unet.safetensors")
+    tiny_unet().save(tmp_path / "unet.safetensors")
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -252,14 +252,14 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 
 def test_another_model_than_was_asked_for_is_refused(tmp_path: Path) -> None:
-    tiny().save(tmp_path / "unet.safetensors")
+    tiny_unet().save(tmp_path / "unet.safetensors")
     with pytest.raises(ValueError, match=r"unet\.safetensors holds a UNet, not a Whole"):
         Whole.load(tmp_path / "unet.safetensors")
 
 
 def test_a_file_cut_in_half_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    tiny().save(path)
+    tiny_unet().save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
         Model.load(path)

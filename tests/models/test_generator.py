@@ -8,30 +8,16 @@ from safetensors import safe_open
 
 from diffperception.diffusion import FlowSchedule, Objective
 from diffperception.generation import DiffusionModel
-from diffperception.models import ClassLabels, Condition, Pixels, UNet
+from diffperception.models import ClassLabels, Condition, Pixels
 from diffperception.models.base import file_kind
 from tests.helpers.devices import Device
-
-CLASSES = ["disc", "square"]
-
-
-def tiny_unet(**changes: int) -> UNet:
-    torch.manual_seed(0)
-    layout = {"channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "attention": (2,), "num_head_channels": 32}
-    unet = UNet(**layout | changes)  # type: ignore[arg-type]
-    for parameter in unet.parameters():  # layers that begin at zero would hide what comes before them
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return unet.eval()
-
-
-def conditional(null_class: bool = True) -> DiffusionModel:
-    return DiffusionModel(CLASSES, tiny_unet(), image_size=8, null_class=null_class)
+from tests.helpers.networks import CLASSES, conditional_generator, two_level_unet
 
 
 def test_a_file_holds_all_that_sampling_needs(tmp_path: Path) -> None:
     model = DiffusionModel(
         CLASSES,
-        tiny_unet(out_channels=6),
+        two_level_unet(out_channels=6),
         schedule="cosine",
         num_timesteps=50,
         prediction="v",
@@ -54,12 +40,12 @@ def test_a_file_holds_all_that_sampling_needs(tmp_path: Path) -> None:
 
 def test_the_fewest_steps_of_a_path() -> None:
     for schedule, steps in (("linear", 21), ("cosine", 1)):
-        model = DiffusionModel(None, tiny_unet(), schedule=schedule, num_timesteps=steps, image_size=8)  # type: ignore[arg-type]
+        model = DiffusionModel(None, two_level_unet(), schedule=schedule, num_timesteps=steps, image_size=8)  # type: ignore[arg-type]
         assert 0 < float(model.schedule.alpha(steps - 1)) < 1
 
 
 def test_flow_matching_has_its_own_path() -> None:
-    model = DiffusionModel(None, tiny_unet(), schedule="flow", prediction="flow", image_size=8)
+    model = DiffusionModel(None, two_level_unet(), schedule="flow", prediction="flow", image_size=8)
     assert isinstance(model.schedule, FlowSchedule)
 
 
@@ -80,11 +66,11 @@ def test_flow_matching_has_its_own_path() -> None:
 )
 def test_what_does_not_fit_is_named(arguments: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        DiffusionModel(**{"classes": None, "network": tiny_unet(), "image_size": 8} | arguments)
+        DiffusionModel(**{"classes": None, "network": two_level_unet(), "image_size": 8} | arguments)
 
 
 def test_guidance_moves_from_the_unconditional_to_the_conditional_denoiser_and_beyond() -> None:
-    model, x, t = conditional(), torch.randn(2, 3, 8, 8), torch.tensor([10, 500])
+    model, x, t = conditional_generator(), torch.randn(2, 3, 8, 8), torch.tensor([10, 500])
     labels = torch.tensor([0, 1])
     without, plain = model.denoiser()(x, t).x0, model.denoiser(labels)(x, t).x0
     assert not torch.allclose(without, plain)
@@ -96,12 +82,12 @@ def test_guidance_moves_from_the_unconditional_to_the_conditional_denoiser_and_b
 
 
 def test_labels_and_guidance_need_a_model_that_has_learned_them() -> None:
-    plain = DiffusionModel(None, tiny_unet(), image_size=8)
+    plain = DiffusionModel(None, two_level_unet(), image_size=8)
     with pytest.raises(ValueError, match="trained without classes"):
         plain.denoiser(torch.tensor([0]))
     with pytest.raises(ValueError, match="train it with classes and null_class"):
         plain.denoiser(guidance=2.0)
-    labelled = conditional(null_class=False)
+    labelled = conditional_generator(null_class=False)
     with pytest.raises(ValueError, match="null_class"):
         labelled.denoiser(torch.tensor([0]), guidance=2.0)
     with pytest.raises(ValueError, match="null_class"):
@@ -109,7 +95,7 @@ def test_labels_and_guidance_need_a_model_that_has_learned_them() -> None:
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
-    tiny_unet().save(tmp_path / "unet.safetensors")
+    two_level_unet().save(tmp_path / "unet.safetensors")
     with pytest.raises(ValueError, match="holds a UNet, not a DiffusionModel"):
         DiffusionModel.load(tmp_path / "unet.safetensors")
 
@@ -151,7 +137,7 @@ def test_pixels_are_twice_less_one() -> None:
 
 
 def test_losses_are_the_objectives_with_what_is_said() -> None:
-    model, (x0, noise) = conditional(), torch.randn(2, 2, 3, 8, 8)
+    model, (x0, noise) = conditional_generator(), torch.randn(2, 2, 3, 8, 8)
     t, targets = torch.tensor([3, 700]), [{"label": 1}, {"label": 0}]
     losses = model.losses(model.objective(), x0, t, noise, model.read(targets))
     told = model.condition(torch.tensor([1, 0]))
@@ -159,13 +145,13 @@ def test_losses_are_the_objectives_with_what_is_said() -> None:
     assert torch.equal(losses["mse"], expected["mse"])
     losses["mse"].sum().backward()
     assert model.conditioner.embedding.weight.grad[:2].any(1).all()  # type: ignore[union-attr]
-    plain = DiffusionModel(None, tiny_unet(), image_size=8)
+    plain = DiffusionModel(None, two_level_unet(), image_size=8)
     assert plain.read(targets) is None
     assert plain.losses(plain.objective(), x0, t, noise)["mse"].shape == (2,)
 
 
 def test_a_training_step_waits_for_the_copies_of_its_batch_alone(device: Device) -> None:
-    model, (x0, noise) = conditional(), torch.randn(2, 2, 3, 8, 8)
+    model, (x0, noise) = conditional_generator(), torch.randn(2, 2, 3, 8, 8)
     t, said = torch.tensor([3, 700]), torch.tensor([1, 0])
     expected = model.losses(model.objective(5.0), x0, t, noise, said)["mse"].detach()
     model, x0, noise, t, said = device.move((model, x0, noise, t, said))

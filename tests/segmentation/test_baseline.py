@@ -10,12 +10,12 @@ from diffperception.segmentation.baseline import (
     segmentation_unet,
     train_unet,
 )
+from tests.helpers.networks import tiny_unet
 from tests.segmentation.test_ensemble import scene
-from tests.segmentation.test_features import unet
 
 
 def test_the_network_is_the_generators_but_for_its_last_layer():
-    like = unet(out_channels=6)
+    like = tiny_unet(out_channels=6)
     network = segmentation_unet(like, 5)
     ours, theirs = (dict(n.named_parameters()) for n in (network, like))
     assert theirs.keys() == ours.keys()
@@ -26,7 +26,7 @@ def test_the_network_is_the_generators_but_for_its_last_layer():
 def trained(steps: int) -> tuple[UNet, float]:
     images, masks = zip(*(scene(i) for i in range(2)), strict=True)
     torch.manual_seed(0)
-    network = segmentation_unet(unet(), 3)
+    network = segmentation_unet(tiny_unet(), 3)
     return network, train_unet(network, images, masks, BaselineOptions(steps, 4, 16, lr=3e-3), seed=1)
 
 
@@ -71,6 +71,6 @@ def test_ignored_pixels_do_not_count():
 def test_a_crop_that_does_not_halve_evenly_is_refused():
     image, mask = scene()
     with pytest.raises(ValueError, match="18"):
-        train_unet(unet(), [image], [mask], BaselineOptions(steps=1, crop=18))
+        train_unet(tiny_unet(), [image], [mask], BaselineOptions(steps=1, crop=18))
     with pytest.raises(ValueError, match="steps must be at least 1"):
         BaselineOptions(steps=0)

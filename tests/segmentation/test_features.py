@@ -2,12 +2,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffperception.diffusion import linear_schedule
 from diffperception.models import DiffusionModel, FeatureInfo, UNet
 from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, RGBFeatures, TimmFeatures
 from diffperception.segmentation.maps import FeatureMaps, Windows, rows_around, upsample, upsample_rows
+from tests.helpers.networks import tiny_unet
 from tests.parity import filled_state
 
 SCHEDULE = linear_schedule(1000)
@@ -15,7 +16,7 @@ SCHEDULE = linear_schedule(1000)
 
 def generator(network: UNet | None = None, side: int = 32, **options: object) -> DiffusionModel:
     """A generator that has learned nothing, of a UNet whose blocks all say something."""
-    return DiffusionModel(None, network or unet(), image_size=side, **options).eval()  # type: ignore[arg-type]
+    return DiffusionModel(None, network or tiny_unet(), image_size=side, **options).eval()  # type: ignore[arg-type]
 
 
 def flow(side: int = 32) -> DiffusionModel:
@@ -26,22 +27,6 @@ TIMM = {
     "resnet18": lambda: TimmFeatures("resnet18", (4, 8), window=32),
     "test_vit": lambda: TimmFeatures("test_vit", (16,), window=32),
 }
-
-
-def unet(**changes: object) -> UNet:
-    torch.manual_seed(0)
-    arguments = {
-        "channels": 32,
-        "channel_mult": (1, 1, 2),
-        "num_res_blocks": 1,
-        "attention": (4,),
-        "num_head_channels": 16,
-    }
-    network = UNet(**arguments | changes)  # type: ignore[arg-type]
-    for parameter in network.parameters():  # a new UNet's blocks begin as the identity, whatever the time
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    return network
 
 
 def diffusion(window: int = 32, **changes: object) -> DiffusionFeatures:
@@ -249,7 +234,7 @@ def test_a_continuous_path_has_both_its_ends():
 
 
 def test_classes_need_a_label_and_it_counts():
-    model = DiffusionModel(list("abcd"), unet(), image_size=32)
+    model = DiffusionModel(list("abcd"), tiny_unet(), image_size=32)
     with pytest.raises(ValueError, match="from 0 to 3"):
         DiffusionFeatures(model, (0,), (50,))
     image = torch.rand(3, 32, 32)

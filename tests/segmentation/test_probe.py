@@ -6,8 +6,9 @@ from torch import Tensor
 from diffperception.models import UNet
 from diffperception.segmentation import DiffusionFeatures, probe_features
 from diffperception.segmentation.probe import _probe, _sample
+from tests.helpers.networks import tiny_unet
 from tests.segmentation.test_ensemble import scene
-from tests.segmentation.test_features import generator, unet
+from tests.segmentation.test_features import generator
 
 
 class ColoursInBlockFour(UNet):
@@ -23,7 +24,7 @@ class ColoursInBlockFour(UNet):
 
 
 def candidates(seconds: float, timesteps: list[float]) -> list:
-    features = DiffusionFeatures(generator(ColoursInBlockFour(**unet().arguments)), (0, 3, 4), timesteps)
+    features = DiffusionFeatures(generator(ColoursInBlockFour(**tiny_unet().arguments)), (0, 3, 4), timesteps)
     images, masks = zip(*(scene(i) for i in range(4)), strict=True)
     return probe_features(features, images, masks, 3, seconds, pixels=300)
 

@@ -11,7 +11,7 @@ from diffperception.detection import FCOS
 from diffperception.diffusion import cosine_schedule, linear_schedule
 from diffperception.models import ActivationReader, DiffusionModel, UNet, UNetBackbone
 from tests.helpers.devices import Device
-from tests.models.unet.test_unet import tiny
+from tests.helpers.networks import tiny_unet
 
 TILE = 256  # side of the noise that is repeated
 BLOCKS = [0, 2, 4]  # of the tiny UNet's 0, 1, ..., 5 with strides 4, 2, 2, 1, 1, 1
@@ -34,7 +34,7 @@ def seen_by_the_unet(backbone: UNetBackbone, batch: Tensor) -> Tensor:
 
 
 def test_maps_are_normalised_activations_finest_first() -> None:
-    unet, batch = tiny(), images(2, 3, 16, 24)
+    unet, batch = tiny_unet(), images(2, 3, 16, 24)
     backbone = UNetBackbone(unet, blocks=BLOCKS, timestep=60)
     assert backbone.strides == [1, 2, 4]
     assert backbone.channels == [32, 32, 64]
@@ -48,7 +48,7 @@ def test_maps_are_normalised_activations_finest_first() -> None:
 def test_the_unet_sees_images_at_the_noise_level_it_is_told() -> None:
     batch = images(1, 3, 96, 128)
     for timestep in (0, 60, 999):
-        seen = seen_by_the_unet(UNetBackbone(tiny(), blocks=[0], timestep=timestep), batch)
+        seen = seen_by_the_unet(UNetBackbone(tiny_unet(), blocks=[0], timestep=timestep), batch)
         alpha, sigma = (f(timestep).float() for f in (linear_schedule().alpha, linear_schedule().sigma))
         noise = (seen - alpha * batch) / sigma
         assert abs(noise.mean()) < 0.02
@@ -56,8 +56,8 @@ def test_the_unet_sees_images_at_the_noise_level_it_is_told() -> None:
 
 
 def test_noise_depends_on_the_pixels_place_alone() -> None:
-    backbone = UNetBackbone(tiny(), blocks=[0], timestep=500)
-    other = UNetBackbone(tiny(), blocks=[0], timestep=500)
+    backbone = UNetBackbone(tiny_unet(), blocks=[0], timestep=500)
+    other = UNetBackbone(tiny_unet(), blocks=[0], timestep=500)
     small, wide = torch.zeros(1, 3, 16, 24), torch.zeros(3, 3, 32, TILE + 8)
     noise = seen_by_the_unet(other, wide)
     torch.testing.assert_close(seen_by_the_unet(backbone, small)[0], noise[2, :, :16, :24])
@@ -65,7 +65,7 @@ def test_noise_depends_on_the_pixels_place_alone() -> None:
 
 
 def test_blocks_after_the_last_one_named_are_not_computed() -> None:
-    backbone = UNetBackbone(tiny(), blocks=[0, 1], frozen=False)
+    backbone = UNetBackbone(tiny_unet(), blocks=[0, 1], frozen=False)
     runs = []
     for index, block in enumerate(network(backbone).decoder):
         block.register_forward_hook(lambda *_, index=index: runs.append(index))
@@ -74,7 +74,7 @@ def test_blocks_after_the_last_one_named_are_not_computed() -> None:
 
 
 def test_a_frozen_unet_stays_as_it_is() -> None:
-    backbone = UNetBackbone(tiny(dropout=0.5), blocks=BLOCKS).train()
+    backbone = UNetBackbone(tiny_unet(dropout=0.5), blocks=BLOCKS).train()
     batch = images(1, 3, 16, 16)
     maps = backbone(batch)
     assert not any(module.training for module in network(backbone).modules())
@@ -85,7 +85,7 @@ def test_a_frozen_unet_stays_as_it_is() -> None:
 
 
 def test_fine_tuning_reaches_every_weight_that_is_used_and_asks_for_no_other() -> None:
-    backbone = UNetBackbone(tiny(), blocks=BLOCKS, frozen=False).train()
+    backbone = UNetBackbone(tiny_unet(), blocks=BLOCKS, frozen=False).train()
     assert network(backbone).training
     torch.stack([(m * images(*m.shape)).sum() for m in backbone(images(1, 3, 16, 16))]).sum().backward()
     for name, parameter in network(backbone).named_parameters():
@@ -104,7 +104,9 @@ def test_fine_tuning_reaches_every_weight_that_is_used_and_asks_for_no_other() -
 def test_a_diffusion_model_brings_its_own_noise(
     tmp_path: Path, schedule: str, prediction: str, alpha: float, sigma: float
 ) -> None:
-    model = DiffusionModel(None, tiny(), schedule=schedule, num_timesteps=4000, prediction=prediction, image_size=16)  # type: ignore[arg-type]
+    model = DiffusionModel(
+        None, tiny_unet(), schedule=schedule, num_timesteps=4000, prediction=prediction, image_size=16
+    )  # type: ignore[arg-type]
     model.save(tmp_path / "model.safetensors")
     backbone = UNetBackbone(tmp_path / "model.safetensors", blocks=[0], timestep=2300 if schedule == "cosine" else 0.3)
     (level,) = backbone.reader.levels
@@ -119,11 +121,11 @@ def test_a_label_is_told() -> None:
 
 
 def labelled(null_class: bool = False) -> DiffusionModel:
-    return DiffusionModel(["a", "b", "c"], tiny(), image_size=16, null_class=null_class)
+    return DiffusionModel(["a", "b", "c"], tiny_unet(), image_size=16, null_class=null_class)
 
 
 def test_bfloat16() -> None:
-    backbone, batch = UNetBackbone(tiny(), blocks=BLOCKS), images(1, 3, 16, 16)
+    backbone, batch = UNetBackbone(tiny_unet(), blocks=BLOCKS), images(1, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = backbone(batch)
     for a, b in zip(rounded, backbone(batch), strict=True):
@@ -144,7 +146,7 @@ def test_bfloat16() -> None:
 )
 def test_a_mistake_is_one_sentence(unet: dict, options: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        UNetBackbone(tiny(**unet), **options)
+        UNetBackbone(tiny_unet(**unet), **options)
 
 
 def test_a_label_that_means_nothing_is_refused() -> None:
@@ -168,7 +170,7 @@ def test_files_of_other_models_are_refused(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_the_reader_gives_maps_time_by_time_in_strides_of_the_image() -> None:
-    reader = ActivationReader(tiny(), [4, 0], [50, 900]).eval()
+    reader = ActivationReader(tiny_unet(), [4, 0], [50, 900]).eval()
     pictures = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
     maps = reader(pictures)
     assert [info.name for info in reader.info] == ["t50 block 4", "t50 block 0", "t900 block 4", "t900 block 0"]
@@ -193,7 +195,7 @@ def test_a_reader_of_nothing_or_of_the_same_twice_is_refused(
     blocks: list[int], timesteps: list[float], complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        ActivationReader(tiny(), blocks, timesteps)
+        ActivationReader(tiny_unet(), blocks, timesteps)
 
 
 def test_a_saved_reader_keeps_its_noise(tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_reading_waits_for_no_device(device: Device) -> None:
 
 
 def test_a_detectors_backbone_on_every_device(device: Device) -> None:
-    backbone, batch = UNetBackbone(tiny(), blocks=BLOCKS), images(2, 3, 16, 24)
+    backbone, batch = UNetBackbone(tiny_unet(), blocks=BLOCKS), images(2, 3, 16, 24)
     expected = [m.detach() for m in backbone(batch)]
     backbone, batch = device.move((backbone, batch))
     maps = backbone(batch)

@@ -3,7 +3,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffperception.diffusion import (
@@ -24,28 +24,11 @@ from diffperception.models.base import describe
 from diffperception.models.convert import adm
 from diffperception.models.unet.blocks import time_embedding
 from tests.helpers.devices import Device
+from tests.helpers.networks import tiny_unet
 from tests.parity import FOLDER, arrays, distance, filled_state
 from tests.parity.fill import fill
 
 TOLERANCE = 1e-4
-
-
-def tiny(**changes: object) -> UNet:
-    """A UNet of three levels whose output depends on everything in it."""
-    torch.manual_seed(0)
-    arguments = {
-        "channels": 32,
-        "channel_mult": (1, 1, 2),
-        "num_res_blocks": 1,
-        "attention": (4,),
-        "num_head_channels": 16,
-        **changes,
-    }
-    unet = UNet(**arguments)  # type: ignore[arg-type]
-    for parameter in unet.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    return unet.eval()
 
 
 def told(unet: UNet, batch: int) -> Condition:
@@ -232,14 +215,14 @@ def test_a_new_model_predicts_nothing_and_its_branches_add_nothing() -> None:
 
 @pytest.mark.parametrize("resampling", ["block", "conv", "pool"])
 def test_every_parameter_has_a_part_in_the_output(resampling: str) -> None:
-    unet = tiny(resampling=resampling, scale_shift=resampling != "conv")
+    unet = tiny_unet(resampling=resampling, scale_shift=resampling != "conv")
     unet(torch.randn(3, 3, 8, 16), torch.tensor([1, 500, 900]), told(unet, 3)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in unet.parameters())
 
 
 @torch.no_grad()
 def test_time_and_condition_matter_and_samples_do_not_mix() -> None:
-    unet, x, t = tiny(), torch.randn(2, 3, 8, 8), torch.tensor([10, 700])
+    unet, x, t = tiny_unet(), torch.randn(2, 3, 8, 8), torch.tensor([10, 700])
     condition = told(unet, 2)
     assert condition.vector is not None
     together = unet(x, t, condition)
@@ -252,7 +235,7 @@ def test_time_and_condition_matter_and_samples_do_not_mix() -> None:
 
 @torch.no_grad()
 def test_activations_stop_after_the_last_block_named() -> None:
-    unet, x, t = tiny(), torch.randn(1, 3, 16, 24), torch.tensor([50])
+    unet, x, t = tiny_unet(), torch.randn(1, 3, 16, 24), torch.tensor([50])
     calls = []
     for i, stage in enumerate(unet.decoder):
         stage.register_forward_hook(lambda *_, i=i: calls.append(i))
@@ -265,7 +248,7 @@ def test_activations_stop_after_the_last_block_named() -> None:
 
 def test_recomputing_activations_changes_nothing_but_memory() -> None:
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 400])
-    plain, saving = tiny(), tiny(checkpointing=True)
+    plain, saving = tiny_unet(), tiny_unet(checkpointing=True)
     kept = {True: 0, False: 0}
     outputs = {}
     for unet in (plain, saving):
@@ -283,7 +266,7 @@ def test_recomputing_activations_changes_nothing_but_memory() -> None:
 def test_single_precision_stays_close_to_double_in_wide_models() -> None:
     """Widths and sizes at which convolutions take Winograd's way."""
     unet, x, t = (
-        tiny(channels=64, channel_mult=(1, 2), attention=(2,)),
+        tiny_unet(channels=64, channel_mult=(1, 2), attention=(2,)),
         torch.randn(2, 3, 32, 32),
         torch.tensor([3, 400]),
     )
@@ -299,11 +282,11 @@ def test_single_precision_stays_close_to_double_in_wide_models() -> None:
 
 def test_half_precision_weights_and_autocast_stay_close() -> None:
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 400])
-    exact = tiny()(x, t).detach()
-    half = tiny().to(torch.bfloat16)(x.bfloat16(), t)
+    exact = tiny_unet()(x, t).detach()
+    half = tiny_unet().to(torch.bfloat16)(x.bfloat16(), t)
     assert half.dtype == torch.bfloat16
     assert distance(half.detach().float(), exact) < 0.2
-    unet = tiny()
+    unet = tiny_unet()
     with torch.autocast("cpu", torch.bfloat16):
         out = unet(x, t)
     out.float().square().sum().backward()
@@ -312,7 +295,7 @@ def test_half_precision_weights_and_autocast_stay_close() -> None:
 
 
 def test_saved_models_come_back_whole(tmp_path) -> None:
-    unet, x, t = tiny(), torch.randn(1, 3, 8, 8), torch.tensor([7])
+    unet, x, t = tiny_unet(), torch.randn(1, 3, 8, 8), torch.tensor([7])
     unet.save(tmp_path / "model.safetensors")
     loaded = UNet.load(tmp_path / "model.safetensors")
     assert torch.equal(loaded(x, t), unet(x, t))
@@ -352,7 +335,7 @@ def test_time_embedding_is_cosines_then_sines() -> None:
 )
 def test_impossible_layouts_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny(**changes)
+        tiny_unet(**changes)
 
 
 def test_dropout_drops_in_training_alone_and_comes_with_a_checkpoint_as_asked() -> None:
@@ -366,7 +349,7 @@ def test_dropout_drops_in_training_alone_and_comes_with_a_checkpoint_as_asked() 
 
 
 def test_impossible_inputs_are_refused() -> None:
-    unet, t = tiny(), torch.tensor([5])
+    unet, t = tiny_unet(), torch.tensor([5])
     with pytest.raises(ValueError, match=r"30 x 64 pixels do not allow; crop to 28 x 64 or pad to 32 x 64"):
         unet(torch.zeros(1, 3, 30, 64), t)
     with pytest.raises(ValueError, match=r"2 x 64 pixels do not allow; pad to 4 x 64"):
@@ -388,7 +371,7 @@ def test_impossible_inputs_are_refused() -> None:
 
 @torch.no_grad()
 def test_every_device_predicts_the_same_and_waits_for_nothing(device: Device) -> None:
-    unet, x, t = tiny(), torch.randn(2, 3, 16, 16), torch.tensor([3, 400])
+    unet, x, t = tiny_unet(), torch.randn(2, 3, 16, 16), torch.tensor([3, 400])
     condition = told(unet, 2)
     expected = unet(x, t, condition)
     unet, x, t, vector = device.move((unet, x, t, condition.vector))
@@ -399,7 +382,7 @@ def test_every_device_predicts_the_same_and_waits_for_nothing(device: Device) ->
 
 @torch.no_grad()
 def test_an_exported_unet_takes_any_batch() -> None:
-    unet = tiny(channels=64, channel_mult=(1, 2), attention=(2,), num_head_channels=32)
+    unet = tiny_unet(channels=64, channel_mult=(1, 2), attention=(2,), num_head_channels=32)
     arguments = torch.randn(2, 3, 16, 16), torch.tensor([3, 400])
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(unet, arguments, dynamic_shapes=({0: batch}, {0: batch}))
@@ -409,7 +392,7 @@ def test_an_exported_unet_takes_any_batch() -> None:
 
 def test_forward_mode_derivatives_are_finite_differences() -> None:
     """Of a whole network, as MeanFlow and likelihoods need them."""
-    unet = tiny().double()
+    unet = tiny_unet().double()
     x, direction, t = *torch.randn(2, 1, 3, 8, 8, dtype=torch.float64), torch.tensor([300.0])
     with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
         _, derivative = torch.func.jvp(lambda x: unet(x, t), (x,), (direction,))
