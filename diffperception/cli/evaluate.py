@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
+from diffperception.cli.evaluate_generation import evaluate_sample_folder
 from diffperception.data import CocoDetection
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, IouType, Protocol
@@ -147,4 +148,4 @@ def finish(result: CocoResult, output: Path | None) -> None:
         echo(f"\n{output / 'metrics.json'}: these numbers\n{output / 'detections.json'}: every predicted box")
 
 
-BY_KIND = {"results": score_results, "detector": evaluate_detector_file}
+BY_KIND = {"samples": evaluate_sample_folder, "results": score_results, "detector": evaluate_detector_file}

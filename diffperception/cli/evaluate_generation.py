@@ -8,8 +8,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from diffperception.devices import Precision
 from diffperception.echo import echo
 from diffperception.files import images_below, write_json
-from diffperception.generation.evaluator import evaluate_samples
-from diffperception.training.crops import training_crops
+from diffperception.generation.evaluator import Crops, evaluate_samples
 
 
 def evaluate_sample_folder(
@@ -55,8 +54,11 @@ def evaluate_sample_folder(
         precision: 32, or bf16 for bfloat16 where that is safe.
         seed: the seed of the subsets, and of the crops of a training's pictures.
     """
-    crops = reference.suffix in (".yaml", ".yml")
-    real = training_crops(reference, len(images_below(samples)), seed) if crops else reference
+    real: Path | Crops = reference
+    if reference.suffix in (".yaml", ".yml"):
+        from diffperception.training.crops import training_crops  # Lightning, which nothing else needs here
+
+        real = training_crops(reference, len(images_below(samples)), seed)
     report = evaluate_samples(
         samples,
         real,

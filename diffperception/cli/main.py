@@ -72,7 +72,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
     prefer_fast_products()
     task = given(spread_files(arguments), "task")
-    if task == "segmentation" or (name == "evaluate" and task == "generation"):  # until these have moved
+    if task == "segmentation":  # until these have moved
         module = importlib.import_module(f"diffperception.cli.{name}_{task}")
         return call(getattr(module, name), arguments, task=task)
     if name == "train":

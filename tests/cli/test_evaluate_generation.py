@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from diffperception.cli.evaluate_generation import evaluate_sample_folder
+from diffperception.cli.main import main
 from diffperception.configuration.parser import call
 from diffperception.generation.evaluator import evaluate_samples
 from diffperception.training.crops import training_crops
@@ -81,3 +82,11 @@ def test_the_crops_are_a_function_of_the_seed(folders: Path, tmp_path: Path) -> 
         assert call(evaluate_sample_folder, [*arguments, "--output", str(tmp_path / seed)]) == 0
         distances.append(json.loads((tmp_path / seed / "metrics.json").read_text())["metrics"]["fid"])
     assert distances[0] != pytest.approx(distances[1], rel=1e-3)
+
+
+def test_the_samples_say_what_is_evaluated(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--samples", str(folders / "good"), "--reference", str(folders / "real"), *FEATURES]
+    assert main(["evaluate", *arguments]) == 0
+    assert "24 samples, 30 real images" in capsys.readouterr().out
+    assert main(["evaluate", *arguments, "--subset_size", "1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

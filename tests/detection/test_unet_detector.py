@@ -152,7 +152,7 @@ def test_a_detector_is_trained_from_a_configuration(config: Path, generator: Pat
     [
         (
             "timestep=x",
-            "option model.backbone.timestep: diffperception.models.UNetBackbone: expected a whole number, got x",
+            "option model.backbone.timestep: diffperception.models.UNetBackbone: expected a number, got x",
         ),
         ("timestp=1", "UNetBackbone: Option 'timestp' is not accepted; did you mean timestep?"),
         ("unet=nothing.safetensors", "there is no model file nothing.safetensors"),
