@@ -13,7 +13,7 @@ from diffperception.cli.compare import compare
 from diffperception.configuration.base import given, spread_files
 from diffperception.configuration.parser import Options
 from diffperception.data.shapes import CLASSES
-from diffperception.detection import Detector
+from diffperception.detection import Detector, SetWeights
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier
 from diffperception.segmentation import DiffusionFeatures
@@ -65,6 +65,17 @@ def test_a_detectors_configuration_is_accepted_and_it_is_built(path: Path, tmp_p
     model = built(options, values)["model"](["one", "two", "three"])
     assert isinstance(model, Detector)
     assert model.classes == ["one", "two", "three"]
+
+
+def test_the_parts_of_a_detector_are_options() -> None:
+    files = [str(CONFIGS / "detection" / "shapes.yaml")]
+    parts = ["--model.init_args.head.init_args.stages", "2", "--model.sampler.eta", "0.5"]
+    parts += ["--model.init_args.criterion.init_args.matcher", "hungarian", "--model.criterion.weights.l1", "7"]
+    options = options_for(files)
+    model = built(options, options.parse([*files, *parts]))["model"](["one", "two"])
+    assert (len(model.head.stages), model.head.width, model.backbone.width) == (2, 64, 64)
+    assert (model.sampler.steps, model.sampler.eta, model.criterion.matcher) == (4, 0.5, "hungarian")
+    assert model.arguments["criterion"].arguments["weights"] == SetWeights(classification=12, l1=7)
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "generation").glob("*.yaml")), ids=lambda path: path.name)

@@ -35,7 +35,8 @@ def test_recipe(data, suffix):
     recipe, run = (SimpleNamespace(**values) for values in parser.instantiate(options))
     values = SimpleNamespace(**vars(recipe), trainer=run.trainer)
     evaluation = values.evaluation
-    rules = (model.federated_classes, values.data.repeat_threshold, evaluation.protocol, evaluation.max_dets)
+    federated = model.criterion.init_args.federated_classes if model.criterion else None
+    rules = (federated, values.data.repeat_threshold, evaluation.protocol, evaluation.max_dets)
     assert rules == RARE[data]
     read = (values.data.train_annotations, values.data.val_annotations)
     assert tuple(Path(path).relative_to("data").as_posix() for path in read) == ANNOTATIONS[data]
