@@ -182,4 +182,4 @@ def _kept(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float | None
     group = labels + (labels.max() + 1) * torch.arange(images, device=labels.device)[:, None]
     low, high = boxes.aminmax()
     moved = boxes.double() + (group * (high - low + 1))[..., None]
-    return nms(moved.flatten(0, 1), scores.flatten(), threshold)
+    return nms(moved.flatten(0, 1), scores.double().flatten(), threshold)
