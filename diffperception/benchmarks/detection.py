@@ -17,15 +17,16 @@ OBJECTS = 10
 STAGES = 6
 
 
-def measure(repeats: int, say: Callable[[Row], None]) -> tuple[Row, list[Row]]:
+def measure(repeats: int, say: Callable[[Row], None], device: torch.device | str = "cpu") -> tuple[Row, list[Row]]:
     """The unit (one forward of torchvision's resnet50_fpn) and what our parts and calls take.
 
     Args:
         repeats: the best of so many runs counts.
         say: is told each row when it is measured.
+        device: where all compute.
     """
     torch.manual_seed(0)
-    images = [torch.rand(3, HEIGHT, WIDTH) for _ in range(4)]
+    images = [torch.rand(3, HEIGHT, WIDTH).to(device) for _ in range(4)]
     rows: list[Row] = []
 
     def record(name: str, function: Callable[[], object], target: float | None = None) -> Row:
@@ -33,11 +34,11 @@ def measure(repeats: int, say: Callable[[Row], None]) -> tuple[Row, list[Row]]:
         say(rows[-1])
         return rows[-1]
 
-    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=5).eval()
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=5).eval().to(device)
     batch = torch.stack(images[:1])
     with torch.no_grad():
         unit = record("torchvision resnet50_fpn, one image (unit)", lambda: backbone(batch))
-    detector = DiffusionDet([str(i) for i in range(NUM_CLASSES)], freeze_norm=True, min_size=None).eval()
+    detector = DiffusionDet([str(i) for i in range(NUM_CLASSES)], freeze_norm=True, min_size=None).eval().to(device)
     with torch.no_grad():
         _measure_prediction(detector, images, record)
     _measure_training(detector.train(), images[:2], record)
@@ -47,10 +48,10 @@ def measure(repeats: int, say: Callable[[Row], None]) -> tuple[Row, list[Row]]:
 def _measure_prediction(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
     one, four = BoxSampler(1, NUM_BOXES), BoxSampler(4, NUM_BOXES)
     encoded = detector.encode(images[:1])
-    boxes = _random_boxes(NUM_BOXES)[None]
+    boxes, t = _random_boxes(NUM_BOXES)[None].to(detector.device), torch.tensor([500]).to(detector.device)
     sampled = detector.sample(encoded, [0], four)
     record("backbone, one image", lambda: detector.features(images[:1]))
-    record("head, one pass", lambda: detector.head(encoded.pyramid, boxes, torch.tensor([500]), last_only=True))
+    record("head, one pass", lambda: detector.head(encoded.pyramid, boxes, t, last_only=True))
     record("post-processing of four steps", lambda: four.select(sampled).in_images(encoded.seen, encoded.sizes))
     record("prediction, one step", lambda: detector.predict(images[:1], sampler=one), target=1.8)
     record("prediction, four steps", lambda: detector.predict(images[:1], sampler=four), target=4.5)
@@ -59,9 +60,10 @@ def _measure_prediction(detector: DiffusionDet, images: list[torch.Tensor], reco
 
 def _measure_training(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
     targets = [{"boxes": _random_boxes(OBJECTS), "labels": torch.arange(OBJECTS)} for _ in images]
-    padded = PaddedTargets.collate(targets, image_sizes(images)).repeat(STAGES)
+    padded = PaddedTargets.collate(targets, image_sizes(images)).repeat(STAGES).to(detector.device)
     rows = len(padded.boxes)
-    logits, boxes = torch.randn(rows, NUM_BOXES, NUM_CLASSES), _random_boxes(NUM_BOXES).expand(rows, -1, -1)
+    logits = torch.randn(rows, NUM_BOXES, NUM_CLASSES).to(detector.device)
+    boxes = _random_boxes(NUM_BOXES).to(detector.device).expand(rows, -1, -1)
     optimizer = torch.optim.AdamW(detector.parameters(), 1e-6, foreach=True)
 
     def step() -> None:

@@ -5,38 +5,43 @@ from typing import Literal
 import torch
 
 from diffperception.benchmarks import detection, generation, segmentation
-from diffperception.benchmarks.timing import Row, ratio_table
-from diffperception.cli import say
+from diffperception.benchmarks.timing import ratio_table
+from diffperception.devices import pick_device
+from diffperception.echo import echo
 
 
-def benchmark(suite: Literal["detection", "segmentation", "generation"], /, threads: int = 2, repeats: int = 3) -> None:
+def benchmark(
+    suite: Literal["detection", "segmentation", "generation"],
+    /,
+    device: str = "cpu",
+    threads: int = 2,
+    repeats: int = 3,
+) -> None:
     """Measure speeds as ratios to a well-known unit in the same run.
 
     detection: DiffusionDet with ResNet-50, 300 boxes, 480 x 640 pixels, float32; the unit is one forward pass of
     torchvision's resnet50_fpn. Close other programs first: they disturb even ratios.
 
     segmentation: ten pixel classifiers on 8448 random features at the sizes of the reference, against the dense way;
-    and their peak memory. Takes about 14 GB for the dense way where the machine has 28.
+    and their peak memory. Takes about 14 GB for the dense way where the machine has 28. On a CPU only.
 
     generation: the UNet's forward pass and training step, 21 M parameters, 8 images of 64 x 64 pixels, float32; the
     units are those of diffusers' UNet2DModel of the same layout, which must be installed.
 
     Args:
         suite: what to measure.
-        threads: of the CPU.
+        device: cpu, cuda, cuda:1, ... or auto.
+        threads: threads of the CPU.
         repeats: the best of so many runs counts.
     """
     torch.set_num_threads(threads)
-    if suite == "segmentation":
-        say(segmentation.measure(threads, repeats, 100, lambda what: say(f"measuring {what}")).table())
-        return
-
-    if suite == "generation":
-        for unit, rows in generation.measure(repeats, lambda what: say(f"measuring {what}")):
-            say(ratio_table(unit, rows))
-        return
-
-    def progress(row: Row) -> None:
-        say(f"measured: {row.name}")
-
-    say(ratio_table(*detection.measure(repeats, progress)))
+    where = pick_device(device)
+    if suite == "detection":
+        echo(ratio_table(*detection.measure(repeats, lambda row: echo(f"measured: {row.name}"), where)))
+    elif suite == "generation":
+        for unit, rows in generation.measure(repeats, lambda what: echo(f"measuring {what}"), where):
+            echo(ratio_table(unit, rows))
+    elif where.type == "cpu":
+        echo(segmentation.measure(threads, repeats, 100, lambda what: echo(f"measuring {what}")).table())
+    else:
+        raise ValueError("the suite segmentation measures a CPU: leave out --device")

@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": "what a generator's features are worth where few images are labelled",
     "convert": "turn a checkpoint of DiffusionDet, guided-diffusion or ddpm-segmentation into a model file",
 }
+MODELS = ("detector", "segmenter", "generator", "classifier")  # the kinds of model files
 USAGE = (
     "usage: diffperception COMMAND [FILE.yaml ...] [--option value] ...\n\n"
     + "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
@@ -83,9 +84,13 @@ def run(name: str, arguments: Sequence[str]) -> int:
     kind = find_kind(arguments, by_kind)
     if kind is not None:
         return call(by_kind[kind], arguments, name)
-    for command in by_kind.values():
+    if not {"--help", "-h"} & set(arguments):
+        models = [kind for kind in by_kind if kind in MODELS]
+        ways = [f"--model, the file of a {' or '.join(models)}"] if models else []
+        raise ValueError(f"give {', or '.join([*ways, *(f'--{kind}' for kind in by_kind if kind not in models)])}")
+    for command in dict.fromkeys(by_kind.values()):
         Options(name, command).parser.print_help()
-    return 0 if "--help" in arguments or "-h" in arguments else 2
+    return 0
 
 
 def functions(name: str) -> Mapping[str, Callable[..., int | None]]:
@@ -114,7 +119,7 @@ def find_kind(arguments: Sequence[str], kinds: Collection[str]) -> str | None:
         return None
     kind = file_kind(file)
     if kind not in kinds:
-        raise ValueError(f"{file} is a {kind}: give the file of a {' or '.join(kinds)}")
+        raise ValueError(f"{file} holds a {kind}: give the file of a {' or '.join(k for k in kinds if k in MODELS)}")
     return kind
 
 

@@ -3,9 +3,9 @@
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,7 +32,7 @@ class Averaging(WeightAveraging):
     """
 
     def __init__(self, decay: float):
-        super().__init__(multi_avg_fn=self._blend)
+        super().__init__()
         self.decay = decay
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -41,9 +41,26 @@ class Averaging(WeightAveraging):
         # On the CPU no update waits for a GPU to tell its number.
         self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
-    def _blend(self, averages: list[Tensor], values: list[Tensor], _: Tensor) -> None:
-        assert self._average_model is not None
-        blend(averages, values, self.decay, int(self._average_model.n_averaged))
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # type: ignore[override]
+        if trainer.global_step > self._latest_update_step:
+            self.update(pl_module)
+            self._latest_update_step = trainer.global_step
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """As AveragedModel.update_parameters, which copies the number of updates to a GPU and waits for it."""
+        average = self._average_model
+        assert average is not None
+        pairs = list(zip(_state(average.module), _state(module), strict=True))
+        n = int(average.n_averaged)
+        blended = [pair for pair in pairs if n and pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not (n and pair[0].is_floating_point())]  # counters; all at first
+        if blended:
+            weight = 1 - min(self.decay, (1 + n) / (10 + n))
+            torch._foreach_lerp_([old for old, _ in blended], [new for _, new in blended], weight)
+        if copied:
+            torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])
+        average.n_averaged += 1
 
     @property
     def model(self) -> nn.Module:
@@ -52,13 +69,9 @@ class Averaging(WeightAveraging):
         return self._average_model.module.model  # type: ignore[return-value]
 
 
-@torch.no_grad()
-def blend(averages: list[Tensor], values: list[Tensor], decay: float, n: int) -> None:
-    """Update n of averages, of one type and device, with new values."""
-    if averages[0].is_floating_point():
-        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
-    else:  # counters
-        torch._foreach_copy_(averages, values)
+def _state(module: nn.Module) -> Iterator[Tensor]:
+    """Weights and statistics."""
+    return chain(module.parameters(), module.buffers())
 
 
 def log(trainer: Trainer, step: int, numbers: Mapping[str, float]) -> None:
@@ -138,12 +151,14 @@ class Checkpoints(Callback):
     Args:
         path: of the checkpoint; None writes none.
         every: steps between checkpoints.
+        ask_every: steps after which several processes on GPUs ask each other whether to stop, which waits for them.
         max_minutes: stop after these.
     """
 
-    def __init__(self, path: Path | None, every: int, max_minutes: float | None):
+    def __init__(self, path: Path | None, every: int, ask_every: int, max_minutes: float | None):
         self.path = path
         self.every = every
+        self.ask_every = ask_every
         self.seconds = float("inf") if max_minutes is None else max_minutes * 60
         self.signal: int | None = None
         self.saved = 0
@@ -171,13 +186,19 @@ class Checkpoints(Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        told = self.signal is not None or time.monotonic() - self.began > self.seconds
-        stop = trainer.strategy.reduce_boolean_decision(told, all=False) or trainer.should_stop
+        stop = trainer.should_stop or self._is_told_to_stop(trainer)
         if stop or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             module.require_finite()
             self._save(trainer)
         self.between_steps = True
         trainer.should_stop = stop
+
+    def _is_told_to_stop(self, trainer: Trainer) -> bool:
+        told = self.signal is not None or time.monotonic() - self.began > self.seconds
+        on_gpus = trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu"
+        if on_gpus and trainer.global_step % self.ask_every:
+            return False
+        return trainer.strategy.reduce_boolean_decision(told, all=False)
 
     def _save(self, trainer: Trainer) -> None:
         if self.path is None:

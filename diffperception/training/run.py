@@ -94,7 +94,9 @@ def fit(
     """
     module, path = parts.module, None if folder is None else folder.path
     averaging = None if module.ema_decay is None else Averaging(module.ema_decay)
-    checkpoints = Checkpoints(path and path / CHECKPOINT, options.checkpoint_every, options.max_minutes)
+    checkpoints = Checkpoints(
+        path and path / CHECKPOINT, options.checkpoint_every, options.log_every, options.max_minutes
+    )
     evaluations = Evaluations(parts.evaluator, averaging, folder)
     # Called in this order after each step.
     callbacks = [*([averaging] if averaging else []), Reporter(options.log_every), checkpoints, evaluations]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier, UNet
-from diffperception.training.callbacks import blend
 from diffperception.training.module import NonFiniteLossError, TrainingModule
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.detection import DetectionModule
@@ -71,15 +70,6 @@ def test_a_loss_that_is_not_finite_is_found_later_on_a_gpu_and_named(device: Dev
         module.training_step(module.transfer_batch_to_device(classification()[1], device.device, 0), 1)
     with pytest.raises(NonFiniteLossError, match=r"cross_entropy nan.*2\.png"):
         module.require_finite()
-
-
-def test_averages_are_updated_without_a_wait(device: Device) -> None:
-    averages, values = (device.move([torch.full((3,), x), torch.full((2, 2), x)]) for x in (1.0, 2.0))
-    before = len(device.waits)
-    blend(averages, values, 0.9, 1)
-    assert len(device.waits) == before
-    for average in device.host(averages):
-        torch.testing.assert_close(average, torch.full_like(average, 1 + 9 / 11))
 
 
 @pytest.mark.parametrize("make", [detection, generation, classification])

@@ -88,6 +88,14 @@ def test_a_run_stopped_at_any_step_ends_like_the_uninterrupted_one(
         assert_same_run(tmp_path / "whole", run)
 
 
+def test_a_checkpoint_is_read_once(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(config, tmp_path, "--trainer.max_steps", "3") == 0
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda file, *args, **options: read.append(file) or load(file, *args, **options))
+    assert train(config, tmp_path, "--trainer.max_steps", "4", "--resume") == 0
+    assert read == [tmp_path / "last.ckpt"]
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_real_detector_resumes_bit_for_bit(config: Path, tmp_path: Path, precision: str) -> None:
     options = ["--model", "tests.training.tiny_detector.UnpluggedDiffusionDet", "--trainer.precision", precision]

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet, DynamicHead
 from diffperception.detection.inference import evaluate_detector, spread
-from diffperception.training.callbacks import blend, clock
+from diffperception.training.callbacks import Averaging, clock
 from diffperception.training.data import TimedLoader
 from diffperception.training.loggers import CsvLog
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.detection import DataOptions, DetectionModule
+from tests.helpers.devices import Device
 from tests.training.tiny_data import write_tiny_data
 from tests.training.tiny_detector import TinyDetector
 
@@ -54,17 +57,30 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
             assert group["weight_decay"] == (0.2 if parameter.ndim > 1 else 0.0)
 
 
-def test_the_average_is_the_recursion_it_claims_to_be() -> None:
-    average, counter = torch.tensor([1.0, 2.0]), torch.tensor(3)
-    expected = average.clone()
-    for n in range(1, 200):
+class Weights(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.BatchNorm1d(2)  # has weights, statistics and a counter
+
+
+def test_the_average_is_the_recursion_it_claims_to_be_on_every_device(device: Device) -> None:
+    averaging, module = Averaging(decay=0.9), Weights()
+    device.move(module)
+    averaging.setup(Trainer(logger=False, enable_checkpointing=False), module, "fit")
+    expected = torch.zeros(2)
+    for n in range(50):
         value = torch.tensor([float(n), -1.0])
-        blend([average], [value], 0.9, n)
-        blend([counter], [torch.tensor(n)], 0.9, n)
-        decay = min(0.9, (1 + n) / (10 + n))
+        with torch.no_grad():
+            module.model.weight.copy_(device.move(value))
+            module.model.num_batches_tracked += 1
+        copies = len(device.waits)
+        averaging.update(module)
+        assert len(device.waits) == copies
+        decay = min(0.9, (1 + n) / (10 + n)) if n else 0.0  # the first replaces what was there at random
         expected = decay * expected + (1 - decay) * value
-        assert torch.allclose(average, expected)  # in the first updates too, whose decay is smaller
-    assert counter == 199
+        averaged = device.host(averaging.model.weight)
+        assert torch.allclose(averaged, expected)  # in the first updates too, whose decay is smaller
+    assert int(device.host(averaging.model.num_batches_tracked)) == 50
 
 
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
