@@ -41,7 +41,7 @@ class Averaging(WeightAveraging):
         # On the CPU no update waits for a GPU to tell its number.
         self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self._latest_update_step:
             self.update(pl_module)
             self._latest_update_step = trainer.global_step

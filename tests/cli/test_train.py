@@ -122,7 +122,7 @@ def test_a_folder_that_holds_a_run_is_refused_or_replaced(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = ["--trainer.max_steps", "1"]
-    assert train(config, tmp_path, *one, "--evaluation.pictures", "2") == 0
+    assert train(config, tmp_path, *one, "--evaluation.num_pictures", "2") == 0
     (tmp_path / "metrics.csv").write_text("step,train/loss\n1,77\n")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "pictures" / "mine.png").write_text("mine")
@@ -134,7 +134,7 @@ def test_a_folder_that_holds_a_run_is_refused_or_replaced(
     assert "--overwrite" in said
     assert train(config, tmp_path, *one, "--overwrite", "--resume") == 2
     assert (tmp_path / "metrics.csv").read_text().endswith("77\n")
-    assert train(config, tmp_path, *one, "--overwrite", "--evaluation.pictures", "0") == 0
+    assert train(config, tmp_path, *one, "--overwrite", "--evaluation.num_pictures", "0") == 0
     assert "\n1,77\n" not in (tmp_path / "metrics.csv").read_text()
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"curves.png", "mine.png"}

@@ -129,7 +129,7 @@ def config(generator: Path, tmp_path: Path) -> Path:
         "init_args": {"backbone": backbone, "head": head, "strides": [1, 2, 4], "min_size": None, "num_boxes": 20},
     }
     options["trainer"]["max_steps"] = 2
-    options["evaluation"] = {"every": None, "pictures": 0}
+    options["evaluation"] = {"every": None, "num_pictures": 0}
     path.write_text(yaml.safe_dump(options))
     return path
 

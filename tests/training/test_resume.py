@@ -99,7 +99,7 @@ def test_a_checkpoint_is_read_once(config: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_real_detector_resumes_bit_for_bit(config: Path, tmp_path: Path, precision: str) -> None:
     options = ["--model", "tests.training.tiny_detector.UnpluggedDiffusionDet", "--trainer.precision", precision]
-    options += ["--trainer.max_steps", "6", "--evaluation.every", "2", "--evaluation.pictures", "0"]
+    options += ["--trainer.max_steps", "6", "--evaluation.every", "2", "--evaluation.num_pictures", "0"]
     assert train(config, tmp_path / "whole", *options) == 0
     with pytest.raises(PowerCut):
         train(config, tmp_path / "stopped", *options, "--model.die_at", "5")

@@ -47,7 +47,7 @@ def write_tiny_config(folder: Path) -> Path:
         },
         "optimizer": {"lr": 0.01, "base_batch_size": 2, "warmup_steps": 3, "ema_decay": 0.9},
         "trainer": {"max_steps": 9, "log_every": 1, "checkpoint_every": 3, "accelerator": "cpu"},
-        "evaluation": {"every": 4, "pictures": 1},
+        "evaluation": {"every": 4, "num_pictures": 1},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"

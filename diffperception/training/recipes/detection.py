@@ -83,21 +83,21 @@ class EvaluationOptions:
 
     Args:
         every: steps between evaluations during training; null for one at the end only.
-        images: how many images the evaluations during training use, spread over the set; null for all. The one at the
-            end uses all.
+        num_images: how many images the evaluations during training use, spread over the set; null for all. The one at
+            the end uses all.
         batch_size: images per prediction and process. AP does not depend on it.
         max_dets: how many detections count per image, the best first; null for the protocol's number: 100 of each
             class (coco), 300 of all (lvis).
         protocol: coco, or lvis for annotation files of LVIS.
-        pictures: how many images are drawn with predictions beside ground truth.
+        num_pictures: how many images are drawn with predictions beside ground truth.
     """
 
     every: PositiveInt | None = 1000
-    images: PositiveInt | None = None
+    num_images: PositiveInt | None = None
     batch_size: PositiveInt = 8
     max_dets: PositiveInt | None = None
     protocol: Protocol = "coco"
-    pictures: NonNegativeInt = 8
+    num_pictures: NonNegativeInt = 8
 
 
 class DetectionModule(TrainingModule):
@@ -146,14 +146,14 @@ class DetectionEvaluator(Evaluator):
         self.seed = seed
 
     def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: Path | None) -> dict[str, float]:
-        return self._score(averaged, self.options.images).metrics
+        return self._score(averaged, self.options.num_images).metrics
 
     def finish(self, model: Detector, folder: Path | None) -> dict[str, float]:
         result = self._score(model, None)
         echo(result.table())
         if folder is not None and first_process():
             write_result(result, folder)
-            draw_predictions(model, self.dataset, folder / "pictures", self.options.pictures, self.seed)
+            draw_predictions(model, self.dataset, folder / "pictures", self.options.num_pictures, self.seed)
         return result.metrics
 
     def _score(self, model: Detector, images: int | None) -> CocoResult:
