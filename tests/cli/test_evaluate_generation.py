@@ -13,7 +13,7 @@ from diffperception.cli.main import main
 from diffperception.configuration.parser import call
 from diffperception.generation.evaluator import evaluate_samples
 from diffperception.training.crops import training_crops
-from tests.generation.test_evaluate_samples import write_images
+from tests.helpers.images import write_images
 
 FEATURES = ["--features", "random:resnet18", "--size", "32", "--workers", "0", "--device", "cpu"]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffperception.cli.main import main
 from diffperception.data.batches import StepBatchSampler
-from tests.training.test_resume import copy_run
+from tests.helpers.runs import copy_run
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_detector import TinyDetector
 

@@ -57,3 +57,10 @@ def set_losses(
     terms = {"classification": classification_loss, "l1": l1_loss, "giou": giou_loss}
     targets = replace(targets, counted_classes=class_mask)
     return {name: term(HeadOutput(logits, boxes), targets, Matches(matches)) for name, term in terms.items()}
+
+
+def assert_same_detections(a: list[dict], b: list[dict], pixels: float = 1e-2) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x["labels"], y["labels"])
+        torch.testing.assert_close(x["scores"], y["scores"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(x["boxes"], y["boxes"], atol=pixels, rtol=1e-4)

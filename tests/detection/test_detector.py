@@ -6,17 +6,10 @@ import torch
 
 from diffperception.detection import FCOS, BoxSampler, Detector, DiffusionDet
 from diffperception.detection.targets import PaddedTargets, image_sizes
-from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
+from tests.detection.scenes import CLASSES, assert_same_detections, random_image, random_target, tiny_detector
 
 IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2), random_image(64, 96, 3)]
 TARGETS = [random_target(n, *image.shape[1:], seed=n) for n, image in zip([3, 0, 5], IMAGES, strict=True)]
-
-
-def assert_same_detections(a: list[dict], b: list[dict], pixels: float = 1e-2) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x["labels"], y["labels"])
-        torch.testing.assert_close(x["scores"], y["scores"], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(x["boxes"], y["boxes"], atol=pixels, rtol=1e-4)
 
 
 def test_forward_gives_every_stage():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult
-from tests.detection.test_evaluator import as_predictions, boxes, item, random_case
+from tests.helpers.coco_cases import as_predictions, boxes, item, random_case
 
 
 def as_lvis(

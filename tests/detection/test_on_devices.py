@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from diffperception.detection import BoxSampler, DiffusionDet
-from tests.detection.scenes import random_image, random_target, tiny_detector
-from tests.detection.test_detector import assert_same_detections
+from tests.detection.scenes import assert_same_detections, random_image, random_target, tiny_detector
 from tests.helpers.devices import Device
 from tests.helpers.simulated_gpu import SimulatedGPU
 

@@ -9,12 +9,10 @@ import yaml
 
 from diffperception.cli.main import main
 from diffperception.detection import FCOS, Detector, DiffusionDet
-from diffperception.models import DiffusionModel
-from diffperception.models import UNetBackbone, pad_images
+from diffperception.models import DiffusionModel, UNetBackbone, pad_images
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.detection import DetectionModule
-from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
-from tests.detection.test_detector import assert_same_detections
+from tests.detection.scenes import CLASSES, assert_same_detections, random_image, random_target, tiny_detector
 from tests.helpers.networks import tiny_unet
 from tests.training.tiny_data import write_tiny_config
 

@@ -29,7 +29,7 @@ from diffperception.training.recipes.generation import (
 )
 from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import image_grid
-from tests.training.test_resume import assert_same_run, copy_run, logged
+from tests.helpers.runs import assert_same_run, copy_run, logged
 from tests.training.tiny_detector import PowerCut
 from tests.training.tiny_generator import write_tiny_generator, write_tiny_pictures
 

@@ -22,7 +22,7 @@ from diffperception.diffusion import (
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier, UNet
 from diffperception.training.recipes.noisy_classifier import held_out_accuracy
-from tests.training.test_resume import copy_run
+from tests.helpers.runs import copy_run
 
 SIDE, SPREAD = 8, 0.05
 PATTERN = torch.cat([torch.full((SIDE // 2,), -0.5), torch.full((SIDE // 2,), 0.5)])  # dark to the left, bright

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffperception.cli.main import main
 from diffperception.data import CocoDetection
 from diffperception.training.recipes.detection import DataOptions
-from tests.training.test_resume import UNPLUGGED, assert_same_run, train
+from tests.helpers.runs import UNPLUGGED, assert_same_run, train
 from tests.training.tiny_data import write_tiny_config, write_tiny_data
 from tests.training.tiny_detector import PowerCut, TinyDetector
 

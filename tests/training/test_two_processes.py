@@ -10,7 +10,7 @@ from PIL import Image
 from diffperception.generation import SamplingOptions
 from diffperception.models import DiffusionModel
 from diffperception.training.recipes.generation import GenerationEvaluator, PreviewOptions
-from tests.training.test_resume import TORCHRUN, assert_same_run, python
+from tests.helpers.runs import TORCHRUN, assert_same_run, python
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_generator import write_tiny_generator
 
