@@ -10,10 +10,12 @@ from typing import Literal
 
 import pytest
 
-from diffperception.cli.main import COMMANDS, functions, main
+from diffperception.cli.main import COMMANDS, find_kind, functions, main
 from diffperception.configuration.messages import sentence
 from diffperception.configuration.parser import Options, call
+from diffperception.models import Pixels
 from diffperception.training.configured import RECIPES, options_for
+from tests.training.tiny_detector import TinyDetector
 
 
 class Engine:
@@ -239,3 +241,54 @@ for name in ("evaluate", "predict", "check", "shapes"):
 assert "lightning" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=300)
+
+
+def test_a_file_may_come_first_and_names_what_it_builds_on(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "second.yaml").write_text("base: base.yaml\ntrack: {gauge: broad}\n")
+    assert call(journey, [str(tmp_path / "second.yaml"), "--count", "6"]) == 6
+    assert received["track"] == Track(7, "broad")
+    assert "base" not in received["resolved"]
+
+
+def by_detector(model: Path) -> int:
+    return 11
+
+
+def by_results(results: Path, count: int = 12) -> int:
+    return count
+
+
+BY_KIND = {"results": by_results, "detector": by_detector}
+
+
+def test_the_function_follows_from_the_kind_of_the_model_or_an_option(tmp_path: Path) -> None:
+    model, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    TinyDetector(["a"]).save(model)
+    Pixels().save(other)
+    (tmp_path / "options.yaml").write_text(f"model: {model}\n")
+    assert find_kind(["--model", str(model)], BY_KIND) == "detector"
+    assert find_kind([str(tmp_path / "options.yaml")], BY_KIND) == "detector"
+    assert find_kind(["--results", "x.json", "--model", str(model)], BY_KIND) == "results"
+    assert find_kind(["--help"], BY_KIND) is None
+    assert find_kind([], {"only": by_results}) == "only"
+    with pytest.raises(ValueError, match=r"other\.safetensors holds a model: give the file of a detector"):
+        find_kind(["--model", str(other)], BY_KIND)
+    with pytest.raises(FileNotFoundError):
+        find_kind(["--model", "absent"], BY_KIND)
+
+
+def test_a_command_that_is_not_told_of_what_says_so_and_its_help_explains_all_kinds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["evaluate"]) == 2
+    assert "give --model, the file of a" in capsys.readouterr().err
+    assert main(["evaluate", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--results" in text
+    assert "--model" in text
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_tools_are_commands(path: Path) -> None:
+    assert path.stem in COMMANDS
+    assert f'main(["{path.stem}", *sys.argv[1:]])' in path.read_text()

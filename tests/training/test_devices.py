@@ -81,3 +81,15 @@ def test_networks_are_compiled_in_place_and_their_averages_are_not(make: Any) ->
     assert compiled == {detection: ["backbone", "head"], generation: ["network"], classification: [""]}[make]
     assert list(module.state_dict()) == names
     assert all(part._compiled_call_impl is None for part in deepcopy(module).modules())
+
+
+def test_noise_is_drawn_on_the_device_on_demand_and_repeats_itself(device: Device) -> None:
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = DiffusionModel(None, UNet(**SIZES), image_size=8)
+        module = GenerationModule(model, OptimizerOptions(), 0, ObjectiveOptions(noise="device"))
+        device.move(module)
+        batch = module.transfer_batch_to_device(labelled_batch(), device.device, 0)
+        losses.append(device.host(module.training_step(batch, 3)))
+    assert losses[0] == losses[1]

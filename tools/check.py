@@ -1,4 +1,4 @@
-"""`python tools/check_data.py ...` is `diffperception check ...`."""
+"""`python tools/check.py ...` is `diffperception check ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python tools/extract_features.py ...` is `diffperception extract ...`."""
+"""`python tools/extract.py ...` is `diffperception extract ...`."""
 
 import sys
 
