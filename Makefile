@@ -40,7 +40,7 @@ test-minimum: $(MINIMUM)/installed ## the fast tests of the core with the oldest
 $(MINIMUM)/installed: pyproject.toml $(VENV)/installed
 	$(BIN)/uv venv --quiet --clear --python '>=3.10,<3.13' $(MINIMUM)
 	$(BIN)/uv pip install --quiet --python $(MINIMUM)/bin/python --resolution lowest-direct --editable . \
-		'diffusers>=0.30' 'pytest>=8.3' 'pytest-xdist>=3.6'
+		'diffusers>=0.30' 'pycocotools>=2.0.8' 'pytest>=8.3' 'pytest-xdist>=3.6'
 	touch $@
 
 lint: install

@@ -9,6 +9,8 @@ NUMBER = re.compile(r"[-+.]?\d.*|-|nan|")
 def format_table(rows: Iterable[Sequence[object]], headers: Sequence[str], markdown: bool = False) -> str:
     """Rows under their headers as lines of text, None as `-`; numbers are aligned at the right, words at the left.
 
+    Where all headers are empty there is no line of them.
+
     Args:
         rows: numbers come with as many digits as shall be seen, as texts.
         markdown: with the borders of Markdown.
@@ -25,4 +27,4 @@ def format_table(rows: Iterable[Sequence[object]], headers: Sequence[str], markd
     ]
     if markdown:
         return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    return "\n".join("  ".join(line).rstrip() for line in padded[0 if any(headers) else 1 :])

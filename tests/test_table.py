@@ -15,7 +15,7 @@ def test_numbers_stand_at_the_right_and_words_at_the_left() -> None:
 
 def test_no_rows_and_columns_without_a_title() -> None:
     assert format_table([], ["class", "AP"]) == "class  AP"
-    assert format_table([("FID", "3.5", "lower")], ["", "", ""]) == "\nFID  3.5  lower"
+    assert format_table([("FID", "3.5", "lower")], ["", "", ""]) == "FID  3.5  lower"
 
 
 def test_markdown() -> None:
