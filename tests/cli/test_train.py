@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffperception.cli.main import main
 from diffperception.data.batches import StepBatchSampler
-from tests.helpers.runs import copy_run
+from tests.helpers.runs import complaint, copy_run, train
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_detector import TinyDetector
 
@@ -37,17 +37,6 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert main(["train", "--config", str(config), "--output", str(run)]) == 0
     return run
-
-
-def train(config: Path, output: Path, *options: str) -> int:
-    return main(["train", "--config", str(config), "--output", str(output), *options])
-
-
-def complaint(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence on stderr."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffperception")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def same_weights(one: Path, other: Path) -> bool:

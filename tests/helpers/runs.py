@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -20,6 +21,13 @@ UNPLUGGED = ["--model", "tests.training.tiny_detector.UnpluggedDetector"]
 
 def train(config: Path, output: Path, *options: str) -> int:
     return main(["train", "--config", str(config), "--output", str(output), *options])
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence on stderr."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffperception")]
+    assert len(lines) == 1
+    return lines[0]
 
 
 def python(*arguments: str) -> int:

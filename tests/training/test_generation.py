@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffperception.cli.main import main
 from diffperception.data.image_folder import ImageFolder
 from diffperception.diffusion import LossSecondMoment
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
@@ -29,7 +28,7 @@ from diffperception.training.recipes.generation import (
 )
 from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import image_grid
-from tests.helpers.runs import assert_same_run, copy_run, logged
+from tests.helpers.runs import assert_same_run, complaint, copy_run, logged, train
 from tests.training.tiny_detector import PowerCut
 from tests.training.tiny_generator import write_tiny_generator, write_tiny_pictures
 
@@ -50,16 +49,6 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert train(config, run) == 0
     return run
-
-
-def train(config: Path, output: Path, *options: str) -> int:
-    return main(["train", "--config", str(config), "--output", str(output), *options])
-
-
-def complaint(capsys: pytest.CaptureFixture[str]) -> str:
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffperception")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 12])

@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.runs import TORCHRUN, UNPLUGGED, assert_same_run, python, train
 from tests.training.tiny_data import write_tiny_config

@@ -199,12 +199,8 @@ class DetectionRecipe(Recipe):
         module: type[DetectionModule] = DetectionModule,
         init: Path | None = None,
     ):
-        self.model = model
-        self.data = data
-        self.optimizer = optimizer
-        self.evaluation = evaluation
-        self.module = module
-        self.init = init
+        self.model, self.init = model, init
+        self.data, self.optimizer, self.evaluation, self.module = data, optimizer, evaluation, module
 
     def prepare(self, seed: int) -> Parts:
         train, val = self.data.open()

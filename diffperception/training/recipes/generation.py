@@ -295,11 +295,8 @@ class GenerationRecipe(Recipe):
         objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (the defaults are not changed)
         preview: PreviewOptions = PreviewOptions(),  # noqa: B008
     ):
-        self.model = model
-        self.data = data
-        self.optimizer = optimizer
-        self.objective = objective
-        self.preview = preview
+        self.model, self.data = model, data
+        self.optimizer, self.objective, self.preview = optimizer, objective, preview
 
     def prepare(self, seed: int) -> Parts:
         model = self.model(self.data.classes())

@@ -186,10 +186,7 @@ class NoisyClassifierRecipe(Recipe):
         optimizer: OptimizerOptions = OptimizerOptions(lr=3e-4, base_batch_size=256, weight_decay=0.05),  # noqa: B008
         evaluation: AccuracyOptions = AccuracyOptions(),  # noqa: B008 (the defaults are not changed)
     ):
-        self.model = model
-        self.data = data
-        self.optimizer = optimizer
-        self.evaluation = evaluation
+        self.model, self.data, self.optimizer, self.evaluation = model, data, optimizer, evaluation
 
     def prepare(self, seed: int) -> Parts:
         model = self.model(self.data.classes())
