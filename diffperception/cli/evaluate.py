@@ -7,7 +7,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from diffperception.cli.evaluate_generation import evaluate_sample_folder
 from diffperception.data import CocoDetection
 from diffperception.detection import Detector
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult, IouType, Protocol
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
 from diffperception.detection.inference import draw_predictions, evaluate_detector, write_result
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
@@ -95,7 +95,7 @@ def evaluate_detector_file(
     with join_processes():
         detector = Detector.load(model, place, allow=(trust,) if trust else ())
         detector.pad_together = pad_together
-        dataset = CocoDetection(annotations, images)
+        dataset = CocoDetection(annotations, images, masks=masks)
         if seeds > 1 or any(len(values) > 1 for values in choices.values()):
             tried = range(seed, seed + seeds)
             combinations = combine(detector, choices)
@@ -108,9 +108,8 @@ def evaluate_detector_file(
                 echo(f"\n{output / 'sweep.json'}: these numbers\n{output / 'sweep.png'}: AP against passes and seconds")
             return
         sampler = detector.sampler_with(**{name: values[0] for name, values in choices.items()})
-        types: tuple[IouType, ...] = ("bbox", "segm") if masks else ("bbox",)
         result = evaluate_detector(
-            detector, dataset, None, batch_size, workers, max_dets, seed, sampler, protocol, types, precision
+            detector, dataset, None, batch_size, workers, max_dets, seed, sampler, protocol, precision
         )
         finish(result, output)
         if output is not None and first_process():
@@ -136,8 +135,8 @@ def score_results(
         masks: score the masks in the results too.
         max_dets: how many detections count per image, the best first; by default the protocol's number.
     """
-    types: tuple[IouType, ...] = ("bbox", "segm") if masks else ("bbox",)
-    finish(CocoEvaluator(annotations, types, max_dets, None, protocol).score_results(results), output)
+    evaluator = CocoEvaluator(annotations, iou_types(masks), max_dets, None, protocol)
+    finish(evaluator.score_results(results), output)
 
 
 def finish(result: CocoResult, output: Path | None) -> None:

@@ -62,17 +62,16 @@ def predict_detector(
         trust: a Python package of your own whose model classes the model file may name.
     """
     place = pick_device(device)
-    settings = {
-        "steps": steps,
-        "num_boxes": num_boxes,
-        "renewal_threshold": renewal_threshold,
-        "ensemble": ensemble,
-        "eta": eta,
-        "nms_threshold": nms_threshold,
-    }
     with join_processes():
         detector = Detector.load(model, place, allow=(trust,) if trust else ())
-        sampler = detector.sampler_with(**{name: value for name, value in settings.items() if value is not None})
+        sampler = detector.sampler_with(
+            steps=steps,
+            num_boxes=num_boxes,
+            renewal_threshold=renewal_threshold,
+            ensemble=ensemble,
+            eta=eta,
+            nms_threshold=nms_threshold,
+        )
         drawing = (score_threshold, pictures, trajectories)
         found = detect_folder(
             detector, images, output, sampler, seed, *drawing, batch_size, workers, precision, overwrite

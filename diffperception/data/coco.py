@@ -58,6 +58,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.images = Path(images)
         self.transforms = transforms
         self.on_broken = on_broken
+        self.masks = masks
         content = read_coco(annotations, outlines=masks)
         table = tabulate(content, annotations)
         _require_sound(table, self.annotations)

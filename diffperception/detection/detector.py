@@ -83,11 +83,15 @@ class Detector(Model, ABC):
     def sampler_with(self, **settings: Any) -> BoxSampler | None:
         """The detector's sampler with some settings replaced; None for a detector without one.
 
+        Args:
+            settings: of a BoxSampler, for example; those that are None stay as they are.
+
         Raises:
             ValueError: there is no such setting, or its value is out of range.
         """
-        if settings:
-            raise ValueError(f"{type(self).__name__} has no option {', '.join(sorted(settings))} in prediction")
+        given = sorted(name for name, value in settings.items() if value is not None)
+        if given:
+            raise ValueError(f"{type(self).__name__} has no option {', '.join(given)} in prediction")
         return None
 
     def resize(self, image: Tensor) -> Tensor:
@@ -270,9 +274,9 @@ class DiffusionDet(Detector):
         """
         if not images:
             return []
-        given = {"steps": steps, "num_boxes": num_boxes}
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        sampler = replace(self._complete(sampler or self.sampler), **changes)
+        chosen = sampler or self.sampler
+        steps = chosen.steps if steps is None else steps
+        sampler = self._complete(replace(chosen, steps=steps, num_boxes=num_boxes or chosen.num_boxes))
         encoded = encoded or self.encode(images)
         selected = sampler.select(self.sample(encoded, [0] * len(images) if seeds is None else seeds, sampler))
         detections = selected.in_images(encoded.seen, encoded.sizes)
@@ -309,10 +313,10 @@ class DiffusionDet(Detector):
 
     def sampler_with(self, **settings: Any) -> BoxSampler:
         """See `Detector.sampler_with`; it always has a number of boxes."""
-        unknown = settings.keys() - {field.name for field in fields(BoxSampler)}
-        if unknown:
-            super().sampler_with(**dict.fromkeys(unknown))
-        return replace(self._complete(self.sampler), **settings)
+        known = {field.name for field in fields(BoxSampler)}
+        super().sampler_with(**{name: value for name, value in settings.items() if name not in known})
+        given = {name: value for name, value in settings.items() if value is not None}
+        return replace(self._complete(self.sampler), **given)
 
     def _complete(self, sampler: BoxSampler) -> BoxSampler:
         """The sampler with a number of boxes."""

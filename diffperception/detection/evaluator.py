@@ -30,6 +30,11 @@ NEARLY_ZERO = 5e-4  # an AP that a table with three digits shows as 0
 CLASSES_AT_A_TIME = 100  # the evaluation keeps something for each image and class, objects or not
 
 
+def iou_types(masks: bool) -> tuple[IouType, ...]:
+    """What is compared: boxes, and masks where there are some."""
+    return ("bbox", "segm") if masks else ("bbox",)
+
+
 @dataclass(frozen=True)
 class CocoResult:
     """What an evaluation found.

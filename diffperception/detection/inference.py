@@ -16,7 +16,7 @@ from diffperception.data import CocoDetection
 from diffperception.data.batches import collate
 from diffperception.data.images import ImageSample, ignore_interrupts, load_images
 from diffperception.detection.detector import Detector, DiffusionDet
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult, IouType, Protocol, results_rows
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
 from diffperception.detection.sampler import BoxSampler
 from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
@@ -165,10 +165,9 @@ def evaluate_detector(
     seed: int = 0,
     sampler: BoxSampler | None = None,
     protocol: Protocol = "coco",
-    iou_types: Sequence[IouType] = ("bbox",),
     precision: Precision = "32",
 ) -> CocoResult:
-    """COCO metrics of `detector`, which is left in evaluation mode.
+    """COCO metrics of `detector`, which is left in evaluation mode: of boxes, and of masks if the data set has them.
 
     The noise of an image depends on `seed` and its id alone, so AP depends neither on the batch size nor on the number
     of processes. Every process must call this; each predicts its share of the images and returns the score of all.
@@ -180,7 +179,6 @@ def evaluate_detector(
         max_dets: how many detections count per image; the protocol's number by default.
         sampler: instead of the detector's own, see `Detector.sampler_with`.
         protocol: whose rules the score follows.
-        iou_types: what is compared, boxes or masks or both.
         precision: of the network's products.
 
     Raises:
@@ -191,7 +189,7 @@ def evaluate_detector(
     share_statistics(detector)
     chosen = spread(len(dataset), images)
     ids = [dataset.image_ids[i] for i in chosen]
-    evaluator = CocoEvaluator(dataset.annotations, iou_types, max_dets, ids, protocol)
+    evaluator = CocoEvaluator(dataset.annotations, iou_types(dataset.masks), max_dets, ids, protocol)
     detector.eval()
     for batch, targets in tqdm(
         share_of_batches(dataset, chosen, batch_size, workers), desc="evaluate", leave=False, disable=hide_bar()

@@ -1,5 +1,6 @@
 """A detector is put together from parts, and a user's own fit in."""
 
+import json
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -214,3 +215,27 @@ def test_a_folder_is_predicted_by_one_call(tmp_path: Path):
     sampler = detector.sampler_with(steps=2)
     again = detect_folder(detector, tmp_path / "a.png", tmp_path / "other", sampler, workers=0)
     assert again.detections != [row for row in found.detections if row["image_id"] == 1]
+
+
+def test_masks_of_a_head_are_scored_where_the_data_set_has_some(tmp_path: Path):
+    from torchvision.utils import save_image
+
+    from diffperception.data import CocoDetection
+    from diffperception.detection.inference import evaluate_detector
+
+    save_image(IMAGES[0], tmp_path / "a.png")
+    x1, y1, x2, y2 = 10, 20, 60, 50
+    square = {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]], "area": 1500}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 96, "height": 64}],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(CLASSES)],
+        "annotations": [square | {"id": 1, "image_id": 1, "category_id": 0, "iscrowd": 0}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    detector = masked_detector()
+    plain = evaluate_detector(detector, CocoDetection(tmp_path / "a.json", tmp_path))
+    assert not any("mask" in name for name in plain.metrics)
+    both = evaluate_detector(detector, CocoDetection(tmp_path / "a.json", tmp_path, masks=True))
+    assert {"AP", "AR100", "mask_AP", "mask_AR100"} < both.metrics.keys()
+    assert both.detections[0]["segmentation"]["size"] == [64, 96]
+    assert [row["bbox"] for row in both.detections] == [row["bbox"] for row in plain.detections]

@@ -15,7 +15,7 @@ from diffperception.data import CocoDetection
 from diffperception.data.batches import repeat_factors
 from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
 from diffperception.detection.inference import draw_predictions, evaluate_detector, require_classes, write_result
 from diffperception.devices import first_process
 from diffperception.echo import echo
@@ -45,6 +45,7 @@ class DataOptions:
             says how many images were left out.
         repeat_threshold: images with a class that is in a smaller fraction f of the images than this are shown
             sqrt(repeat_threshold / f) times per epoch (LVIS: 0.001); null shows each once.
+        masks: whether masks are read and scored too, for detectors that predict them.
     """
 
     train_annotations: Path
@@ -56,11 +57,12 @@ class DataOptions:
     workers: NonNegativeInt = 4
     on_broken: Literal["stop", "skip"] = "stop"
     repeat_threshold: NonNegativeFloat | None = None
+    masks: bool = False
 
     def open(self) -> tuple[CocoDetection, CocoDetection]:
         """The data sets for training and for scoring; ValueError if their categories differ."""
-        train = CocoDetection(self.train_annotations, self.train_images, self.transforms, self.on_broken)
-        val = CocoDetection(self.val_annotations, self.val_images, on_broken=self.on_broken)
+        train = CocoDetection(self.train_annotations, self.train_images, self.transforms, self.on_broken, self.masks)
+        val = CocoDetection(self.val_annotations, self.val_images, on_broken=self.on_broken, masks=self.masks)
         if not len(train.boxes):
             raise ValueError(f"{self.train_annotations} holds no box with area: there is nothing to learn")
         if train.classes != val.classes:
@@ -138,7 +140,7 @@ class DetectionEvaluator(Evaluator):
 
     def __init__(self, dataset: CocoDetection, options: EvaluationOptions, workers: int, seed: int):
         # What cannot be scored is refused here, not after the training.
-        CocoEvaluator(dataset.annotations, max_dets=options.max_dets, protocol=options.protocol)
+        CocoEvaluator(dataset.annotations, iou_types(dataset.masks), options.max_dets, None, options.protocol)
         self.dataset = dataset
         self.options = options
         self.every = options.every
