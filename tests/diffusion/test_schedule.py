@@ -14,6 +14,7 @@ from diffperception.diffusion import (
     linear_schedule,
     named_schedule,
 )
+from diffperception.diffusion.schedule import precise
 
 
 @pytest.mark.parametrize("schedule", [linear_schedule(), cosine_schedule(), linear_schedule(250), cosine_schedule(50)])
@@ -48,6 +49,12 @@ def test_values_are_float64_of_the_shape_of_t(t: int | torch.Tensor) -> None:
         for value in (schedule.alpha(t), schedule.sigma(t)):
             assert value.dtype == torch.float64
             assert value.shape == torch.as_tensor(t).shape
+
+
+def test_no_float64_reaches_apples_gpus() -> None:
+    """They do not know it; all numbers of schedules that leave the CPU are of this type."""
+    assert precise(torch.device("mps")) == torch.float32
+    assert precise(torch.device("cuda")) == precise(torch.device("cpu")) == torch.float64
 
 
 def test_values_follow_the_device_of_t() -> None:

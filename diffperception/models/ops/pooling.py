@@ -45,7 +45,7 @@ class FeaturePyramid:
             cells = height * width
             start = offset + (cells.cumsum(0) - cells) * batch + torch.arange(batch)[:, None] * cells
             places.append(torch.stack([x.expand(batch, -1) for x in (start, height, width)]))
-            offset += batch * int(cells.sum())
+            offset += sum(m[:, 0].numel() for m in maps)
         rows = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for maps in batches for m in maps])
         joined = torch.cat(places, 1)
         return cls(rows, to_device(joined if order is None else joined[:, list(order)], rows.device), strides)
@@ -84,13 +84,17 @@ class FeaturePyramid:
         index = (rows * width[..., None, None] + start[..., None, None])[:, :, :, None, :, None]
         index = index + columns[:, :, None, :, None, :]
         weight = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None, :]
-        pooled = F.embedding_bag(
-            index.reshape(-1, taps * taps),
-            self.rows,
-            per_sample_weights=weight.reshape(-1, taps * taps).to(self.rows.dtype),
-            mode="sum",
-        )
+        weight = weight.reshape(-1, taps * taps).to(self.rows.dtype)
+        pooled = _weighted_sums(self.rows, index.reshape(-1, taps * taps), weight)
         return pooled.view(batch, count, size * size, -1)
+
+
+def _weighted_sums(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Sums of the rows (R, C) that each index (n, k) names, times their weights (n, k): (n, C)."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+        # Exported: ONNX knows no bags, and would loop over them.
+        return (rows[index] * weight[..., None]).sum(1)
+    return F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum")
 
 
 def _bilinear_taps(start: Tensor, end: Tensor, bins: int, samples: int, cells: Tensor) -> tuple[Tensor, Tensor]:

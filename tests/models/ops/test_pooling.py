@@ -4,6 +4,7 @@ from torchvision.ops import roi_align
 
 from diffperception.models.ops.pooling import FeaturePyramid
 from tests.detection.scenes import random_boxes
+from tests.helpers.devices import Device
 
 STRIDES = [4, 8, 16, 32]
 
@@ -64,3 +65,35 @@ def test_joined_pyramids_pool_each_image_from_its_own_maps():
     joined = FeaturePyramid.from_maps([wide, tall], STRIDES, order=[0, 2, 1])
     expected = torch.cat([p.pool(boxes[i : i + 1], 3) for i, p in enumerate(alone)])
     assert torch.equal(joined.pool(boxes, 3), expected)
+
+
+def test_half_precision_stays_close():
+    maps, boxes = [m.float() for m in random_maps(2, 64, 96)], boxes_of_all_sizes(2) / 8
+    exact = FeaturePyramid.from_maps([maps], STRIDES).pool(boxes, 3)
+    rounded = FeaturePyramid.from_maps([[m.bfloat16() for m in maps]], STRIDES).pool(boxes, 3)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
+
+
+class Pooling(torch.nn.Module):
+    def forward(self, fine: torch.Tensor, coarse: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        return FeaturePyramid.from_maps([[fine, coarse]], [4, 8]).pool(boxes, 3)
+
+
+def test_an_exported_pooling_is_the_same_without_bags_for_any_number_of_boxes():
+    maps = [m.float() for m in random_maps(1, 64, 96)[:2]]
+    boxes = torch.export.Dim("boxes", min=2, max=500)
+    arguments = (*maps, random_boxes(9, 96, 64, 0)[None])
+    program = torch.export.export(Pooling(), arguments, dynamic_shapes=(None, None, {1: boxes}))
+    assert "embedding_bag" not in str(program.graph)
+    more = random_boxes(31, 96, 64, 1)[None]
+    torch.testing.assert_close(program.module()(*maps, more), Pooling()(*maps, more), atol=1e-5, rtol=1e-5)
+
+
+def test_every_device_pools_the_same(device: Device):
+    maps, boxes = [m.float() for m in random_maps(2, 64, 96)], boxes_of_all_sizes(2) / 8
+    expected = FeaturePyramid.from_maps([maps], STRIDES).pool(boxes, 3)
+    maps, boxes = device.move((maps, boxes))
+    pooled = FeaturePyramid.from_maps([maps], STRIDES).pool(boxes, 3)
+    assert not device.waits, device.report()
+    torch.testing.assert_close(device.host(pooled), expected, atol=1e-5, rtol=1e-5)
