@@ -250,6 +250,7 @@ class Evaluations(Callback):
         return due and step not in (0, self.evaluated) and not trainer.should_stop
 
     def _evaluate(self, trainer: Trainer, module: TrainingModule) -> None:
+        module.require_finite()
         step = self.evaluated = trainer.global_step
         averaged = self.averaging.model if self.averaging else module.model
         modes = [(model, model.training) for model in (averaged, module.model)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -185,7 +185,7 @@ class DetectionRecipe(Recipe):
     """
 
     task = "detection"
-    files = {  # noqa: RUF012 (not changed)
+    files: ClassVar = {
         "model.safetensors": "the trained detector, for `diffperception evaluate` and `predict`",
         "metrics.json": "the final scores, overall and by class",
         "detections.json": "detections of all images scored on, as COCO results",

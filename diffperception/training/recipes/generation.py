@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -281,7 +281,7 @@ class GenerationRecipe(Recipe):
     """
 
     task = "generation"
-    files = {  # noqa: RUF012 (not changed)
+    files: ClassVar = {
         "model.safetensors": "the trained generator, for `diffperception sample`",
         "pictures/": "samples over the steps, from the averaged and the raw weights; curves.png",
     }

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +173,7 @@ class NoisyClassifierRecipe(Recipe):
     """
 
     task = "classifier"
-    files = {  # noqa: RUF012 (not changed)
+    files: ClassVar = {
         "model.safetensors": "the trained classifier, for `diffperception sample --classifier`",
         "metrics.json": "its accuracy by ranges of noise, if there are images to measure it on",
         "pictures/": "curves.png",
