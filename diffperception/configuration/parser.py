@@ -1,5 +1,6 @@
 """From the signatures of functions and classes to a parser of their options."""
 
+import argparse
 import difflib
 import inspect
 import pydoc
@@ -48,7 +49,7 @@ class Options:
             help="YAML file with options; several may be given, each states only what it changes, and the later one"
             " wins. What a file names as its `base`, one or a list, is read before it",
         )
-        self.parser.add_argument("--base", type=str | list[str] | None, help="for configuration files: see --config")
+        self.parser.add_argument("--base", type=str | list[str] | None, help=argparse.SUPPRESS)  # of files; not dumped
         if task is not None:
             self.parser.add_argument("--task", default=task, help="what is trained; each task has options of its own")
         self.parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
@@ -90,7 +91,6 @@ class Options:
             options = self.parser.parse_args(spell_out(spread_files(arguments), lists))
         except ArgumentError as error:
             raise ArgumentError(None, sentence(error) + _suggestion(self.parser, str(error))) from None
-        options.pop("base", None)
         for parameter in self.parameters:
             value = options.get(parameter.name)
             if is_dataclass(parameter.annotation) and not isinstance(value, Namespace):

@@ -11,6 +11,7 @@ import yaml
 
 from diffperception.configuration.base import given, spread_files
 from diffperception.configuration.parser import Options, summary
+from diffperception.training.folder import FILES
 from diffperception.training.options import RunOptions
 from diffperception.training.recipe import Recipe
 from diffperception.training.run import Outcome, run
@@ -24,8 +25,7 @@ DESCRIPTION = """{summary}
 
 Everything is written to one folder: {files}.
 
-For example: `diffperception train configs/{task}/shapes.yaml --output runs/mine`.
-
+{example}
 Ctrl-C ends the run after the step in hand and leaves a checkpoint, which --resume goes on from. To use several
 processes or machines, start the command with `torchrun --nproc_per_node=N -m diffperception train ...`; the learning
 rate follows the number of images per step."""
@@ -65,8 +65,9 @@ def options_for(arguments: Sequence[str]) -> Options:
     """The options of the task that arguments, or their configuration files, name; of detection by default."""
     task = given(spread_files(arguments), "task") or next(iter(RECIPES))
     recipe = find_recipe(task)
-    files = ", ".join(f"{name} ({text})" for name, text in recipe.files.items())
-    description = DESCRIPTION.format(summary=summary(recipe), files=files, task=task)
+    files = ", ".join(f"{name} ({text})" for name, text in {**recipe.files, **FILES}.items())
+    example = f"For example: `diffperception train {recipe.example} --output runs/mine`.\n" if recipe.example else ""
+    description = DESCRIPTION.format(summary=summary(recipe), files=files, example=example)
     return Options("train", recipe, RunOptions, description=description, task=task)
 
 

@@ -62,12 +62,14 @@ class Recipe(ABC):
     Attributes:
         task: the name that a configuration calls it by.
         files: names of what a run leaves beside what all runs leave, with what each is; folders end in a slash.
+        example: a configuration that is shipped, for the help; empty if there is none.
         lasting: options, by dotted names, that decide what the state of a run means, so that a resumed run must have
             them as it was begun.
     """
 
     task: ClassVar[str]
     files: ClassVar[Mapping[str, str]] = {}
+    example: ClassVar[str] = ""
     lasting: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

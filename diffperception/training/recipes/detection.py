@@ -185,6 +185,7 @@ class DetectionRecipe(Recipe):
     """
 
     task = "detection"
+    example = "configs/detection/shapes.yaml"
     files: ClassVar = {
         "model.safetensors": "the trained detector, for `diffperception evaluate` and `predict`",
         "metrics.json": "the final scores, overall and by class",

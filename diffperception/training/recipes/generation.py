@@ -281,6 +281,7 @@ class GenerationRecipe(Recipe):
     """
 
     task = "generation"
+    example = "configs/generation/shapes.yaml"
     files: ClassVar = {
         "model.safetensors": "the trained generator, for `diffperception sample`",
         "pictures/": "samples over the steps, from the averaged and the raw weights; curves.png",

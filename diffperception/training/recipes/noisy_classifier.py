@@ -173,6 +173,7 @@ class NoisyClassifierRecipe(Recipe):
     """
 
     task = "classifier"
+    example = "configs/generation/classifier_shapes.yaml"
     files: ClassVar = {
         "model.safetensors": "the trained classifier, for `diffperception sample --classifier`",
         "metrics.json": "its accuracy by ranges of noise, if there are images to measure it on",
