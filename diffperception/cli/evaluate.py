@@ -34,10 +34,10 @@ def evaluate_detector_file(
     pad_together: bool = False,
     workers: NonNegativeInt = 2,
     seed: NonNegativeInt = 0,
-    seeds: PositiveInt = 1,
+    num_seeds: PositiveInt = 1,
     device: str = "auto",
     precision: Precision = "32",
-    pictures: NonNegativeInt = 8,
+    num_pictures: NonNegativeInt = 8,
     trust: str | None = None,
 ) -> None:
     """Score a detector on a COCO data set.
@@ -71,10 +71,10 @@ def evaluate_detector_file(
             batch size.
         workers: processes that read images, for each process that predicts.
         seed: of the noise; the noise of an image depends on this and on its id alone.
-        seeds: score with so many seeds, from `seed` on.
+        num_seeds: score with so many seeds, from `seed` on.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         precision: bf16 computes the network's products in bfloat16, faster on recent GPUs; 32 in float32.
-        pictures: how many images are drawn with predictions beside ground truth.
+        num_pictures: how many images are drawn with predictions beside ground truth.
         trust: a Python package of your own whose model classes the model file may name.
     """
     place = pick_device(device)
@@ -96,8 +96,8 @@ def evaluate_detector_file(
         detector = Detector.load(model, place, allow=(trust,) if trust else ())
         detector.pad_together = pad_together
         dataset = CocoDetection(annotations, images, masks=masks)
-        if seeds > 1 or any(len(values) > 1 for values in choices.values()):
-            tried = range(seed, seed + seeds)
+        if num_seeds > 1 or any(len(values) > 1 for values in choices.values()):
+            tried = range(seed, seed + num_seeds)
             combinations = combine(detector, choices)
             sweep = sweep_sampler(
                 detector, dataset, combinations, tried, batch_size, workers, max_dets, protocol, precision
@@ -113,7 +113,7 @@ def evaluate_detector_file(
         )
         finish(result, output)
         if output is not None and first_process():
-            draw_predictions(detector, dataset, output / "pictures", pictures, seed, sampler)
+            draw_predictions(detector, dataset, output / "pictures", num_pictures, seed, sampler)
             echo(f"{output / 'pictures'}: predictions beside ground truth")
 
 

@@ -22,8 +22,8 @@ def predict_detector(
     eta: ClosedUnitInterval | None = None,
     nms_threshold: ClosedUnitInterval | None = None,
     score_threshold: ClosedUnitInterval = THRESHOLD,
-    pictures: NonNegativeInt = 100,
-    trajectories: NonNegativeInt = 3,
+    num_pictures: NonNegativeInt = 100,
+    num_trajectories: NonNegativeInt = 3,
     batch_size: PositiveInt = 1,
     workers: NonNegativeInt = 2,
     device: str = "auto",
@@ -51,8 +51,8 @@ def predict_detector(
         eta: how much noise a step adds: 1 is the ancestral step, 0 the deterministic one.
         nms_threshold: of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off.
         score_threshold: boxes with a lower score are not drawn; predictions.json has them all.
-        pictures: the detections of at most this many images are drawn.
-        trajectories: noise turning into boxes is drawn for at most this many images.
+        num_pictures: the detections of at most this many images are drawn.
+        num_trajectories: noise turning into boxes is drawn for at most this many images.
         batch_size: images that are predicted together; the results do not depend on it, up to rounding.
         workers: processes that read images.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
@@ -72,7 +72,7 @@ def predict_detector(
             eta=eta,
             nms_threshold=nms_threshold,
         )
-        drawing = (score_threshold, pictures, trajectories)
+        drawing = (score_threshold, num_pictures, num_trajectories)
         found = detect_folder(
             detector, images, output, sampler, seed, *drawing, batch_size, workers, precision, overwrite
         )

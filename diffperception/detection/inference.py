@@ -49,8 +49,8 @@ def detect_folder(
     sampler: BoxSampler | None = None,
     seed: int = 0,
     score_threshold: float = THRESHOLD,
-    pictures: int = 100,
-    trajectories: int = 3,
+    num_pictures: int = 100,
+    num_trajectories: int = 3,
     batch_size: int = 1,
     workers: int = 2,
     precision: Precision = "32",
@@ -70,7 +70,7 @@ def detect_folder(
         sampler: instead of the detector's own, see `Detector.sampler_with`.
         seed: of the noise; it and the name of an image decide the noise of that image.
         score_threshold: boxes with a lower score are not drawn.
-        pictures, trajectories: are drawn of at most so many images.
+        num_pictures, num_trajectories: at most so many are drawn, of an image each.
         batch_size: images that are predicted together; the results do not depend on it.
         workers: processes that read images.
         precision: of the network's products.
@@ -94,10 +94,10 @@ def detect_folder(
             continue
         rows = results_rows([0], [detections], range(1, len(detector.classes) + 1))
         found.append(_Found(name.as_posix(), tuple(sample.image.shape[-2:]), rows))
-        if drawn < len(share(range(pictures))):
+        if drawn < len(share(range(num_pictures))):
             picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
             save_png(picture, folder.file(Path("pictures") / names[name]))
-        if drawn < len(share(range(trajectories))) and isinstance(detector, DiffusionDet):
+        if drawn < len(share(range(num_trajectories))) and isinstance(detector, DiffusionDet):
             picture = draw_trajectory(detector, sample.image, name_seed(seed, name.name), sampler, score_threshold)
             save_png(picture, folder.file(Path("trajectories") / names[name]))
         drawn += 1
@@ -158,7 +158,7 @@ def _detect(
 def evaluate_detector(
     detector: Detector,
     dataset: CocoDetection,
-    images: int | None = None,
+    num_images: int | None = None,
     batch_size: int = 8,
     workers: int = 0,
     max_dets: int | None = None,
@@ -173,7 +173,7 @@ def evaluate_detector(
     of processes. Every process must call this; each predicts its share of the images and returns the score of all.
 
     Args:
-        images: use this many images, spread over the data set; all by default.
+        num_images: use this many images, spread over the data set; all by default.
         batch_size: images per prediction.
         workers: processes that read images, for each process that predicts.
         max_dets: how many detections count per image; the protocol's number by default.
@@ -187,7 +187,7 @@ def evaluate_detector(
     """
     require_classes(detector.classes, dataset)
     share_statistics(detector)
-    chosen = spread(len(dataset), images)
+    chosen = spread(len(dataset), num_images)
     ids = [dataset.image_ids[i] for i in chosen]
     evaluator = CocoEvaluator(dataset.annotations, iou_types(dataset.masks), max_dets, ids, protocol)
     detector.eval()

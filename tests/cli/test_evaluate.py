@@ -51,7 +51,7 @@ def assert_same(one: Scores, other: Scores) -> None:
 def test_the_table_the_numbers_and_the_pictures(
     given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scores, detections = evaluate(given, tmp_path, "--pictures", "3", "--max_dets", "30")
+    scores, detections = evaluate(given, tmp_path, "--num_pictures", "3", "--max_dets", "30")
     said = capsys.readouterr().out
     assert "AP50" in said
     assert "disc" in said

@@ -15,6 +15,7 @@ from diffperception.data.images import read_image
 from diffperception.detection import FCOS, BoxSampler, DiffusionDet, DynamicHead
 from diffperception.detection.evaluator import CocoEvaluator, results_rows
 from diffperception.diffusion import name_seed
+from tests.helpers.runs import TORCHRUN, python
 
 CLASSES = ["circle", "square", "star"]
 
@@ -60,7 +61,7 @@ def by_name(output: Path) -> dict[str, list]:
 
 def test_a_folder_gives_results_pictures_and_trajectories(model, photos, tmp_path, capsys):
     output = tmp_path / "out"
-    assert run(model, photos, output, "--trajectories", "2", "--pictures", "3", "--score_threshold", "0") == 0
+    assert run(model, photos, output, "--num_trajectories", "2", "--num_pictures", "3", "--score_threshold", "0") == 0
     content, rows = read(output)
     assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "c.bmp", "d.png", "more/a.png"]
     assert [image["width"] for image in content["images"]] == [60, 70, 80, 90, 100]
@@ -80,7 +81,7 @@ def test_a_folder_gives_results_pictures_and_trajectories(model, photos, tmp_pat
 
 def test_results_can_be_scored(model, photos, tmp_path):
     output = tmp_path / "out"
-    assert run(model, photos, output, "--pictures", "0", "--trajectories", "0") == 0
+    assert run(model, photos, output, "--num_pictures", "0", "--num_trajectories", "0") == 0
     content, rows = read(output)
     best = max(rows, key=lambda row: row["score"])
     content["annotations"] = [{"id": 1, **{key: best[key] for key in ("image_id", "category_id", "bbox")}}]
@@ -89,7 +90,7 @@ def test_results_can_be_scored(model, photos, tmp_path):
 
 
 def test_batches_and_other_images_do_not_change_detections(model, photos, tmp_path):
-    plain = ("--pictures", "0", "--trajectories", "0", "--steps", "2")
+    plain = ("--num_pictures", "0", "--num_trajectories", "0", "--steps", "2")
     assert run(model, photos, tmp_path / "one", *plain) == 0
     assert run(model, photos, tmp_path / "three", *plain, "--batch_size", "3", "--workers", "1") == 0
     assert run(model, photos / "b.jpg", tmp_path / "alone", *plain) == 0
@@ -101,6 +102,15 @@ def test_batches_and_other_images_do_not_change_detections(model, photos, tmp_pa
         assert torch.allclose(*(torch.tensor([row[1] for row in x[name]]) for x in (one, three)), atol=0.01)
     assert by_name(tmp_path / "alone")["b.jpg"] == one["b.jpg"]
     assert by_name(tmp_path / "other")["b.jpg"] != one["b.jpg"]
+
+
+def test_two_processes_share_the_images(model, photos, tmp_path):
+    options = ("--num_pictures", "3", "--num_trajectories", "1", "--device", "cpu", "--workers", "0")
+    assert run(model, photos, tmp_path / "one", *options) == 0
+    where = ["--model", str(model), "--images", str(photos), "--output", str(tmp_path / "two")]
+    assert python(*TORCHRUN, "-m", "diffperception", "predict", *where, *options) == 0
+    assert read(tmp_path / "two") == read(tmp_path / "one")
+    assert len(list((tmp_path / "two/pictures").rglob("*.png"))) == 3
 
 
 def test_steps_and_boxes_can_be_chosen(model, photos, tmp_path):

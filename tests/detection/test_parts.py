@@ -207,7 +207,7 @@ def test_a_folder_is_predicted_by_one_call(tmp_path: Path):
     detector.save(tmp_path / "model.safetensors")
     for name, image in zip("ab", IMAGES, strict=True):
         save_image(image, tmp_path / f"{name}.png")
-    found = detect_folder(tmp_path / "model.safetensors", tmp_path, tmp_path / "out", workers=0, trajectories=1)
+    found = detect_folder(tmp_path / "model.safetensors", tmp_path, tmp_path / "out", workers=0, num_trajectories=1)
     assert [image["file_name"] for image in found.images] == ["a.png", "b.png"]
     assert {row["image_id"] for row in found.detections} == {1, 2}
     written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))

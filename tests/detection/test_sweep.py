@@ -129,7 +129,7 @@ def test_the_command_writes_table_numbers_and_curves(
 ) -> None:
     (tmp_path / "lists.yaml").write_text("steps: [1, 2]\nmode: [ddim, fresh_boxes]\n")
     lists = ["--config", str(tmp_path / "lists.yaml"), "--num-boxes", "6", "12", "6", "--nms_threshold", "0.5", "1"]
-    assert main([*arguments, *lists, "--seeds", "2", "--seed", "3", "--output", str(tmp_path)]) == 0
+    assert main([*arguments, *lists, "--num_seeds", "2", "--seed", "3", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "sweep.json").read_text())
     assert content["seeds"] == [3, 4]
@@ -148,7 +148,7 @@ def test_the_command_writes_table_numbers_and_curves(
 def test_single_values_are_a_plain_evaluation(
     arguments: list[str], detector: DiffusionDet, dataset: CocoDetection, tmp_path: Path
 ) -> None:
-    single = ["--steps", "2", "--mode", "fixed_time", "--ensemble", "false", "--pictures", "0"]
+    single = ["--steps", "2", "--mode", "fixed_time", "--ensemble", "false", "--num_pictures", "0"]
     single += ["--renewal_threshold", "0", "--eta", "0.5", "--nms_threshold", "0.3"]
     assert main([*arguments, *single, "--output", str(tmp_path)]) == 0
     sampler = BoxSampler(2, 12, eta=0.5, renewal_threshold=0, ensemble=False, nms_threshold=0.3, mode="fixed_time")
@@ -166,7 +166,7 @@ def test_single_values_are_a_plain_evaluation(
         (["--steps", "0"], "option steps: expected a whole number above 0, or several, got 0"),
         (["--steps", "1", "0"], "option steps: expected a whole number above 0"),
         (["--num-boxes", "10", "many"], "option num_boxes: expected a whole number above 0"),
-        (["--seeds", "0"], "option seeds:"),
+        (["--num_seeds", "0"], "option num_seeds:"),
         (
             ["--renewal_threshold", "0.5", "2"],
             "option renewal_threshold: expected a number from 0 to 1, or several, got [0.5, 2]",
@@ -183,7 +183,7 @@ def test_a_mistake_is_one_sentence(
     assert part in line
 
 
-@pytest.mark.parametrize("options", [["--seeds", "2"], ["--steps", "1", "2"]])
+@pytest.mark.parametrize("options", [["--num_seeds", "2"], ["--steps", "1", "2"]])
 def test_a_detector_without_a_sampler_has_nothing_to_sweep(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
@@ -195,7 +195,7 @@ def test_a_detector_without_a_sampler_has_nothing_to_sweep(
 
 
 def test_two_processes_sweep_like_one(arguments: list[str], tmp_path: Path) -> None:
-    lists = ["--steps", "1", "2", "--seeds", "2", "--batch-size", "2"]
+    lists = ["--steps", "1", "2", "--num_seeds", "2", "--batch-size", "2"]
     assert main([*arguments, *lists, "--output", str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     command += ["diffperception", *arguments, *lists, "--output", str(tmp_path / "two")]

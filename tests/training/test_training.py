@@ -133,7 +133,7 @@ def test_some_images_spread_over_the_set_are_scored(tmp_path: Path) -> None:
     assert spread(10, 4) == [0, 2, 5, 7]
     assert spread(3, 8) == [0, 1, 2]
     dataset = CocoDetection(*write_tiny_data(tmp_path / "data"))
-    result = evaluate_detector(TinyDetector(dataset.classes), dataset, images=2)
+    result = evaluate_detector(TinyDetector(dataset.classes), dataset, num_images=2)
     assert {row["image_id"] for row in result.detections} == {10, 13}
     assert not result.notes  # the other images do not count as missed
 
