@@ -5,6 +5,9 @@ MINIMUM := .venv-minimum
 RUN ?= runs
 CORE_TESTS := tests/diffusion tests/models tests/data tests/visualization tests/test_files.py tests/test_devices.py \
 	tests/detection/test_boxes.py tests/detection/test_matcher.py tests/detection/test_detector.py
+# The simulated GPU is made for the tested torch; older ones round otherwise than the recorded DiffusionDet, and have no
+# forward-mode derivative of a group norm whose channels are last.
+NEWEST_ONLY := simulated or forward_mode or logits_and_boxes or every_stage
 
 .PHONY: help install demo demo-segmentation test test-minimum lint types clean
 
@@ -35,12 +38,12 @@ test: lint types ## lint, types and the fast tests, a file a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-minimum: $(MINIMUM)/installed ## the fast tests of the core with the oldest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(MINIMUM)/bin/python -m pytest --numprocesses auto --dist loadfile $(CORE_TESTS)
+	OMP_NUM_THREADS=1 $(MINIMUM)/bin/python -m pytest --numprocesses auto --dist loadfile $(CORE_TESTS) -k 'not ($(NEWEST_ONLY))'
 
 $(MINIMUM)/installed: pyproject.toml $(VENV)/installed
 	$(BIN)/uv venv --quiet --clear --python '>=3.10,<3.13' $(MINIMUM)
 	$(BIN)/uv pip install --quiet --python $(MINIMUM)/bin/python --resolution lowest-direct --editable . \
-		'diffusers>=0.30' 'pycocotools>=2.0.8' 'pytest>=8.3' 'pytest-xdist>=3.6'
+		'diffusers>=0.35' 'pycocotools>=2.0.8' 'pytest>=8.3' 'pytest-xdist>=3.6'
 	touch $@
 
 lint: install
