@@ -24,15 +24,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install ## draw the shapes data set, train a detector on it, print its COCO table and say where the pictures are (6 minutes)
 	$(BIN)/diffperception shapes --output data/shapes
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train --config configs/detection/shapes.yaml \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train configs/detection/shapes.yaml \
 		--output $(RUN)/shapes --overwrite
 
 demo-segmentation: install ## draw shapes, train their generator without labels, find shapes with ten masks (6 minutes)
 	$(BIN)/diffperception shapes --output data/scenes --min-side 40 --max-side 40 --max-objects 3 --min-size 18
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train --config configs/generation/shapes.yaml \
-		--config configs/generation/shapes_scenes.yaml --data.batch_size 4 --output $(RUN)/scenes_ddpm --overwrite
-	$(BIN)/diffperception train --config configs/segmentation/shapes.yaml --output $(RUN)/scenes_masks --overwrite \
-		--features.file $(RUN)/scenes_ddpm/model.safetensors
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m diffperception train configs/generation/shapes_scenes.yaml \
+		--data.batch_size 4 --output $(RUN)/scenes_ddpm --overwrite
+	$(BIN)/diffperception train configs/segmentation/shapes.yaml --output $(RUN)/scenes_masks --overwrite \
+		--features.generator $(RUN)/scenes_ddpm/model.safetensors
 
 test: lint types ## lint, types and the fast tests, a file a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
