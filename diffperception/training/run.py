@@ -184,6 +184,8 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
     # Kernels of 1 x 1, whose two memory layouts are the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # The module knows what of a batch it needs on its device.
+    warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device`")
     # A frozen backbone.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
