@@ -17,7 +17,9 @@ TARGET = 0.8
 Network = Callable[[], Tensor]
 
 
-def measure(repeats: int, say: Callable[[str], None], device: torch.device | str = "cpu") -> list[tuple[Row, list[Row]]]:
+def measure(
+    repeats: int, say: Callable[[str], None], device: torch.device | str = "cpu"
+) -> list[tuple[Row, list[Row]]]:
     """A forward pass, then a training step: diffusers' time (the unit), diffusers' with channels last, ours.
 
     Args:

@@ -1,8 +1,8 @@
 """Runs of training that configurations describe."""
 
 import difflib
-import importlib
 import json
+import pydoc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,9 @@ def options_for(arguments: Sequence[str]) -> Options:
 
 def find_recipe(task: str) -> type[Recipe]:
     """The recipe of a task, or of a user's own by its import path; ValueError, naming the nearest, if there is none."""
-    path = f"{__package__}.recipes.{RECIPES[task]}" if task in RECIPES else task
-    module, _, name = path.rpartition(".")
-    if module:
-        found = getattr(importlib.import_module(module), name, None)
-        if isinstance(found, type) and issubclass(found, Recipe):
-            return found
+    found = pydoc.locate(f"{__package__}.recipes.{RECIPES[task]}" if task in RECIPES else task)
+    if isinstance(found, type) and issubclass(found, Recipe):
+        return found
     near = difflib.get_close_matches(task, RECIPES, n=1)
     hint = f"did you mean {near[0]}?" if near else f"train knows {', '.join(RECIPES)}, and recipes by their import path"
     raise ValueError(f"there is no task {task!r}: {hint}")

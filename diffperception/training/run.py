@@ -61,6 +61,8 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
     require_loggers(options.trainer.logger)
     torch.manual_seed(options.seed)
     parts = recipe.prepare(options.seed)
+    if options.trainer.accumulate > 1 and not parts.module.automatic_optimization:
+        raise ValueError(f"trainer.accumulate must be 1 for {recipe.task}, which updates its weights by itself")
     max_steps = parts.module.max_steps or options.trainer.max_steps
     checkpoint = None
     if folder is not None and options.resume:

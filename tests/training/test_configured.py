@@ -102,7 +102,7 @@ def test_a_users_own_recipe_is_named_by_its_import_path(config: Path) -> None:
     assert train(config, task=OwnRecipe.task, **{"trainer.max_steps": 1}).step == 1
 
 
-@pytest.mark.parametrize("name", ["detectoin", "diffperception.detection.Detector", "diffperception.detection.Absent"])
+@pytest.mark.parametrize("name", ["detectoin", "diffperception.detection.Detector", "nowhere.Absent"])
 def test_an_unknown_task_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="there is no task"):
         find_recipe(name)
