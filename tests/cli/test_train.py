@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffperception.cli.main import main
 from diffperception.data.batches import StepBatchSampler
-from tests.helpers.runs import complaint, copy_run, train
+from tests.helpers.runs import assert_not_resumed, complaint, copy_run, train
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_detector import TinyDetector
 
@@ -237,10 +237,7 @@ def test_a_checkpoint_of_another_model_is_refused(
 def test_what_the_state_of_a_run_hangs_on_cannot_change_on_the_way(
     config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    copy_run(whole, tmp_path)
-    assert train(config, tmp_path, "--resume", *options) == 2
-    assert said.format(tmp_path) in complaint(capsys)
-    assert (tmp_path / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
+    assert_not_resumed(config, whole, tmp_path, options, said, capsys)
 
 
 def test_other_classes_cannot_go_on_with_a_run(

@@ -50,6 +50,16 @@ def copy_run(run: Path, folder: Path) -> None:
         shutil.copy(run / name, folder / name)
 
 
+def assert_not_resumed(
+    config: Path, run: Path, folder: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of a run in a folder is not gone on with by these options, and stays as it is."""
+    copy_run(run, folder)
+    assert train(config, folder, "--resume", *options) == 2
+    assert said.format(folder) in complaint(capsys)
+    assert (folder / "config.yaml").read_bytes() == (run / "config.yaml").read_bytes()
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     """Weights, averages, optimiser state, exported model and logged numbers are the same to the last bit."""
     first, second = (flatten(torch.load(run / "last.ckpt", weights_only=True)) for run in (one, other))

@@ -28,7 +28,7 @@ from diffperception.training.recipes.generation import (
 )
 from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import image_grid
-from tests.helpers.runs import assert_same_run, complaint, copy_run, logged, train
+from tests.helpers.runs import assert_not_resumed, assert_same_run, complaint, copy_run, logged, train
 from tests.training.tiny_detector import PowerCut
 from tests.training.tiny_generator import write_tiny_generator, write_tiny_pictures
 
@@ -92,10 +92,7 @@ def test_bfloat16_resumes_bit_for_bit(config: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_must_be_the_same(
     config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    copy_run(whole, tmp_path)
-    assert train(config, tmp_path, "--resume", *options) == 2
-    assert said.format(tmp_path) in complaint(capsys)
-    assert (tmp_path / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
+    assert_not_resumed(config, whole, tmp_path, options, said, capsys)
 
 
 def test_a_resumed_run_may_change_what_its_weights_do_not_hang_on(config: Path, whole: Path, tmp_path: Path) -> None:
