@@ -57,8 +57,13 @@ def apply_deltas(deltas: Tensor, boxes: Tensor) -> Tensor:
 
 def paired_giou(a: Tensor, b: Tensor, eps: float = 1e-7) -> tuple[Tensor, Tensor]:
     """IoU and generalised IoU (arXiv 1902.09630) of boxes that broadcast against each other: (..., 4) xyxy."""
-    intersection = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2])).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
+    intersection = _area((torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(min=0))
+    hull = _area(torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2]))
+    union = _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - intersection
     iou = intersection / (union + eps)
     return iou, iou - (hull - union) / (hull + eps)
+
+
+def _area(sizes: Tensor) -> Tensor:
+    """Width times height (..., 2). The gradient of `prod` looks for zeros first, which waits for a GPU."""
+    return sizes.prod(-1) if sizes.device.type == "cpu" else sizes[..., 0] * sizes[..., 1]
