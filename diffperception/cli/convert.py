@@ -4,16 +4,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from diffperception.data.coco_file import labels_of, read_coco
 from diffperception.detection import DiffusionDet
 from diffperception.diffusion import Prediction, ScheduleName
-from diffperception.echo import echo
+from diffperception.echo import echo, plural
 from diffperception.files import require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import EMA, read_weights
+from diffperception.segmentation import FeatureExtractor, PixelEnsemble, PixelSegmenter
 
 Reference = DiffusionDet | DiffusionModel | NoisyClassifier
 USES = {
@@ -44,7 +46,7 @@ def convert(
     models of guided-diffusion and improved-diffusion, and noisy classifiers of guided-diffusion. Widths, classes and
     layouts are read off names and shapes; what those cannot tell of the last two kinds are the options from --num-heads
     to --prediction. Only weights and numbers are read: a checkpoint that would run code is refused. The pixel
-    classifiers of ddpm-segmentation are turned into a segmenter by `--task segmentation`, which has options of its own.
+    classifiers of ddpm-segmentation are turned into a segmenter by `--checkpoints`, with options of their own.
 
     For example: `diffperception convert --checkpoint lsun_cat.pt --output cat.safetensors --num-head-channels 64
     --image-size 256`.
@@ -133,3 +135,41 @@ def some(classes: Sequence[str] | None) -> str:
     if classes is None:
         return "no classes"
     return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
+
+
+def convert_ensemble(
+    features: FeatureExtractor,
+    checkpoints: list[Path],
+    classes: list[str],
+    output: Path,
+    short_side: PositiveInt | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn the pixel classifiers of ddpm-segmentation into a segmenter file.
+
+    The features must be those that the classifiers were trained on: of the same UNet, which `diffperception convert`
+    makes a model file of first, with the same blocks and timesteps in the same order.
+
+    For example: `diffperception convert --features diffperception.segmentation.DiffusionFeatures --features.generator
+    cat.safetensors --checkpoints model_0.pth model_1.pth --classes "[background, ...]" --output cats.safetensors`.
+
+    Args:
+        features: what is known of pixels; DiffusionFeatures and its arguments.
+        checkpoints: model_0.pth, model_1.pth, ...: a file per member of the ensemble. Nothing in them is run.
+        classes: names of the classes 0, 1, ...
+        output: the file to write.
+        short_side: images are resized to this short side first; null for not.
+        overwrite: replace the output file.
+    """
+    require_file_name(output)
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} is there already: name another file, or replace it with --overwrite")
+    ensemble = PixelEnsemble.from_reference(checkpoints, features.channels, len(classes))
+    PixelSegmenter(features, ensemble, classes, short_side).save(output)
+    echo(
+        f"{plural(len(checkpoints), 'classifier')} of {features.channels} features and {len(classes)} classes\n"
+        f"{output}: for `diffperception predict`, `autolabel` and `evaluate`"
+    )
+
+
+BY_KIND = {"checkpoint": convert, "checkpoints": convert_ensemble}

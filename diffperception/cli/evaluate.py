@@ -1,18 +1,22 @@
 """`diffperception evaluate`: scores of a model, or of its results; which function it is depends on what is given."""
 
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from diffperception.cli.evaluate_generation import evaluate_sample_folder
 from diffperception.data import CocoDetection
+from diffperception.data.masks import IGNORE_INDEX, MaskFolder
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
 from diffperception.detection.inference import draw_predictions, evaluate_detector, write_result
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
 from diffperception.devices import Precision, first_process, join_processes, pick_device
-from diffperception.echo import echo
+from diffperception.echo import echo, plural
+from diffperception.segmentation import PixelSegmenter, evaluate_segmenter
+from diffperception.segmentation.inference import iou_table
 
 
 def evaluate_detector_file(
@@ -147,4 +151,60 @@ def finish(result: CocoResult, output: Path | None) -> None:
         echo(f"\n{output / 'metrics.json'}: these numbers\n{output / 'detections.json'}: every predicted box")
 
 
-BY_KIND = {"samples": evaluate_sample_folder, "results": score_results, "detector": evaluate_detector_file}
+def evaluate_segmenter_file(
+    model: Path,
+    images: Path,
+    masks: Path,
+    annotations: Path | None = None,
+    max_images: PositiveInt | None = None,
+    unlabelled: Literal["stop", "skip"] = "stop",
+    ignore: int | None = IGNORE_INDEX,
+    mask_values: dict[int, int] | None = None,
+    output: Path | None = None,
+    pictures: NonNegativeInt = 4,
+    workers: NonNegativeInt = 2,
+    device: str = "auto",
+    precision: Precision = "32",
+    seed: NonNegativeInt = 0,
+    overwrite: bool = False,
+    trust: str | None = None,
+) -> None:
+    """Score a segmenter on images with masks: IoU per class, and their mean.
+
+    Pixels are counted over all images, at the masks' own size. Pixels without a label count nowhere, and a class that
+    neither the masks nor the predictions have is left out of the mean.
+
+    Args:
+        model: the segmenter, a model.safetensors file.
+        images: folder with pictures.
+        masks: folder with their masks, of the same names: PNG of one channel or NPY, in each pixel its class's number.
+        annotations: only the images are used that this COCO JSON file lists, or this text file with a name per line.
+        max_images: use only so many of the images, chosen by the seed; by default all.
+        unlabelled: what to do at an image without a mask: stop, naming it, or leave it out.
+        ignore: the value in masks of pixels without a label; null for none.
+        mask_values: class numbers of the values in masks where they differ, such as '{0: 0, 255: 1}'.
+        output: folder for metrics.json and pictures/; nothing is written without it.
+        pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
+        workers: processes that read images.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        precision: bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.
+        seed: seed of which images `max_images` chooses.
+        overwrite: write into a folder that is not empty, in place of what an earlier run wrote there.
+        trust: a Python package of your own whose classes the model file may name.
+    """
+    segmenter = PixelSegmenter.load(model, pick_device(device), allow=(trust,) if trust else ())
+    number = len(segmenter.classes)
+    folder = MaskFolder(images, masks, number, ignore, mask_values, annotations, unlabelled, max_images, seed)
+    with join_processes():
+        metrics = evaluate_segmenter(segmenter, folder, output, pictures, workers, precision, overwrite)
+    echo(f"{iou_table(metrics)}\non the labelled pixels of {plural(len(folder), 'image')}")
+    if output is not None:
+        echo(f"{output}: these numbers in metrics.json" + (", and pictures/" if pictures else ""))
+
+
+BY_KIND = {
+    "samples": evaluate_sample_folder,
+    "results": score_results,
+    "detector": evaluate_detector_file,
+    "segmenter": evaluate_segmenter_file,
+}

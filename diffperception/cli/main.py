@@ -22,12 +22,11 @@ COMMANDS = {
     "train": "train a detector, a generator of images, the classifier that guides it, or a segmenter",
     "evaluate": "score a detector, a results file, generated images, or a segmenter",
     "benchmark": "measure speeds as ratios to a well-known unit",
-    "predict": "detect objects in images: COCO results and pictures",
+    "predict": "objects in images, or the class of every pixel: results and pictures",
     "sample": "draw images from a generator",
-    "segment": "masks of images, how uncertain they are, and which images to label next",
     "extract": "write feature maps of images to disk",
-    "search": "rank timesteps and blocks of a generator by how well they tell classes apart",
-    "distill": "label images, or samples of a generator, with a segmenter: a data set to train on",
+    "probe": "rank timesteps and blocks of a generator by how well they tell classes apart",
+    "autolabel": "label images, or samples of a generator, with a segmenter: a data set to train on",
     "compare": "what a generator's features are worth where few images are labelled",
     "convert": "turn a checkpoint of DiffusionDet, guided-diffusion or ddpm-segmentation into a model file",
 }
@@ -68,14 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(name: str, arguments: Sequence[str]) -> int:
     """Call command `name` with what the arguments say."""
     require_command(name)
-    from diffperception.configuration.base import given, spread_files
     from diffperception.configuration.parser import Options, call
 
     prefer_fast_products()
-    task = given(spread_files(arguments), "task")
-    if task == "segmentation":  # until these have moved
-        module = importlib.import_module(f"diffperception.cli.{name}_{task}")
-        return call(getattr(module, name), arguments, task=task)
     if name == "train":
         from diffperception.cli.train import train
 

@@ -8,6 +8,8 @@ from diffperception.detection import Detector
 from diffperception.detection.inference import detect_folder
 from diffperception.devices import Precision, join_processes, pick_device
 from diffperception.echo import echo, plural
+from diffperception.segmentation import PixelSegmenter, segment_folder
+from diffperception.segmentation.inference import SHEET
 from diffperception.visualization.draw import THRESHOLD
 
 
@@ -81,4 +83,50 @@ def predict_detector(
         echo("\n  ".join([f"{plural(len(found.broken), 'image')} left out:", *found.broken]))
 
 
-BY_KIND = {"detector": predict_detector}
+def predict_segmenter(
+    model: Path,
+    images: str,
+    output: Path,
+    rank: bool = False,
+    labelled: Path | None = None,
+    pictures: NonNegativeInt = 100,
+    workers: NonNegativeInt = 2,
+    device: str = "auto",
+    precision: Precision = "32",
+    overwrite: bool = False,
+    trust: str | None = None,
+) -> None:
+    """Say of every pixel of an image, or of all images in a folder, which class it is.
+
+    Writes OUTPUT/masks (PNG, in each pixel its class's number), OUTPUT/overlays (the images with their classes in
+    colours), OUTPUT/uncertainty (where the members of the ensemble disagree) and OUTPUT/scores.csv: each image's
+    uncertainty (in nats, the mean of its most uncertain tenth) and the fractions of the classes. With `--rank` also
+    OUTPUT/rank.csv, the images with the most uncertain first, and OUTPUT/rank.png, which shows the first of them:
+    those to label next. Images that cannot be read are left out and named at the end. scores.csv is written once all
+    images are done: a folder without it is of a run that was interrupted.
+
+    Args:
+        model: the segmenter, a model.safetensors file.
+        images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
+        output: folder for the results.
+        rank: order the images by their uncertainty.
+        labelled: folder of masks; images that have one there are left out.
+        pictures: draw the overlays and uncertainties of at most this many images.
+        workers: processes that read images.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        precision: bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.
+        overwrite: write into a folder that is not empty, in place of what an earlier run wrote there.
+        trust: a Python package of your own whose classes the model file may name.
+    """
+    segmenter = PixelSegmenter.load(model, pick_device(device), allow=(trust,) if trust else ())
+    with join_processes():
+        found = segment_folder(segmenter, images, output, rank, labelled, pictures, workers, precision, overwrite)
+    if rank:
+        first = ", ".join(f"{score.name} ({score.uncertainty:.2g})" for score in found.ranked()[:SHEET])
+        echo(f"label next, the most uncertain first, all in rank.csv and these in rank.png: {first}")
+    echo(f"masks of {plural(len(found.scores), 'image')}, pictures and scores.csv are in {output}")
+    if found.broken:
+        echo("\n  ".join([f"{plural(len(found.broken), 'image')} left out:", *found.broken]))
+
+
+BY_KIND = {"detector": predict_detector, "segmenter": predict_segmenter}

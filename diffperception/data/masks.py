@@ -1,18 +1,18 @@
 """Images with a mask of labels each: what pixel classifiers learn from."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.images import listed_images, read_image, read_size
+from diffperception.data.images import listed_images, read_image, read_size, resize_short_side, to_float
 
 IGNORE_INDEX = 255  # the label of pixels that have none
 FORMATS = (".png", ".npy")  # of masks
@@ -32,9 +32,9 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         ignore: the value of pixels without a label.
         mask_values: the label of each value where they differ, such as {0: 0, 255: 1} in masks of black and white; what
             is not named there but `ignore` is unknown.
-        annotations: only the images are used that this COCO JSON file lists, or this text file, with a name a line.
+        annotations: only the images are used that this COCO JSON file lists, or this text file, with a name per line.
         unlabelled: what to do at an image without a mask: stop, or leave it out.
-        limit: use no more images than these, chosen by the seed; a larger number chooses the same and others.
+        max_images: use no more images than these, chosen by the seed; a larger number chooses the same and others.
         seed: of the choice.
         short_side: resize images to this short side with antialiasing, and masks with them by nearest neighbours.
 
@@ -56,15 +56,15 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         mask_values: Mapping[int, int] | None = None,
         annotations: Path | None = None,
         unlabelled: Literal["stop", "skip"] = "stop",
-        limit: int | None = None,
+        max_images: int | None = None,
         seed: int = 0,
         short_side: int | None = None,
     ) -> None:
         self.num_classes, self.ignore, self.short_side = num_classes, ignore, short_side
         self.labels = _label_of_value(num_classes, ignore, mask_values)
         pairs = find_pairs(images, masks, annotations, unlabelled)
-        chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:limit]
-        self.pairs = [pairs[i] for i in chosen.tolist()] if limit is not None else pairs
+        chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:max_images]
+        self.pairs = [pairs[i] for i in chosen.tolist()] if max_images is not None else pairs
         self.names = [str(image.relative_to(images)) for image, _ in self.pairs]
         if sum(self._labelled(*pair) for pair in self.pairs) == 0:
             raise ValueError(f"all pixels of the masks in {masks} are ignored: label some")
@@ -87,15 +87,12 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
 
     def image(self, index: int) -> Tensor:
         """(3, h, w), of sample `index`."""
-        image = F.to_dtype(read_image(self.pairs[index][0]), torch.float32, scale=True)
-        return image if self.short_side is None else F.resize(image, [self.short_side], antialias=True)
+        return resize_short_side(to_float(read_image(self.pairs[index][0])), self.short_side)
 
     def mask(self, index: int) -> Tensor:
         """(h, w), of sample `index`."""
         mask = torch.from_numpy(self._read(self.pairs[index][1]))
-        if self.short_side is None:
-            return mask
-        return F.resize(mask[None], [self.short_side], InterpolationMode.NEAREST_EXACT)[0]
+        return resize_short_side(mask[None], self.short_side, nearest=True)[0]
 
     def _labelled(self, image: Path, mask: Path) -> bool:
         """Whether a mask has labelled pixels; ValueError if it does not go with the image."""
@@ -124,6 +121,75 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
                 f" {_some(known)}: name all classes, or say with `mask_values` and `ignore` what else the masks hold"
             )
         return labels
+
+
+@dataclass
+class MaskDataOptions:
+    """Which images and masks there are.
+
+    Args:
+        images: folder with pictures.
+        masks: folder with their masks, of the same names: PNG of one channel or NPY, in each pixel its class's number.
+        classes: names of the classes 0, 1, ...
+        annotations: only the images are used that this COCO JSON file lists, or this text file with a name per line.
+        max_images: use only so many of the images, chosen by the seed; null for all.
+        unlabelled: what to do at an image without a mask: stop, naming it, or leave it out.
+        val_images: folder with pictures to measure on; null for none.
+        val_masks: folder with their masks.
+        val_annotations: as `annotations`, of `val_images`.
+        ignore: the value in masks of pixels without a label; null for none.
+        mask_values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}.
+        short_side: work on images resized to this short side, best that which the generator learned from; scores
+            are always measured at the masks' own size. null for no resizing.
+    """
+
+    images: Path
+    masks: Path
+    classes: list[str]
+    annotations: Path | None = None
+    max_images: PositiveInt | None = None
+    unlabelled: Literal["stop", "skip"] = "stop"
+    val_images: Path | None = None
+    val_masks: Path | None = None
+    val_annotations: Path | None = None
+    ignore: int | None = IGNORE_INDEX
+    mask_values: dict[int, int] | None = None
+    short_side: PositiveInt | None = None
+
+    def open(self, seed: int = 0) -> MaskFolder:
+        """The images to learn from, resized; ValueError if two classes have one name."""
+        return MaskFolder(
+            self.images,
+            self.masks,
+            len(check_names(self.classes)),
+            self.ignore,
+            self.mask_values,
+            self.annotations,
+            self.unlabelled,
+            self.max_images,
+            seed,
+            self.short_side,
+        )
+
+    def resized(self, image: Tensor) -> Tensor:
+        """An image (3, H, W) as it is worked on."""
+        return resize_short_side(image, self.short_side)
+
+    def open_val(self) -> MaskFolder | None:
+        """The images to measure on, at their own size."""
+        if self.val_images is None or self.val_masks is None:
+            if self.val_images is not self.val_masks:
+                raise ValueError("give both data.val_images and data.val_masks, or neither")
+            return None
+        return MaskFolder(
+            self.val_images,
+            self.val_masks,
+            len(self.classes),
+            self.ignore,
+            self.mask_values,
+            self.val_annotations,
+            self.unlabelled,
+        )
 
 
 class _Reading(Sequence[Tensor]):
@@ -171,6 +237,14 @@ def find_mask(image: Path, masks: Path) -> Path | None:
     """The mask of an image whose name below its folder is given, if there is one."""
     candidates = [masks / image.with_suffix(ending) for ending in FORMATS]
     return next((path for path in candidates if path.is_file()), None)
+
+
+def check_names(classes: Sequence[str]) -> list[str]:
+    """The names of classes; ValueError if two are alike, for scores are told by name."""
+    doubled = [name for i, name in enumerate(classes) if name in classes[:i]]
+    if doubled:
+        raise ValueError(f"two classes are named {doubled[0]}: give every class a name of its own")
+    return list(classes)
 
 
 def read_mask(path: Path) -> np.ndarray:

@@ -10,21 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffperception.data.masks import IGNORE_INDEX
+from diffperception.diffusion.noise import derive_seed
 from diffperception.models import Model
 from diffperception.models.convert.ddpm_segmentation import read_members
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps, rows_around, upsample_rows
 from diffperception.segmentation.mlp import PixelMLPs, hidden_widths
-from diffperception.segmentation.pixels import (
-    FitOptions,
-    LabelledPixels,
-    checked_masks,
-    fit_notes,
-    member_seed,
-    train,
-)
 
-BAND_PIXELS = 8192  # at once through the layers after the first: small enough for the processor's cache
+CPU_PIXELS = 2**13  # at once through the layers after the first: small enough for the processor's cache
+ACCELERATOR_PIXELS = 2**18  # large enough that the arithmetic takes longer than asking for it
 FINE_STRIDE = 2  # maps up to this stride go through the first layer in bands, not whole: their sums would be large
 
 
@@ -81,6 +75,9 @@ class PixelEnsemble(Model):
         num_classes: K, at most 255.
         members: M, at most 255.
 
+    Attributes:
+        band_pixels: how many pixels go at once through the layers after the first; None for what suits the device.
+
     Raises:
         ValueError: if there are too many or too few classes or members.
     """
@@ -92,7 +89,8 @@ class PixelEnsemble(Model):
         if not 2 <= num_classes <= IGNORE_INDEX:
             raise ValueError(f"there must be 2 to {IGNORE_INDEX} classes, not {num_classes}")
         self.channels, self.num_classes, self.members = channels, num_classes, members
-        self.mlps = PixelMLPs(members, channels, num_classes, [member_seed(0, m) for m in range(members)]).eval()
+        self.band_pixels: int | None = None
+        self.mlps = PixelMLPs(members, channels, num_classes, [derive_seed(0, m) for m in range(members)]).eval()
 
     @classmethod
     def from_reference(
@@ -127,45 +125,6 @@ class PixelEnsemble(Model):
             ensemble = cls(found_channels, found_classes, len(paths))
         ensemble.mlps.load_state_dict(state, assign=True)
         return ensemble.eval()
-
-    def fit(
-        self,
-        features: FeatureExtractor,
-        images: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        options: FitOptions | None = None,
-        names: Sequence[str] | None = None,
-        classes: Sequence[str] | None = None,
-    ) -> "PixelEnsemble":
-        """Train afresh on labelled images; warns where a class has too few pixels to count.
-
-        Args:
-            features: the extractor, of as many channels as this was built for.
-            images: (3, H, W) each, RGB, 0..1, of any sizes; fetched one at a time.
-            masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
-            options: the recipe.
-            names: of the images, for messages.
-            classes: names of 0..K-1, for messages.
-
-        Raises:
-            ValueError: if masks do not fit the images or the classes, or nothing is labelled.
-        """
-        options = options or FitOptions()
-        names = names or [f"image {i}" for i in range(len(masks))]
-        self._check_channels(features.channels)
-        checked, notes = checked_masks(images, masks, self.num_classes, options.min_pixels, names, classes)
-        fit_notes(notes)
-        pixels = LabelledPixels(features, images, checked, getattr(torch, options.feature_dtype), names)
-        seeds = [member_seed(options.seed, member) for member in range(self.members)]
-        device = self.mlps.device
-        self.mlps = PixelMLPs(self.members, self.channels, self.num_classes, seeds).to(pixels.labels.device)
-        weight = self.mlps.linears[0].weight
-        order = pixels.channel_order([info.channels for info in features.info]).to(weight.device)
-        weight.data = weight.data[:, :, order]
-        train(self.mlps, pixels, seeds, options)
-        weight.data = weight.data[:, :, order.argsort()]
-        self.mlps.to(device)
-        return self
 
     def predict(self, features: FeatureExtractor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (H, W) int64 and their uncertainty (H, W) float32; :meth:`segment` tells more."""
@@ -202,7 +161,8 @@ class PixelEnsemble(Model):
         grouped = _by_stride(maps.to(weight.dtype).to(weight.device), weight)
         whole = {s: _first_layer(cells, w) for s, (cells, w) in grouped.items() if s > FINE_STRIDE}
         step = math.lcm(*maps.strides)
-        rows = step * max(1, BAND_PIXELS // (step * width))
+        pixels = self.band_pixels or (CPU_PIXELS if weight.device.type == "cpu" else ACCELERATOR_PIXELS)
+        rows = step * max(1, pixels // (step * width))
         for top in range(0, height, rows):
             bottom = min(top + rows, -(-height // step) * step)
             bands = []

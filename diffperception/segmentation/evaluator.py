@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffperception.data.masks import IGNORE_INDEX
@@ -43,6 +44,11 @@ class MeanIoU:
         pairs = torch.bincount(mask * num_classes + labels, minlength=num_classes**2)
         self.confusion += pairs.view(num_classes, num_classes)
 
+    def gather(self) -> None:
+        """Add up what all processes have counted, if there are several."""
+        if dist.is_initialized():
+            dist.all_reduce(self.confusion)
+
     def per_class(self) -> list[float]:
         """IoU of each class, NaN where it occurs in no mask and no prediction."""
         hit = self.confusion.diag().double()
@@ -53,6 +59,11 @@ class MeanIoU:
         """Mean IoU of the classes that occur, NaN without any."""
         occurring = [iou for iou in self.per_class() if not math.isnan(iou)]
         return sum(occurring) / len(occurring) if occurring else math.nan
+
+    def named(self, classes: Sequence[str]) -> dict[str, float]:
+        """`miou` and the IoU of each class that occurs, by its name."""
+        ious = {"miou": self.mean(), **dict(zip(classes, self.per_class(), strict=True))}
+        return {name: iou for name, iou in ious.items() if not math.isnan(iou)}
 
     def summary(self, classes: Sequence[str]) -> dict[str, float | dict[str, float | None] | None]:
         """`miou` and `iou` by class name, None for what does not occur: ready for JSON."""

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffperception.files import written_beside
 from diffperception.models import FeatureInfo
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps
@@ -34,7 +35,7 @@ def stored_bytes(features: FeatureExtractor, sizes: Iterable[tuple[int, int]], d
 
 def file_bytes(features: FeatureExtractor, size: tuple[int, int], dtype: torch.dtype) -> int:
     """What :func:`save_maps` writes for an image of this height and width, exactly: the header and the numbers."""
-    header: dict[str, Any] = {"__metadata__": _metadata(features.info, size)}
+    header: dict[str, Any] = {"__metadata__": _metadata(features.info, size, 32 * "0")}
     shapes = {
         info.name: [info.channels, *cells] for info, cells in zip(features.info, features.map_sizes(*size), strict=True)
     }
@@ -59,54 +60,72 @@ class CachedFeatures(FeatureExtractor):
     def __init__(self, features: FeatureExtractor, dtype: torch.dtype = torch.float16) -> None:
         super().__init__(features.info, features.multiple, features.window)
         self.features, self.dtype = features, dtype
-        self.kept: dict[bytes, FeatureMaps] = {}  # by what the image looks like
+        self.kept: dict[str, FeatureMaps] = {}
 
     def encode(self, images: Tensor) -> list[Tensor]:
         return self.features.encode(images)
 
     def maps(self, image: Tensor) -> FeatureMaps:
-        pixels = image.detach().cpu().contiguous()
-        key = hashlib.sha256(f"{pixels.dtype} {tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).digest()
+        key = image_key(image)
         if key not in self.kept:
             self.kept[key] = self.features.maps(image).stored(self.dtype, "an image")
         return self.kept[key].to(torch.float32)
 
+    def portable(self) -> FeatureExtractor:
+        return self.features.portable()
 
-def save_maps(maps: FeatureMaps, info: Sequence[FeatureInfo], path: Path) -> None:
-    """Write the maps of an image to a safetensors file, beside and then renamed, each by its name.
+
+def image_key(image: Tensor) -> str:
+    """A short name for the pixels of an image (3, H, W) on any device."""
+    pixels = image.detach().cpu().contiguous()
+    about = f"{pixels.dtype} {tuple(pixels.shape)}".encode()
+    return hashlib.sha256(about + pixels.numpy().tobytes()).hexdigest()[:32]
+
+
+def save_maps(maps: FeatureMaps, info: Sequence[FeatureInfo], path: Path, key: str) -> None:
+    """Write the maps of an image to a safetensors file, each by its name.
 
     Args:
         maps: on any device; they keep their type.
         info: of the extractor.
+        key: of the image.
     """
     tensors = {about.name: m.cpu().contiguous() for about, m in zip(info, maps.maps, strict=True)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.touch()
-    try:
-        permissions = beside.stat().st_mode
-        save_file(tensors, beside, _metadata(info, maps.size))
-        beside.chmod(permissions)  # of any new file; safetensors leaves it to its owner alone
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_beside(path) as part:
+        permissions = part.stat().st_mode
+        save_file(tensors, part, _metadata(info, maps.size, key))
+        part.chmod(permissions)  # as of any new file: safetensors makes its own readable by the owner alone
 
 
-def _metadata(info: Sequence[FeatureInfo], size: tuple[int, int]) -> dict[str, str]:
+def _metadata(info: Sequence[FeatureInfo], size: tuple[int, int], key: str) -> dict[str, str]:
     """What a file says of its maps."""
     about = {"names": [about.name for about in info], "strides": [about.stride for about in info], "size": size}
-    return {"maps": json.dumps(about)}
+    return {"maps": json.dumps(about | {"image": key})}
 
 
 def load_maps(path: Path) -> FeatureMaps:
     """Read what :func:`save_maps` wrote; ValueError for another file."""
+    with _opened_maps(path) as (file, about):
+        return FeatureMaps([file.get_tensor(name) for name in about["names"]], about["strides"], tuple(about["size"]))
+
+
+def kept_images(folder: Path) -> dict[str, Path]:
+    """The files of maps in a folder and its subfolders, by the keys of their images."""
+    found = {}
+    for path in sorted(folder.rglob("*.*.safetensors")):  # image.png.safetensors
+        with _opened_maps(path) as (_, about):
+            found[about["image"]] = path
+    return found
+
+
+@contextmanager
+def _opened_maps(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A file of maps, and what it says of them."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["maps"])
-            maps = [file.get_tensor(name) for name in about["names"]]
+            yield file, json.loads((file.metadata() or {})["maps"])
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} holds no feature maps ({error}): `diffperception extract` writes them") from None
-    return FeatureMaps(maps, about["strides"], tuple(about["size"]))
 
 
 def fingerprint(module: nn.Module) -> str:

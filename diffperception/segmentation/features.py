@@ -1,7 +1,7 @@
 """Where pixels get their features from: a diffusion model, any timm model, or the colours themselves."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
@@ -15,8 +15,8 @@ from diffperception.models.reader import load_generator
 from diffperception.segmentation.maps import FeatureMaps, Windows, padded_side
 
 # Windows that are encoded at once: small ones keep no processor busy, large ones need no company and much memory.
-BATCH_WINDOWS = 8
-BATCH_PIXELS = 2**16
+CPU_WINDOWS, CPU_PIXELS = 8, 2**16
+ACCELERATOR_PIXELS = 2**20
 
 
 class FeatureExtractor(Model, ABC):
@@ -27,6 +27,9 @@ class FeatureExtractor(Model, ABC):
         multiple: what it needs an image's sides to be multiples of; images are padded with their last pixels.
         window: larger images are cut into overlapping windows of this side, a multiple of ``multiple``; if None, none
             are.
+
+    Attributes:
+        batch_pixels: of windows, how many pixels are encoded at once; None for what suits the device.
 
     Raises:
         ValueError: if the window is not a multiple.
@@ -39,6 +42,7 @@ class FeatureExtractor(Model, ABC):
         self.info = list(info)
         self.multiple = multiple
         self.window = window
+        self.batch_pixels: int | None = None
 
     @property
     def channels(self) -> int:
@@ -70,16 +74,24 @@ class FeatureExtractor(Model, ABC):
         padded = F.pad(image[None].to(self.device, torch.float32), (0, right, 0, below), mode="replicate")
         windows = self.windows(*padded.shape[2:])
         cut = [padded[0, :, rows, columns] for rows, columns in windows.places]  # all of one size
-        together = max(1, min(BATCH_WINDOWS, BATCH_PIXELS // cut[0][0].numel()))
-        parts: list[tuple[Tensor, ...]] = []
-        for first in range(0, len(cut), together):
-            parts += zip(*self.encode(torch.stack(cut[first : first + together])), strict=True)
-        return FeatureMaps(windows.blend(parts, self.strides), self.strides, (height, width))
+        return FeatureMaps(windows.blend(self._encode_all(cut), self.strides), self.strides, (height, width))
 
     def windows(self, height: int, width: int) -> Windows:
         """How an image with sides that are multiples is cut; a quarter of a window overlaps the next."""
         side = self.window or max(height, width)
         return Windows(height, width, side, side // 4 // self.multiple * self.multiple)
+
+    def portable(self) -> "FeatureExtractor":
+        """What computes the same maps anywhere: itself, but for extractors that keep maps of certain images."""
+        return self
+
+    def _encode_all(self, windows: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """The maps of each window (3, h, w), all of one size; as many are encoded at once as suit the device."""
+        pixels, on_cpu = windows[0][0].numel(), windows[0].device.type == "cpu"
+        together = (self.batch_pixels or (CPU_PIXELS if on_cpu else ACCELERATOR_PIXELS)) // pixels
+        together = max(1, min(together, CPU_WINDOWS) if on_cpu else together)
+        for first in range(0, len(windows), together):
+            yield from zip(*self.encode(torch.stack(windows[first : first + together])), strict=True)
 
     def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Cells, down and across, of each map of an image of any size."""

@@ -1,7 +1,7 @@
 """Feature maps of an image at their native resolutions, and what bilinear upsampling makes of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +30,7 @@ class FeatureMaps:
 
     def stored(self, dtype: torch.dtype, name: str) -> "FeatureMaps":
         """In another type; ValueError, naming the image, if that cannot hold one of the values."""
-        for cells in self.maps:
-            check_storable(cells, dtype, name)
+        check_storable(self.maps, dtype, name)
         return self.to(dtype)
 
     def at_points(self, points: Tensor) -> Tensor:
@@ -57,11 +56,10 @@ class FeatureMaps:
         return torch.cat([m[:, :height, :width] for m in upsampled])
 
 
-def check_storable(cells: Tensor, dtype: torch.dtype, name: str) -> None:
+def check_storable(maps: Sequence[Tensor], dtype: torch.dtype, name: str) -> None:
     """Raise a ValueError that names the image if a feature would be infinite in a type, or is not a number."""
-    low, high = cells.aminmax()
-    largest = torch.finfo(dtype).max
-    if not bool((low >= -largest) & (high <= largest)):
+    extremes = torch.stack([extreme for cells in maps for extreme in cells.aminmax()])
+    if not bool((extremes.abs() <= torch.finfo(dtype).max).all()):
         raise ValueError(f"a feature of {name} is not finite in {dtype}: store the features as float32")
 
 
@@ -136,36 +134,58 @@ class Windows:
             (slice(y, min(y + side, self.height)), slice(x, min(x + side, self.width))) for y in rows for x in columns
         ]
 
-    def blend(self, parts: Sequence[Sequence[Tensor]], strides: Sequence[int]) -> list[Tensor]:
+    def blend(self, parts: Iterable[Sequence[Tensor]], strides: Sequence[int]) -> list[Tensor]:
         """One map of the image for each that the windows have: their mean, weighted less towards a window's borders.
 
         Args:
-            parts: for each of :attr:`places`, (C_i, h_i, w_i) maps.
+            parts: for each of :attr:`places` in turn, (C_i, h_i, w_i) maps; they are added up as they come.
             strides: pixels a cell of each map.
         """
-        return [self._blend([maps[i] for maps in parts], stride) for i, stride in enumerate(strides)]
+        if self.side >= max(self.height, self.width):
+            (maps,) = parts
+            return list(maps)
+        blends = [_Blend(self, stride) for stride in strides]
+        for place, maps in zip(self.places, parts, strict=True):
+            for blend, part in zip(blends, maps, strict=True):
+                blend.add(part, place)
+        return [blend.mean() for blend in blends]
 
-    def _blend(self, parts: Sequence[Tensor], stride: int) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        total = parts[0].new_zeros(len(parts[0]), self.height // stride, self.width // stride)
-        weights = torch.zeros_like(total[:1])
-        for part, place in zip(parts, self.places, strict=True):
-            rows, columns = (slice(s.start // stride, s.stop // stride) for s in place)
-            down, across = (_ramp(cells, self.overlap // stride).to(part) for cells in part.shape[1:])
-            weight = down[:, None] * across
-            total[:, rows, columns] += weight * part
-            weights[:, rows, columns] += weight
-        return total.div_(weights)
+
+class _Blend:
+    """A map of the image, made of those of its windows as they come."""
+
+    def __init__(self, windows: Windows, stride: int) -> None:
+        self.windows, self.stride = windows, stride
+        self.total: Tensor | None = None
+
+    def add(self, part: Tensor, place: tuple[slice, slice]) -> None:
+        if self.total is None:  # all windows are of one size
+            height, width = (side // self.stride for side in (self.windows.height, self.windows.width))
+            self.total = part.new_zeros(len(part), height, width)
+            self.weights = torch.zeros_like(self.total[:1])
+            self.weight = _weight(part, self.windows.overlap // self.stride)
+        rows, columns = (slice(s.start // self.stride, s.stop // self.stride) for s in place)
+        self.total[:, rows, columns] += self.weight * part
+        self.weights[:, rows, columns] += self.weight
+
+    def mean(self) -> Tensor:
+        assert self.total is not None
+        return self.total.div_(self.weights)
 
 
 def _starts(length: int, side: int, overlap: int) -> list[int]:
     return [*range(0, max(length - side, 0), side - overlap), max(length - side, 0)]
 
 
-def _ramp(cells: int, overlap: int) -> Tensor:
+def _weight(part: Tensor, overlap: int) -> Tensor:
+    """The weights (h, w) of a window's cells (C, h, w): they fall over the overlap at all sides."""
+    down, across = (_ramp(cells, overlap, part.device).to(part.dtype) for cells in part.shape[1:])
+    return down[:, None] * across
+
+
+def _ramp(cells: int, overlap: int, device: torch.device) -> Tensor:
     """Weights that rise over the overlap at both ends, so that those of neighbours sum to 1."""
-    rise = ((torch.arange(cells) + 0.5) / max(overlap, 0.5)).clamp(max=1)
+    rise = ((torch.arange(cells, device=device) + 0.5) / max(overlap, 0.5)).clamp(max=1)
     return torch.minimum(rise, rise.flip(0))
 
 

@@ -1,74 +1,18 @@
-"""Training of pixel classifiers on features that stay at their native resolutions."""
+"""Labelled pixels, and their features from maps that stay at their native resolutions."""
 
-import math
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.masks import IGNORE_INDEX
+from diffperception.models import FeatureInfo
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps, check_storable, taps
-from diffperception.segmentation.mlp import PixelMLPs
 
 NAMED = 3  # in a message; the others are counted
-# What numbers of FitOptions may be; batch norm needs two pixels.
-LEAST = {
-    "batch_size": 2,
-    "epochs": 1,
-    "early_stopping_start": 0,
-    "patience": 1,
-    "max_minibatches": 1,
-    "min_pixels": 0,
-    "seed": 0,
-}
-
-
-@dataclass
-class FitOptions:
-    """The recipe of arXiv 2112.03126.
-
-    Args:
-        batch_size: pixels a minibatch; every member has its own.
-        lr: learning rate of Adam.
-        epochs: most passes over the labelled pixels.
-        early_stopping_start: passes after which a member may stop early.
-        patience: a member stops once so many minibatches have not improved on the best one's loss since.
-        max_minibatches: most minibatches a member, whatever the passes; null for no such limit.
-        min_pixels: a class with fewer pixels in an image is ignored there.
-        seed: of weights and minibatches.
-        feature_dtype: of the features while training; half precision takes half the memory.
-    """
-
-    batch_size: int = 64
-    lr: float = 1e-3
-    epochs: int = 100
-    early_stopping_start: int = 4
-    patience: int = 50
-    max_minibatches: int | None = None
-    min_pixels: int = 20
-    seed: int = 0
-    feature_dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        if self.feature_dtype not in ("float16", "float32"):
-            raise ValueError(f"features are stored as float16 or float32, not {self.feature_dtype!r}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be above 0, not {self.lr}")
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-
-
-def member_seed(seed: int, member: int) -> int:
-    """The seed of a member's weights and minibatches, whatever the number of members."""
-    return int(np.random.SeedSequence([seed, member]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def checked_masks(
@@ -186,10 +130,19 @@ class LabelledPixels:
     def __len__(self) -> int:
         return len(self.places)
 
-    def channel_order(self, channels: Sequence[int]) -> Tensor:
-        """(D,) the extractor's channel that each gathered one is, for maps with so many channels."""
-        numbers = torch.arange(sum(channels)).split(list(channels))
-        return torch.cat([numbers[i] for group in self.groups for i in group])
+    @staticmethod
+    def channel_order(info: Sequence[FeatureInfo]) -> Tensor:
+        """(D,) the extractor's channel that each gathered one is, for these maps."""
+        numbers = torch.arange(sum(about.channels for about in info)).split([about.channels for about in info])
+        by_stride = sorted(range(len(info)), key=lambda i: info[i].stride)
+        return torch.cat([numbers[i] for i in by_stride])
+
+    def to(self, device: torch.device) -> "LabelledPixels":
+        """The same on a device."""
+        for name in ("places", "labels", "ends", "widths", "sizes", "starts"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.tables = [table.to(device) for table in self.tables]
+        return self
 
     def gather(self, pixels: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features and labels of some pixels: (N,) numbers below len(self) -> (N, D), (N,) int64.
@@ -215,107 +168,10 @@ class LabelledPixels:
         return out, self.labels[pixels].long()
 
     def _store(self, index: int, maps: FeatureMaps, name: str) -> None:
+        check_storable(maps.maps, self.tables[0].dtype, name)
         for table, group, starts in zip(self.tables, self.groups, self.starts, strict=True):
             column = 0
             for i in group:
                 cells = maps.maps[i].flatten(1).T
-                check_storable(cells, table.dtype, name)
                 table[starts[index] : starts[index] + len(cells), column : column + cells.shape[1]] = cells
                 column += cells.shape[1]
-
-
-def minibatches(count: int, batch_size: int, seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Endless (M, batch_size) pixel numbers below ``count``, drawn on the CPU with each member's seed.
-
-    With replacement: the permutations that the reference draws would take 8 bytes a pixel and member.
-    """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    while True:
-        drawn = [torch.randint(count, (100, batch_size), generator=g, device="cpu") for g in generators]
-        yield from torch.stack(drawn, 1)
-
-
-class EarlyStopping:
-    """Which members have gone on for ``patience`` minibatches without improving on their best loss."""
-
-    def __init__(self, members: int, patience: int) -> None:
-        self.best = torch.full((members,), torch.inf)
-        self.waited = torch.zeros(members, dtype=torch.int64)
-        self.patience = patience
-
-    def update(self, losses: Tensor) -> Tensor:
-        """(M,) losses on the CPU -> (M,) bool."""
-        self.waited = torch.where(losses < self.best, 0, self.waited + 1)
-        self.best = torch.minimum(self.best, losses)
-        return self.waited >= self.patience
-
-
-def train(mlps: PixelMLPs, pixels: LabelledPixels, seeds: Sequence[int], options: FitOptions) -> list[int]:
-    """Train all members at once, each on its own minibatches, until each has stopped.
-
-    Args:
-        mlps: on the pixels' device, its channels in the order in which pixels gather them.
-        seeds: of the members' minibatches.
-
-    Returns: how many minibatches each member saw.
-    """
-    epoch = -(-len(pixels) // options.batch_size)
-    most = options.epochs * epoch
-    most = most if options.max_minibatches is None else min(most, options.max_minibatches)
-    optimizer = torch.optim.Adam(mlps.parameters(), options.lr, fused=True)
-    stopping = EarlyStopping(len(seeds), options.patience)
-    kept: dict[int, dict[str, Tensor]] = {}  # the weights of members that have stopped
-    seen = [most] * len(seeds)
-    draws = minibatches(len(pixels), options.batch_size, seeds)
-    weight = mlps.linears[0].weight
-    # Memory of this size costs more to ask for than to fill: it is kept from one minibatch to the next.
-    gradient = torch.empty_like(weight)
-    gathered = weight.new_empty(len(seeds) * options.batch_size, weight.shape[2])
-    mlps.train()
-    with tqdm(total=most, desc="pixels", unit="minibatch", leave=False, disable=None) as bar:
-        for number in range(1, most + 1):
-            x, labels = pixels.gather(next(draws).flatten().to(mlps.device), gathered)
-            losses = _backward(mlps, x.unflatten(0, (len(seeds), -1)), labels, gradient)
-            optimizer.step()
-            bar.update()
-            if number <= options.early_stopping_start * epoch:
-                continue
-            for member in stopping.update(losses.cpu()).nonzero()[:, 0].tolist():
-                if member not in kept:
-                    kept[member] = {name: value[member].clone() for name, value in mlps.state_dict().items()}
-                    seen[member] = number
-            if len(kept) == len(seeds):
-                break
-    state = mlps.state_dict()
-    for member, values in kept.items():
-        for name, value in values.items():
-            state[name][member] = value
-    mlps.eval()
-    return seen
-
-
-def _backward(mlps: PixelMLPs, x: Tensor, labels: Tensor, gradient: Tensor) -> Tensor:
-    """Losses (M,) of one minibatch (M, B, D) with labels (M B,), and all gradients.
-
-    The first layer has nearly all the weights; autograd would allocate its gradient anew.
-
-    Args:
-        gradient: of the first layer's weights, written over.
-    """
-    mlps.zero_grad()
-    first = mlps.linears[0]
-    with torch.no_grad():
-        z = first(x)
-    z.requires_grad_()
-    losses = F.cross_entropy(mlps.after_first(z).flatten(0, 1), labels, reduction="none").view(len(x), -1).mean(1)
-    losses.sum().backward()
-    assert z.grad is not None
-    first.bias.grad = z.grad.sum(1)
-    first.weight.grad = torch.bmm(z.grad.mT, x, out=gradient)
-    return losses.detach()
-
-
-def fit_notes(notes: Sequence[str]) -> None:
-    """Warn once of all that was left out."""
-    if notes:
-        warnings.warn(" ".join(notes), stacklevel=3)

@@ -1,8 +1,10 @@
 """Which timesteps and blocks a data set needs, by a quick linear probe of each."""
 
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.masks import IGNORE_INDEX
+from diffperception.files import write_json
 from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.features import DiffusionFeatures
 from diffperception.segmentation.pixels import check_size, checked_masks
+from diffperception.table import format_table
+from diffperception.visualization.curves import heat_map
+from diffperception.visualization.draw import save_png
 
 RIDGE = 1e-2  # weight of the penalty beside the mean square of standardised features
 FOLDS = 2
+SUGGESTED = {"blocks": 4, "timesteps": 3}  # how many of each
+SHOWN = 15
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,51 @@ def probe_features(
         for block, values in zip(features.reader.blocks, of_images, strict=True):
             scores.append(ProbeScore(timestep, block, _probe(values, labels, num_classes)))
     return sorted(scores, key=lambda score: -score.miou)
+
+
+def expected_seconds(features: DiffusionFeatures, images: Sequence[Tensor]) -> float:
+    """What the features of all images (3, H, W) take at one timestep, judged by the first image's."""
+    start = time.monotonic()
+    features.at_timestep(0).maps(images[0])
+    return (time.monotonic() - start) * sum(image.numel() for image in images) / images[0].numel()
+
+
+def suggest(scores: Sequence[ProbeScore]) -> dict[str, list[float]]:
+    """The blocks and the timesteps with the best mean mIoU over the others, each in ascending order."""
+    return {
+        "blocks": _best([(score.block, score.miou) for score in scores], SUGGESTED["blocks"]),
+        "timesteps": _best([(score.timestep, score.miou) for score in scores], SUGGESTED["timesteps"]),
+    }
+
+
+def probe_table(scores: Sequence[ProbeScore], features: DiffusionFeatures) -> str:
+    """The best ones, a line each."""
+    info = features.generator.block_info
+    rows = [
+        (f"{s.timestep:g}", s.block, info[s.block].channels, info[s.block].stride, f"{100 * s.miou:.1f}")
+        for s in scores[:SHOWN]
+    ]
+    table = format_table(rows, ["timestep", "block", "channels", "stride", "mIoU"])
+    return table + (f"\n... and {len(scores) - SHOWN} others" if len(scores) > SHOWN else "")
+
+
+def write_probe(scores: Sequence[ProbeScore], features: DiffusionFeatures, output: Path) -> None:
+    """probe.json (all scores and the suggested options; null where undefined) and probe.png (a heat map)."""
+    info = features.generator.block_info
+    rows = [{**asdict(s), "channels": info[s.block].channels, "stride": info[s.block].stride} for s in scores]
+    write_json(output / "probe.json", {"suggested": suggest(scores), "scores": rows})
+    found = {(score.timestep, score.block): score.miou for score in scores}
+    tried = [t for t in features.reader.timesteps if (t, features.reader.blocks[0]) in found]
+    values = [[found[t, block] for block in features.reader.blocks] for t in tried]
+    names = [f"{t:g}" for t in tried], [f"{block}" for block in features.reader.blocks]
+    picture = heat_map(values, *names, "mIoU of a linear classifier in percent", ("timestep", "decoder block"))
+    save_png(picture, output / "probe.png")
+
+
+def _best(scores: Sequence[tuple[float, float]], count: int) -> list[float]:
+    values = {key: [miou for other, miou in scores if other == key] for key, _ in scores}
+    means = {key: statistics.fmean(mious) for key, mious in values.items()}
+    return sorted(sorted(means, key=lambda key: -means[key])[:count])
 
 
 def _sample(mask: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
+from diffperception.data.images import resize_short_side
+from diffperception.data.masks import check_names
 from diffperception.models import Model
 from diffperception.segmentation.ensemble import PixelEnsemble, Segmentation
 from diffperception.segmentation.features import FeatureExtractor
@@ -14,7 +15,7 @@ class PixelSegmenter(Model):
     """An extractor and the ensemble that was trained on its features; works alone once loaded.
 
     Args:
-        features: the extractor.
+        features: the extractor; of one that keeps maps of certain images, what computes them.
         classifier: the ensemble.
         classes: names of labels 0..K-1.
         short_side: images are resized to this short side, and what is found is brought back to theirs; null for not.
@@ -33,7 +34,8 @@ class PixelSegmenter(Model):
         short_side: int | None = None,
     ) -> None:
         super().__init__()
-        self.features = features
+        self.features = features.portable()
+        self.record(features=self.features)
         self.classifier = classifier
         self.classes = check_names(classes)
         self.short_side = short_side
@@ -45,14 +47,6 @@ class PixelSegmenter(Model):
 
     def segment(self, image: Tensor, probabilities: bool = False) -> Segmentation:
         """What the members make of an image (3, H, W; RGB, 0..1), at its size; see :class:`Segmentation`."""
-        resized = image if self.short_side is None else TF.resize(image, [self.short_side], antialias=True)
+        resized = resize_short_side(image.to(self.features.device), self.short_side)
         found = self.classifier.segment(self.features.maps(resized), probabilities)
         return found.resized(*image.shape[-2:])
-
-
-def check_names(classes: Sequence[str]) -> list[str]:
-    """The names of classes; ValueError if two are alike, for scores are told by name."""
-    doubled = [name for i, name in enumerate(classes) if name in classes[:i]]
-    if doubled:
-        raise ValueError(f"two classes are named {doubled[0]}: give every class a name of its own")
-    return list(classes)

@@ -1,11 +1,19 @@
 """Training: the only package that imports lightning, and not before something is trained."""
 
+import importlib
 from typing import Any
+
+MODULES = {
+    "train": "configured",
+    "FitOptions": "recipes.segmentation",
+    "fit_ensemble": "recipes.segmentation",
+    "BaselineOptions": "recipes.baseline",
+    "fit_baseline": "recipes.baseline",
+    "compare_label_efficiency": "label_efficiency",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # which imports lightning
-        from diffperception.training.configured import train
-
-        return train
+    if name in MODULES:
+        return getattr(importlib.import_module(f"diffperception.training.{MODULES[name]}"), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

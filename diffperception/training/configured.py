@@ -20,6 +20,8 @@ RECIPES = {
     "detection": "detection.DetectionRecipe",
     "generation": "generation.GenerationRecipe",
     "classifier": "noisy_classifier.NoisyClassifierRecipe",
+    "segmentation": "segmentation.SegmentationRecipe",
+    "baseline": "baseline.BaselineRecipe",
 }
 DESCRIPTION = """{summary}
 

@@ -81,12 +81,12 @@ def test_masks_of_negative_wide_and_true_values_are_read(tmp_path: Path) -> None
     assert opened(tmp_path, 3)[0][1].tolist() == [[2, 0, 1]]
 
 
-def test_a_larger_limit_chooses_the_same_and_others(folder: Path) -> None:
-    chosen = [opened(folder, limit=number, seed=1).names for number in (2, 5, 99)]
+def test_a_larger_number_chooses_the_same_and_others(folder: Path) -> None:
+    chosen = [opened(folder, max_images=number, seed=1).names for number in (2, 5, 99)]
     assert [len(names) for names in chosen] == [2, 5, 8]
     assert chosen[2][:5] == chosen[1]
     assert chosen[1][:2] == chosen[0]
-    assert len({tuple(opened(folder, limit=3, seed=seed).names) for seed in range(9)}) > 5
+    assert len({tuple(opened(folder, max_images=3, seed=seed).names) for seed in range(9)}) > 5
 
 
 @pytest.mark.parametrize("name", ["list.txt", "list.json"])
@@ -198,7 +198,7 @@ def test_what_is_no_mask_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not BCCD.is_dir(), reason="../shared/data is not there")
 def test_the_blood_cells_have_masks() -> None:
     listed = BCCD / "annotations/instances_test.json"
-    data = MaskFolder(BCCD / "images", BCCD / "masks", 3, annotations=listed, limit=5, short_side=160)
+    data = MaskFolder(BCCD / "images", BCCD / "masks", 3, annotations=listed, max_images=5, short_side=160)
     for image, mask in zip(data.images, data.masks, strict=True):
         assert image.shape[1:] == mask.shape == (160, 213)
         assert mask.unique().tolist() == [0, 1, 2]

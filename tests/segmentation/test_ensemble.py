@@ -1,55 +1,22 @@
 import math
-import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.models import FeatureInfo
 from diffperception.segmentation import (
     DiffusionFeatures,
-    FitOptions,
     PixelEnsemble,
     PixelSegmenter,
     RGBFeatures,
     image_score,
 )
 from diffperception.segmentation.ensemble import combine_members
-from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps
-from diffperception.segmentation.mlp import EnsembleBatchNorm, PixelMLPs, hidden_widths
-from diffperception.segmentation.pixels import (
-    EarlyStopping,
-    LabelledPixels,
-    checked_masks,
-    member_seed,
-    minibatches,
-    train,
-)
+from diffperception.segmentation.mlp import EnsembleBatchNorm, PixelMLPs
+from diffperception.segmentation.pixels import LabelledPixels, checked_masks
+from tests.helpers.scenes import Pyramid, scene
 from tests.segmentation.test_features import generator, random_maps
-
-
-class Pyramid(FeatureExtractor):
-    """Averages and edges of the colours at several strides, in an order that mixes the strides."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__([FeatureInfo(str(s), 3, s) for s in (4, 1, 2, 4)], 4)
-        self.scale = scale
-
-    def encode(self, images: Tensor) -> list[Tensor]:
-        pooled = [F.avg_pool2d(images - 0.5, s) for s in (4, 1, 2, 4)]
-        return [*(self.scale * m for m in pooled[:3]), self.scale * pooled[3].square()]
-
-
-def scene(seed: int = 0, height: int = 30, width: int = 45) -> tuple[Tensor, Tensor]:
-    """A picture of three colours in noise, and its mask."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.zeros(height, width, dtype=torch.int64)
-    mask[: height // 2] = 1
-    mask[:, : width // 3] = 2
-    image = F.one_hot(mask, 3).permute(2, 0, 1) * 0.6 + 0.4 * torch.rand(3, height, width, generator=generator)
-    return image, mask
 
 
 def member(mlps: PixelMLPs, index: int) -> nn.Sequential:
@@ -85,10 +52,10 @@ def trained_like(ensemble: PixelEnsemble) -> PixelEnsemble:
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 40), (37, 18), (5, 61)])
 @pytest.mark.parametrize("classes", [3, 34])
-def test_logits_equal_those_of_every_member_on_dense_features(size, classes, monkeypatch):
-    monkeypatch.setattr("diffperception.segmentation.ensemble.BAND_PIXELS", 300)  # several bands
+def test_logits_equal_those_of_every_member_on_dense_features(size, classes):
     maps = random_maps(*size)
     ensemble = trained_like(PixelEnsemble(25, classes, members=3))
+    ensemble.band_pixels = 300  # several bands
     logits = ensemble.logits(maps)
     assert logits.shape == (3, classes, *size)
     rows = maps.dense().flatten(1).T
@@ -144,10 +111,10 @@ def test_labels_are_the_majoritys_whatever_the_mean_says():
     torch.testing.assert_close(probabilities, logits.softmax(-1).mean(0))
 
 
-def test_an_image_is_summarised_band_by_band(monkeypatch):
+def test_an_image_is_summarised_band_by_band():
     maps, ensemble = random_maps(37, 18), trained_like(PixelEnsemble(25, 3, members=4))
     labels, uncertainty, mean, votes = combine_members(ensemble.logits(maps).permute(0, 2, 3, 1))
-    monkeypatch.setattr("diffperception.segmentation.ensemble.BAND_PIXELS", 300)
+    ensemble.band_pixels = 300
     found = ensemble.segment(maps, probabilities=True)
     assert torch.equal(found.labels, labels)
     assert torch.equal(found.votes, votes.permute(2, 0, 1).to(torch.uint8))
@@ -176,138 +143,18 @@ def test_gathered_pixels_are_those_of_the_maps_and_masks():
     assert len(pixels) == sum(map(len, labelled))
     x, labels = pixels.gather(torch.arange(len(pixels)))
     expected = torch.cat([features.maps(i).at_points(p) for i, p in zip(images, labelled, strict=True)])
-    order = pixels.channel_order([3, 3, 3, 3])
+    order = pixels.channel_order(features.info)
     torch.testing.assert_close(x, expected[:, order])
     assert labels.tolist() == [int(m[tuple(p)]) for m, points in zip(masks, labelled, strict=True) for p in points]
-
-
-def test_the_ensemble_equals_members_trained_one_by_one_on_the_same_minibatches():
-    """In float64: Adam makes of a gradient's rounding, where it should be zero, a step as large as any other."""
-    image, mask = scene()
-    pixels = LabelledPixels(Pyramid(), [image], [mask.to(torch.uint8)], torch.float64, ["a"])
-    x, y = pixels.gather(torch.arange(len(pixels)))
-    seeds = [member_seed(4, m) for m in range(3)]
-    together, start = (PixelMLPs(3, 12, 3, seeds).double() for _ in range(2))
-    assert train(together, pixels, seeds, FitOptions(batch_size=16, max_minibatches=25)) == [25, 25, 25]
-    draws = minibatches(len(y), 16, seeds)
-    batches = torch.stack([next(draws) for _ in range(25)])
-    for index in range(3):
-        network = member(start, index).train()
-        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-        for batch in batches[:, index]:
-            optimizer.zero_grad()
-            F.cross_entropy(network(x[batch]), y[batch]).backward()
-            optimizer.step()
-        ours = member(together, index).state_dict()
-        for name, value in network.state_dict().items():
-            if "tracked" not in name:
-                torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-8)
-
-
-def test_fit_keeps_the_extractors_order_of_channels():
-    """Training gathers channels by stride; what it learned must lie where the maps have them."""
-    image, mask = scene()
-    ensemble = PixelEnsemble(12, 3, 2).fit(Pyramid(), [image], [mask], FitOptions(max_minibatches=150))
-    assert (ensemble.predict(Pyramid(), image)[0] == mask).float().mean() > 0.95
-
-
-def test_a_member_is_the_same_in_an_ensemble_of_any_size():
-    image, mask = scene()
-    options = FitOptions(max_minibatches=10)
-    one, two = (PixelEnsemble(12, 3, m).fit(Pyramid(), [image], [mask], options) for m in (1, 2))
-    torch.testing.assert_close(one.mlps.linears[0].weight[0], two.mlps.linears[0].weight[0], rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(two.mlps.linears[0].weight[0], two.mlps.linears[0].weight[1])
-
-
-def test_members_stop_each_after_its_patience_and_keep_the_weights_they_had(monkeypatch):
-    image, mask = scene()
-    image = torch.rand_like(image)  # nothing to learn: no loss goes on improving
-    options = FitOptions(early_stopping_start=1, patience=5, epochs=50)
-    together = PixelEnsemble(12, 3, 3).fit(Pyramid(), [image], [mask], options)
-    for index in range(3):
-        monkeypatch.setattr(
-            "diffperception.segmentation.ensemble.member_seed", lambda seed, _, i=index: member_seed(seed, i)
-        )
-        alone = PixelEnsemble(12, 3, 1).fit(Pyramid(), [image], [mask], options)
-        torch.testing.assert_close(
-            together.mlps.linears[2].weight[index], alone.mlps.linears[2].weight[0], rtol=1e-2, atol=1e-3
-        )
-
-
-def test_no_member_stops_in_the_passes_before_it_is_watched():
-    image, mask = scene()
-    pixels = LabelledPixels(Pyramid(), [torch.rand_like(image)], [mask.to(torch.uint8)], torch.float32, ["a"])
-    seeds = [member_seed(0, m) for m in range(2)]
-    epoch = -(-mask.numel() // 300)
-
-    def seen(early_stopping_start: int) -> list[int]:
-        options = FitOptions(batch_size=300, early_stopping_start=early_stopping_start, patience=1, epochs=20)
-        return train(PixelMLPs(2, 12, 3, seeds), pixels, seeds, options)
-
-    assert max(seen(0)) < 3 * epoch
-    assert 3 * epoch < min(seen(3)) < 20 * epoch
-
-
-def test_the_recipe_is_the_references():
-    options = FitOptions()
-    assert (options.batch_size, options.lr, options.epochs) == (64, 1e-3, 100)
-    assert (options.early_stopping_start, options.patience, options.max_minibatches) == (4, 50, None)
-    assert [hidden_widths(k) for k in (2, 29, 30, 34)] == [(128, 32)] * 2 + [(256, 128)] * 2
-    mlps = PixelMLPs(2, 500, 3, [0, 1])
-    for layer in mlps.linears:
-        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.15)
-        assert not layer.bias.any()
 
 
 def test_twenty_pixels_of_a_class_are_enough_and_nineteen_are_not():
     mask = torch.zeros(10, 10, dtype=torch.int64)
     mask.view(-1)[:20], mask.view(-1)[20:39] = 1, 2
-    (checked,), notes = checked_masks([torch.zeros(3, 10, 10)], [mask], 3, FitOptions().min_pixels, ["a"])
+    (checked,), notes = checked_masks([torch.zeros(3, 10, 10)], [mask], 3, 20, ["a"])
     assert torch.equal(checked == 1, mask == 1)
     assert torch.equal(checked == 255, mask == 2)
     assert notes[0].startswith("a has only 19 pixels of class 2")
-
-
-def test_the_seed_is_of_weights_and_minibatches():
-    image, mask = scene()
-
-    def weights(seed: int) -> Tensor:
-        options = FitOptions(seed=seed, max_minibatches=2)
-        return PixelEnsemble(12, 3, 2).fit(Pyramid(), [image], [mask], options).mlps.linears[0].weight.detach()
-
-    one, same, other = (weights(seed) for seed in (5, 5, 6))
-    torch.testing.assert_close(one, same)
-    assert (one - other).abs().mean() > 0.01
-    assert len({member_seed(seed, member) for seed in range(5) for member in range(5)}) == 25
-
-
-def test_patience_counts_from_the_best_loss():
-    stopping = EarlyStopping(2, patience=2)
-    losses = [[1.0, 1.0], [2.0, 0.9], [0.5, 0.95], [0.6, 0.9], [0.5, 0.1]]
-    stopped = [stopping.update(torch.tensor(values)).tolist() for values in losses]
-    assert stopped == [[False, False], [False, False], [False, False], [False, True], [True, False]]
-
-
-def test_it_learns_what_can_be_learned():
-    images, masks = zip(scene(0), scene(1), strict=True)
-    ensemble = PixelEnsemble(3, 3, 4).fit(RGBFeatures(), images, masks, FitOptions(max_minibatches=150))
-    image, mask = scene(2, 33, 20)
-    labels, uncertainty = ensemble.predict(RGBFeatures(), image)
-    assert (labels == mask).float().mean() > 0.95
-    assert uncertainty.shape == mask.shape
-    assert float(uncertainty.min()) >= 0
-
-
-def test_regions_too_small_are_ignored_and_named():
-    image, mask = scene()
-    mask[mask == 2] = 0
-    mask[0, :4] = 2
-    with pytest.warns(
-        UserWarning, match=r"^b.png has only 4 pixels of class sky; they are ignored\. no image has .* class sky, which"
-    ):
-        PixelEnsemble(12, 3, 1).fit(
-            Pyramid(), [image], [mask], FitOptions(max_minibatches=2), ["b.png"], ["sea", "land", "sky"]
-        )
 
 
 def test_three_of_many_regions_are_named_and_the_others_counted():
@@ -326,57 +173,13 @@ def test_three_of_many_regions_are_named_and_the_others_counted():
         checked_masks(images, masks, 110, 999, names)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: torch.full_like(m, 255), "all pixels of the masks are ignored"),
-        (lambda m: m[:-1], "the mask of image 0 has 29 x 45 pixels, the image 30 x 45"),
-        (lambda m: m.clamp(max=1) * 7, r"image 0 has the values \[7\]; the classes are 0 to 2"),
-        (lambda m: m - 1, r"image 0 has the values \[-1\]"),
-        (lambda m: m.float(), "whole numbers"),
-    ],
-)
-def test_masks_that_do_not_fit_are_refused(change, message):
-    image, mask = scene()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match=message):
-            PixelEnsemble(12, 3, 1).fit(Pyramid(), [image], [change(mask)])
-
-
 def test_other_faults_end_in_one_sentence():
-    image, mask = scene()
-    with pytest.raises(ValueError, match="2 images and 1 masks"):
-        PixelEnsemble(12, 3, 1).fit(Pyramid(), [image, image], [mask])
     with pytest.raises(ValueError, match="takes 13 features a pixel, but the extractor gives 12"):
-        PixelEnsemble(13, 3, 1).fit(Pyramid(), [image], [mask])
-    with pytest.raises(ValueError, match="takes 13 features"):
-        PixelEnsemble(13, 3, 1).predict(Pyramid(), image)
+        PixelEnsemble(13, 3, 1).predict(Pyramid(), scene()[0])
     with pytest.raises(ValueError, match="2 to 255 classes"):
         PixelEnsemble(13, 1)
     with pytest.raises(ValueError, match="1 to 255 members, not 256"):
         PixelEnsemble(1, 2, 256)
-    with pytest.raises(ValueError, match=r"image 0 is not finite in torch\.float16: .* float32"):
-        PixelEnsemble(12, 3, 1).fit(Pyramid(scale=1e6), [image], [mask])
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "least"),
-    [
-        ("batch_size", 1, "at least 2"),
-        ("lr", -1.0, "above 0"),
-        ("lr", math.nan, "above 0"),
-        ("epochs", 0, "at least 1"),
-        ("early_stopping_start", -1, "at least 0"),
-        ("patience", 0, "at least 1"),
-        ("max_minibatches", 0, "at least 1"),
-        ("min_pixels", -1, "at least 0"),
-        ("seed", -3, "at least 0"),
-    ],
-)
-def test_numbers_that_train_nothing_are_refused_by_name(name, value, least):
-    with pytest.raises(ValueError, match=f"{name} must be {least}, not {value}"):
-        FitOptions(**{name: value})
 
 
 # In one file

@@ -11,7 +11,7 @@ from diffperception.segmentation.feature_cache import (
     stored_bytes,
 )
 from diffperception.segmentation.maps import FeatureMaps
-from tests.segmentation.test_ensemble import Pyramid, scene
+from tests.helpers.scenes import Pyramid, scene
 from tests.segmentation.test_features import diffusion
 
 

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
+from diffperception.data.masks import MaskDataOptions
 from diffperception.diffusion import linear_schedule
 from diffperception.models import DiffusionModel, FeatureInfo, UNet
 from diffperception.segmentation import (
     DiffusionFeatures,
     FeatureExtractor,
-    FitOptions,
     PixelEnsemble,
     PixelSegmenter,
     RGBFeatures,
 )
-from diffperception.training.recipes.segmentation import MaskDataOptions
+from diffperception.training import FitOptions, fit_ensemble
 
 
 def unet() -> UNet:
@@ -80,7 +80,7 @@ def test_a_users_own_features_are_trained_on_saved_and_loaded(tmp_path: Path) ->
     features.gain.data.fill_(7)
     image = torch.rand(3, 20, 24)
     mask = (image[0] > 0.5).long()
-    classifier = PixelEnsemble(3, 2, 2).fit(features, [image], [mask], FitOptions(max_minibatches=20))
+    classifier = fit_ensemble(features, [image], [mask], 2, 2, FitOptions(max_minibatches=20))
     model = PixelSegmenter(features, classifier, ["dark", "bright"])
     model.save(tmp_path / "model.safetensors")
     package = __name__.split(".")[0]
@@ -126,10 +126,10 @@ def test_classes_of_one_name_are_refused_before_anything_is_read(tmp_path: Path)
         MaskDataOptions(tmp_path / "images", tmp_path / "masks", ["cell", "background", "cell"]).open()
 
 
-def test_predicting_at_a_photographs_size_keeps_no_classes_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predicting_at_a_photographs_size_keeps_no_classes_at_it() -> None:
     """No tensor made while predicting is half as large as one byte a class and pixel."""
-    monkeypatch.setattr("diffperception.segmentation.ensemble.BAND_PIXELS", 1000)
     model = PixelSegmenter(RGBFeatures(), PixelEnsemble(3, 40, 2), [str(k) for k in range(40)], short_side=100)
+    model.classifier.band_pixels = 1000
     image, largest = torch.rand(3, 400, 500), 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

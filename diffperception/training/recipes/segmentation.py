@@ -1,75 +1,402 @@
-"""The options that say which images and masks pixel classifiers learn from."""
+"""Training of ensembles of pixel classifiers on features (arXiv 2112.03126)."""
 
+import io
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from jsonargparse.typing import PositiveInt
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
 
-from diffperception.data.masks import IGNORE_INDEX, MaskFolder
-from diffperception.segmentation.segmenter import check_names
+from diffperception.data.masks import IGNORE_INDEX, MaskDataOptions, MaskFolder
+from diffperception.devices import first_process
+from diffperception.diffusion.noise import derive_seed
+from diffperception.echo import echo, plural
+from diffperception.files import write_json
+from diffperception.models.ops.transfer import to_device
+from diffperception.segmentation import FeatureExtractor, MeanIoU, PixelEnsemble, PixelSegmenter
+from diffperception.segmentation.feature_cache import in_bytes, stored_bytes
+from diffperception.segmentation.inference import draw_comparisons, iou_table, score_images
+from diffperception.segmentation.mlp import PixelMLPs
+from diffperception.segmentation.pixels import LabelledPixels, checked_masks
+from diffperception.training.data import TrainingData
+from diffperception.training.module import TrainingModule
+from diffperception.training.options import TrainerOptions
+from diffperception.training.recipe import Evaluator, Parts, Recipe
+from diffperception.training.run import fit, quiet_lightning
+
+CHUNK = 100  # minibatches in a step of a run
+# What numbers of FitOptions may be; batch norm needs two pixels.
+LEAST = {"batch_size": 2, "epochs": 1, "early_stopping_start": 0, "patience": 1, "max_minibatches": 1, "min_pixels": 0}
 
 
 @dataclass
-class MaskDataOptions:
-    """Which images and masks there are.
+class FitOptions:
+    """How pixel classifiers learn: by default the recipe of arXiv 2112.03126.
 
     Args:
-        images: folder with pictures.
-        masks: folder with their masks, of the same names: PNG of one channel or NPY, in each pixel its class's number.
-        classes: names of the classes 0, 1, ...
-        annotations: only the images are used that this COCO JSON file lists, or this text file with a name a line.
-        limit: use only so many of the images, chosen by the seed; null for all.
-        unlabelled: what to do at an image without a mask: stop, naming it, or leave it out.
-        val_images: folder with pictures to measure on; null for none.
-        val_masks: folder with their masks.
-        val_annotations: as `annotations`, of `val_images`.
-        ignore: the value in masks of pixels without a label; null for none.
-        mask_values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}.
-        short_side: work on images resized to this short side, best that which the generator learned from; scores
-            are always measured at the masks' own size. null for no resizing.
+        batch_size: pixels per minibatch; every member has its own.
+        lr: learning rate of Adam.
+        epochs: most passes over the labelled pixels, for each process.
+        early_stopping_start: passes after which a member may stop early.
+        patience: a member stops once so many minibatches have not improved on the best one's loss since.
+        max_minibatches: most minibatches per member, whatever the passes; null for no such limit.
+        min_pixels: a class with fewer pixels in an image is ignored there.
+        feature_dtype: type of the features while training, float16 or float32; half precision takes half the memory.
+        ema_decay: what is evaluated and saved is the exponential moving average of the weights with this decay, which
+            is updated every hundred minibatches; null takes the weights themselves.
     """
 
-    images: Path
-    masks: Path
-    classes: list[str]
-    annotations: Path | None = None
-    limit: PositiveInt | None = None
-    unlabelled: Literal["stop", "skip"] = "stop"
-    val_images: Path | None = None
-    val_masks: Path | None = None
-    val_annotations: Path | None = None
-    ignore: int | None = IGNORE_INDEX
-    mask_values: dict[int, int] | None = None
-    short_side: PositiveInt | None = None
+    batch_size: int = 64
+    lr: float = 1e-3
+    epochs: int = 100
+    early_stopping_start: int = 4
+    patience: int = 50
+    max_minibatches: int | None = None
+    min_pixels: int = 20
+    feature_dtype: Literal["float16", "float32"] = "float16"
+    ema_decay: float | None = None
 
-    def open(self, seed: int = 0) -> MaskFolder:
-        """The images to learn from, resized; ValueError if two classes have one name."""
-        return MaskFolder(
-            self.images,
-            self.masks,
-            len(check_names(self.classes)),
-            self.ignore,
-            self.mask_values,
-            self.annotations,
-            self.unlabelled,
-            self.limit,
-            seed,
-            self.short_side,
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+
+    def minibatches_per_epoch(self, pixels: int) -> int:
+        return -(-pixels // self.batch_size)
+
+    def most_minibatches(self, pixels: int) -> int:
+        """What a member sees at most, of so many labelled pixels."""
+        most = self.epochs * self.minibatches_per_epoch(pixels)
+        return most if self.max_minibatches is None else min(most, self.max_minibatches)
+
+
+class PixelBatches(TrainingData):
+    """Chunks of minibatches: (up to 100, M, batch_size) numbers of labelled pixels, drawn on the CPU.
+
+    Each member draws with a seed of its own and with replacement: the permutations that the reference draws would take
+    8 bytes per pixel and member.
+
+    Args:
+        pixels: how many there are.
+        members: M.
+        options: of the training.
+        seed: of the run.
+    """
+
+    def __init__(self, pixels: int, members: int, options: FitOptions, seed: int) -> None:
+        super().__init__([], options.batch_size, 0, seed)  # type: ignore[arg-type]
+        self.pixels, self.members = pixels, members
+        self.most = options.most_minibatches(pixels)
+
+    def batches(self, start: int, stop: int, rank: int, world_size: int, pin_memory: bool) -> Iterator[Tensor]:
+        further = (rank,) if rank else ()
+        seeds = [derive_seed(self.seed, member, *further) for member in range(self.members)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        for number in range(stop):
+            drawn = [torch.randint(self.pixels, (CHUNK, self.batch_size), generator=g) for g in generators]
+            if number >= start:
+                yield torch.stack(drawn, 1)[: self.most - number * CHUNK]
+
+
+class EnsembleModule(TrainingModule):
+    """Trains all members of an ensemble at once, each on its own minibatches, until each has stopped.
+
+    A step of the run is a chunk of minibatches. The model has the weights of the last whole chunk, and those of members
+    that have stopped.
+
+    Args:
+        model: extractor and ensemble.
+        features: the extractor, or one that has its maps already.
+        images: (3, H, W) each, RGB, 0..1, of any sizes; fetched one at a time when the training begins.
+        masks: (H, W) uint8 each, as :func:`checked_masks` gives them.
+        names: of the images, for messages.
+        options: of the training.
+        seed: of weights and minibatches.
+    """
+
+    model: PixelSegmenter
+    options: FitOptions  # type: ignore[assignment]
+    best: Tensor
+    waited: Tensor
+    stopped: Tensor
+
+    def __init__(
+        self,
+        model: PixelSegmenter,
+        features: FeatureExtractor,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        names: Sequence[str],
+        options: FitOptions,
+        seed: int,
+    ) -> None:
+        super().__init__(model, options, seed)  # type: ignore[arg-type]
+        self.automatic_optimization = False
+        self.source = (features, images, masks, names)  # in a tuple: it is no part of what is trained
+        self.num_pixels = sum(int((mask != IGNORE_INDEX).sum()) for mask in masks)
+        self.max_steps = -(-options.most_minibatches(self.num_pixels) // CHUNK)
+        self.unwatched = options.early_stopping_start * options.minibatches_per_epoch(self.num_pixels)
+        ensemble = model.classifier
+        seeds = [derive_seed(seed, member) for member in range(ensemble.members)]
+        self.members = PixelMLPs(ensemble.members, ensemble.channels, ensemble.num_classes, seeds)
+        self.order = LabelledPixels.channel_order(features.info)
+        first = self.members.linears[0].weight
+        first.data = first.data[:, :, self.order]
+        self.register_buffer("best", torch.full((ensemble.members,), torch.inf))
+        self.register_buffer("waited", torch.zeros(ensemble.members, dtype=torch.int64))
+        self.register_buffer("stopped", torch.zeros(ensemble.members, dtype=torch.int64))  # the minibatch; 0: not yet
+
+    def on_fit_start(self) -> None:
+        """Compute the features of the labelled pixels."""
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.precision 16-mixed is not for pixel classifiers: take 32-true or bf16-mixed")
+        features, images, masks, names = self.source
+        with self.trainer.precision_plugin.forward_context():
+            pixels = LabelledPixels(features, images, masks, getattr(torch, self.options.feature_dtype), names)
+        self.pixels = pixels.to(self.device)
+        # Memory of this size costs more to ask for than to fill: it is kept from one minibatch to the next.
+        weight = self.members.linears[0].weight
+        self.gradient = torch.empty_like(weight, device=self.device)
+        rows = len(self.stopped) * self.options.batch_size
+        self.gathered = weight.new_empty(rows, weight.shape[2], device=self.device)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.members.parameters(), self.options.lr, fused=True)
+
+    def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> Tensor:
+        return to_device(batch, device)
+
+    def rate_in_words(self) -> str:
+        return f"{self.options.batch_size} pixels per minibatch and member, learning rate {self.options.lr:g}"
+
+    def compile_networks(self) -> None:
+        self.members.compile()
+
+    def describe(self, batch: Any) -> str:
+        return "the images and masks, or lower fit.lr"
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Train on a chunk of minibatches (n, M, batch_size)."""
+        optimizer: Any = self.optimizers()
+        losses: list[Tensor] = []
+        self.members.train()
+        for number, chosen in enumerate(batch, self.global_step * CHUNK + 1):
+            if self.trainer.should_stop:  # a resumed run of members that all have stopped
+                return
+            with torch.autocast(self.device.type, enabled=False):  # gradients are written by hand
+                losses.append(self._backward(chosen))
+            ended = self._update_stopping(losses[-1], number) if number > self.unwatched else []
+            last = len(losses) == len(batch) or bool(ended and self.stopped.all())
+            (optimizer if last else optimizer.optimizer).step()  # Lightning counts a step per chunk
+            self._publish(ended)
+            if last:
+                break
+        self._publish([member for member, stopped in enumerate(self.stopped.tolist()) if not stopped])
+        self.note({"cross_entropy": torch.stack(losses).mean()}, batch)
+        self.trainer.should_stop |= bool(self.stopped.all())
+
+    def on_train_start(self) -> None:
+        self.trainer.should_stop |= bool(self.stopped.all())
+
+    def loss_terms(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        raise NotImplementedError("a step has many minibatches, see training_step")
+
+    def _backward(self, chosen: Tensor) -> Tensor:
+        """Losses (M,) of a minibatch of pixels (M, batch_size), and all gradients.
+
+        The first layer has nearly all the weights; autograd would allocate its gradient anew.
+        """
+        members = self.members
+        rows, labels = self.pixels.gather(chosen.flatten(), self.gathered)
+        x = rows.unflatten(0, chosen.shape)
+        members.zero_grad()
+        first = members.linears[0]
+        with torch.no_grad():
+            z = first(x)
+        z.requires_grad_()
+        logits = members.after_first(z).flatten(0, 1)
+        losses = F.cross_entropy(logits, labels, reduction="none").view(len(x), -1).mean(1)
+        losses.sum().backward()
+        assert z.grad is not None
+        first.bias.grad = z.grad.sum(1)
+        first.weight.grad = torch.bmm(z.grad.mT, x, out=self.gradient)
+        losses = losses.detach()
+        if dist.is_initialized():
+            for tensor in (losses, *(p.grad for p in members.parameters())):
+                dist.all_reduce(tensor)
+                tensor /= dist.get_world_size()
+        return losses
+
+    def _update_stopping(self, losses: Tensor, number: int) -> list[int]:
+        """The members that stop after this minibatch: `patience` of them did not improve on their best loss."""
+        self.waited = torch.where(losses < self.best, 0, self.waited + 1)
+        self.best = torch.minimum(self.best, losses)
+        ended = (self.waited >= self.options.patience) & (self.stopped == 0)
+        self.stopped = torch.where(ended, number, self.stopped)
+        return ended.nonzero()[:, 0].tolist()
+
+    @torch.no_grad()
+    def _publish(self, members: Sequence[int]) -> None:
+        """Give the model's ensemble the weights of some members, its channels in the extractor's order."""
+        if not members:
+            return
+        published, back = self.model.classifier.mlps.state_dict(), self.order.argsort().to(self.device)
+        for name, value in self.members.state_dict().items():
+            for member in members:
+                weights = value[member][:, back] if name == "layers.0.weight" else value[member]
+                published[name][member].copy_(weights)
+
+
+class SegmentationEvaluator(Evaluator):
+    """IoU on images with masks, and pictures of predictions, at the end.
+
+    Args:
+        train_set: what is learned from.
+        val_set: what is measured on; None for nothing.
+        pictures: how many are drawn.
+    """
+
+    def __init__(self, train_set: MaskFolder, val_set: MaskFolder | None, pictures: int) -> None:
+        self.train_set, self.val_set, self.pictures = train_set, val_set, pictures
+
+    def finish(self, model: PixelSegmenter, folder: Path | None) -> dict[str, float]:
+        counts = MeanIoU(len(model.classes))
+        content: dict[str, Any] = {"metrics": {}, "images": self.train_set.names}
+        if self.val_set is not None:
+            start = time.monotonic()
+            counts = score_images(model, self.val_set)
+            content["metrics"] = counts.summary(model.classes)
+            content["seconds_per_image"] = (time.monotonic() - start) / len(self.val_set)
+            echo(f"{iou_table(content['metrics'])}\non the labelled pixels of {plural(len(self.val_set), 'image')}")
+        if folder is not None and first_process():
+            write_json(folder / "metrics.json", content)
+            draw_comparisons(model, self.val_set or self.train_set, folder / "pictures", self.pictures)
+        return counts.named(model.classes)
+
+
+class SegmentationRecipe(Recipe):
+    """Train an ensemble of pixel classifiers on a few images with masks, and measure it on others.
+
+    What is known of a pixel is what a network says of it: a diffusion model trained on such images without labels
+    (`DiffusionFeatures`), any timm model (`TimmFeatures`), or its colour alone (`RGBFeatures`), all of
+    `diffperception.segmentation`; `ExtractedFeatures` takes what `diffperception extract` has written.
+
+    The published recipe lets every member go on until fifty minibatches have not improved it, which takes very long
+    for what it gains: here 1000 minibatches are the most, unless fit.max_minibatches says otherwise (null: no limit).
+    A step is a hundred minibatches of every member; trainer.max_steps is not read.
+
+    Args:
+        features: what is known of pixels: one of these classes, or one of your own, and its arguments.
+        data: what is learned from, and measured on.
+        members: classifiers in the ensemble; where they differ, a pixel is uncertain.
+        fit: how they learn.
+        pictures: how many are drawn, of the images measured on, else of those learned from.
+    """
+
+    task = "segmentation"
+    files = {  # noqa: RUF012 (not changed)
+        "model.safetensors": "features and classifiers, for `diffperception predict` and `evaluate`",
+        "metrics.json": "IoU on the images measured on, if there are any; times",
+        "pictures/": "image, truth, prediction and uncertainty",
+    }
+    lasting = ("fit.batch_size", "data.classes", "members")
+
+    def __init__(
+        self,
+        features: FeatureExtractor,
+        data: MaskDataOptions,
+        members: PositiveInt = 10,
+        fit: FitOptions = FitOptions(max_minibatches=1000),  # noqa: B008 (the defaults are not changed)
+        pictures: NonNegativeInt = 4,
+    ) -> None:
+        self.features, self.data, self.members, self.fit, self.pictures = features, data, members, fit, pictures
+
+    def prepare(self, seed: int) -> Parts:
+        train_set, val_set = self.data.open(seed), self.data.open_val()
+        for folder in (train_set, *([val_set] if val_set else [])):
+            for index in range(len(folder)):
+                folder.image(index)  # a broken one is better found before the training than after
+        classes, masks = self.data.classes, list(train_set.masks)
+        names, least = train_set.names, self.fit.min_pixels
+        masks, notes = checked_masks(train_set.images, masks, len(classes), least, names, classes)
+        if notes:
+            echo(f"note: {' '.join(notes)}")
+        ensemble = PixelEnsemble(self.features.channels, len(classes), self.members)
+        model = PixelSegmenter(self.features, ensemble, classes, self.data.short_side)
+        module = EnsembleModule(model, self.features, train_set.images, masks, names, self.fit, seed)
+        batches = PixelBatches(module.num_pixels, self.members, self.fit, seed)
+        evaluator = SegmentationEvaluator(train_set, val_set, self.pictures)
+        return Parts(module, batches, evaluator, self._summary(module, masks))
+
+    def _summary(self, module: EnsembleModule, masks: Sequence[Tensor]) -> str:
+        dtype = getattr(torch, self.fit.feature_dtype)
+        memory = stored_bytes(self.features, [(mask.shape[0], mask.shape[1]) for mask in masks], dtype)
+        most = self.fit.most_minibatches(module.num_pixels)
+        return (
+            f"{plural(self.members, 'classifier')} {'learns' if self.members == 1 else 'learn'}"
+            f" {len(self.data.classes)} classes from {module.num_pixels} pixels of {plural(len(masks), 'image')};"
+            f" {self.features.channels} features per pixel, {in_bytes(memory)} in memory; at most {most} minibatches"
+            " per member"
         )
 
-    def open_val(self) -> MaskFolder | None:
-        """The images to measure on, at their own size."""
-        if self.val_images is None or self.val_masks is None:
-            if self.val_images is not self.val_masks:
-                raise ValueError("give both data.val_images and data.val_masks, or neither")
-            return None
-        return MaskFolder(
-            self.val_images,
-            self.val_masks,
-            len(self.classes),
-            self.ignore,
-            self.mask_values,
-            self.val_annotations,
-            self.unlabelled,
-        )
+
+def fit_ensemble(
+    features: FeatureExtractor,
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    num_classes: int,
+    members: int = 10,
+    options: FitOptions | None = None,
+    names: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    trainer: TrainerOptions | None = None,
+) -> PixelEnsemble:
+    """An ensemble trained on labelled images; warns where a class has too few pixels to count.
+
+    Args:
+        features: the extractor.
+        images: (3, H, W) each, RGB, 0..1, of any sizes; fetched one at a time.
+        masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
+        num_classes: K.
+        members: classifiers in the ensemble.
+        options: how they learn.
+        names: of the images, for messages.
+        classes: names of 0..K-1, for messages.
+        seed: of weights and minibatches.
+        trainer: what it is trained on; by default on an accelerator, if there is one.
+
+    Raises:
+        ValueError: if masks do not fit the images or the classes, or nothing is labelled.
+    """
+    options = options or FitOptions()
+    names = names or [f"image {i}" for i in range(len(masks))]
+    checked, notes = checked_masks(images, masks, num_classes, options.min_pixels, names, classes)
+    if notes:
+        warnings.warn(" ".join(notes), stacklevel=2)
+    classes = classes or [str(label) for label in range(num_classes)]
+    model = PixelSegmenter(features, PixelEnsemble(features.channels, num_classes, members), classes)
+    module = EnsembleModule(model, features, images, checked, names, options, seed)
+    batches = PixelBatches(module.num_pixels, members, options, seed)
+    fit_quietly(Parts(module, batches, Evaluator(), ""), trainer)
+    return model.classifier
+
+
+def fit_quietly(parts: Parts, trainer: TrainerOptions | None = None) -> Any:
+    """The trained model of a run that leaves nothing on disk and says nothing but how long it will take."""
+    quiet_lightning()
+    assert parts.module.max_steps is not None
+    with redirect_stdout(io.StringIO()):
+        return fit(parts, trainer or TrainerOptions(), parts.module.max_steps, None, None).model

@@ -7,24 +7,26 @@ import pytest
 import torch
 from PIL import Image
 
-from diffperception.cli.compare import Labelled, compare, from_scratch, pixel_classifier
-from diffperception.cli.comparison import lead_sentence, markdown, summarise
+from diffperception.cli.compare import compare
 from diffperception.configuration.parser import Options, call
 from diffperception.data.masks import MaskFolder
-from diffperception.segmentation import FitOptions, PixelEnsemble, RGBFeatures
-from diffperception.segmentation.baseline import BaselineOptions, predict_labels, segmentation_unet, train_unet
-from diffperception.visualization.draw import save_png, to_pil
+from diffperception.segmentation import RGBFeatures
+from diffperception.segmentation.baseline import predict_labels, segmentation_unet
+from diffperception.training import BaselineOptions, FitOptions, fit_baseline, fit_ensemble
+from diffperception.training.label_efficiency import (
+    LabelledImages,
+    from_scratch,
+    label_table,
+    lead_sentence,
+    mean_and_spread,
+    pixel_classifier,
+)
+from diffperception.training.options import TrainerOptions
 from tests.helpers.networks import tiny_unet
-from tests.segmentation.test_ensemble import scene
+from tests.helpers.scenes import scene, write_scenes
 
+CPU = TrainerOptions(accelerator="cpu")
 METHODS = ["diffusion", "untrained", "rgb", "scratch"]
-
-
-def write_scenes(folder: Path, numbers: range) -> None:
-    for number in numbers:
-        image, mask = scene(number, 24, 32)
-        save_png(to_pil(image), folder / "images" / f"{number}.png")
-        save_png(Image.fromarray(mask.byte().numpy()), folder / "masks" / f"{number}.png")
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +75,23 @@ def test_there_is_a_result_for_each_method_number_and_seed(first: Path) -> None:
 def test_each_seed_chooses_its_own_images(root: Path, first: Path) -> None:
     rows = json.loads((first / "compare.json").read_text())["results"]
     for row in rows:
-        folder = MaskFolder(root / "train/images", root / "train/masks", 3, limit=row["labels"], seed=row["seed"])
+        folder = MaskFolder(root / "train/images", root / "train/masks", 3, max_images=row["labels"], seed=row["seed"])
         assert row["images"] == folder.names
     assert len({tuple(row["images"]) for row in rows if row["labels"] == 2}) == 2
 
 
-def labelled_scenes() -> Labelled:
+def labelled_scenes() -> LabelledImages:
     images, masks = zip(*(scene(i, 24, 32) for i in range(2)), strict=True)
-    return Labelled(list(images), list(masks), ["a", "b"])
+    return LabelledImages(list(images), list(masks), ["a", "b"])
 
 
 def test_pixel_classifiers_differ_by_the_seed_alone() -> None:
     labelled, few = labelled_scenes(), 20  # minibatches, after which the first weights still show
     image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
-    learn = pixel_classifier(RGBFeatures(), 3, 2, FitOptions(max_minibatches=few))
+    options = FitOptions(max_minibatches=few)
+    learn = pixel_classifier(RGBFeatures(), 3, 2, options, CPU)
     found = [learn(labelled, seed)(image, (24, 32)) for seed in (0, 1)]
-    ensemble = PixelEnsemble(3, 3, 2)
-    ensemble.fit(RGBFeatures(), labelled.images, labelled.masks, FitOptions(max_minibatches=few, seed=1))
+    ensemble = fit_ensemble(RGBFeatures(), labelled.images, labelled.masks, 3, 2, options, seed=1, trainer=CPU)
     assert torch.equal(found[1], ensemble.predict(RGBFeatures(), image)[0])
     assert not torch.equal(*found)
 
@@ -98,11 +100,11 @@ def test_the_unet_from_scratch_sees_the_seeds_crops() -> None:
     labelled, options = labelled_scenes(), BaselineOptions(steps=3, batch_size=2, crop=16, lr=1e-2)
     image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
     like = tiny_unet()
-    found = from_scratch(like, 3, options)(labelled, 1)(image, (24, 32))
+    found = from_scratch(like, 3, options, CPU)(labelled, 1)(image, (24, 32))
     for seed in (1, 0):
         torch.manual_seed(1)
         network = segmentation_unet(like, 3)
-        train_unet(network, labelled.images, labelled.masks, options, seed)
+        network = fit_baseline(network, labelled.images, labelled.masks, options, seed, CPU)
         assert torch.equal(found, predict_labels(network, image)) == (seed == 1)
 
 
@@ -164,7 +166,7 @@ def test_a_broken_file_of_results_is_named(root: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--baseline.crop", "15"], "15 x 15"),
-        (["--memory", "lots", "--methods", "scratch"], "'lots' is no amount of memory"),
+        (["--max_memory", "lots", "--methods", "scratch"], "'lots' is no amount of memory"),
         (["--labels", "[]"], "at least one number of labelled images"),
         (["--methods", "[]"], "one of the methods"),
     ],
@@ -177,7 +179,7 @@ def test_mistakes_are_found_before_any_work(root: Path, tmp_path: Path, options:
 
 def test_features_that_do_not_fit_into_memory_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"of 4 images take .* but the limit is 10.0 kB"):
-        run(root, tmp_path, "--labels", "1", "--seeds", "1", "--memory", "10kB")
+        run(root, tmp_path, "--labels", "1", "--seeds", "1", "--max_memory", "10kB")
 
 
 def test_more_labelled_images_than_there_are(root: Path, tmp_path: Path) -> None:
@@ -192,16 +194,17 @@ def test_means_and_spreads() -> None:
         for (m, n), mious in values.items()
         for seed, miou in enumerate(mious)
     ]
-    summary = summarise(rows)
+    summary = mean_and_spread(rows)
     assert [cell["miou"] for cell in summary] == pytest.approx([0.75, 0.5, 0.61])
     assert summary[0]["spread"] == pytest.approx(float(torch.tensor([0.7, 0.8]).std()))
     assert summary[1]["spread"] is None
-    assert "75.0 ± 7.1" in markdown(summary)
+    assert "75.0 ± 7.1" in label_table(summary)
     assert "+14.0 at 5 (UNet from scratch)" in lead_sentence(summary)
 
 
-def test_the_shipped_comparison_is_accepted() -> None:
-    path = Path(__file__).parents[2] / "configs" / "segmentation" / "bccd_compare.yaml"
-    options = Options("compare", compare).parse(["--config", str(path), "--labels", "5", "--seeds", "1"])
+@pytest.mark.parametrize("name", ["bccd", "shapes"])
+def test_the_shipped_comparisons_are_accepted(name: str) -> None:
+    path = Path(__file__).parents[2] / "configs" / "segmentation" / f"{name}_compare.yaml"
+    options = Options("compare", compare).parse([str(path), "--labels", "5", "--seeds", "1"])
     assert (options.labels, options.seeds) == ([5], 1)
-    assert options.baseline.bf16
+    assert options.precision == "bf16"

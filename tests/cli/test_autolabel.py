@@ -1,4 +1,4 @@
-"""`diffperception distill`: an ordinary labelled data set from a folder, or from a generator."""
+"""`diffperception autolabel`: an ordinary labelled data set from a folder, or from a generator."""
 
 import json
 from pathlib import Path
@@ -6,26 +6,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffperception.cli.distill import distill
+from diffperception.cli.autolabel import autolabel
 from diffperception.configuration.parser import call
 from diffperception.data.masks import MaskFolder
-from diffperception.generation import DiffusionModel, SamplingOptions
+from diffperception.generation import SamplingOptions
 from diffperception.generation import sample as draw
-from diffperception.segmentation import FitOptions, PixelEnsemble, PixelSegmenter, RGBFeatures, Segmentation
-from tests.cli.test_compare import write_scenes
+from diffperception.models import DiffusionModel
+from diffperception.segmentation import PixelEnsemble, PixelSegmenter, RGBFeatures, Segmentation
+from diffperception.training import FitOptions, fit_ensemble
 from tests.helpers.networks import tiny_unet
-from tests.segmentation.test_ensemble import scene
+from tests.helpers.scenes import scene, write_scenes
 
 CLASSES = ["red", "green", "blue"]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("distill")
+    folder = tmp_path_factory.mktemp("autolabel")
     write_scenes(folder, range(3, 8))
     image, mask = scene(0)
     features = RGBFeatures()
-    classifier = PixelEnsemble(3, 3, 3).fit(features, [image], [mask], FitOptions(max_minibatches=200))
+    classifier = fit_ensemble(features, [image], [mask], 3, 3, FitOptions(max_minibatches=200))
     PixelSegmenter(features, classifier, CLASSES).save(folder / "segmenter.safetensors")
     DiffusionModel(None, tiny_unet(), image_size=16).save(folder / "generator.safetensors")
     return folder
@@ -33,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(root: Path, output: Path, *options: str) -> dict:
     arguments = ["--model", str(root / "segmenter.safetensors"), "--output", str(output), "--device", "cpu"]
-    assert call(distill, [*arguments, *options]) == 0
+    assert call(autolabel, [*arguments, *options]) == 0
     return json.loads((output / "dataset.json").read_text())
 
 
@@ -52,11 +53,11 @@ def test_a_folder_becomes_a_data_set(root: Path, tmp_path: Path) -> None:
         assert torch.equal(image, truth.image(truth.names.index(name)))
         assert torch.equal(mask, segmenter.segment(image).labels)
         assert (mask == truth.mask(truth.names.index(name))).float().mean() > 0.9
-        assert sum(entry["shares"]) == pytest.approx(1)
+        assert sum(entry["fractions"]) == pytest.approx(1)
 
 
 def test_a_generators_samples_become_one(root: Path, tmp_path: Path) -> None:
-    options = ["--number", "3", "--batch_size", "2", "--drop", "0", "--sampling.steps", "2", "--seed", "5"]
+    options = ["--num_samples", "3", "--batch_size", "2", "--drop", "0", "--sampling.steps", "2", "--seed", "5"]
     run(root, tmp_path / "data", "--generator", str(root / "generator.safetensors"), *options)
     data = MaskFolder(tmp_path / "data" / "images", tmp_path / "data" / "masks", 3)
     assert data.names == ["000000.png", "000001.png", "000002.png"]
@@ -70,9 +71,6 @@ def test_a_generators_samples_become_one(root: Path, tmp_path: Path) -> None:
     [
         ([], "either --images or a --generator"),
         (["--images", "a", "--generator", "b"], "either --images or a --generator"),
-        (["--images", "a", "--number", "3"], "leave them out for --images"),
-        (["--images", "a", "--sampling.steps", "3"], "leave them out for --images"),
-        (["--images", "a", "--seed", "3"], "leave them out for --images"),
         (["--images", "a", "--drop", "1"], "would leave no image"),
         (["--images", "a", "--output", "."], "not an empty folder"),
     ],
@@ -83,10 +81,10 @@ def test_what_cannot_be_done(root: Path, tmp_path: Path, options: list[str], mes
 
 
 def test_the_classes_of_a_generator_take_turns(root: Path, tmp_path: Path) -> None:
-    model = DiffusionModel(["a", "b"], tiny_unet(num_classes=2), image_size=16)
-    model.unet.label_emb.weight.data.mul_(20)
+    model = DiffusionModel(["a", "b"], tiny_unet(), image_size=16)
+    model.conditioner.embedding.weight.data.mul_(20)
     model.save(tmp_path / "generator.safetensors")
-    options = ["--number", "3", "--batch_size", "2", "--drop", "0", "--sampling.steps", "2"]
+    options = ["--num_samples", "3", "--batch_size", "2", "--drop", "0", "--sampling.steps", "2"]
     run(root, tmp_path / "data", "--generator", str(tmp_path / "generator.safetensors"), *options)
     data = MaskFolder(tmp_path / "data" / "images", tmp_path / "data" / "masks", 3)
     for number in range(3):
@@ -112,7 +110,6 @@ def test_an_interrupted_run_is_no_data_set_and_can_be_begun_again(
         run(root, tmp_path / "data", *options)
     monkeypatch.undo()
     assert not (tmp_path / "data").exists()
-    (tmp_path / "data.part/masks/other.png").touch()
     (tmp_path / "data").mkdir()
     run(root, tmp_path / "data", *options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]

@@ -1,0 +1,114 @@
+"""Labelled data sets that a segmenter makes of images without labels (as DatasetDDPM, arXiv 2112.03126)."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffperception.data.images import load_images
+from diffperception.devices import Precision, autocast, hide_bar
+from diffperception.files import folder_beside, list_images, png_names, write_json
+from diffperception.segmentation.inference import ImageScore
+from diffperception.segmentation.segmenter import PixelSegmenter
+from diffperception.visualization.draw import save_png, to_pil
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """What :func:`autolabel` made.
+
+    Attributes:
+        kept: the images of the data set, by name.
+        dropped: those left out for being the most uncertain, the most uncertain first.
+        broken: what is wrong with images that cannot be read, a sentence each.
+    """
+
+    kept: list[ImageScore]
+    dropped: list[ImageScore]
+    broken: list[str]
+
+
+def autolabel(
+    model: PixelSegmenter,
+    images: str | Path | Iterable[Tensor],
+    output: Path,
+    drop: float = 0.1,
+    workers: int = 2,
+    precision: Precision = "32",
+    source: str | None = None,
+) -> LabelledSet:
+    """Label images, and keep those that the segmenter is sure of: a data set to train any network on.
+
+    Writes `output`/images and masks (PNG, in each pixel its class's number), and dataset.json: the classes, each
+    image's uncertainty (in nats, the mean of its most uncertain tenth) and fractions of classes, and which images were
+    dropped. The folder appears once all of it is finished.
+
+    Args:
+        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'; or images themselves
+            (3, H, W; RGB, 0..1), such as samples of a generator, which are named by their numbers.
+        output: folder for the data set; it must be empty.
+        drop: fraction of the images to drop, the most uncertain.
+        workers: processes that read images.
+        source: where the images are from, for dataset.json; by default `images`.
+
+    Raises:
+        FileNotFoundError: there is no such image or folder.
+        ValueError: the output folder holds something, no image can be read, or `drop` leaves none.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ValueError(f"{output} is not an empty folder: choose another --output")
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop {drop:g} would leave no image: give a smaller fraction, such as 0.1")
+    if drop and model.classifier.members < 2:
+        raise ValueError(
+            "a segmenter with a single member agrees with itself, so no image is more uncertain than another: train it"
+            " with several, or keep all images with --drop 0"
+        )
+    if isinstance(images, str | Path):
+        pool, source = _read(images, output, workers), source or str(images)
+    else:
+        pool = ((Path(f"{number:06}.png"), image) for number, image in enumerate(images))
+    with folder_beside(output) as folder:
+        scores, broken = _label(model, pool, folder, precision)
+        order = sorted(scores, key=lambda score: -score.uncertainty)
+        number = min(round(drop * len(order)), len(order) - 1)
+        dropped, kept = order[:number], sorted(order[number:], key=lambda score: score.name)
+        for score in dropped:
+            for kind in ("images", "masks"):
+                (folder / kind / score.name).unlink()
+        content = {"classes": model.classes, "source": source}
+        content |= {"images": [asdict(score) for score in kept], "dropped": [asdict(score) for score in dropped]}
+        write_json(folder / "dataset.json", content)
+    return LabelledSet(kept, dropped, broken)
+
+
+def _read(images: str | Path, output: Path, workers: int) -> Iterator[tuple[Path, Tensor | str]]:
+    """The images of files with the names of their PNGs, or what is wrong with them."""
+    root, paths = list_images(images, output)
+    names = png_names(path.relative_to(root) for path in paths)
+    for (sample,) in tqdm(load_images(paths, workers=workers), "autolabel", unit="image", disable=hide_bar()):
+        yield names[sample.path.relative_to(root)], sample.problem if sample.image is None else sample.image
+
+
+def _label(
+    model: PixelSegmenter, pool: Iterable[tuple[Path, Tensor | str]], folder: Path, precision: Precision
+) -> tuple[list[ImageScore], list[str]]:
+    """Write images and masks; ValueError if there is none."""
+    scores: list[ImageScore] = []
+    broken: list[str] = []
+    for name, image in pool:
+        if isinstance(image, str):
+            broken.append(image)
+            continue
+        with autocast(model.device, precision):
+            found = model.segment(image)
+        labels = found.labels.cpu()
+        save_png(to_pil(image), folder / "images" / name)
+        save_png(Image.fromarray(labels.byte().numpy()), folder / "masks" / name)
+        scores.append(ImageScore.of(name, found.score, labels, len(model.classes)))
+    if not scores:
+        raise ValueError(f"no image can be read: {broken[0]}")
+    return scores, broken

@@ -1,0 +1,224 @@
+"""Feature maps of many images on disk: writing a folder of them, and training on what is there."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffperception.configuration.settings import differences, read_settings
+from diffperception.data.images import (
+    BrokenImageError,
+    lies_on_its_side,
+    load_images,
+    read_size,
+    resize_short_side,
+    short_side_size,
+)
+from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
+from diffperception.echo import echo, plural
+from diffperception.files import list_images, write_json
+from diffperception.models.base import describe
+from diffperception.segmentation.feature_cache import (
+    file_bytes,
+    fingerprint,
+    image_key,
+    in_bytes,
+    kept_images,
+    load_maps,
+    parse_bytes,
+    save_maps,
+)
+from diffperception.segmentation.features import FeatureExtractor
+from diffperception.segmentation.maps import FeatureMaps
+
+EXTRACTOR = "extractor.safetensors"
+SETTINGS = "settings.json"
+LEFT_OUT = "left_out.json"  # images whose headers can be read, but not their pixels: their problems, and of which file
+Size = tuple[int, int]  # height and width
+
+
+class ExtractedFeatures(FeatureExtractor):
+    """Maps from a folder that :func:`extract_features` wrote; those of other images are computed.
+
+    An image is known by its pixels, so it must be given as it was extracted: at the same size.
+
+    Args:
+        folder: what was written.
+        allow: packages of yours whose feature extractor may be loaded from it.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder holds no features, or a feature extractor that is not allowed.
+    """
+
+    def __init__(self, folder: str | Path, allow: Sequence[str] = ()) -> None:
+        features = FeatureExtractor.load(Path(folder) / EXTRACTOR, allow=tuple(allow))
+        super().__init__(features.info, features.multiple, features.window)
+        self.features = features
+        self.files = kept_images(Path(folder))
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        return self.features.encode(images)
+
+    def maps(self, image: Tensor) -> FeatureMaps:
+        file = self.files.get(image_key(image))
+        return self.features.maps(image) if file is None else load_maps(file).to(torch.float32).to(self.device)
+
+    def portable(self) -> FeatureExtractor:
+        return self.features
+
+
+def extract_features(
+    features: FeatureExtractor,
+    images: str | Path,
+    output: Path,
+    short_side: int | None = None,
+    dtype: Literal["float16", "float32"] = "float16",
+    max_bytes: str | None = None,
+    workers: int = 2,
+    precision: Precision = "32",
+) -> list[str]:
+    """Write the feature maps of images to disk, at their native resolutions: a safetensors file per image.
+
+    Before it starts it says how many bytes that will be. Where it was interrupted, it goes on with the images whose
+    files are missing or incomplete. Several processes, started by torchrun, share the images.
+
+    Args:
+        features: what gives the maps; it is kept beside them, so that :class:`ExtractedFeatures` knows other images.
+        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'.
+        output: folder for the files, named as the images, and settings.json, which says what they hold.
+        short_side: resize the images to this short side first.
+        dtype: of the numbers.
+        max_bytes: refuse to start if all files would take more than this, such as 2GB.
+        workers: processes that read images.
+
+    Returns: what is wrong with images that cannot be read, a sentence each.
+
+    Raises:
+        FileNotFoundError: there is no such image or folder.
+        ValueError: the folder holds other things, the files would be too large, or no image can be read.
+    """
+    most = None if max_bytes is None else parse_bytes(max_bytes)
+    number_type: torch.dtype = getattr(torch, dtype)
+    root, paths = list_images(images, output)
+    settings = {**_settings(features), "dtype": dtype, "short_side": short_side}
+    _require_same(output / SETTINGS, settings)
+    known = read_settings(output / LEFT_OUT) if (output / LEFT_OUT).exists() else {}
+    broken = {str(p): known[str(p)]["problem"] for p in paths if known.get(str(p), {}).get("file") == _stamp(p)}
+    sizes: dict[Path, Size] = {}
+    for path in paths:
+        try:
+            if str(path) not in broken:
+                sizes[path] = _size(path, short_side)
+        except BrokenImageError as error:
+            broken[str(path)] = str(error)
+    if not sizes:
+        raise ValueError(f"no image can be read: {next(iter(broken.values()))}")
+    files = {path: output / path.relative_to(root).with_name(f"{path.name}.safetensors") for path in sizes}
+    each = {path: file_bytes(features, size, number_type) for path, size in sizes.items()}
+    left = [path for path, file in files.items() if not (file.exists() and file.stat().st_size == each[path])]
+    _announce(features, sizes, each, left, number_type, most, output)
+    if first_process():
+        write_json(output / SETTINGS, settings)
+        features.save(output / EXTRACTOR)
+    mine, problems = share(left), {}
+    for (sample,) in tqdm(load_images(mine, workers=workers), "extract", len(mine), unit="image", disable=hide_bar()):
+        if sample.image is None:
+            problems[str(sample.path)] = {"problem": sample.problem, "file": _stamp(sample.path)}
+            continue
+        image = resize_short_side(sample.image, short_side)
+        with autocast(features.device, precision):
+            maps = features.maps(image)
+        save_maps(maps.stored(number_type, str(sample.path)), features.info, files[sample.path], image_key(image))
+    found = dict(gather(list(problems.items())))
+    if found and first_process():
+        write_json(output / LEFT_OUT, known | found)
+    broken |= {path: about["problem"] for path, about in found.items()}
+    if len(broken) == len(paths):
+        raise ValueError(f"no image can be read: {next(iter(broken.values()))}")
+    return list(broken.values())
+
+
+def _stamp(path: Path) -> list[int]:
+    """What tells a file from the one that had its name before: bytes, and when it was written."""
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _settings(features: FeatureExtractor) -> dict[str, Any]:
+    """What the maps depend on besides the images."""
+    described = json.loads(json.dumps(describe(features)))
+    return {
+        "features": described["class"],
+        "arguments": described["arguments"],
+        "weights": fingerprint(features),
+        "maps": [[info.name, info.channels, info.stride] for info in features.info],
+    }
+
+
+def _require_same(path: Path, settings: dict[str, Any]) -> None:
+    """ValueError if the folder of a settings file holds maps of other settings, or other things."""
+    if path.exists():
+        changed = differences(read_settings(path), settings)
+        if changed:
+            raise ValueError(
+                f"{path.parent} holds features of other settings ({', '.join(changed)}): choose another --output"
+            )
+    elif path.parent.is_dir() and any(path.parent.iterdir()):
+        raise ValueError(f"the folder {path.parent} holds other files: choose another --output")
+
+
+def _size(path: Path, short_side: int | None) -> Size:
+    """Height and width that an image will have, from its header alone."""
+    height, width = read_size(path)
+    if lies_on_its_side(path):
+        height, width = width, height
+    return (height, width) if short_side is None else short_side_size(height, width, short_side)
+
+
+def _announce(
+    features: FeatureExtractor,
+    sizes: dict[Path, Size],
+    each: dict[Path, int],
+    left: Sequence[Path],
+    dtype: torch.dtype,
+    most: int | None,
+    output: Path,
+) -> None:
+    """Say how many bytes will be written and how many are free; ValueError where they are too many."""
+    total, to_write = sum(each.values()), sum(each[path] for path in left)
+    folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    echo(
+        f"{plural(len(sizes), 'image')} with {features.channels} features per pixel,"
+        f" {str(dtype).removeprefix('torch.')}: {total} bytes ({in_bytes(total)}), of which {in_bytes(to_write)} are to"
+        f" be written; {in_bytes(free)} are free"
+    )
+    if most is not None and total > most:
+        raise ValueError(
+            f"the features of {plural(len(sizes), 'image')} take {in_bytes(total)}, more than the limit of"
+            f" {in_bytes(most)}: {_what_fits(features, list(each.values()), list(sizes.values()), dtype, most)}"
+        )
+    if to_write > free:
+        raise ValueError(f"the features take {in_bytes(to_write)}, but only {in_bytes(free)} are free in {folder}")
+
+
+def _what_fits(
+    features: FeatureExtractor, each: Sequence[int], sizes: Sequence[Size], dtype: torch.dtype, most: int
+) -> str:
+    """Ways to stay under a limit."""
+    ways = [f"{sum(total <= most for total in accumulate(each))} of the images would fit"]
+    if dtype == torch.float32:
+        ways.append(f"float16 would take {in_bytes(sum(file_bytes(features, size, torch.float16) for size in sizes))}")
+    maps = [features.map_sizes(*size) for size in sizes]
+    cells = [sum(h * w for h, w in of_map) for of_map in zip(*maps, strict=True)]
+    room = [info.channels * number * dtype.itemsize for info, number in zip(features.info, cells, strict=True)]
+    largest = max(range(len(room)), key=room.__getitem__)
+    if len(room) > 1:
+        ways.append(f"the largest map, {features.info[largest].name}, takes {in_bytes(room[largest])}")
+    return "; ".join(ways)

@@ -1,0 +1,224 @@
+"""Segmenting and scoring many images."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from diffperception.data.images import ignore_interrupts, load_images, read_image, to_float
+from diffperception.data.masks import MaskFolder, find_mask
+from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
+from diffperception.files import OutputFolder, list_images, png_names, write_json, write_text
+from diffperception.segmentation.evaluator import MeanIoU
+from diffperception.segmentation.segmenter import PixelSegmenter
+from diffperception.table import format_table
+from diffperception.visualization.draw import save_png, to_pil
+from diffperception.visualization.panels import (
+    PANEL_SIDE,
+    contact_sheet,
+    mask_overlay,
+    segmentation_panels,
+    titled,
+    uncertainty_map,
+)
+
+SHEET = 8  # images on the picture of the most uncertain
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """An image's name, its uncertainty in nats, and the fraction of its pixels of each class."""
+
+    name: str
+    uncertainty: float
+    fractions: list[float]
+
+    @classmethod
+    def of(cls, name: Path, uncertainty: float, labels: Tensor, num_classes: int) -> "ImageScore":
+        counts = torch.bincount(labels.flatten(), minlength=num_classes)
+        return cls(name.as_posix(), uncertainty, (counts / labels.numel()).tolist())
+
+
+@dataclass(frozen=True)
+class FolderScores:
+    """What :func:`segment_folder` found.
+
+    Attributes:
+        scores: of the images that can be read, in their order.
+        broken: what is wrong with the others, a sentence each.
+    """
+
+    scores: list[ImageScore]
+    broken: list[str]
+
+    def ranked(self) -> list[ImageScore]:
+        """The most uncertain first, and of equals the first."""
+        return sorted(self.scores, key=lambda score: -score.uncertainty)
+
+
+def segment_folder(
+    model: PixelSegmenter,
+    images: str | Path,
+    output: Path,
+    rank: bool = False,
+    labelled: Path | None = None,
+    pictures: int = 100,
+    workers: int = 2,
+    precision: Precision = "32",
+    overwrite: bool = False,
+) -> FolderScores:
+    """Say of every pixel of an image, or of all images in a folder, which class it is.
+
+    Writes `output`/masks (PNG, in each pixel its class's number), overlays (the images with their classes in colours),
+    uncertainty (where the members of the ensemble disagree) and scores.csv: each image's uncertainty (in nats, the mean
+    of its most uncertain tenth) and the fractions of the classes. scores.csv is written once all images are done: a
+    folder without it is of a run that was interrupted. Several processes, started by torchrun, share the images.
+
+    Args:
+        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'.
+        rank: order the images by their uncertainty, too: rank.csv, and rank.png, which shows the first of them.
+        labelled: folder of masks; images that have one there are left out.
+        pictures: draw the overlays and uncertainties of at most this many images.
+        workers: processes that read images.
+        overwrite: write into a folder that is not empty, in place of what an earlier run wrote there.
+
+    Raises:
+        FileNotFoundError: there is no such image or folder.
+        ValueError: the output folder holds something, or no image can be read; a single member cannot rank.
+    """
+    root, paths = list_images(images, output)
+    paths = _without_mask(paths, root, labelled)
+    if rank and model.classifier.members < 2:
+        raise ValueError("a segmenter with a single member agrees with itself: to rank, train it with several")
+    folder = OutputFolder(output, overwrite)
+    if first_process():
+        folder.clear()
+    files = png_names(path.relative_to(root) for path in paths)
+    drawn = set(paths[:pictures])
+    found: list[ImageScore | str] = []
+    mine = share(paths)
+    for (sample,) in tqdm(load_images(mine, workers=workers), "segment", len(mine), unit="image", disable=hide_bar()):
+        if sample.image is None:
+            found.append(sample.problem)
+            continue
+        name = sample.path.relative_to(root)
+        with autocast(model.device, precision):
+            segmentation = model.segment(sample.image)
+        labels = segmentation.labels.cpu()
+        save_png(Image.fromarray(labels.byte().numpy()), folder.file("masks" / files[name]))
+        if sample.path in drawn:
+            save_png(to_pil(mask_overlay(sample.image, labels)), folder.file("overlays" / files[name]))
+            save_png(to_pil(uncertainty_map(segmentation.uncertainty)), folder.file("uncertainty" / files[name]))
+        found.append(ImageScore.of(name, segmentation.score, labels, len(model.classes)))
+    found = gather(found)
+    scores = FolderScores([s for s in found if isinstance(s, ImageScore)], [s for s in found if isinstance(s, str)])
+    if not scores.scores:
+        raise ValueError(f"no image can be read: {scores.broken[0]}")
+    if first_process():
+        if rank:
+            _write_rank(model, scores.ranked(), root, folder)
+        rows = [[s.name, f"{s.uncertainty:.6f}", *(f"{f:.6f}" for f in s.fractions)] for s in scores.scores]
+        _write_table(["image", "uncertainty", *model.classes], rows, folder.file("scores.csv"))
+    return scores
+
+
+def evaluate_segmenter(
+    model: PixelSegmenter,
+    folder: MaskFolder,
+    output: Path | None = None,
+    pictures: int = 4,
+    workers: int = 2,
+    precision: Precision = "32",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Score a segmenter on images with masks: IoU per class, and their mean.
+
+    Pixels are counted over all images, at the masks' own size. Several processes, which torchrun starts, share them.
+
+    Args:
+        output: folder for metrics.json and pictures/; nothing is written without it.
+        pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
+        workers: processes that read images.
+        overwrite: write into a folder that is not empty, in place of what an earlier run wrote there.
+
+    Returns: as :meth:`MeanIoU.summary`.
+
+    Raises:
+        ValueError: the output folder holds something.
+    """
+    results = None if output is None else OutputFolder(output, overwrite)
+    metrics = score_images(model, folder, workers, precision).summary(model.classes)
+    if results is not None and first_process():
+        results.clear()
+        write_json(results.file("metrics.json"), {"metrics": metrics, "images": len(folder)})
+        with results.recording("pictures") as drawn:
+            draw_comparisons(model, folder, drawn, pictures)
+    return metrics
+
+
+def score_images(model: PixelSegmenter, folder: MaskFolder, workers: int = 2, precision: Precision = "32") -> MeanIoU:
+    """The counts of a model's predictions on all images of a folder; shows the time left."""
+    counts = MeanIoU(len(model.classes))
+    mine = share(range(len(folder)))
+    subset = Subset(folder, mine)
+    loader = DataLoader(subset, None, num_workers=min(workers, max(0, len(mine) - 1)), worker_init_fn=ignore_interrupts)
+    for image, mask in tqdm(loader, "evaluate", len(mine), leave=False, unit="image", disable=hide_bar()):
+        with autocast(model.device, precision):
+            counts.update(model.segment(image).labels, mask)
+    counts.gather()
+    return counts
+
+
+def draw_comparisons(model: PixelSegmenter, folder: MaskFolder, output: Path, count: int) -> None:
+    """Image, truth, prediction and uncertainty of some images, spread over the folder, a PNG each."""
+    count = min(count, len(folder))
+    for index in (i * len(folder) // count for i in range(count)):
+        image, mask = folder[index]
+        found = model.segment(image)
+        picture = segmentation_panels(image, found.labels, found.uncertainty, model.classes, mask)
+        save_png(picture, (output / folder.names[index]).with_suffix(".png"))
+
+
+def iou_table(metrics: Mapping[str, Any]) -> str:
+    """The summary of a score as lines of text; what occurs in no mask and no prediction is `-`."""
+    ious = {"mean IoU": metrics["miou"], **{f"  {name}": iou for name, iou in metrics["iou"].items()}}
+    return format_table([(name, None if iou is None else f"{100 * iou:.1f} %") for name, iou in ious.items()], ["", ""])
+
+
+def _without_mask(paths: list[Path], root: Path, labelled: Path | None) -> list[Path]:
+    """The images that have no mask in the folder `labelled`; ValueError if none is left."""
+    if labelled is None:
+        return paths
+    if not labelled.is_dir():
+        raise FileNotFoundError(f"there is no folder of masks {labelled}")
+    left = [path for path in paths if find_mask(path.relative_to(root), labelled) is None]
+    if not left:
+        raise ValueError(f"all {len(paths)} images have a mask in {labelled}: there is none left to segment")
+    return left
+
+
+def _write_rank(model: PixelSegmenter, ranked: Sequence[ImageScore], root: Path, folder: OutputFolder) -> None:
+    """rank.csv, and what the model makes of the first images."""
+    rows = [[str(place), score.name, f"{score.uncertainty:.6f}"] for place, score in enumerate(ranked, 1)]
+    _write_table(["rank", "image", "uncertainty"], rows, folder.file("rank.csv"))
+    panels = []
+    for score in ranked[:SHEET]:
+        image = to_float(read_image(root / score.name))
+        found = model.segment(image)
+        strip = segmentation_panels(image, found.labels, found.uncertainty, model.classes, long_side=PANEL_SIDE)
+        panels.append(titled(strip, f"{score.name}: {score.uncertainty:.2g}"))
+    save_png(contact_sheet(panels), folder.file("rank.png"))
+
+
+def _write_table(head: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_text(path, text.getvalue())

@@ -1,0 +1,383 @@
+"""What a generator's features are worth where few images are labelled, beside other ways to learn from them."""
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from diffperception.configuration.settings import differences, read_settings
+from diffperception.data.masks import MaskDataOptions, read_mask
+from diffperception.echo import echo, plural
+from diffperception.files import write_json, write_text
+from diffperception.models import DiffusionModel, UNet
+from diffperception.models.base import describe
+from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, MeanIoU, RGBFeatures
+from diffperception.segmentation.baseline import predict_labels, segmentation_unet
+from diffperception.segmentation.feature_cache import CachedFeatures, fingerprint, in_bytes, parse_bytes, stored_bytes
+from diffperception.table import format_table
+from diffperception.training.options import TrainerOptions
+from diffperception.training.recipes.baseline import BaselineOptions, fit_baseline
+from diffperception.training.recipes.segmentation import FitOptions, fit_ensemble
+from diffperception.visualization.curves import label_curves
+from diffperception.visualization.draw import save_png
+from diffperception.visualization.panels import PANEL_SIDE, image_row, legend, mask_overlay, stack
+
+Method = Literal["diffusion", "untrained", "rgb", "scratch"]
+TITLES = {
+    "diffusion": "diffusion features",
+    "untrained": "untrained UNet's features",
+    "rgb": "colours",
+    "scratch": "UNet from scratch",
+}
+Predict = Callable[[Tensor, tuple[int, int]], Tensor]  # an image to labels (height, width)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images (3, H, W), their masks and names, in memory. Masks to score on are of their own size."""
+
+    images: list[Tensor]
+    masks: list[Tensor]
+    names: list[str]
+
+    @classmethod
+    def to_learn_from(cls, data: MaskDataOptions, count: int, seed: int) -> "LabelledImages":
+        """So many images, chosen by the seed; a larger choice has those of a smaller one and others."""
+        folder = replace(data, max_images=count).open(seed)
+        if len(folder) < count:
+            found = plural(len(folder), "labelled image")
+            raise ValueError(f"{data.images} has {found}, but {count} are to be chosen")
+        return cls(list(folder.images), list(folder.masks), folder.names)
+
+    @classmethod
+    def to_score_on(cls, data: MaskDataOptions) -> "LabelledImages":
+        """All of `data.val_images`."""
+        folder = data.open_val()
+        if folder is None:
+            raise ValueError("give data.val_images and data.val_masks, the images to score on")
+        return cls([data.resized(image) for image in folder.images], list(folder.masks), folder.names)
+
+    def first(self, count: int) -> "LabelledImages":
+        return LabelledImages(self.images[:count], self.masks[:count], self.names[:count])
+
+
+Learn = Callable[[LabelledImages, int], Predict]  # with a seed
+
+
+class Results:
+    """compare.json: settings, and a row for each method, number of labelled images and seed that is finished.
+
+    Args:
+        path: the file; it is read if there is one.
+        settings: on which all rows depend.
+        overwrite: begin anew even if there is a file.
+
+    Raises:
+        ValueError: the file is of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+        self.path, self.settings = path, dict(settings)
+        self.rows: list[dict[str, Any]] = []
+        if path.exists() and not overwrite:
+            kept = read_settings(path)
+            changed = differences(kept["settings"], self.settings)
+            if changed:
+                raise ValueError(
+                    f"{path} holds results of other settings ({', '.join(changed)}): choose another --output, or"
+                    " replace them with --overwrite"
+                )
+            self.rows = kept["results"]
+
+    def missing(
+        self, methods: Sequence[str], labels: Sequence[int], seeds: Sequence[int]
+    ) -> list[tuple[str, int, int]]:
+        """What is still to be done: methods with numbers of labelled images and seeds."""
+        done = {(row["method"], row["labels"], row["seed"]) for row in self.rows}
+        runs = [(method, count, seed) for method in methods for count in labels for seed in seeds]
+        return [run for run in runs if run not in done]
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a finished row, on disk too."""
+        self.rows.append(dict(row))
+        content = {"settings": self.settings, "summary": mean_and_spread(self.rows), "results": self.rows}
+        write_json(self.path, content)
+
+
+def compare_label_efficiency(
+    features: DiffusionFeatures,
+    data: MaskDataOptions,
+    output: Path,
+    labels: Sequence[int] = (5, 10, 20),
+    seeds: int = 3,
+    methods: Sequence[Method] = ("diffusion", "untrained", "rgb", "scratch"),
+    members: int = 10,
+    fit: FitOptions | None = None,
+    baseline: BaselineOptions | None = None,
+    pictures: int = 4,
+    max_memory: str = "8GB",
+    seed: int = 0,
+    overwrite: bool = False,
+    trainer: TrainerOptions | None = None,
+) -> list[dict[str, Any]]:
+    """Compare a generator's features with other ways to learn from a few labelled images.
+
+    With each number of labelled images and each seed, which chooses them, it trains pixel classifiers on the features
+    of the generator (diffusion), of the same UNet with random weights (untrained) and on the colours alone (rgb), and a
+    UNet of the same size from scratch (scratch); and scores them on `data.val_images`. Writes compare.json (every
+    result), compare.md (the table of means and spreads), compare.png (curves) and examples.png (predictions with the
+    fewest labelled images). Where it was interrupted, it goes on with what is missing.
+
+    Args:
+        features: of the generator, on the device that features are computed on.
+        data: the images to choose labelled ones from, whatever its limit, and those to score on.
+        output: folder for the results.
+        labels: numbers of labelled images; each choice is a part of the larger ones of its seed.
+        seeds: how many choices of labelled images, each with its own weights and minibatches.
+        methods: which to compare.
+        members: of the ensembles of pixel classifiers.
+        fit: how pixel classifiers learn.
+        baseline: how the UNet from scratch learns.
+        pictures: how many images of those scored on are drawn.
+        max_memory: how much the features that are kept may take, such as 4GB.
+        seed: the first of the seeds.
+        overwrite: replace the results that the output folder holds.
+        trainer: what is trained on, and in which precision the UNet is.
+
+    Returns: the table: a dictionary per method and number of labelled images, see :func:`mean_and_spread`.
+
+    Raises:
+        ValueError: options, images and the results in the folder do not fit each other.
+    """
+    fit, baseline, trainer = fit or FitOptions(), baseline or BaselineOptions(), trainer or TrainerOptions()
+    memory = parse_bytes(max_memory)
+    if not (labels and methods):
+        raise ValueError("name at least one number of labelled images in labels, and one of the methods")
+    if "scratch" in methods:
+        features.generator.network.check_size(baseline.crop, baseline.crop)
+    settings = _settings(features, data, members, fit, baseline, trainer)
+    results = Results(output / "compare.json", settings, overwrite)
+    tried = range(seed, seed + seeds)
+    missing = results.missing(methods, labels, tried)
+    echo(f"{len(missing)} of {len(methods) * len(labels) * seeds} results are still to be made")
+    test = LabelledImages.to_score_on(data)
+    chosen = {each: LabelledImages.to_learn_from(data, max(labels), each) for each in tried}
+    named = {name: image for choice in chosen.values() for name, image in zip(choice.names, choice.images, strict=True)}
+    images = [*test.images, *named.values()]
+
+    def learner(method: str) -> Learn:
+        """How a method learns; features of all the images are computed beforehand."""
+        if method == "scratch":
+            return from_scratch(features.generator.network, len(data.classes), baseline, trainer)
+        extractors = {"diffusion": lambda: features, "untrained": lambda: untrained(features), "rgb": RGBFeatures}
+        kept = keep(extractors[method](), images, memory, TITLES[method])
+        return pixel_classifier(kept, len(data.classes), members, fit, trainer)
+
+    start = time.monotonic()
+    with tqdm(total=len(missing), desc="compare", unit="result", disable=None) as bar:
+        for method, runs in groupby(missing, key=itemgetter(0)):
+            learn = learner(method)
+            for _, count, each in runs:
+                row, predictions = measure(learn, chosen[each].first(count), test, data.classes, each)
+                if count == min(labels) and each == seed:
+                    for labels_found, name in zip(predictions, test.names, strict=True):
+                        save_png(Image.fromarray(labels_found.numpy()), _example(output, method, name))
+                results.add({"method": method, "labels": count, "seed": each, **row})
+                bar.update()
+                left, so_far = results.missing(methods, labels, tried), tqdm.format_interval(time.monotonic() - start)
+                echo(f"{_in_words(results.rows[-1])}; {so_far} so far, {len(left)} results left")
+    summary = mean_and_spread(results.rows)
+    _report(summary, data.classes, test, pictures, output)
+    return summary
+
+
+def _settings(
+    features: DiffusionFeatures,
+    data: MaskDataOptions,
+    members: int,
+    fit: FitOptions,
+    baseline: BaselineOptions,
+    trainer: TrainerOptions,
+) -> dict[str, Any]:
+    """What the results depend on: all but what only chooses which are made."""
+    about = {"data": asdict(data), "fit": asdict(fit), "baseline": asdict(baseline)}
+    about["data"].pop("max_images")
+    about |= {"features": describe(features)["arguments"], "weights": fingerprint(features)}
+    return describe({**about, "members": members, "precision": trainer.precision})
+
+
+def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
+    """The same features of a UNet with random weights."""
+    torch.manual_seed(0)
+    generator = features.generator
+    network = UNet(**generator.network.arguments)
+    model = DiffusionModel(**generator.arguments | {"network": network})
+    return DiffusionFeatures(**features.arguments | {"generator": model}).to(features.device)
+
+
+def keep(features: FeatureExtractor, images: Sequence[Tensor], memory: int, title: str) -> CachedFeatures:
+    """The extractor with the features of these images in memory, in half precision; ValueError if they need more."""
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    needed = stored_bytes(features, sizes, torch.float16)
+    if needed > memory:
+        raise ValueError(
+            f"the {title} of {plural(len(images), 'image')} take {in_bytes(needed)} of memory, but the limit is"
+            f" {in_bytes(memory)}: name fewer blocks or timesteps, set a smaller data.short_side, or raise --max_memory"
+        )
+    start = time.monotonic()
+    kept = CachedFeatures(features)
+    for image in tqdm(images, desc=title, unit="image", leave=False, disable=None):
+        kept.maps(image)
+    echo(f"{title}: {features.channels} per pixel, {in_bytes(needed)} in memory, {time.monotonic() - start:.0f} s")
+    return kept
+
+
+def pixel_classifier(
+    features: FeatureExtractor, num_classes: int, members: int, fit: FitOptions, trainer: TrainerOptions
+) -> Learn:
+    """Ensembles of pixel classifiers on the features."""
+
+    def learn(labelled: LabelledImages, seed: int) -> Predict:
+        images, masks, names = labelled.images, labelled.masks, labelled.names
+        full = replace(trainer, precision="32-true")
+        with warnings_echoed():
+            ensemble = fit_ensemble(features, images, masks, num_classes, members, fit, names, seed=seed, trainer=full)
+        return lambda image, size: ensemble.segment(features.maps(image)).resized(*size).labels.cpu()
+
+    return learn
+
+
+def from_scratch(unet: UNet, num_classes: int, options: BaselineOptions, trainer: TrainerOptions) -> Learn:
+    """UNets of a generator's size that learn from the labels alone."""
+
+    def learn(labelled: LabelledImages, seed: int) -> Predict:
+        torch.manual_seed(seed)
+        network = segmentation_unet(unet, num_classes)
+        network = fit_baseline(network, labelled.images, labelled.masks, options, seed, trainer)
+
+        def predict(image: Tensor, size: tuple[int, int]) -> Tensor:
+            with torch.autocast(network.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
+                return predict_labels(network, image, size)
+
+        return predict
+
+    return learn
+
+
+def measure(
+    learn: Learn, labelled: LabelledImages, test: LabelledImages, classes: Sequence[str], seed: int
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """Scores, seconds and the images learned from, for the results; and the predictions of the test images."""
+    start = time.monotonic()
+    predict = learn(labelled, seed)
+    learned = time.monotonic()
+    score, predictions = MeanIoU(len(classes)), []
+    pairs = zip(test.images, test.masks, strict=True)
+    for image, mask in tqdm(pairs, desc="test", total=len(test.images), unit="image", leave=False, disable=None):
+        predictions.append(predict(image, (mask.shape[0], mask.shape[1])).to(torch.uint8))
+        score.update(predictions[-1], mask)
+    seconds = {"training": round(learned - start, 1), "test": round(time.monotonic() - learned, 1)}
+    return {**score.summary(classes), "seconds": seconds, "images": labelled.names}, predictions
+
+
+@contextmanager
+def warnings_echoed() -> Iterator[None]:
+    """What the code within warns of is told to the user as notes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: echo(f"note: {message}")
+        yield
+
+
+def mean_and_spread(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread (sample standard deviation; null for one seed) of the mIoU over the seeds."""
+    cells: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        cells.setdefault((row["method"], row["labels"]), []).append(row["miou"])
+    order = list(TITLES)
+    return [
+        {
+            "method": method,
+            "labels": labels,
+            "miou": statistics.fmean(values),
+            "spread": statistics.stdev(values) if len(values) > 1 else None,
+            "seeds": len(values),
+        }
+        for (method, labels), values in sorted(cells.items(), key=lambda cell: (order.index(cell[0][0]), cell[0][1]))
+    ]
+
+
+def label_table(summary: Sequence[Mapping[str, Any]]) -> str:
+    """The mIoU in percent as Markdown, a row per method and a column per number of labelled images."""
+    counts = sorted({cell["labels"] for cell in summary})
+    cells = {(cell["method"], cell["labels"]): _cell(cell) for cell in summary}
+    methods = dict.fromkeys(cell["method"] for cell in summary)
+    rows = [[TITLES[method], *(cells.get((method, count), "") for count in counts)] for method in methods]
+    return format_table(rows, ["labelled images", *map(str, counts)], markdown=True)
+
+
+def _cell(cell: Mapping[str, Any]) -> str:
+    return f"{100 * cell['miou']:.1f}" + ("" if cell["spread"] is None else f" ± {100 * cell['spread']:.1f}")
+
+
+def lead_sentence(summary: Sequence[Mapping[str, Any]]) -> str:
+    """How far the diffusion features are above or below the best of the others, for each number of labelled images."""
+    parts = []
+    for count in sorted({cell["labels"] for cell in summary}):
+        means = {cell["method"]: cell["miou"] for cell in summary if cell["labels"] == count}
+        ours = means.pop("diffusion", math.nan)
+        if means and not math.isnan(ours):
+            best = max(means, key=lambda method: means[method])
+            parts.append(f"{100 * (ours - means[best]):+.1f} at {count} ({TITLES[best]})")
+    return "mIoU of diffusion features over the best of the others, in points: " + ", ".join(parts) if parts else ""
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    ious = ", ".join(f"{name} {100 * iou:.1f}" for name, iou in row["iou"].items() if iou is not None)
+    seconds = f"{row['seconds']['training']:.0f} s training, {row['seconds']['test']:.0f} s test"
+    return (
+        f"{TITLES[row['method']]}, {plural(row['labels'], 'labelled image')}, seed {row['seed']}:"
+        f" mIoU {100 * row['miou']:.1f} ({ious}); {seconds}"
+    )
+
+
+def _example(output: Path, method: str, name: str) -> Path:
+    """Where a method's prediction of a test image is kept, whether it is to be drawn now, later or never."""
+    return output / "examples" / method / f"{name}.png"
+
+
+def _report(
+    summary: Sequence[Mapping[str, Any]], classes: Sequence[str], test: LabelledImages, pictures: int, output: Path
+) -> None:
+    """Print the table; write it, its curves and the pictures."""
+    text = f"{label_table(summary)}\n\n{lead_sentence(summary)}"
+    write_text(output / "compare.md", text + "\n")
+    save_png(label_curves(summary, TITLES), output / "compare.png")
+    count = min(pictures, len(test.names))
+    rows = [_example_row(test, i * len(test.names) // count, output) for i in range(count)]
+    if rows:
+        save_png(stack([*rows, legend(classes)], vertical=True), output / "examples.png")
+    echo(f"{text}\n{output / 'compare.json'}: every result; beside it compare.md, compare.png and examples.png")
+
+
+def _example_row(test: LabelledImages, index: int, output: Path) -> Image.Image:
+    """An image beside its mask and what each method predicted from the fewest labelled images."""
+    name, mask = test.names[index], test.masks[index]
+    image = TF.resize(test.images[index], list(mask.shape))
+    files = {title: _example(output, method, name) for method, title in TITLES.items()}
+    predicted = {title: torch.tensor(read_mask(file)) for title, file in files.items() if file.exists()}
+    panels = {title: mask_overlay(image, labels) for title, labels in {"truth": mask, **predicted}.items()}
+    return image_row({"image": image, **panels}, PANEL_SIDE)

@@ -1,0 +1,211 @@
+"""Training of a UNet from scratch on the labels alone: what pixel classifiers on learned features should beat."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from diffperception.data.masks import MaskDataOptions, MaskFolder
+from diffperception.devices import first_process, hide_bar
+from diffperception.diffusion.noise import derive_seed
+from diffperception.echo import echo
+from diffperception.files import write_json
+from diffperception.models import UNet
+from diffperception.models.ops.transfer import to_device
+from diffperception.models.reader import load_generator
+from diffperception.segmentation import MeanIoU
+from diffperception.segmentation.baseline import masked_cross_entropy, predict_labels, random_crop, segmentation_unet
+from diffperception.segmentation.inference import iou_table
+from diffperception.segmentation.pixels import check_size
+from diffperception.training.data import TrainingData
+from diffperception.training.module import TrainingModule
+from diffperception.training.options import TrainerOptions
+from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
+from diffperception.training.recipes.segmentation import fit_quietly
+
+WARMUP = 0.05  # fraction of the steps in which the learning rate rises; then it falls along a half cosine
+
+
+@dataclass
+class BaselineOptions:
+    """How the UNet learns: AdamW.
+
+    Args:
+        steps: updates of the weights.
+        batch_size: crops per update and process.
+        crop: side of the crops in pixels, a multiple of the UNet's stride; mirrored both ways at random.
+        lr: the highest learning rate.
+        weight_decay: decay of all weights.
+        ema_decay: what is evaluated and saved is the exponential moving average of the weights with this decay; null
+            takes the weights themselves.
+    """
+
+    steps: PositiveInt = 400
+    batch_size: PositiveInt = 8
+    crop: PositiveInt = 64
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 1e-2
+    ema_decay: float | None = None
+
+
+class CropBatches(TrainingData):
+    """Random crops of labelled images: images (B, 3, side, side) and labels (B, side, side)."""
+
+    def __init__(self, images: Sequence[Tensor], masks: Sequence[Tensor], options: BaselineOptions, seed: int) -> None:
+        super().__init__([], options.batch_size, 0, seed)  # type: ignore[arg-type]
+        self.images, self.masks, self.side = images, masks, options.crop
+
+    def batches(
+        self, start: int, stop: int, rank: int, world_size: int, pin_memory: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, rank) if rank else self.seed)
+        for step in range(stop):
+            chosen = torch.randint(len(self.images), (self.batch_size,), generator=generator).tolist()
+            crops = [random_crop(self.images[i], self.masks[i], self.side, generator) for i in chosen]
+            if step >= start:
+                images, labels = zip(*crops, strict=True)
+                yield torch.stack(images), torch.stack(labels).long()
+
+
+class BaselineModule(TrainingModule):
+    """The step of a UNet that tells the classes of pixels by cross entropy; its time is always 0."""
+
+    model: UNet
+    options: BaselineOptions  # type: ignore[assignment]
+    grad_clip_norm = None
+
+    def __init__(self, model: UNet, options: BaselineOptions, seed: int) -> None:
+        super().__init__(model, options, seed)  # type: ignore[arg-type]
+        model.check_size(options.crop, options.crop)
+        self.max_steps = options.steps
+
+    def configure_optimizers(self) -> Any:
+        options = self.options
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), float(options.lr), weight_decay=float(options.weight_decay)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._rate), "interval": "step"},
+        }
+
+    def on_train_start(self) -> None:
+        """A resumed run keeps the rates of its checkpoint."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return tuple(to_device(part, device) for part in batch)
+
+    def rate_in_words(self) -> str:
+        return f"{self.options.batch_size} crops per step, learning rate {self.options.lr:g}"
+
+    def describe(self, batch: Any) -> str:
+        return "the images and masks, or lower fit.lr"
+
+    def loss_terms(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        images, labels = batch
+        logits = self.model(2 * images - 1, torch.zeros(len(images), device=images.device)).float()
+        return {"cross_entropy": masked_cross_entropy(logits, labels)}
+
+    def _rate(self, step: int) -> float:
+        warmup = max(1, round(WARMUP * self.options.steps))
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / self.options.steps)))
+
+
+class BaselineEvaluator(Evaluator):
+    """IoU on images with masks, at the end.
+
+    Args:
+        folder: what is measured on; None for nothing.
+        data: its options.
+    """
+
+    def __init__(self, folder: MaskFolder | None, data: MaskDataOptions) -> None:
+        self.folder, self.data = folder, data
+
+    def finish(self, model: UNet, folder: Path | None) -> dict[str, float]:
+        if self.folder is None:
+            return {}
+        counts = MeanIoU(len(self.data.classes))
+        for index in tqdm(range(len(self.folder)), "evaluate", unit="image", leave=False, disable=hide_bar()):
+            image, mask = self.folder[index]
+            small = self.data.resized(image)
+            counts.update(predict_labels(model, small, (mask.shape[0], mask.shape[1])), mask)
+        metrics = counts.summary(self.data.classes)
+        echo(iou_table(metrics))
+        if folder is not None and first_process():
+            write_json(folder / "metrics.json", {"metrics": metrics})
+        return counts.named(self.data.classes)
+
+
+class BaselineRecipe(Recipe):
+    """Train a UNet from scratch on a few images with masks, and measure it on others.
+
+    It is as large as a generator, so that their worth can be compared; the generator's weights are not used.
+
+    Args:
+        generator: the model.safetensors file of the generator, or of a UNet, that it is as large as.
+        data: what is learned from, and measured on.
+        fit: how it learns.
+    """
+
+    task = "baseline"
+    files = {  # noqa: RUF012 (not changed)
+        "model.safetensors": "the UNet, for `diffperception.segmentation.baseline.predict_labels`",
+        "metrics.json": "IoU on the images measured on, if there are any",
+    }
+    lasting = ("fit.batch_size", "fit.steps", "data.classes")
+
+    def __init__(
+        self,
+        generator: Path,
+        data: MaskDataOptions,
+        fit: BaselineOptions = BaselineOptions(),  # noqa: B008 (the defaults are not changed)
+    ) -> None:
+        self.generator, self.data, self.fit = generator, data, fit
+
+    def prepare(self, seed: int) -> Parts:
+        folder, val_set = self.data.open(seed), self.data.open_val()
+        images, masks = list(folder.images), list(folder.masks)
+        torch.manual_seed(seed)
+        unet = segmentation_unet(load_generator(self.generator).network, len(self.data.classes))
+        return Parts(
+            BaselineModule(unet, self.fit, seed),
+            CropBatches(images, masks, self.fit, seed),
+            BaselineEvaluator(val_set, self.data),
+            f"{size_of(unet)} learns {len(self.data.classes)} classes from {len(images)} images",
+        )
+
+
+def fit_baseline(
+    unet: UNet,
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    options: BaselineOptions | None = None,
+    seed: int = 0,
+    trainer: TrainerOptions | None = None,
+) -> UNet:
+    """A UNet trained to tell pixels' classes.
+
+    Args:
+        unet: of as many output channels as there are classes, see :func:`segmentation_unet`.
+        images: (3, H, W) each, RGB, 0..1, of any sizes.
+        masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
+        options: how it learns.
+        seed: of the crops.
+        trainer: what it is trained on.
+
+    Raises:
+        ValueError: if a mask is not of its image's size, or the crop does not suit the UNet.
+    """
+    options = options or BaselineOptions()
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        check_size(image, mask, f"image {number}")
+    module = BaselineModule(unet, options, seed)
+    return fit_quietly(Parts(module, CropBatches(images, masks, options, seed), Evaluator(), ""), trainer)
