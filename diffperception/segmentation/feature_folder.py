@@ -176,7 +176,7 @@ def _require_same(path: Path, settings: dict[str, Any]) -> None:
 def _size(path: Path, short_side: int | None) -> Size:
     """Height and width that an image will have, from its header alone."""
     height, width = read_size(path)
-    if lies_on_its_side(path):
+    if path.suffix.lower() != ".png" and lies_on_its_side(path):  # of a PNG, Pillow would decode all pixels first
         height, width = width, height
     return (height, width) if short_side is None else short_side_size(height, width, short_side)
 
