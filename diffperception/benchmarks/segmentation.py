@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,12 +16,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import timer  # waits for the accelerator, where there is one
 
+from diffperception.benchmarks.timing import best_seconds
 from diffperception.models import FeatureInfo
-from diffperception.segmentation import FeatureExtractor, FeatureMaps, FitOptions, PixelEnsemble
+from diffperception.segmentation import FeatureExtractor, FeatureMaps, PixelEnsemble
 from diffperception.segmentation.ensemble import combine_members
 from diffperception.segmentation.mlp import hidden_widths
-from diffperception.segmentation.pixels import LabelledPixels, member_seed, train
+from diffperception.segmentation.pixels import LabelledPixels
+from diffperception.training import FitOptions, fit_ensemble
+from diffperception.training.options import TrainerOptions
 
 SIDE = 256
 BLOCKS = [(1024, 8), (512, 8), (512, 8), (512, 4), (256, 2)]  # channels and stride; three timesteps have them
@@ -73,13 +76,17 @@ class RandomMaps(FeatureExtractor):
         super().__init__([FeatureInfo(f"stride {stride}", channels, stride) for channels, stride in 3 * BLOCKS], 8)
         generator = torch.Generator().manual_seed(0)
         sides = [(info.channels, SIDE // info.stride) for info in self.info]
-        self.drawn = [torch.randn(1, channels, side, side, generator=generator) for channels, side in sides]
+        for number, (channels, side) in enumerate(sides):
+            drawn = torch.randn(1, channels, side, side, generator=generator)
+            self.register_buffer(f"drawn{number}", drawn)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        return self.drawn
+        return list(self.buffers())
 
 
-def measure(threads: int, repeats: int, minibatches: int, say: Callable[[str], None]) -> Report:
+def measure(
+    threads: int, repeats: int, minibatches: int, say: Callable[[str], None], device: torch.device | str = "cpu"
+) -> Report:
     """Compare the two ways; minutes long.
 
     Args:
@@ -87,23 +94,26 @@ def measure(threads: int, repeats: int, minibatches: int, say: Callable[[str], N
         repeats: of predicting, the best of which counts.
         minibatches: that each member trains on, measured.
         say: is told what is being measured.
+        device: of both ways.
     """
     say(f"memory: {IMAGES} images, in a process of its own")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         memory = pool.apply(peak_memory, (threads,))
     torch.set_num_threads(threads)
-    return Report(*compare(repeats, minibatches, say), memory)
+    return Report(*compare(repeats, minibatches, say, device), memory)
 
 
-def compare(repeats: int, minibatches: int, say: Callable[[str], None]) -> tuple[list[Comparison], float]:
+def compare(
+    repeats: int, minibatches: int, say: Callable[[str], None], device: torch.device | str = "cpu"
+) -> tuple[list[Comparison], float]:
     """Speeds, and the largest difference of logits."""
-    features, options = RandomMaps(), FitOptions(max_minibatches=minibatches)
+    features = RandomMaps().to(device)
     images = _images_that_fit(features.channels)
     masks = _masks(images)
     say(f"training, the dense way: {images} images, {MEMBERS} x {minibatches} minibatches")
     dense, networks = _train_densely(features, masks, minibatches)
     say("training, ours")
-    ours, ensemble = _train(features, masks, options)
+    ours, ensemble = _train(features, masks, minibatches)
     rows = [
         Comparison("prepare an image", dense[0] / images, ours[0] / images),
         Comparison(f"a minibatch of {MEMBERS} members", dense[1] / minibatches, ours[1] / minibatches),
@@ -118,8 +128,8 @@ def compare(repeats: int, minibatches: int, say: Callable[[str], None]) -> tuple
     rows.append(
         Comparison(
             "predict an image",
-            _best(lambda: _predict_densely(networks, maps), repeats),
-            _best(lambda: ensemble.segment(maps), repeats),
+            best_seconds(lambda: _predict_densely(networks, maps), repeats, warm_up=False),
+            best_seconds(lambda: ensemble.segment(maps), repeats, warm_up=False),
             10,
         )
     )
@@ -130,10 +140,7 @@ def peak_memory(threads: int) -> float:
     """GiB that this process has at most taken after preparing, training (a little) and predicting the whole task."""
     torch.set_num_threads(threads)
     features = RandomMaps()
-    images = [torch.zeros(3, SIDE, SIDE)] * IMAGES
-    options = FitOptions(max_minibatches=20)
-    ensemble = PixelEnsemble(features.channels, CLASSES, MEMBERS).fit(features, images, _masks(IMAGES), options)
-    ensemble.predict(features, images[0])
+    _train(features, _masks(IMAGES), 20)[1].predict(features, torch.zeros(3, SIDE, SIDE))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB * (1 if sys.platform == "darwin" else 1024)
 
@@ -153,33 +160,35 @@ def _train_densely(
     features: RandomMaps, masks: list[Tensor], minibatches: int
 ) -> tuple[tuple[float, float], list[nn.Sequential]]:
     """Seconds of preparing and of training, and the networks."""
-    start = time.perf_counter()
-    rows = torch.empty(len(masks) * SIDE * SIDE, features.channels)
+    start = timer()
+    rows = torch.empty(len(masks) * SIDE * SIDE, features.channels, device=features.device)
     for part in rows.split(SIDE * SIDE):
         part.copy_(_dense_rows(features.maps(torch.zeros(3, SIDE, SIDE))))
-    labels = torch.cat([mask.flatten() for mask in masks]).long()
-    prepared = time.perf_counter()
-    networks = [_network(features.channels) for _ in range(MEMBERS)]
+    labels = torch.cat([mask.flatten() for mask in masks]).long().to(rows.device)
+    prepared = timer()
+    networks = [_network(features.channels).to(rows.device) for _ in range(MEMBERS)]
     for network in networks:
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         for _ in range(minibatches):
-            drawn = torch.randint(len(rows), (64,))
+            drawn = torch.randint(len(rows), (64,), device=rows.device)
             optimizer.zero_grad()
             F.cross_entropy(network(rows[drawn]), labels[drawn]).backward()
             optimizer.step()
         network.eval()
-    return (prepared - start, time.perf_counter() - prepared), networks
+    return (prepared - start, timer() - prepared), networks
 
 
-def _train(features: RandomMaps, masks: list[Tensor], options: FitOptions) -> tuple[tuple[float, float], PixelEnsemble]:
-    """Seconds of preparing and of training as `PixelEnsemble.fit` does, and the ensemble."""
-    ensemble = PixelEnsemble(features.channels, CLASSES, MEMBERS)
-    start = time.perf_counter()
-    images = [torch.zeros(3, SIDE, SIDE)] * len(masks)
-    pixels = LabelledPixels(features, images, masks, torch.float16, ["image"] * len(masks))
-    prepared = time.perf_counter()
-    train(ensemble.mlps, pixels, [member_seed(0, member) for member in range(MEMBERS)], options)
-    return (prepared - start, time.perf_counter() - prepared), ensemble
+def _train(features: RandomMaps, masks: list[Tensor], minibatches: int) -> tuple[tuple[float, float], PixelEnsemble]:
+    """Seconds of preparing and of training with `fit_ensemble`, which does both, and the ensemble."""
+    images, names = [torch.zeros(3, SIDE, SIDE)] * len(masks), ["image"] * len(masks)
+    start = timer()
+    LabelledPixels(features, images, masks, torch.float16, names)
+    prepared = timer() - start
+    start = timer()
+    options = FitOptions(max_minibatches=minibatches, min_pixels=0)
+    trainer = TrainerOptions(accelerator="cpu" if features.device.type == "cpu" else "gpu", devices=1)
+    ensemble = fit_ensemble(features, images, masks, CLASSES, MEMBERS, options, trainer=trainer)
+    return (prepared, timer() - start - prepared), ensemble
 
 
 def _scaled(dense: tuple[float, float], ours: tuple[float, float], images: int, minibatches: int) -> Comparison:
@@ -219,13 +228,3 @@ def _member(ensemble: PixelEnsemble, index: int) -> nn.Sequential:
     state = {name.removeprefix("layers."): value[index] for name, value in ensemble.mlps.state_dict().items()}
     network.load_state_dict(state, strict=False)  # but for the count of batches, which nothing uses
     return network.eval()
-
-
-def _best(function: Callable[[], object], repeats: int) -> float:
-    """The least of `repeats` wall times, without a warm-up: the dense way takes too long for one."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)

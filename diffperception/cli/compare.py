@@ -65,7 +65,7 @@ def compare(
     place = pick_device(device)
     trainer = TrainerOptions(
         accelerator={"cuda": "gpu"}.get(place.type, place.type),
-        devices=1 if place.index is None else [place.index],  # type: ignore[arg-type]
+        devices=1 if place.index is None else [place.index],
         precision="bf16-mixed" if precision == "bf16" else "32-true",
     )
     compare_label_efficiency(

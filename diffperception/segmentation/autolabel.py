@@ -79,9 +79,8 @@ def autolabel(
         for score in dropped:
             for kind in ("images", "masks"):
                 (folder / kind / score.name).unlink()
-        content = {"classes": model.classes, "source": source}
-        content |= {"images": [asdict(score) for score in kept], "dropped": [asdict(score) for score in dropped]}
-        write_json(folder / "dataset.json", content)
+        lists = {"images": [asdict(score) for score in kept], "dropped": [asdict(score) for score in dropped]}
+        write_json(folder / "dataset.json", {"classes": model.classes, "source": source, **lists})
     return LabelledSet(kept, dropped, broken)
 
 

@@ -91,7 +91,7 @@ class FeatureExtractor(Model, ABC):
         together = (self.batch_pixels or (CPU_PIXELS if on_cpu else ACCELERATOR_PIXELS)) // pixels
         together = max(1, min(together, CPU_WINDOWS) if on_cpu else together)
         for first in range(0, len(windows), together):
-            yield from zip(*self.encode(torch.stack(windows[first : first + together])), strict=True)
+            yield from zip(*self.encode(torch.stack(list(windows[first : first + together]))), strict=True)
 
     def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Cells, down and across, of each map of an image of any size."""

@@ -213,7 +213,7 @@ def _settings(
     trainer: TrainerOptions,
 ) -> dict[str, Any]:
     """What the results depend on: all but what only chooses which are made."""
-    about = {"data": asdict(data), "fit": asdict(fit), "baseline": asdict(baseline)}
+    about: dict[str, Any] = {"data": asdict(data), "fit": asdict(fit), "baseline": asdict(baseline)}
     about["data"].pop("max_images")
     about |= {"features": describe(features)["arguments"], "weights": fingerprint(features)}
     return describe({**about, "members": members, "precision": trainer.precision})

@@ -5,6 +5,7 @@ from diffperception.segmentation import RGBFeatures
 from diffperception.segmentation.feature_cache import (
     CachedFeatures,
     file_bytes,
+    image_key,
     in_bytes,
     parse_bytes,
     save_maps,
@@ -27,7 +28,12 @@ def test_bytes_are_those_of_the_maps():
 @pytest.mark.parametrize("size", [(1, 1), (30, 45), (70, 32)])
 def test_bytes_of_a_file_are_those_on_disk(tmp_path, dtype, size):
     for features in (diffusion(), RGBFeatures()):
-        save_maps(features.maps(torch.rand(3, *size)).to(dtype), features.info, tmp_path / "maps.safetensors")
+        save_maps(
+            features.maps(torch.rand(3, *size)).to(dtype),
+            features.info,
+            tmp_path / "maps.safetensors",
+            image_key(torch.rand(3, *size)),
+        )
         assert file_bytes(features, size, dtype) == (tmp_path / "maps.safetensors").stat().st_size
 
 

@@ -234,7 +234,7 @@ class EnsembleModule(TrainingModule):
         first.weight.grad = torch.bmm(z.grad.mT, x, out=self.gradient)
         losses = losses.detach()
         if dist.is_initialized():
-            for tensor in (losses, *(p.grad for p in members.parameters())):
+            for tensor in (losses, *(p.grad for p in members.parameters() if p.grad is not None)):
                 dist.all_reduce(tensor)
                 tensor /= dist.get_world_size()
         return losses
