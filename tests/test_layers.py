@@ -24,13 +24,13 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"files", "devices", "table"},
     "visualization": {"files", "data"},
 }
-BESIDE = {"files", "devices", "echo", "table", "data", "visualization"}
+BESIDE = {"files", "devices", "echo", "table", "configuration", "data", "visualization"}
 TASKS = {"detection", "generation", "segmentation"}
 for task in TASKS:
     ALLOWED[task] = {*BESIDE, "models", "diffusion"}
-ALLOWED["training"] = {*BESIDE, *TASKS, "models", "diffusion", "configuration"}
-ALLOWED["benchmarks"] = {*BESIDE, *TASKS, "models", "diffusion"}
-ALLOWED["cli"] = {*ALLOWED["training"], "training", "benchmarks"}
+ALLOWED["training"] = {*BESIDE, *TASKS, "models", "diffusion"}
+ALLOWED["benchmarks"] = {*ALLOWED["training"], "training"}
+ALLOWED["cli"] = {*ALLOWED["benchmarks"], "benchmarks"}
 ALLOWED["integrations"] = {*ALLOWED["cli"], "cli"}
 CORE_LIBRARIES = {"torch", "numpy"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
