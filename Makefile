@@ -5,9 +5,9 @@ MINIMUM := .venv-minimum
 RUN ?= runs
 CORE_TESTS := tests/diffusion tests/models tests/data tests/visualization tests/test_files.py tests/test_devices.py \
 	tests/detection/test_boxes.py tests/detection/test_matcher.py tests/detection/test_detector.py
-# The simulated GPU is made for the tested torch; older ones round otherwise than the recorded DiffusionDet, and have no
-# forward-mode derivative of a group norm whose channels are last.
-NEWEST_ONLY := simulated or forward_mode or logits_and_boxes or every_stage
+# The simulated GPU is made for the tested torch; older ones have no forward-mode derivative of a group norm whose
+# channels are last.
+NEWEST_ONLY := simulated or forward_mode
 
 .PHONY: help install demo demo-segmentation test test-minimum lint types clean
 
