@@ -282,12 +282,14 @@ def draw_trajectory(
     Args:
         image: (3, H, W), as for `detector.predict`.
         seed: of the noise.
-        sampler: by default the detector's own. Where it takes one step, TRAJECTORY_STEPS are shown.
+        sampler: by default the detector's own. Where that takes one step, and no other number is asked for,
+            TRAJECTORY_STEPS are shown.
         threshold: detections with lower scores are not drawn.
     """
     sampler = sampler or detector.sampler
-    shown = sampler if sampler.steps > 1 else replace(sampler, steps=TRAJECTORY_STEPS)
-    steps, detections = detector.trajectory(image, seed, shown)
+    if sampler.steps == detector.sampler.steps == 1:
+        sampler = replace(sampler, steps=TRAJECTORY_STEPS)
+    steps, detections = detector.trajectory(image, seed, sampler)
     return trajectory(image, steps, detections, detector.classes, threshold)
 
 

@@ -22,9 +22,11 @@ from diffperception.detection import (
     Term,
 )
 from diffperception.detection.criterion import Matches
+from diffperception.detection.inference import draw_trajectory
 from diffperception.detection.targets import PaddedTargets
 from diffperception.models import FPN, Backbone, FeatureInfo
 from diffperception.models.ops.pooling import FeaturePyramid
+from diffperception.visualization.panels import PANEL_SIDE
 from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
 
 IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2)]
@@ -215,6 +217,13 @@ def test_a_folder_is_predicted_by_one_call(tmp_path: Path):
     sampler = detector.sampler_with(steps=2)
     again = detect_folder(detector, tmp_path / "a.png", tmp_path / "other", sampler, workers=0)
     assert again.detections != [row for row in found.detections if row["image_id"] == 1]
+
+
+@pytest.mark.parametrize(("own", "asked", "columns"), [(1, None, 6), (4, None, 6), (4, 1, 3), (1, 2, 4)])
+def test_trajectories_have_the_steps_asked_for(own: int, asked: int | None, columns: int):
+    detector = tiny_detector(sampler=BoxSampler(own))
+    picture = draw_trajectory(detector, IMAGES[0], 0, detector.sampler_with(steps=asked))
+    assert columns * PANEL_SIDE < picture.width < (columns + 1) * PANEL_SIDE
 
 
 def test_masks_of_a_head_are_scored_where_the_data_set_has_some(tmp_path: Path):
