@@ -64,7 +64,7 @@ class Options:
         for name, kind in positionals.items():
             self.parser.add_argument(name, type=kind, help=explained.get(name))
         add = self.parser.add_class_arguments if inspect.isclass(part) else self.parser.add_function_arguments
-        add(part, as_group=False, fail_untyped=True, skip={"resolved", *positionals})
+        add(part, as_group=False, fail_untyped=True, skip=set(positionals))
 
     def _spell_for_humans(self) -> None:
         switches = {p.name for p in self.parameters if p.annotation is bool}
@@ -112,22 +112,17 @@ class Options:
         return yaml.safe_load(self.parser.dump(options, skip_unset=False))
 
 
-def call(command: Command, arguments: Sequence[str], name: str | None = None, task: str | None = None) -> int:
+def call(command: Command, arguments: Sequence[str], name: str | None = None) -> int:
     """Call `command` with the options that the arguments give it; returns its exit code, 0 for None.
 
     Its help calls it by `name`, by default the function's.
 
-    A command with a parameter `resolved` is given all its options there as YAML, fit to be a `--config` again.
-
     Raises:
         ArgumentError: an option is unknown, missing or of a wrong type.
     """
-    options = Options(name or command.__name__, command, task=task)
-    parsed = options.parse(arguments)
-    (values,) = options.instantiate(parsed)
+    options = Options(name or command.__name__, command)
+    (values,) = options.instantiate(options.parse(arguments))
     parameters = inspect.signature(command).parameters
-    if "resolved" in parameters:
-        values["resolved"] = yaml.safe_dump(options.settings(parsed), sort_keys=False)
     positional = [values.pop(name) for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
     return command(*positional, **values) or 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from diffperception.cli.main import COMMANDS, find_kind, functions, main
 from diffperception.configuration.messages import sentence
@@ -69,7 +70,6 @@ def journey(
     track: Track = Track(),  # noqa: B008
     count: int = 1,
     whistle: bool = False,
-    resolved: str = "",
 ) -> int:
     """Go somewhere.
 
@@ -81,7 +81,7 @@ def journey(
         count: how often.
         whistle: whether to whistle.
     """
-    received.update(engine=engine, track=track, count=count, whistle=whistle, resolved=resolved)
+    received.update(engine=engine, track=track, count=count, whistle=whistle)
     return count
 
 
@@ -100,13 +100,14 @@ def test_files_and_options_state_only_differences_and_the_later_wins(base: list[
     assert received["engine"](["coal", "mail"]).said == "coal+mail with 8 bar of wood"
 
 
-def test_the_resolved_options_are_a_configuration_again(base: list[str], tmp_path: Path) -> None:
-    call(journey, [*base, "--whistle", "--count", "3"])
-    first = dict(received)
-    (tmp_path / "resolved.yaml").write_text(first["resolved"])
-    call(journey, ["--config", str(tmp_path / "resolved.yaml")])
-    assert received["resolved"] == first["resolved"]
-    assert (received["track"], received["count"], received["whistle"]) == (Track(7), 3, True)
+def test_the_settings_are_a_configuration_again(base: list[str], tmp_path: Path) -> None:
+    options = Options("journey", journey)
+    settings = options.settings(options.parse([*base, "--whistle", "--count", "3"]))
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings))
+    again = options.parse(["--config", str(tmp_path / "again.yaml")])
+    assert options.settings(again) == settings
+    (values,) = options.instantiate(again)
+    assert (values["track"], values["count"], values["whistle"]) == (Track(7), 3, True)
 
 
 @pytest.mark.parametrize(("given", "meant"), [([], False), (["--whistle"], True), (["--whistle", "false"], False)])
@@ -160,7 +161,7 @@ def test_a_mistake_is_one_sentence_that_names_it(base: list[str], arguments: lis
 
 
 @pytest.mark.parametrize(
-    ("yaml", "parts"),
+    ("text", "parts"),
     [
         ("trak: {length: 3}", ["trak", "did you mean track"]),
         ("track: {lenght: 3}", ["track", "lenght", "did you mean length?"]),
@@ -171,13 +172,13 @@ def test_a_mistake_is_one_sentence_that_names_it(base: list[str], arguments: lis
         ("engine: [", ["config"]),
     ],
 )
-def test_a_mistake_in_a_file_is_one_sentence_too(base: list[str], tmp_path: Path, yaml: str, parts: list[str]) -> None:
-    (tmp_path / "wrong.yaml").write_text(yaml)
+def test_a_mistake_in_a_file_is_one_sentence_too(base: list[str], tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(ArgumentError) as caught:
         call(journey, [*base, "--config", str(tmp_path / "wrong.yaml")])
-    text = sentence(caught.value)
-    assert "\n" not in text
-    assert all(part in text for part in parts), text
+    said = sentence(caught.value)
+    assert "\n" not in said
+    assert all(part in said for part in parts), said
 
 
 def test_a_missing_option_is_named() -> None:
@@ -192,7 +193,6 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Go somewhere. And come back." in text
     for part in ("what pulls", "where it goes", "in km", "of the rails", "how often", "whether to whistle", "--config"):
         assert part in text
-    assert "resolved" not in text
 
 
 def test_errors_of_workers_and_of_the_system_become_sentences() -> None:
@@ -247,7 +247,8 @@ def test_a_file_may_come_first_and_names_what_it_builds_on(base: list[str], tmp_
     (tmp_path / "second.yaml").write_text("base: base.yaml\ntrack: {gauge: broad}\n")
     assert call(journey, [str(tmp_path / "second.yaml"), "--count", "6"]) == 6
     assert received["track"] == Track(7, "broad")
-    assert "base" not in received["resolved"]
+    options = Options("journey", journey)
+    assert "base" not in options.settings(options.parse([str(tmp_path / "second.yaml")]))
 
 
 def by_detector(model: Path) -> int:
