@@ -107,7 +107,8 @@ def test_a_segmenters_configuration_is_accepted_and_its_features_are_built(path:
     arguments = built(options, values)
     features, data = arguments["features"], arguments["data"]
     assert isinstance(features, DiffusionFeatures)
-    assert len(features.info) == len(features.timesteps) * len(features.blocks)
+    asked = values.features.init_args
+    assert len(features.info) == len(asked.timesteps) * len(asked.blocks)
     assert arguments["fit"].max_minibatches is not None
     if "shapes" in path.name:
         assert data.classes == ["background", "shape"]
