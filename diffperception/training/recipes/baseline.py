@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -156,7 +156,7 @@ class BaselineRecipe(Recipe):
     """
 
     task = "baseline"
-    files = {  # noqa: RUF012 (not changed)
+    files: ClassVar = {
         "model.safetensors": "the UNet, for `diffperception.segmentation.baseline.predict_labels`",
         "metrics.json": "IoU on the images measured on, if there are any",
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -306,7 +306,8 @@ class SegmentationRecipe(Recipe):
     """
 
     task = "segmentation"
-    files = {  # noqa: RUF012 (not changed)
+    example = "configs/segmentation/shapes.yaml"
+    files: ClassVar = {
         "model.safetensors": "features and classifiers, for `diffperception predict` and `evaluate`",
         "metrics.json": "IoU on the images measured on, if there are any; times",
         "pictures/": "image, truth, prediction and uncertainty",
