@@ -33,18 +33,18 @@ def bounds(channel: torch.Tensor) -> torch.Tensor:
     return torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"horizontal_flip": 1.0},
-        {"vertical_flip": 1.0},
-        {"zoom_out": 1.0},
-        {"iou_crop": 1.0},
-        {"crop": 1.0, "crop_short_sides": (60, 80), "crop_sides": (40, 70)},
-        {"short_sides": (120, 180)},
-        {"short_sides": (600,), "max_long_side": 300},
-    ],
-)
+CHANGES = [
+    {"horizontal_flip": 1.0},
+    {"vertical_flip": 1.0},
+    {"zoom_out": 1.0},
+    {"iou_crop": 1.0},
+    {"crop": 1.0, "crop_short_sides": (60, 80), "crop_sides": (40, 70)},
+    {"short_sides": (120, 180)},
+    {"short_sides": (600,), "max_long_side": 300},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_boxes_follow_what_is_painted(change):
     transforms = TrainingTransforms(**NOTHING | change)
     for seed in range(20):
@@ -62,17 +62,7 @@ def test_nothing_asked_for_changes_nothing():
     assert all(torch.equal(kept[key], target[key]) for key in PER_BOX if key in target)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"horizontal_flip": 1.0},
-        {"vertical_flip": 1.0},
-        {"zoom_out": 1.0},
-        {"iou_crop": 1.0},
-        {"crop": 1.0, "crop_short_sides": (60, 80), "crop_sides": (40, 70)},
-        {"short_sides": (120, 180)},
-    ],
-)
+@pytest.mark.parametrize("change", CHANGES)
 def test_masks_follow_their_boxes(change):
     image, target = sample([[10, 20, 30, 50], [40, 5, 80, 25], [60, 30, 85, 58]])
     masks = torch.zeros(3, *image.shape[1:], dtype=torch.uint8)
