@@ -63,6 +63,12 @@ def first_process() -> bool:
     return all(int(os.environ.get(name, 0)) == 0 for name in PROCESS_NUMBERS)
 
 
+def barrier() -> None:
+    """Wait until all processes have come as far, if there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def share(items: Sequence[Item]) -> Sequence[Item]:
     """Those of the items that this process takes, all if it is alone; `gather` is the inverse."""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items

@@ -20,7 +20,7 @@ from diffperception.data.images import (
     resize_short_side,
     short_side_size,
 )
-from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
+from diffperception.devices import Precision, autocast, barrier, first_process, gather, hide_bar, share
 from diffperception.echo import echo, plural
 from diffperception.files import list_images, write_json
 from diffperception.models.base import describe
@@ -123,6 +123,7 @@ def extract_features(
     each = {path: file_bytes(features, size, number_type) for path, size in sizes.items()}
     left = [path for path, file in files.items() if not (file.exists() and file.stat().st_size == each[path])]
     _announce(features, sizes, each, left, number_type, most, output)
+    barrier()  # all have looked what is in the folder
     if first_process():
         write_json(output / SETTINGS, settings)
         features.save(output / EXTRACTOR)
