@@ -52,7 +52,7 @@ def test_members_learn_from_the_minibatches_of_both(data: Path, tmp_path: Path) 
         "--members",
         "2",
         "--fit.max_minibatches",
-        "30",
+        "150",
         "--trainer.accelerator",
         "cpu",
     ]
