@@ -1,14 +1,16 @@
 """`diffperception evaluate --samples FOLDER`: how close generated images are to real ones."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
 
 from diffperception.devices import Precision
 from diffperception.echo import echo
 from diffperception.files import images_below, write_json
-from diffperception.generation.evaluator import Crops, evaluate_samples
+from diffperception.generation.evaluator import evaluate_samples
 
 
 def evaluate_sample_folder(
@@ -54,7 +56,7 @@ def evaluate_sample_folder(
         precision: 32, or bf16 for bfloat16 where that is safe.
         seed: the seed of the subsets, and of the crops of a training's pictures.
     """
-    real: Path | Crops = reference
+    real: Path | Sequence[Tensor] = reference
     if reference.suffix in (".yaml", ".yml"):
         from diffperception.training.crops import training_crops  # Lightning, which nothing else needs here
 

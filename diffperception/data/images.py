@@ -1,9 +1,9 @@
 """Reading images from disk."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torchvision.transforms.v2 import functional as F
 
 from diffperception.data.coco_file import read_coco
 from diffperception.files import images_below
+
+Result = TypeVar("Result")
 
 
 class BrokenImageError(ValueError):
@@ -29,28 +31,36 @@ class ImageSample(NamedTuple):
     problem: str = ""
 
 
-class ImageFiles(Dataset[ImageSample]):
-    """Image files as samples, broken ones included."""
+class LazyMap(Sequence[Result], Dataset[Result]):
+    """`function(item)` for each of the items, computed whenever it is asked for."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
+    def __init__(self, function: Callable[[Any], Result], items: Sequence[Any]) -> None:
+        self.function, self.items = function, items
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> ImageSample:
-        path = self.paths[index]
-        try:
-            return ImageSample(path, to_float(read_image(path)))
-        except BrokenImageError as error:
-            return ImageSample(path, None, str(error))
+    def __getitem__(self, index: Any) -> Any:
+        items = self.items[index]
+        return LazyMap(self.function, items) if isinstance(index, slice) else self.function(items)
+
+
+def read_ahead(samples: LazyMap[Result], batch_size: int, workers: int) -> DataLoader[Result]:
+    """Batches, lists of samples, that as many processes read ahead as there is work for."""
+    workers = min(workers, max(0, len(samples) - 1) // batch_size)
+    return DataLoader(samples, batch_size, num_workers=workers, collate_fn=list, worker_init_fn=ignore_interrupts)
 
 
 def load_images(paths: Sequence[Path], batch_size: int = 1, workers: int = 0) -> DataLoader[ImageSample]:
-    """Batches of image files, lists of samples, that as many processes read ahead as there is work for."""
-    workers = min(workers, max(0, len(paths) - 1) // batch_size)
-    files = ImageFiles(paths)
-    return DataLoader(files, batch_size, num_workers=workers, collate_fn=list, worker_init_fn=ignore_interrupts)
+    """Batches of image files, broken ones included, that other processes read ahead."""
+    return read_ahead(LazyMap(_read_sample, paths), batch_size, workers)
+
+
+def _read_sample(path: Path) -> ImageSample:
+    try:
+        return ImageSample(path, to_float(read_image(path)))
+    except BrokenImageError as error:
+        return ImageSample(path, None, str(error))
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -1,9 +1,9 @@
 """Images with a mask of labels each: what pixel classifiers learn from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffperception.data.images import listed_images, read_image, read_size, resize_short_side, to_float
+from diffperception.data.images import LazyMap, listed_images, read_image, read_size, resize_short_side, to_float
 
 IGNORE_INDEX = 255  # the label of pixels that have none
 FORMATS = (".png", ".npy")  # of masks
@@ -26,14 +26,9 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     beginning, and read again when they are asked for.
 
     Args:
-        images: folder of pictures.
-        masks: folder of masks, PNG of one channel or NPY, of whole numbers.
+        images, masks, ignore, annotations, unlabelled: as for :class:`MaskDataOptions`.
         num_classes: K; masks hold 0..K-1 and `ignore`.
-        ignore: the value of pixels without a label.
-        mask_values: the label of each value where they differ, such as {0: 0, 255: 1} in masks of black and white; what
-            is not named there but `ignore` is unknown.
-        annotations: only the images are used that this COCO JSON file lists, or this text file, with a name per line.
-        unlabelled: what to do at an image without a mask: stop, or leave it out.
+        mask_values: as for :class:`MaskDataOptions`; what is not named there but `ignore` is unknown.
         max_images: use no more images than these, chosen by the seed; a larger number chooses the same and others.
         seed: of the choice.
         short_side: resize images to this short side with antialiasing, and masks with them by nearest neighbours.
@@ -78,12 +73,12 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     @property
     def images(self) -> Sequence[Tensor]:
         """The images, read when they are asked for."""
-        return _Reading(self.image, len(self))
+        return LazyMap(self.image, range(len(self)))
 
     @property
     def masks(self) -> Sequence[Tensor]:
         """The masks, read when they are asked for."""
-        return _Reading(self.mask, len(self))
+        return LazyMap(self.mask, range(len(self)))
 
     def image(self, index: int) -> Tensor:
         """(3, h, w), of sample `index`."""
@@ -97,9 +92,9 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     def _labelled(self, image: Path, mask: Path) -> bool:
         """Whether a mask has labelled pixels; ValueError if it does not go with the image."""
         labels = self._read(mask)
-        if labels.shape == read_size(image):
-            return bool((labels != IGNORE_INDEX).any())
-        height, width = read_image(image).shape[1:]  # the header's are those of a picture that lies on its side
+        height, width = read_size(image)
+        if labels.shape != (height, width):
+            height, width = read_image(image).shape[1:]  # the header's are those of a picture that lies on its side
         if labels.shape != (height, width):
             raise ValueError(
                 f"the mask {mask} has {labels.shape[0]} x {labels.shape[1]} pixels, but its image {image} has"
@@ -158,18 +153,7 @@ class MaskDataOptions:
 
     def open(self, seed: int = 0) -> MaskFolder:
         """The images to learn from, resized; ValueError if two classes have one name."""
-        return MaskFolder(
-            self.images,
-            self.masks,
-            len(check_names(self.classes)),
-            self.ignore,
-            self.mask_values,
-            self.annotations,
-            self.unlabelled,
-            self.max_images,
-            seed,
-            self.short_side,
-        )
+        return self._folder(self.images, self.masks, self.annotations, self.max_images, seed, self.short_side)
 
     def resized(self, image: Tensor) -> Tensor:
         """An image (3, H, W) as it is worked on."""
@@ -181,31 +165,11 @@ class MaskDataOptions:
             if self.val_images is not self.val_masks:
                 raise ValueError("give both data.val_images and data.val_masks, or neither")
             return None
-        return MaskFolder(
-            self.val_images,
-            self.val_masks,
-            len(self.classes),
-            self.ignore,
-            self.mask_values,
-            self.val_annotations,
-            self.unlabelled,
-        )
+        return self._folder(self.val_images, self.val_masks, self.val_annotations)
 
-
-class _Reading(Sequence[Tensor]):
-    def __init__(self, read: Callable[[int], Tensor], number: int) -> None:
-        self._read, self._number = read, number
-
-    def __len__(self) -> int:
-        return self._number
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        numbers = range(self._number)[index]  # IndexError past the end, as a sequence must
-        return self._read(numbers) if isinstance(numbers, int) else [self._read(number) for number in numbers]
+    def _folder(self, images: Path, masks: Path, annotations: Path | None, *choice: Any) -> MaskFolder:
+        number = len(check_names(self.classes))
+        return MaskFolder(images, masks, number, self.ignore, self.mask_values, annotations, self.unlabelled, *choice)
 
 
 def find_pairs(

@@ -5,21 +5,18 @@ ValueError where the matrices do not go together or hold too few rows.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from diffperception.data.batches import SeededSamples
-from diffperception.data.image_folder import ImageFolder
-from diffperception.data.images import ignore_interrupts, read_image
+from diffperception.data.images import LazyMap, read_ahead, read_image
 from diffperception.devices import Precision, autocast, hide_bar, pick_device
-from diffperception.diffusion import sample_seed
 from diffperception.files import images_below
 from diffperception.generation.feature_networks import FeatureNetwork, feature_network
 from diffperception.models.convert.checkpoints import read_weights
@@ -89,7 +86,7 @@ def evaluate_samples(
 
     Args:
         samples: folder with the generated images; its subfolders count.
-        reference: folder with real images; or such images (3, H, W), uint8 or 0..1, as :class:`Crops` for example.
+        reference: folder with real images; or such images (3, H, W), uint8 or 0..1.
         features: the feature network, see :func:`~diffperception.generation.feature_networks.feature_network`.
         weights: file with a timm model's weights, instead of fetching them.
         side: pixels in height and width that images are resized to; by default the feature network's own.
@@ -110,8 +107,8 @@ def evaluate_samples(
     if subset_size == 1:
         raise ValueError("option subset_size: KID compares 2 images of either kind at least, not 1")
     images: dict[str, Sequence[Tensor]] = {
-        "samples": Pictures(images_below(Path(samples))),
-        "reference": Pictures(images_below(Path(reference))) if isinstance(reference, str | Path) else reference,
+        name: LazyMap(read_image, images_below(Path(each))) if isinstance(each, str | Path) else each
+        for name, each in (("samples", samples), ("reference", reference))
     }
     counts = {name: len(each) for name, each in images.items()}
     require_images(counts, max(neighbours + 1, subset_size or 2))
@@ -135,54 +132,11 @@ def evaluate_samples(
     return SampleReport(scores, counts, settings, [*size_notes(found), *rank_notes(counts, network.channels)])
 
 
-class Pictures(Sequence[Tensor]):
-    """Image files, each read when it is asked for: uint8 (3, H, W)."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: Any) -> Any:
-        return read_image(self.paths[index])
-
-
-class Crops(Sequence[Tensor]):
-    """Random crops of a folder's images, in turn, each a function of the seed and its number: (3, H, W), 0..1."""
-
-    def __init__(self, folder: ImageFolder, number: int, seed: int) -> None:
-        self.folder, self.number, self.seed = SeededSamples(folder), number, seed
-        self.pictures = len(folder)
-
-    def __len__(self) -> int:
-        return self.number
-
-    def __getitem__(self, index: Any) -> Any:
-        image, _ = self.folder[index % self.pictures, sample_seed(self.seed, index)]
-        return image.expand(3, -1, -1)
-
-
 class ImageFeatures(NamedTuple):
     """The features of images (N, D), and how many have each height and width."""
 
     rows: Tensor
     sizes: Counter[tuple[int, int]]
-
-
-class _Prepared(Dataset[tuple[Tensor, tuple[int, int]]]):
-    """Images as a feature network takes them, with the height and width that they had."""
-
-    def __init__(self, images: Sequence[Tensor], network: FeatureNetwork) -> None:
-        self.images, self.transform = images, network.transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int]]:
-        image = self.images[index]
-        height, width = image.shape[-2:]
-        return self.transform(image), (height, width)
 
 
 def read_features(
@@ -199,19 +153,19 @@ def read_features(
         name: of the images, for the bar.
     """
     rows, sizes = [], Counter[tuple[int, int]]()
-    batches = DataLoader(
-        _Prepared(images, network),
-        batch_size,
-        num_workers=min(workers, (len(images) - 1) // batch_size),
-        collate_fn=list,
-        worker_init_fn=ignore_interrupts,
-    )
+    prepared = LazyMap(partial(_prepare, network.transform), images)
     with tqdm(total=len(images), desc=name, unit="image", leave=False, disable=hide_bar()) as bar:
-        for batch in batches:
+        for batch in read_ahead(prepared, batch_size, workers):
             rows.append(network(torch.stack([image for image, _ in batch]).to(device)).float().cpu())
             sizes.update(size for _, size in batch)
             bar.update(len(batch))
     return ImageFeatures(torch.cat(rows), sizes)
+
+
+def _prepare(transform: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """An image as a feature network takes it, and the height and width that it had."""
+    height, width = image.shape[-2:]
+    return transform(image), (height, width)
 
 
 def require_images(counts: dict[str, int], least: int) -> None:

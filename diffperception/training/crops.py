@@ -1,17 +1,23 @@
 """The images that a run of training learned from, cropped as it cropped them."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from diffperception.configuration.base import given, spread_files
-from diffperception.generation.evaluator import Crops
+from diffperception.data.batches import SeededSamples
+from diffperception.data.image_folder import ImageFolder
+from diffperception.data.images import LazyMap
+from diffperception.diffusion import sample_seed
 from diffperception.models.generator import both_sides
 from diffperception.training.configured import options_for
 from diffperception.training.recipes.generation import ImageDataOptions
 
 
-def training_crops(config: Path, number: int, seed: int) -> Crops:
-    """Crops of the images that a generator learned from, each a function of the seed and its number.
+def training_crops(config: Path, number: int, seed: int) -> LazyMap[Tensor]:
+    """Crops (3, H, W), 0..1, of the images that a generator learned from, each a function of the seed and its number.
 
     Args:
         config: the configuration of the run.
@@ -29,4 +35,9 @@ def training_crops(config: Path, number: int, seed: int) -> Crops:
     model, data = parsed.model.init_args, ImageDataOptions(**vars(parsed.data))
     channels = model.network.init_args.in_channels
     train_set, _ = replace(data, val_images=None).open(both_sides(model.image_size), channels)
-    return Crops(train_set, number, seed)
+    return LazyMap(partial(_crop, train_set, seed), range(number))
+
+
+def _crop(folder: ImageFolder, seed: int, number: int) -> Tensor:
+    image, _ = SeededSamples(folder)[number % len(folder), sample_seed(seed, number)]
+    return image.expand(3, -1, -1)
