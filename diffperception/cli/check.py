@@ -1,5 +1,6 @@
 """`diffperception check`: name every problem of a data set."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,6 +44,6 @@ def check(
     if images is None:
         echo("Only the annotations were checked; --images FOLDER checks the image files too.")
     if report is not None:
-        write_json(report, found.as_dict())
+        write_json(report, asdict(found))
         echo(f"every place of every problem is in {report}")
     return 1 if found.errors else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
-from diffperception.data.coco_file import labels_of, read_coco
+from diffperception.data.annotations import labels_of, read_coco
 from diffperception.detection import DiffusionDet
 from diffperception.diffusion import Prediction, ScheduleName
 from diffperception.echo import echo, plural

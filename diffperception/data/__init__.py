@@ -5,13 +5,3 @@ from diffperception.data.coco import CocoDetection
 from diffperception.data.shapes import ShapesSettings
 from diffperception.data.shapes_dataset import write_shapes
 from diffperception.data.transforms import TrainingTransforms
-
-__all__ = [
-    "CocoDetection",
-    "SeededSamples",
-    "ShapesSettings",
-    "StepBatchSampler",
-    "TrainingTransforms",
-    "collate",
-    "write_shapes",
-]

@@ -9,11 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffperception.data.annotations import CocoTable, tabulate
-from diffperception.data.check_report import Problem, Report
-from diffperception.data.coco_file import read_coco
+from diffperception.data.annotations import CocoTable, read_coco, tabulate
+from diffperception.data.check_report import Problem, Report, summarize
 from diffperception.data.images import BrokenImageError, read_image
-from diffperception.data.summary import summarize
 
 TOLERANCE = 1.0  # pixels by which a box may reach over the border: annotation tools round
 
@@ -61,19 +59,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
-
-
 Rule = tuple[Callable[[Any], bool], str]
 ID: Rule = (_is_whole, "a whole number")
-TEXT: Rule = (_is_text, "a text")
+TEXT: Rule = (lambda value: isinstance(value, str) and value != "", "a text")
 SIDE: Rule = (lambda value: _is_whole(value) and value > 0, "a whole number above 0")
-BOX: Rule = (_is_box, "four finite numbers")
+BOX: Rule = (
+    lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)),
+    "four finite numbers",
+)
 REQUIRED: dict[str, dict[str, Rule]] = {
     "images": {"id": ID, "file_name": TEXT, "width": SIDE, "height": SIDE},
     "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX},
@@ -92,9 +85,9 @@ def sound_entries(content: dict[str, list[Any]]) -> tuple[dict[str, list[Entry]]
     for section, entries in sound.items():
         for index, entry in enumerate(content[section]):
             found = _faults(section, entry)
-            faults += [f"{section}[{index}]{_called(entry)}: {fault}" for fault in found]
-            if not found:
-                entries.append(entry)
+            called = f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
+            faults += [f"{section}[{index}]{called}: {fault}" for fault in found]
+            entries += [] if found else [entry]
     return sound, faults
 
 
@@ -111,23 +104,14 @@ def _faults(section: str, entry: Any) -> list[str]:
     return missing + wrong
 
 
-def _called(entry: Any) -> str:
-    return f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
-
-
 def check_ids(table: CocoTable) -> Iterator[Problem]:
     """Problems of entries that refer to one another: ids and names that occur twice or belong to nothing."""
-    for kind, ids in (
-        ("image", table.image_ids),
-        ("annotation", table.annotation_ids),
-        ("category", table.category_ids),
-    ):
+    columns = {"image": table.image_ids, "annotation": table.annotation_ids, "category": table.category_ids}
+    for kind, ids in columns.items():
         yield from _found("error", f"double {kind} id", f"several entries have the same {kind} id", _repeated(ids))
-    names = np.array(table.category_names)
-    yield from _found("warning", "double category name", "several categories have the same name", _repeated(names))
-    yield from _found(
-        "warning", "double file name", "several images have the same file", _repeated(np.array(table.file_names))
-    )
+    names, files = _repeated(table.category_names), _repeated(table.file_names)
+    yield from _found("warning", "double category name", "several categories have the same name", names)
+    yield from _found("warning", "double file name", "several images have the same file", files)
     for kind, ids, known in (
         ("image", table.annotation_images, table.image_ids),
         ("category", table.annotation_categories, table.category_ids),
@@ -137,7 +121,7 @@ def check_ids(table: CocoTable) -> Iterator[Problem]:
         yield from _found("error", f"unknown {kind} id", f"an annotation names a {kind} that is not listed", places)
 
 
-def _repeated(values: np.ndarray) -> list[str]:
+def _repeated(values: np.ndarray | list[str]) -> list[str]:
     unique, counts = np.unique(values, return_counts=True)
     return [f"{value}: {count} times" for value, count in zip(unique[counts > 1], counts[counts > 1], strict=True)]
 
@@ -152,27 +136,20 @@ def check_boxes(table: CocoTable) -> Iterator[Problem]:
     over = (low < -TOLERANCE).any(axis=1) | (high > sizes + TOLERANCE).any(axis=1)
     outside = ((high <= 0) | (low >= sizes)).any(axis=1)
 
-    yield from _found(
-        "error",
-        "box without area",
-        "a box has a width or height of 0 or less, it is left out of training and measurement",
-        _box_places(table, known[flat]),
-    )
+    def found(level: Literal["error", "warning"], kind: str, message: str, chosen: np.ndarray) -> list[Problem]:
+        return _found(level, kind, message, _box_places(table, known[chosen]))
+
+    message = "a box has a width or height of 0 or less, it is left out of training and measurement"
+    yield from found("error", "box without area", message, flat)
     if _look_like_corners(boxes, sizes):
         message = "the boxes seem to be written as x1, y1, x2, y2; COCO's are x, y, width, height"
         yield Problem("error", "boxes as corners", f"{message}, and {over.sum()} of {len(boxes)} leave their image so")
         return
     if len(boxes) and boxes.max() <= 1:
         yield Problem("error", "boxes as fractions", "all boxes lie in 0..1: they seem not to be in pixels")
-    yield from _found(
-        "error", "box outside", "a box lies wholly outside of its image", _box_places(table, known[outside & ~flat])
-    )
-    yield from _found(
-        "warning",
-        "box over the border",
-        "a box reaches out of its image, it is clipped in training",
-        _box_places(table, known[over & ~outside & ~flat]),
-    )
+    yield from found("error", "box outside", "a box lies wholly outside of its image", outside & ~flat)
+    message = "a box reaches out of its image, it is clipped in training"
+    yield from found("warning", "box over the border", message, over & ~outside & ~flat)
 
 
 def _look_like_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
@@ -188,14 +165,10 @@ def _look_like_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
 
 def _box_places(table: CocoTable, rows: np.ndarray) -> list[str]:
     names = dict(zip(table.image_ids.tolist(), table.file_names, strict=True)) if len(rows) else {}
+    columns = (table.annotation_ids, table.annotation_images, table.boxes)
     return [
         f"annotation {a} in {names[i]}: box {', '.join(f'{number:g}' for number in box)}"
-        for a, i, box in zip(
-            table.annotation_ids[rows].tolist(),
-            table.annotation_images[rows].tolist(),
-            table.boxes[rows].tolist(),
-            strict=True,
-        )
+        for a, i, box in zip(*(column[rows].tolist() for column in columns), strict=True)
     ]
 
 
@@ -209,9 +182,7 @@ def check_counts(table: CocoTable, num_boxes: int | None) -> Iterator[Problem]:
         yield Problem("error", "no annotations", "the file has no annotations: there is nothing to learn or to find")
         return
     absent = ~np.isin(table.category_ids, table.annotation_categories)
-    names = [
-        f"{name} (id {k})" for k, name, out in zip(table.category_ids, table.category_names, absent, strict=True) if out
-    ]
+    names = [f"{table.category_names[k]} (id {table.category_ids[k]})" for k in np.flatnonzero(absent)]
     yield from _found("warning", "category without objects", "a category has no objects", names)
     if num_boxes is not None:
         ids, counts = np.unique(table.annotation_images[~table.iscrowd], return_counts=True)
@@ -231,18 +202,18 @@ def check_files(table: CocoTable, folder: Path, open_images: bool, on_image: Pro
     if not folder.is_dir():
         yield Problem("error", "no image folder", f"there is no image folder {folder}")
         return
-    paths = [folder / name for name in table.file_names]
-    exists = [path.is_file() for path in paths]
-    missing = [str(path) for path, there in zip(paths, exists, strict=True) if not there]
+    missing, expected = [], []
+    for name, size in zip(table.file_names, table.sizes.tolist(), strict=True):
+        if (folder / name).is_file():
+            expected.append((folder / name, size))
+        else:
+            missing.append(str(folder / name))
     yield from _found("error", "missing image", "an image file is missing", missing)
     if open_images:
-        sizes = [(width, height) for width, height in table.sizes.tolist()]
-        yield from _check_pixels(
-            [(path, size) for path, size, there in zip(paths, sizes, exists, strict=True) if there], on_image
-        )
+        yield from _check_pixels(expected, on_image)
 
 
-def _check_pixels(expected: list[tuple[Path, tuple[int, int]]], on_image: Progress | None) -> Iterator[Problem]:
+def _check_pixels(expected: list[tuple[Path, list[int]]], on_image: Progress | None) -> Iterator[Problem]:
     """Decode the files, several at a time, and compare them with the expected widths and heights."""
     broken, resized = [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -256,15 +227,14 @@ def _check_pixels(expected: list[tuple[Path, tuple[int, int]]], on_image: Progre
                 turned = ": does its EXIF orientation turn it?" if found == size[::-1] else ""
                 resized.append(f"{path} is {found[0]}x{found[1]}, not {size[0]}x{size[1]}{turned}")
     yield from _found("error", "broken image", "an image file cannot be read", broken)
-    yield from _found(
-        "error", "image size", "an image is of another size than the file says, so boxes are off", resized
-    )
+    message = "an image is of another size than the file says, so boxes are off"
+    yield from _found("error", "image size", message, resized)
 
 
-def _size_or_error(path: Path) -> tuple[int, int] | str:
+def _size_or_error(path: Path) -> list[int] | str:
     """Width and height of an image, or what is wrong with it."""
     try:
         _, height, width = read_image(path).shape
     except BrokenImageError as error:
         return str(error)
-    return width, height
+    return [width, height]

@@ -1,9 +1,12 @@
-"""What a check of a data set found."""
+"""What a check of a data set found: its problems, and what it holds in figures."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-from diffperception.data.summary import Summary
+import numpy as np
+
+from diffperception.data.annotations import CocoTable
+from diffperception.table import format_table
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,57 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class ClassCount:
+    """How often a class occurs."""
+
+    name: str
+    objects: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a data set holds; crowd regions count as objects.
+
+    Attributes:
+        images, objects, crowds: their numbers.
+        images_without_objects: their number.
+        classes: in the order of the labels.
+        objects_per_image: smallest, median and largest number.
+        box_width, box_height: 5 %, 50 % and 95 % quantiles in pixels, of the boxes with an area.
+        box_sizes: numbers of boxes that COCO calls small (below 32x32 pixels), medium and large (from 96x96).
+        image_sizes: smallest and largest "WxH", by area.
+    """
+
+    images: int
+    objects: int
+    crowds: int
+    images_without_objects: int
+    classes: list[ClassCount]
+    objects_per_image: tuple[float, float, float]
+    box_width: tuple[float, float, float]
+    box_height: tuple[float, float, float]
+    box_sizes: tuple[int, int, int]
+    image_sizes: tuple[str, str]
+
+    def text(self) -> str:
+        """A table of classes and the other figures, as lines."""
+        few, middle, many = (f"{number:g}" for number in self.objects_per_image)
+        small, medium, large = self.box_sizes
+        rows = [(entry.name, entry.objects, entry.images) for entry in self.classes]
+        figures = {
+            "image sizes": f"{self.image_sizes[0]} to {self.image_sizes[1]}",
+            "objects per image": f"{few} to {many}, median {middle}; {self.images_without_objects} images have none",
+            "crowd regions": str(self.crowds),
+            "box widths": _quantiles(self.box_width),
+            "box heights": _quantiles(self.box_height),
+            "boxes by area": f"{small} below 32x32, {medium} medium, {large} from 96x96 pixels",
+        }
+        classes = format_table([*rows, ("all", self.objects, self.images)], ("class", "objects", "images"))
+        return "\n".join([classes, "", *(f"{name:<18} {figure}" for name, figure in figures.items())])
+
+
+@dataclass(frozen=True)
 class Report:
     """All problems of a data set, errors first, and what it holds (None where the file cannot be read at all)."""
 
@@ -53,13 +107,54 @@ class Report:
         blocks.append(f"{_plural(len(self.errors), 'error')} and {_plural(len(self.warnings), 'warning')}")
         return "\n\n".join(blocks)
 
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
-        return {
-            "problems": [asdict(problem) for problem in self.problems],
-            "summary": asdict(self.summary) if self.summary else None,
-        }
-
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} kind{'' if count == 1 else 's'} of {noun}" if count else f"no {noun}s"
+
+
+def summarize(table: CocoTable) -> Summary:
+    """The figures of a COCO file; annotations of an unknown image or category count in the totals alone."""
+    image, of_image = table.rows_of_images()
+    counts = np.bincount(image, minlength=len(table.image_ids))
+    sides = table.boxes[(table.boxes[:, 2:] > 0).all(axis=1), 2:]
+    small, medium = (int((sides.prod(axis=1) < side**2).sum()) for side in (32, 96))
+    by_area = table.sizes[np.argsort(table.sizes.prod(axis=1), kind="stable")]
+    return Summary(
+        images=len(table.image_ids),
+        objects=len(table.boxes),
+        crowds=int(table.iscrowd.sum()),
+        images_without_objects=int((counts == 0).sum()),
+        classes=_count_classes(table, of_image, image),
+        objects_per_image=_three(counts, (0, 0.5, 1)),
+        box_width=_three(sides[:, 0], (0.05, 0.5, 0.95)),
+        box_height=_three(sides[:, 1], (0.05, 0.5, 0.95)),
+        box_sizes=(small, medium - small, len(sides) - medium),
+        image_sizes=(_size(by_area[:1]), _size(by_area[-1:])),
+    )
+
+
+def _count_classes(table: CocoTable, rows: np.ndarray, image: np.ndarray) -> list[ClassCount]:
+    """Objects and images of each class; `rows` are annotations and `image` the row of each one's image."""
+    order = np.argsort(table.category_ids, kind="stable")
+    names = [table.category_names[k] for k in order]
+    ids = table.category_ids[order]
+    known = np.isin(table.annotation_categories[rows], ids)
+    label = np.searchsorted(ids, table.annotation_categories[rows][known])
+    objects = np.bincount(label, minlength=len(ids))
+    pairs = np.unique(label * len(table.image_ids) + image[known])
+    images = np.bincount(pairs // max(1, len(table.image_ids)), minlength=len(ids))
+    return [ClassCount(name, int(n), int(m)) for name, n, m in zip(names, objects, images, strict=True)]
+
+
+def _three(values: np.ndarray, quantiles: tuple[float, float, float]) -> tuple[float, float, float]:
+    low, middle, high = np.quantile(values, quantiles).tolist() if len(values) else (0.0, 0.0, 0.0)
+    return low, middle, high
+
+
+def _size(sizes: np.ndarray) -> str:
+    return "x".join(str(side) for side in sizes.ravel())
+
+
+def _quantiles(values: tuple[float, float, float]) -> str:
+    low, middle, high = values
+    return f"{low:.0f} to {high:.0f} pixels for 90 % of the boxes, median {middle:.0f}"

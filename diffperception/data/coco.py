@@ -14,9 +14,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.annotations import ADVICE, CocoTable, tabulate
+from diffperception.data.annotations import ADVICE, CocoTable, labels_of, read_coco, tabulate
 from diffperception.data.batches import images_per_class
-from diffperception.data.coco_file import labels_of, read_coco
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.data.outlines import decode_outlines, outline_of
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.coco_file import read_coco
+from diffperception.data.annotations import read_coco
 from diffperception.files import images_below
 
 Result = TypeVar("Result")

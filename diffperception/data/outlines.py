@@ -41,8 +41,3 @@ def encode_masks(masks: Tensor) -> list[RunLengths]:
     inside = (masks > 0.5).cpu().numpy().astype(np.uint8)
     encoded = [coco_mask.encode(np.asfortranarray(mask)) for mask in inside]
     return [{"size": list(code["size"]), "counts": code["counts"].decode()} for code in encoded]
-
-
-def mask_area(outline: RunLengths) -> float:
-    """Pixels inside."""
-    return float(coco_mask.area(outline))

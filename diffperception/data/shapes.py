@@ -77,23 +77,22 @@ def draw_scene(rng: np.random.Generator, settings: ShapesSettings) -> Scene:
     image = _background(rng, height, width)
     scenery = image.mean(axis=(0, 1))
     owner = np.full((height, width), -1)
-    areas: list[float] = []
-    labels: list[int] = []
+    shapes: list[_Shape] = []
     for _ in range(rng.integers((settings.max_objects + 1) // 2, settings.max_objects + 1)):
         label = int(rng.integers(len(CLASSES)))
         for _ in range(MAX_ATTEMPTS):
             shape = _Shape.random(rng, label, height, width, settings.min_size)
             distance = shape.distance(height, width)
-            covered = np.where(distance < 0, len(areas), owner)
-            if _all_visible(covered, [*areas, shape.area()]):
+            covered = np.where(distance < 0, len(shapes), owner)
+            if _all_visible(covered, [*shapes, shape]):
                 owner = covered
-                areas.append(shape.area())
-                labels.append(label)
+                shapes.append(shape)
                 _paint(rng, image, distance, scenery)
                 break
     image += rng.normal(scale=rng.uniform(0, 0.04), size=image.shape)
     pixels = np.round(255 * image.clip(0, 1)).astype(np.uint8)
-    return Scene(pixels, owner, _bounds(owner, len(areas)), np.array(labels, dtype=np.int64))
+    labels = np.array([shape.label for shape in shapes], dtype=np.int64)
+    return Scene(pixels, owner, _bounds(owner, len(shapes)), labels)
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,9 @@ class _Shape:
     @classmethod
     def random(cls, rng: np.random.Generator, label: int, height: int, width: int, min_size: int) -> "_Shape":
         size = np.exp(rng.uniform(np.log(min_size), np.log(0.6 * min(height, width))))
-        return cls(
-            label=label,
-            center=rng.uniform(size=2) * (width, height),
-            radii=size / 2 * np.array([1, rng.uniform(0.6, 1)]),
-            angle=rng.uniform(0, 2 * np.pi),
-        )
+        center = rng.uniform(size=2) * (width, height)
+        radii = size / 2 * np.array([1, rng.uniform(0.6, 1)])
+        return cls(label, center, radii, angle=rng.uniform(0, 2 * np.pi))
 
     def distance(self, height: int, width: int) -> np.ndarray:
         """(H, W) about the signed distance in pixels from the outline to pixel centers, negative inside."""
@@ -126,19 +122,6 @@ class _Shape:
     def area(self) -> float:
         """Area in pixels where nothing covers or cuts the shape."""
         return UNIT_AREAS[CLASSES[self.label]] * float(self.radii.prod())
-
-
-def _ellipse(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.hypot(u, v) - 1
-
-
-def _rectangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(abs(u), abs(v)) - 0.85
-
-
-def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    slanted = np.sqrt(3) / 2 * abs(u) - v / 2
-    return np.maximum(slanted, v) - 0.5
 
 
 def _star(u: np.ndarray, v: np.ndarray, points: int = 5, inner: float = 0.42) -> np.ndarray:
@@ -155,18 +138,14 @@ def _cross(u: np.ndarray, v: np.ndarray, arm: float = 0.32) -> np.ndarray:
     return np.minimum(np.maximum(u - 0.95, v - arm), np.maximum(u - arm, v - 0.95))
 
 
-def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return abs(np.hypot(u, v) - 0.72) - 0.28
-
-
 # Each maps points (u, v) to the signed distance from the outline of a shape of radius about 1 at the origin.
 OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "ellipse": _ellipse,
-    "rectangle": _rectangle,
-    "triangle": _triangle,
+    "ellipse": lambda u, v: np.hypot(u, v) - 1,
+    "rectangle": lambda u, v: np.maximum(abs(u), abs(v)) - 0.85,
+    "triangle": lambda u, v: np.maximum(np.sqrt(3) / 2 * abs(u) - v / 2, v) - 0.5,
     "star": _star,
     "cross": _cross,
-    "ring": _ring,
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.72) - 0.28,
 }
 CLASSES = tuple(OUTLINES)
 UNIT_AREAS = {
@@ -179,11 +158,11 @@ UNIT_AREAS = {
 }
 
 
-def _all_visible(owner: np.ndarray, areas: list[float]) -> bool:
-    visible = np.bincount(owner.ravel() + 1, minlength=len(areas) + 1)[1:]
-    if (visible < MIN_VISIBLE * np.array(areas)).any():
+def _all_visible(owner: np.ndarray, shapes: list[_Shape]) -> bool:
+    visible = np.bincount(owner.ravel() + 1, minlength=len(shapes) + 1)[1:]
+    if (visible < MIN_VISIBLE * np.array([shape.area() for shape in shapes])).any():
         return False
-    boxes = _bounds(owner, len(areas))
+    boxes = _bounds(owner, len(shapes))
     return bool((boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all())
 
 

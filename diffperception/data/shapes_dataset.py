@@ -85,18 +85,16 @@ def _write_split(
 ) -> None:
     for part in (folder / split, folder / "masks" / split, folder / "annotations"):
         part.mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images, annotations = [], []
     for image, objects in pool.map(partial(_write_scene, folder, split, settings), range(count), chunksize=16):
         images.append(image)
-        for entry in objects:
-            annotations.append(entry | {"id": len(annotations) + 1})
+        annotations += objects
         if on_image is not None:
             on_image()
     content = {
         "info": {"description": f"diffperception shapes, {split}, seed {settings.seed}"},
         "images": images,
-        "annotations": annotations,
+        "annotations": [entry | {"id": k} for k, entry in enumerate(annotations, start=1)],
         "categories": [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)],
     }
     write_json(folder / "annotations" / f"instances_{split}.json", content, indent=None)
@@ -118,13 +116,8 @@ def _write_scene(
     areas = np.bincount(scene.owner[scene.owner >= 0], minlength=len(scene.labels)).tolist()
     image = {"id": index + 1, "file_name": name, "width": width, "height": height}
     objects = [
-        {
-            "image_id": index + 1,
-            "category_id": label + 1,
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "area": area,
-            "iscrowd": 0,
-        }
+        {"image_id": index + 1, "category_id": label + 1}
+        | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": area, "iscrowd": 0}
         for (x1, y1, x2, y2), label, area in zip(scene.boxes.tolist(), scene.labels.tolist(), areas, strict=True)
     ]
     return image, objects

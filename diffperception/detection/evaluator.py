@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
-from diffperception.data.coco_file import labels_of, read_coco
-from diffperception.data.outlines import encode_masks, mask_area, outline_of
+from diffperception.data.annotations import labels_of, read_coco
+from diffperception.data.outlines import encode_masks, outline_of
 from diffperception.devices import gather
 from diffperception.table import format_table
 
@@ -317,7 +318,7 @@ def _found(rows: list[dict[str, Any]], iou_type: IouType) -> list[dict[str, Any]
 
 
 def _area(row: dict[str, Any], iou_type: IouType) -> float:
-    return mask_area(row["segmentation"]) if iou_type == "segm" else row["bbox"][2] * row["bbox"][3]
+    return float(coco_mask.area(row["segmentation"])) if iou_type == "segm" else row["bbox"][2] * row["bbox"][3]
 
 
 def _stack(ids: Sequence[int], predictions: Sequence[dict[str, Any]]) -> _Detections:

@@ -2,5 +2,3 @@
 
 from diffperception.generation.sampling import SamplingOptions, sample
 from diffperception.models import DiffusionModel
-
-__all__ = ["DiffusionModel", "SamplingOptions", "sample"]

@@ -38,8 +38,8 @@ def training_curves(csv_path: str | Path) -> Image.Image:
             panels.setdefault("training loss", {})[name] = points
     if not panels:
         raise ValueError(f"{csv_path} has neither losses nor metrics: nothing was logged yet")
-    figure = _figure(len(panels))
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    figure, row = _subplots(len(panels))
+    for axes, (title, lines) in zip(row, panels.items(), strict=True):
         for name, (steps, values) in lines.items():
             if title == "training loss":
                 line = axes.plot(steps, _smooth(values), label=name, linewidth=2 if name == "loss" else 1.2)[0]
@@ -67,8 +67,7 @@ def sweep_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     for row in sorted(rows, key=lambda row: row["head_passes"]):
         lines.setdefault(tuple(row[name] for name in varied), []).append(row)
     looks = list(dict.fromkeys(setting[1:] for setting in lines))  # of all but the mode, which comes first
-    figure = _figure(2)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = _subplots(2, sharey=True)
     for setting, points in lines.items():
         mean, spread = (
             [math.nan if p["AP"][key] is None else p["AP"][key] for p in points] for key in ("mean", "spread")
@@ -78,7 +77,7 @@ def sweep_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
             "color": f"C{values['mode'].index(setting[0])}",
             "linestyle": DASHES[look % len(DASHES)],
             "marker": MARKERS[look % len(MARKERS)],
-            "label": ", ".join([setting[0], *(f"{n} {v}" for n, v in zip(varied[1:], setting[1:], strict=True))]),
+            "label": ", ".join([setting[0], *map("{} {}".format, varied[1:], setting[1:])]),
         }
         bars = None if np.isnan(spread).any() else spread
         for axes, key in ((left, "head_passes"), (right, "seconds_per_image")):
@@ -98,8 +97,7 @@ def label_curves(summary: Sequence[Mapping[str, Any]], titles: Mapping[str, str]
         summary: a dict per method and number: `method`, `labels`, `miou` (0..1) and `spread` (null for none).
         titles: of the methods.
     """
-    figure = _figure(1)
-    axes = figure.subplots()
+    figure, (axes,) = _subplots(1)
     for number, method in enumerate(dict.fromkeys(cell["method"] for cell in summary)):
         cells = [cell for cell in summary if cell["method"] == method]
         mean, spread = [100 * c["miou"] for c in cells], [100 * (c["spread"] or 0) for c in cells]
@@ -121,8 +119,7 @@ def heat_map(
         rows, columns: their names.
         labels: what rows and columns are.
     """
-    figure = _figure(1)
-    axes = figure.subplots()
+    figure, (axes,) = _subplots(1)
     table = 100 * np.array(values, dtype=float)
     picture = axes.imshow(table, aspect="auto", cmap="viridis")
     middle = (np.nanmin(table) + np.nanmax(table)) / 2
@@ -159,10 +156,11 @@ def _doubling(axes: "Axes", counts: Sequence[int]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _figure(panels: int) -> "Figure":
+def _subplots(panels: int, sharey: bool = False) -> "tuple[Figure, Sequence[Axes]]":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(6.5 * panels, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.5 * panels, 4.2), dpi=110, layout="constrained")
+    return figure, figure.subplots(1, panels, sharey=sharey, squeeze=False)[0]
 
 
 def _render(figure: "Figure") -> Image.Image:

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from diffperception.cli.main import main
-from diffperception.data.coco_file import labels_of
+from diffperception.data.annotations import labels_of
 from diffperception.data.images import read_image
 from diffperception.detection import FCOS, BoxSampler, DiffusionDet, DynamicHead
 from diffperception.detection.evaluator import CocoEvaluator, results_rows

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -210,7 +211,7 @@ def test_long_lists_are_shortened_with_a_count_and_whole_in_the_json(content, sa
     assert "and 37 more" in text
     assert "annotation 9:" in text
     assert "annotation 10:" not in text
-    assert len(json.loads(json.dumps(report.as_dict()))["problems"][0]["places"]) == 47
+    assert len(json.loads(json.dumps(asdict(report)))["problems"][0]["places"]) == 47
 
 
 def test_summary_counts(content, save):

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from diffperception.data.coco_file import labels_of
+from diffperception.data.annotations import labels_of
 from diffperception.data.outlines import decode_outlines
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult
 from tests.helpers.coco_cases import as_predictions, boxes, item, random_case, write_coco

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffperception.data.coco_file import labels_of
+from diffperception.data.annotations import labels_of
 
 
 def write_coco(path: Path, objects: list[dict[str, Any]], images: int, category_ids: list[int]) -> Path:
