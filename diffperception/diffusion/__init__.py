@@ -3,13 +3,7 @@
 from diffperception.diffusion.denoiser import Denoiser, DenoiserOutput, Network, NetworkDenoiser, clip
 from diffperception.diffusion.guidance import classifier_free_guidance, classifier_guidance
 from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed
-from diffperception.diffusion.objective import (
-    LossSecondMoment,
-    Objective,
-    TimeSampler,
-    UniformTimes,
-    variational_bound,
-)
+from diffperception.diffusion.objective import LossSecondMoment, Objective, TimeSampler, UniformTimes, variational_bound
 from diffperception.diffusion.posterior import (
     learned_log_variance,
     posterior_log_variance,
@@ -31,56 +25,4 @@ from diffperception.diffusion.schedule import (
     named_schedule,
     timestep_grid,
 )
-from diffperception.diffusion.steps import (
-    add_noise,
-    ddim_step,
-    heun_step,
-    second_order_x0,
-)
-
-__all__ = [
-    "Denoiser",
-    "DenoiserOutput",
-    "DiscreteSchedule",
-    "FlowSchedule",
-    "LossSecondMoment",
-    "Network",
-    "NetworkDenoiser",
-    "NoiseFn",
-    "Objective",
-    "Prediction",
-    "SampleNoise",
-    "Schedule",
-    "ScheduleName",
-    "Spacing",
-    "Time",
-    "TimeSampler",
-    "UniformTimes",
-    "VarianceExploding",
-    "add_noise",
-    "classifier_free_guidance",
-    "classifier_guidance",
-    "clip",
-    "cosine_schedule",
-    "ddim_step",
-    "derive_seed",
-    "heun_step",
-    "learned_log_variance",
-    "linear_schedule",
-    "name_seed",
-    "named_schedule",
-    "posterior_log_variance",
-    "posterior_mean",
-    "posterior_std",
-    "sample_ddim",
-    "sample_ddpm",
-    "sample_dpm_solver",
-    "sample_heun",
-    "sample_seed",
-    "second_order_x0",
-    "target",
-    "timestep_grid",
-    "to_eps",
-    "to_x0",
-    "variational_bound",
-]
+from diffperception.diffusion.steps import add_noise, ddim_step, heun_step, second_order_x0

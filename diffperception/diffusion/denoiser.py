@@ -1,6 +1,7 @@
 """Denoisers: what samplers and guidance work on, and the adapter that makes one of a network."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,6 +26,7 @@ Network = Callable[[Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, Tensor], DenoiserOutput]
 
 
+@dataclass(eq=False)
 class NetworkDenoiser:
     """A network and a schedule as a denoiser: (x_t (B, C, ...), t (B,)) -> :class:`DenoiserOutput`.
 
@@ -35,13 +37,10 @@ class NetworkDenoiser:
         learned_range: whether the second half of the network's channels is the variance's place between its bounds.
     """
 
-    def __init__(
-        self, network: Network, schedule: Schedule, prediction: Prediction = "eps", learned_range: bool = False
-    ) -> None:
-        self.network = network
-        self.schedule = schedule
-        self.prediction = prediction
-        self.learned_range = learned_range
+    network: Network
+    schedule: Schedule
+    prediction: Prediction = "eps"
+    learned_range: bool = False
 
     def __call__(self, x_t: Tensor, t: Tensor) -> DenoiserOutput:
         raw = self.network(x_t, self.schedule.conditioning(t))

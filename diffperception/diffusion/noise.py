@@ -42,10 +42,7 @@ class SampleNoise:
 
     def __call__(self, like: Tensor) -> Tensor:
         """Noise of the shape (B, ...), dtype and device of ``like``."""
-        drawn = [
-            torch.randn(like.shape[1:], generator=generator, device=generator.device) for generator in self.generators
-        ]
-        noise = torch.stack(drawn)
+        noise = torch.stack([torch.randn(like.shape[1:], generator=g, device=g.device) for g in self.generators])
         if noise.device.type == "cpu" and like.device.type == "cuda":
             noise = noise.pin_memory()  # a copy from other memory waits until the GPU has done all that it was given
         return noise.to(like, non_blocking=True)

@@ -1,6 +1,7 @@
 """Training losses, and the timesteps at which they are taken."""
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from diffperception.diffusion.schedule import Schedule
 from diffperception.diffusion.steps import add_noise
 
 
+@dataclass(eq=False)
 class Objective:
     """The loss of one noised batch; ``prediction="flow"`` on a :class:`FlowSchedule` is flow matching.
 
@@ -28,19 +30,14 @@ class Objective:
         ValueError: if a learned range is asked for on a path without discrete steps.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        prediction: Prediction = "eps",
-        learned_range: bool = False,
-        min_snr: float | None = None,
-    ) -> None:
-        if learned_range:
-            schedule.require_discrete("A learned range")
-        self.schedule = schedule
-        self.prediction = prediction
-        self.learned_range = learned_range
-        self.min_snr = min_snr
+    schedule: Schedule
+    prediction: Prediction = "eps"
+    learned_range: bool = False
+    min_snr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.learned_range:
+            self.schedule.require_discrete("A learned range")
 
     def __call__(self, network: Network, x0: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Terms whose sum is the loss of each sample.
@@ -60,9 +57,8 @@ class Objective:
         prediction, variance_range = split_range(output.to(x0.dtype), self.learned_range)
         losses = {"mse": self._weighted_mse(prediction, x0, t, noise)}
         if variance_range is not None:
-            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-            found = DenoiserOutput(to_x0(self.prediction, prediction.detach(), x_t, alpha, sigma), variance_range)
-            bound = variational_bound(self.schedule, x0, x_t, t, found)
+            found = to_x0(self.prediction, prediction.detach(), x_t, self.schedule.alpha(t), self.schedule.sigma(t))
+            bound = variational_bound(self.schedule, x0, x_t, t, DenoiserOutput(found, variance_range))
             losses["vlb"] = bound * (self.schedule.require_discrete("A learned range") / 1000)
         return losses
 

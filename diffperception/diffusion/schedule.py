@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -55,40 +56,34 @@ class Schedule(ABC):
     def from_fraction(self, fraction: Tensor) -> Tensor:
         """The times (B,) at fractions (B,) of the way from the clean end, 0, to pure noise, 1 (excluded)."""
 
-    @abstractmethod
     def uniform(self, count: int, generator: torch.Generator) -> Tensor:
         """(count,) times, each as likely, on the generator's device."""
+        return self.from_fraction(torch.rand(count, generator=generator, device=generator.device))
 
     def conditioning(self, t: Tensor) -> Tensor:
         """The time as a network is told it, about 0 to 1000 whatever the path's own unit."""
         return t
 
     def even_grid(self, steps: int) -> Tensor:
-        """As :meth:`grid`, but for second-order samplers, which want steps even in the logarithm of the noise level.
-
-        (DPM-Solver, arXiv 2206.00927, section 3.3.)
-        """
+        """As :meth:`grid`, even in log(sigma / alpha), as second-order samplers want it (arXiv 2206.00927, 3.3)."""
         return self.grid(steps)
 
-    def level(self, timestep: float) -> tuple[float, float, float]:
-        """Signal, noise and the time as a network is told it, at a time that a user names.
+    def levels(self, timesteps: Sequence[float]) -> list[tuple[float, float, float]]:
+        """Signal, noise and the time as a network is told it, at each of the times that a user names.
 
         Raises:
-            ValueError: if the path has no such time.
+            ValueError: if the path lacks one of them; it says which there are.
         """
-        self.require_times([timestep])
-        values = (self.alpha(timestep), self.sigma(timestep), self.conditioning(torch.as_tensor(timestep)))
-        signal, noise, time = map(float, values)
-        return signal, noise, time
-
-    def require_times(self, times: Sequence[float]) -> None:
-        """ValueError, which says what would do, if the path lacks one of these times."""
-        ends = [(float(self.alpha(t)), float(self.sigma(t))) for t in times]
-        outside = [
-            t for t, (alpha, sigma) in zip(times, ends, strict=True) if not (0 <= alpha < math.inf and sigma >= 0)
-        ]
+        outside = [t for t in timesteps if not self.has_time(t)]
         if outside:
             raise ValueError(f"the timesteps {outside} lie outside of this path: {self.times_in_words()}")
+        t = torch.tensor(timesteps, dtype=torch.float32 if self.num_timesteps is None else torch.int64)
+        values = self.alpha(t), self.sigma(t), self.conditioning(t).float()
+        return list(zip(*(value.tolist() for value in values), strict=True))
+
+    def has_time(self, t: float) -> bool:
+        """Whether the path has a time that a user names."""
+        return float(self.alpha(t)) >= 0 and float(self.sigma(t)) >= 0
 
     def require_discrete(self, what: str) -> int:
         """T; ValueError if ``what`` needs discrete steps and the path has none."""
@@ -158,9 +153,8 @@ class DiscreteSchedule(Schedule):
         if steps > self.num_timesteps:
             raise ValueError(f"Take at most {self.num_timesteps} steps on this schedule, not {steps}.")
         times = torch.arange(-1, self.num_timesteps)
-        ratio = self.sigma(times) / self.alpha(times)
         # Compared as angles, in which clean and pure noise are equally far from the middle.
-        angles = ratio.atan()
+        angles = (self.sigma(times) / self.alpha(times)).atan()
         nearest = torch.bucketize(levels.to("cpu", torch.float64).atan(), (angles[1:] + angles[:-1]) / 2)
         order = torch.arange(steps + 1)
         descending = (times[nearest] + order).cummin(0).values - order
@@ -172,14 +166,8 @@ class DiscreteSchedule(Schedule):
     def uniform(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
 
-    def level(self, timestep: float) -> tuple[float, float, float]:
-        self.require_times([timestep])
-        return super().level(int(timestep))
-
-    def require_times(self, times: Sequence[float]) -> None:
-        wrong = [t for t in times if t not in range(self.num_timesteps)]
-        if wrong:
-            raise ValueError(f"the timesteps {wrong} lie outside of this path: {self.times_in_words()}")
+    def has_time(self, t: float) -> bool:
+        return t in range(self.num_timesteps)
 
     def times_in_words(self) -> str:
         return f"its times are whole, 0 to {self.num_timesteps - 1}"
@@ -193,6 +181,7 @@ class DiscreteSchedule(Schedule):
         return self._tables[t.device][row].index_select(0, (t + 1).reshape(-1)).reshape(t.shape)
 
 
+@dataclass
 class VarianceExploding(Schedule):
     """``alpha = 1``, ``sigma = t`` for t >= 0: the path of EDM (arXiv 2206.00364), whose time is the noise level.
 
@@ -201,8 +190,9 @@ class VarianceExploding(Schedule):
         rho: how much steps gather at low noise (eq. 5).
     """
 
-    def __init__(self, lowest: float = 0.002, highest: float = 80.0, rho: float = 7.0) -> None:
-        self.lowest, self.highest, self.rho = lowest, highest, rho
+    lowest: float = 0.002
+    highest: float = 80.0
+    rho: float = 7.0
 
     def alpha(self, t: Time) -> Tensor:
         return torch.ones_like(_real(t))
@@ -221,9 +211,6 @@ class VarianceExploding(Schedule):
         low, high = self.lowest ** (1 / self.rho), self.highest ** (1 / self.rho)
         return (low + fraction * (high - low)) ** self.rho
 
-    def uniform(self, count: int, generator: torch.Generator) -> Tensor:
-        return self.from_fraction(torch.rand(count, generator=generator, device=generator.device))
-
 
 class FlowSchedule(Schedule):
     """``alpha = 1 - t``, ``sigma = t`` for t in 0..1: the straight path of flow matching (arXiv 2210.02747)."""
@@ -240,9 +227,6 @@ class FlowSchedule(Schedule):
 
     def from_fraction(self, fraction: Tensor) -> Tensor:
         return fraction
-
-    def uniform(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.rand(count, generator=generator, device=generator.device)
 
     def conditioning(self, t: Tensor) -> Tensor:
         return 1000 * t

@@ -20,13 +20,7 @@ def add_noise(schedule: Schedule, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
 
 
 def ddim_step(
-    schedule: Schedule,
-    x_t: Tensor,
-    x0: Tensor,
-    t: Time,
-    s: Time,
-    eta: float = 0.0,
-    noise: Tensor | None = None,
+    schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, s: Time, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
     """From time ``t`` to the cleaner time ``s`` (DDIM, arXiv 2010.02502, eq. 12, on any Gaussian path).
 

@@ -18,24 +18,3 @@ from diffperception.models.reader import ActivationReader
 from diffperception.models.space import Pixels, Space
 from diffperception.models.unet.noisy_classifier import NoisyClassifier
 from diffperception.models.unet.unet import UNet
-
-__all__ = [
-    "FPN",
-    "ActivationReader",
-    "Backbone",
-    "ClassLabels",
-    "Condition",
-    "Conditioner",
-    "DiffusionModel",
-    "FeatureInfo",
-    "Model",
-    "NoisyClassifier",
-    "Pixels",
-    "Space",
-    "TimmBackbone",
-    "UNet",
-    "UNetBackbone",
-    "build_backbone",
-    "build_pyramid",
-    "pad_images",
-]

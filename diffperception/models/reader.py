@@ -58,12 +58,11 @@ class ActivationReader(Model):
         _require_different("timestep", [f"{t:g}" for t in timesteps])
         if not timesteps:
             raise ValueError("name at least one timestep")
-        model.schedule.require_times(timesteps)
+        self.levels = model.schedule.levels(timesteps)
         _require_label(model, label)
         self.record(generator=model, blocks=list(blocks), timesteps=list(timesteps))
         self.generator = model
         self.blocks, self.timesteps, self.label = list(blocks), list(timesteps), label
-        self.levels = [model.schedule.level(t) for t in timesteps]
         named = [(f"t{t:g} block {block}", model.block_info[block]) for t in timesteps for block in blocks]
         self.info = [FeatureInfo(name, info.channels, info.stride) for name, info in named]
         self.multiple = model.stride

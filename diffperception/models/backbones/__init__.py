@@ -4,5 +4,3 @@ from diffperception.models.backbones.base import Backbone, pad_images
 from diffperception.models.backbones.fpn import FPN, build_pyramid
 from diffperception.models.backbones.reader import UNetBackbone
 from diffperception.models.backbones.timm import TimmBackbone, build_backbone
-
-__all__ = ["FPN", "Backbone", "TimmBackbone", "UNetBackbone", "build_backbone", "build_pyramid", "pad_images"]
