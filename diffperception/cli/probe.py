@@ -8,7 +8,7 @@ from diffperception.data.masks import MaskDataOptions
 from diffperception.devices import pick_device
 from diffperception.echo import echo
 from diffperception.files import check_output_dir
-from diffperception.models.reader import load_generator
+from diffperception.models.generator import load_generator
 from diffperception.segmentation import DiffusionFeatures
 from diffperception.segmentation.probe import expected_seconds, probe_features, probe_table, suggest, write_probe
 

@@ -8,7 +8,7 @@ from diffperception.devices import Precision
 from diffperception.echo import echo
 from diffperception.generation import SamplingOptions
 from diffperception.generation.inference import sample_folder
-from diffperception.models.generator import both_sides
+from diffperception.models.unet.encoder import both_sides
 
 
 def sample(

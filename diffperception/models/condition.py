@@ -25,7 +25,3 @@ class Condition:
         """The condition of a single sample for each of a batch; one of the batch's size stays as it is."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{k: v.expand(batch, *v.shape[1:]) for k, v in given.items() if v is not None})
-
-    @property
-    def is_empty(self) -> bool:
-        return all(getattr(self, field.name) is None for field in fields(self))

@@ -1,6 +1,7 @@
 """A generator of images: a denoising network with its path, its space and what it is told, in one file."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from diffperception.models.conditioners import ClassLabels, Conditioner, Said
 from diffperception.models.convert import adm
 from diffperception.models.feature_info import FeatureInfo
 from diffperception.models.space import Pixels, Space
+from diffperception.models.unet.encoder import both_sides
 from diffperception.models.unet.unet import UNet
 
 
@@ -60,14 +62,13 @@ class DiffusionModel(Model):
         null_class: bool = False,
     ) -> None:
         super().__init__()
-        height, width = both_sides(image_size)
         self.classes = None if classes is None else list(classes)
         self.network = network
         self.space = space or Pixels(network.in_channels)
         self.schedule = named_schedule(schedule, num_timesteps)
         self.prediction = prediction
         self.learned_range = learned_range
-        self.image_size = (height, width)
+        self.image_size = both_sides(image_size)
         if conditioner is None and self.classes is not None:
             conditioner = ClassLabels(self.classes, network.embedding, null_class)
         self.conditioner = conditioner
@@ -136,10 +137,6 @@ class DiffusionModel(Model):
             except RuntimeError as error:
                 raise ValueError(f"{adm.LABELS} does not fit this UNet: {error}") from None
         return model.eval()
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -240,9 +237,9 @@ class DiffusionModel(Model):
                 " with classes and null_class."
             )
         absent = self._denoiser(self.condition(None))
-        return (
-            absent if said is None else classifier_free_guidance(self._denoiser(self.condition(said)), absent, guidance)
-        )
+        if said is None:
+            return absent
+        return classifier_free_guidance(self._denoiser(self.condition(said)), absent, guidance)
 
     def _denoiser(self, condition: Condition | None) -> Denoiser:
         def network(x: Tensor, t: Tensor) -> Tensor:
@@ -266,21 +263,12 @@ class DiffusionModel(Model):
         self.signal_shape(*self.image_size)
 
 
-def as_generator(model: Any, source: object = "this file") -> DiffusionModel:
-    """The generator that a model is, or whose network it is; ValueError for any other model.
-
-    Args:
-        model: what was loaded.
-        source: where from, for the message.
-    """
+def load_generator(source: DiffusionModel | UNet | str | Path) -> DiffusionModel:
+    """The generator in a file, or of a network; ValueError where there is another model."""
+    model = Model.load(source) if isinstance(source, str | Path) else source
     if isinstance(model, UNet):
         return DiffusionModel.of_network(model)
     if not isinstance(model, DiffusionModel):
-        raise ValueError(f"{source} holds a {type(model).__name__}: give the file of a generator or a UNet")
+        place = "this" if model is source else source
+        raise ValueError(f"{place} holds a {type(model).__name__}: give the file of a generator or a UNet")
     return model
-
-
-def both_sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width of a square's side, or of the two as they are."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width

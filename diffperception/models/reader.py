@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffperception.models.base import Model
 from diffperception.models.feature_info import FeatureInfo
-from diffperception.models.generator import DiffusionModel, as_generator
+from diffperception.models.generator import DiffusionModel, load_generator
 from diffperception.models.unet.unet import UNet
 
 
@@ -104,13 +104,6 @@ class ActivationReader(Model):
         repeats = [-(-length // side) for length in (height, width)]
         tiled = self.noise if repeats == [1, 1] else self.noise.repeat(1, *repeats)
         return tiled[:, :height, :width]
-
-
-def load_generator(generator: DiffusionModel | UNet | str | Path) -> DiffusionModel:
-    """The generator of a file, or of a model; ValueError where that is none."""
-    if isinstance(generator, str | Path):
-        return as_generator(Model.load(generator), generator)
-    return as_generator(generator, "this")
 
 
 def strides_in_words(info: Sequence[FeatureInfo]) -> str:

@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from diffperception.models import ActivationReader, DiffusionModel, FeatureInfo, Model, TimmBackbone, UNet
-from diffperception.models.reader import load_generator
+from diffperception.models.generator import load_generator
 from diffperception.segmentation.maps import FeatureMaps, Windows, padded_side
 
 # Windows that are encoded at once: small ones keep no processor busy, large ones need no company and much memory.

@@ -11,7 +11,7 @@ from diffperception.data.batches import SeededSamples
 from diffperception.data.image_folder import ImageFolder
 from diffperception.data.images import LazyMap
 from diffperception.diffusion import sample_seed
-from diffperception.models.generator import both_sides
+from diffperception.models.unet.encoder import both_sides
 from diffperception.training.configured import options_for
 from diffperception.training.recipes.generation import ImageDataOptions
 

@@ -11,6 +11,7 @@ from diffperception.models.ops.convolution import Conv1x1, Conv3x3, double, doub
 from diffperception.models.ops.normalization import group_norm
 
 NORM_GROUPS = 32
+Direction = Literal["down", "up"]
 
 
 def time_embedding(t: Tensor, channels: int) -> Tensor:
@@ -49,7 +50,7 @@ class ResBlock(nn.Module):
         embedding: int,
         dropout: float,
         scale_shift: bool,
-        resample: Literal["down", "up"] | None = None,
+        resample: Direction | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
@@ -105,25 +106,21 @@ class Attention(nn.Module):
         return x + self.out(mixed).permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
-    """Half the height and width: a strided convolution, or the mean of 2 x 2 pixels where nothing is learned."""
+class Resample(nn.Module):
+    """Half the height and width: a strided convolution, or the mean of 2 x 2 pixels where nothing is learned.
 
-    def __init__(self, channels: int, learned: bool) -> None:
+    Or (``up``) twice the height and width by repeating pixels, then a convolution if it is learned.
+    """
+
+    def __init__(self, channels: int, direction: Direction, learned: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if learned else None
+        self.down = direction == "down"
+        stride = 2 if self.down else 1
+        self.conv = nn.Conv2d(channels, channels, 3, stride, padding=1) if learned else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2) if self.conv is None else self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Twice the height and width by repeating pixels, then a convolution if it is learned."""
-
-    def __init__(self, channels: int, learned: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if learned else None
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.down:
+            return F.avg_pool2d(x, 2) if self.conv is None else self.conv(x)
         return double(x) if self.conv is None else double_and_convolve(x, self.conv)
 
 

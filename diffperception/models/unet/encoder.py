@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffperception.models.base import Model
+from diffperception.models.feature_info import FeatureInfo
 from diffperception.models.unet.blocks import (
     NORM_GROUPS,
     Attention,
-    Downsample,
+    Direction,
+    Resample,
     ResBlock,
     Stage,
-    Upsample,
     time_embedding,
 )
 
@@ -26,48 +27,24 @@ class Encoder(Model):
     """What the UNet and the noisy classifier share.
 
     Args:
-        in_channels: channels of the image.
-        channels: width that the time's sinusoids have.
         layers: makes the layers.
-        widths: width of each level, from :func:`level_widths`.
-        num_res_blocks: residual blocks a level.
         checkpointing: recompute activations in the backward pass instead of keeping them.
 
     Attributes:
         stride: how many input pixels wide a pixel of the innermost level is.
+        embedding: E, channels of the time's embedding.
         skip_widths: channels of the stem's map and of each stage's.
-
-    Raises:
-        ValueError: if a number is not above 0, or heads do not divide a width.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        layers: "Layers",
-        widths: list[int],
-        num_res_blocks: int,
-        checkpointing: bool,
-    ) -> None:
+    def __init__(self, layers: "Layers", checkpointing: bool) -> None:
         super().__init__()
-        require_positive(
-            {
-                "in_channels": in_channels,
-                "channels": channels,
-                "num_res_blocks": num_res_blocks,
-                "num_heads": layers.num_heads,
-                "num_head_channels": layers.num_head_channels,
-            }
-        )
-        self.in_channels = in_channels
-        self.channels = channels
+        channels, embedding, widths = layers.channels, layers.embedding, layers.widths
+        self.in_channels, self.channels, self.embedding = layers.in_channels, channels, embedding
         self.checkpointing = checkpointing
         self.stride = 2 ** (len(widths) - 1)
-        self.embedding = embedding = layers.embedding
         self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.encoder, self.skip_widths = _encoder(layers, widths, num_res_blocks)
+        self.stem = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)
+        self.encoder, self.skip_widths = layers.encoder()
         self.middle = layers.middle(widths[-1])
 
     def embed(self, x: Tensor, t: Tensor) -> Tensor:
@@ -103,7 +80,8 @@ class Encoder(Model):
         """ValueError if images of this size do not halve evenly between levels; it says which would do."""
         require_positive({"height": height, "width": width})
         if height % self.stride or width % self.stride:
-            smaller, larger = ([_round(side, self.stride, up) for side in (height, width)] for up in (0, 1))
+            smaller = [side // self.stride * self.stride for side in (height, width)]
+            larger = [-(-side // self.stride) * self.stride for side in (height, width)]
             crop = f"crop to {smaller[0]} x {smaller[1]} or " if all(smaller) else ""
             raise ValueError(
                 f"This {type(self).__name__} halves images to 1/{self.stride}, which {height} x {width} pixels do not "
@@ -113,9 +91,16 @@ class Encoder(Model):
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes the layers, all of one kind."""
+    """Makes the layers of a UNet or classifier, all of one kind, from the arguments that these have in common.
 
-    embedding: int
+    Raises:
+        ValueError: as :class:`~diffperception.models.UNet`.
+    """
+
+    in_channels: int
+    channels: int
+    channel_mult: Sequence[float]
+    num_res_blocks: int
     attention: Sequence[int]
     num_heads: int | None
     num_head_channels: int
@@ -123,8 +108,73 @@ class Layers:
     scale_shift: bool
     resampling: Resampling
 
-    def residual(self, width_in: int, width: int, resample: Literal["down", "up"] | None = None) -> ResBlock:
+    def __post_init__(self) -> None:
+        widths = self.widths
+        if not widths or any(width % NORM_GROUPS or width < 1 for width in widths):
+            raise ValueError(
+                f"There must be a level, and every level's width a multiple of {NORM_GROUPS}; channels x channel_mult"
+                f" are {widths}."
+            )
+        factors = [2**level for level in range(len(widths))]
+        if not set(self.attention) <= set(factors):
+            raise ValueError(
+                f"The levels' downsampling factors are {factors}; `attention` names {list(self.attention)}."
+            )
+        counts = ("in_channels", "channels", "num_res_blocks", "num_heads", "num_head_channels")
+        require_positive({name: getattr(self, name) for name in counts})
+
+    @property
+    def widths(self) -> list[int]:
+        """The width of each level."""
+        return [round(self.channels * multiplier) for multiplier in self.channel_mult]
+
+    @property
+    def embedding(self) -> int:
+        return 4 * self.channels
+
+    def encoder(self) -> tuple[nn.ModuleList, list[int]]:
+        """The encoder's stages, and the widths that the stem and they hand to the decoder."""
+        width = self.widths[0]
+        stages, skips = nn.ModuleList(), [width]
+        for level, level_width in enumerate(self.widths):
+            for _ in range(self.num_res_blocks):
+                stages.append(Stage(self.stage(width, level_width, 2**level)))
+                skips.append(width := level_width)
+            if level < len(self.widths) - 1:
+                stages.append(Stage([self.resample(width, "down")]))
+                skips.append(width)
+        return stages, skips
+
+    def decoder(self, skips: Sequence[int]) -> tuple[nn.ModuleList, list[FeatureInfo]]:
+        """The decoder's stages and what they give, where the encoder hands it maps of these widths."""
+        skips, width = list(skips), self.widths[-1]
+        stages, info = nn.ModuleList(), []
+        for level, level_width in reversed(list(enumerate(self.widths))):
+            for i in range(self.num_res_blocks + 1):
+                stage = self.stage(width + skips.pop(), level_width, 2**level)
+                width = level_width
+                rises = level > 0 and i == self.num_res_blocks
+                info.append(FeatureInfo(f"block {len(stages)}", width, 2 ** (level - rises)))
+                stages.append(Stage([*stage, self.resample(width, "up")] if rises else stage))
+        return stages, info
+
+    def middle(self, width: int) -> Stage:
+        return Stage([self.residual(width, width), self.attend(width), self.residual(width, width)])
+
+    def stage(self, width_in: int, width: int, factor: int) -> list[nn.Module]:
+        attends = [self.attend(width)] if factor in self.attention else []
+        return [self.residual(width_in, width), *attends]
+
+    def residual(self, width_in: int, width: int, resample: Direction | None = None) -> ResBlock:
         return ResBlock(width_in, width, self.embedding, self.dropout, self.scale_shift, resample)
+
+    def resample(self, width: int, direction: Direction) -> nn.Module:
+        if self.resampling == "block":
+            return self.residual(width, width, direction)
+        return Resample(width, direction, learned=self.resampling == "conv")
+
+    def attend(self, width: int) -> Attention:
+        return Attention(width, self.heads_of(width))
 
     def heads_of(self, width: int) -> int:
         per_head = self.num_head_channels if self.num_heads is None else self.num_heads
@@ -133,58 +183,11 @@ class Layers:
             raise ValueError(f"A level {width} channels wide cannot be split evenly by {name} = {per_head}.")
         return width // per_head if self.num_heads is None else per_head
 
-    def attend(self, width: int) -> Attention:
-        return Attention(width, self.heads_of(width))
 
-    def stage(self, width_in: int, width: int, factor: int) -> list[nn.Module]:
-        attends = [self.attend(width)] if factor in self.attention else []
-        return [self.residual(width_in, width), *attends]
-
-    def middle(self, width: int) -> Stage:
-        return Stage([self.residual(width, width), self.attend(width), self.residual(width, width)])
-
-    def down(self, width: int) -> nn.Module:
-        if self.resampling == "block":
-            return self.residual(width, width, "down")
-        return Downsample(width, learned=self.resampling == "conv")
-
-    def up(self, width: int) -> nn.Module:
-        if self.resampling == "block":
-            return self.residual(width, width, "up")
-        return Upsample(width, learned=self.resampling == "conv")
-
-
-def _encoder(layers: Layers, widths: list[int], num_res_blocks: int) -> tuple[nn.ModuleList, list[int]]:
-    """The encoder's stages, and the widths that the stem and they hand to the decoder."""
-    width = widths[0]
-    stages, skips = nn.ModuleList(), [width]
-    for level, level_width in enumerate(widths):
-        for _ in range(num_res_blocks):
-            stages.append(Stage(layers.stage(width, level_width, 2**level)))
-            skips.append(width := level_width)
-        if level < len(widths) - 1:
-            stages.append(Stage([layers.down(width)]))
-            skips.append(width)
-    return stages, skips
-
-
-def level_widths(channels: int, channel_mult: Sequence[float], attention: Sequence[int]) -> list[int]:
-    """The width of each level.
-
-    Raises:
-        ValueError: if there is none, one is not a multiple of the norms' groups, or no level has a factor in
-            ``attention``.
-    """
-    widths = [round(channels * multiplier) for multiplier in channel_mult]
-    if not widths or any(width % NORM_GROUPS or width < 1 for width in widths):
-        raise ValueError(
-            f"There must be a level, and every level's width a multiple of {NORM_GROUPS}; channels x channel_mult are"
-            f" {widths}."
-        )
-    factors = [2**level for level in range(len(widths))]
-    if not set(attention) <= set(factors):
-        raise ValueError(f"The levels' downsampling factors are {factors}; `attention` names {list(attention)}.")
-    return widths
+def both_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a square's side, or of the two as they are."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def require_positive(numbers: Mapping[str, int | None]) -> None:
@@ -192,7 +195,3 @@ def require_positive(numbers: Mapping[str, int | None]) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} must be above 0, not {number}")
-
-
-def _round(side: int, multiple: int, up: int) -> int:
-    return (side // multiple + (up if side % multiple else 0)) * multiple

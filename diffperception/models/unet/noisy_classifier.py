@@ -1,5 +1,6 @@
 """The classifier of noisy images that guides a diffusion model (Diffusion Models Beat GANs, arXiv 2105.05233)."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
@@ -12,7 +13,7 @@ from diffperception.diffusion import ScheduleName, named_schedule
 from diffperception.models.convert import adm
 from diffperception.models.ops.normalization import group_norm
 from diffperception.models.unet.blocks import NORM_GROUPS, zeroed
-from diffperception.models.unet.encoder import Encoder, Layers, Resampling, level_widths
+from diffperception.models.unet.encoder import Encoder, Layers, Resampling, both_sides
 
 Pooling = Literal["attention", "adaptive"]
 
@@ -53,21 +54,21 @@ class NoisyClassifier(Encoder):
         pool: Pooling = "attention",
         checkpointing: bool = False,
     ) -> None:
-        layers = Layers(4 * channels, attention, num_heads, num_head_channels, dropout, scale_shift, resampling)
-        widths = level_widths(channels, channel_mult, attention)
-        super().__init__(in_channels, channels, layers, widths, num_res_blocks, checkpointing)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        sizes = (in_channels, channels, channel_mult, num_res_blocks)
+        layers = Layers(*sizes, attention, num_heads, num_head_channels, dropout, scale_shift, resampling)
+        super().__init__(layers, checkpointing)
+        self.image_size = both_sides(image_size)
         self.classes = list(classes)
         self.schedule = named_schedule(schedule, num_timesteps)
-        self.image_size = (height, width)
-        self.check_size(height, width)
-        self.out_norm = nn.GroupNorm(NORM_GROUPS, widths[-1])
+        self.check_size(*self.image_size)
+        width = layers.widths[-1]
+        self.out_norm = nn.GroupNorm(NORM_GROUPS, width)
         self.pool: nn.Module
         if pool == "attention":
-            positions = (height // self.stride) * (width // self.stride)
-            self.pool = AttentionPool(positions, widths[-1], layers.heads_of(widths[-1]), len(self.classes))
+            positions = math.prod(side // self.stride for side in self.image_size)
+            self.pool = AttentionPool(positions, width, layers.heads_of(width), len(self.classes))
         else:
-            self.pool = AveragePool(widths[-1], len(self.classes))
+            self.pool = AveragePool(width, len(self.classes))
 
     @classmethod
     def from_reference(

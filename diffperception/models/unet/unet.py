@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from diffperception.models.condition import Condition
 from diffperception.models.convert import adm
-from diffperception.models.feature_info import FeatureInfo
 from diffperception.models.ops.normalization import group_norm
-from diffperception.models.unet.blocks import NORM_GROUPS, Stage, zeroed
-from diffperception.models.unet.encoder import Encoder, Layers, Resampling, level_widths, require_positive
+from diffperception.models.unet.blocks import NORM_GROUPS, zeroed
+from diffperception.models.unet.encoder import Encoder, Layers, Resampling, require_positive
 
 
 class UNet(Encoder):
@@ -57,14 +56,14 @@ class UNet(Encoder):
         resampling: Resampling = "block",
         checkpointing: bool = False,
     ) -> None:
-        layers = Layers(4 * channels, attention, num_heads, num_head_channels, dropout, scale_shift, resampling)
-        widths = level_widths(channels, channel_mult, attention)
-        super().__init__(in_channels, channels, layers, widths, num_res_blocks, checkpointing)
+        sizes = (in_channels, channels, channel_mult, num_res_blocks)
+        layers = Layers(*sizes, attention, num_heads, num_head_channels, dropout, scale_shift, resampling)
+        super().__init__(layers, checkpointing)
         require_positive({"out_channels": out_channels})
-        self.decoder, self.block_info = _decoder(layers, list(self.skip_widths), widths, num_res_blocks)
+        self.decoder, self.block_info = layers.decoder(self.skip_widths)
         self.out_channels = out_channels or in_channels
-        self.out_norm = nn.GroupNorm(NORM_GROUPS, widths[0])
-        self.out_conv = zeroed(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
+        self.out_norm = nn.GroupNorm(NORM_GROUPS, layers.widths[0])
+        self.out_conv = zeroed(nn.Conv2d(layers.widths[0], self.out_channels, 3, padding=1))
 
     @classmethod
     def from_reference(
@@ -151,19 +150,3 @@ class UNet(Encoder):
 def _require_readable(condition: Condition) -> None:
     if not (condition.tokens is None and condition.maps is None):
         raise ValueError("This UNet is told a condition's vector alone: it has no layers for tokens or maps.")
-
-
-def _decoder(
-    layers: Layers, skips: list[int], widths: list[int], num_res_blocks: int
-) -> tuple[nn.ModuleList, list[FeatureInfo]]:
-    """The decoder's stages and what they give."""
-    width = widths[-1]
-    stages, info = nn.ModuleList(), []
-    for level, level_width in reversed(list(enumerate(widths))):
-        for i in range(num_res_blocks + 1):
-            stage = layers.stage(width + skips.pop(), level_width, 2**level)
-            width = level_width
-            rises = level > 0 and i == num_res_blocks
-            info.append(FeatureInfo(f"block {len(stages)}", width, 2 ** (level - rises)))
-            stages.append(Stage([*stage, layers.up(width)] if rises else stage))
-    return stages, info

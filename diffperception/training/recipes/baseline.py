@@ -18,8 +18,8 @@ from diffperception.diffusion.noise import derive_seed
 from diffperception.echo import echo
 from diffperception.files import write_json
 from diffperception.models import UNet
+from diffperception.models.generator import load_generator
 from diffperception.models.ops.transfer import to_device
-from diffperception.models.reader import load_generator
 from diffperception.segmentation import MeanIoU
 from diffperception.segmentation.baseline import masked_cross_entropy, predict_labels, random_crop, segmentation_unet
 from diffperception.segmentation.inference import iou_table
