@@ -6,17 +6,3 @@ from diffperception.detection.fcos import FCOS
 from diffperception.detection.heads.boxes import DynamicHead, Head, HeadOutput
 from diffperception.detection.matcher import SetWeights
 from diffperception.detection.sampler import BoxSampler
-
-__all__ = [
-    "FCOS",
-    "BoxSampler",
-    "Criterion",
-    "Detector",
-    "DiffusionDet",
-    "DynamicHead",
-    "Head",
-    "HeadOutput",
-    "SetCriterion",
-    "SetWeights",
-    "Term",
-]

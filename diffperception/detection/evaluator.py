@@ -3,6 +3,7 @@
 Numbers are faster-coco-eval's, which agree with those of pycocotools and of the lvis package.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -104,19 +105,10 @@ class CocoEvaluator:
         if self.max_dets < 1:
             raise ValueError(f"max_dets is {max_dets}: at least 1 detection per image must count")
         self.truth = GroundTruth(annotations, image_ids, with_masks="segm" in self.iou_types)
+        self.classes, self.category_ids = self.truth.classes, self.truth.category_ids  # of the labels 0..K-1
         if protocol == "lvis":
             _require_lvis_file(self.truth)
         self.reset()
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the labels 0..K-1."""
-        return self.truth.classes
-
-    @property
-    def category_ids(self) -> list[int]:
-        """Category ids of the labels 0..K-1."""
-        return self.truth.category_ids
 
     def reset(self) -> None:
         """Forget the predictions; the annotations stay."""
@@ -168,71 +160,64 @@ class CocoEvaluator:
         usable = _usable(self.truth, detections)
         rows = _rows(detections.where(usable), self.category_ids)
         measured = [self._measure(rows, iou_type) for iou_type in self.iou_types]
-        found = measured[0].ap >= NEARLY_ZERO
+        _, precision, overlap = measured[0]
+        found = mean_defined(precision) >= NEARLY_ZERO
         return CocoResult(
-            metrics={name: value for part in measured for name, value in part.metrics.items()},
-            per_class={name: mean_defined(measured[0].precision[:, :, k]) for k, name in enumerate(self.classes)},
+            metrics={name: value for metrics, _, _ in measured for name, value in metrics.items()},
+            per_class={name: mean_defined(precision[:, :, k]) for k, name in enumerate(self.classes)},
             objects=self.truth.objects,
             detections=rows,
             notes=_notes(self.truth, usable),
-            explanation=None if found else _explain(self.truth, detections, seen, measured[0].overlap),
+            explanation=None if found else _explain(self.truth, detections, seen, overlap),
         )
 
-    def _measure(self, rows: list[dict[str, Any]], iou_type: IouType) -> "Measurement":
-        """Metrics of rows of a COCO results file, by the rules of the protocol."""
+    def _measure(self, rows: list[dict[str, Any]], iou_type: IouType) -> tuple[dict[str, float], np.ndarray, float]:
+        """What the protocol measures of boxes, or of masks, of rows of a COCO results file.
+
+        Returns: metrics; precision (T, R, K) at T thresholds of IoU and R of recall, -1 where a class has no object;
+        and the best IoU of a prediction with an object of its class.
+        """
         limits = sorted({1, 10, self.max_dets})
         if self.protocol == "lvis":
-            rows, limits = best_of_each_image(rows, self.max_dets), [self.max_dets]
-        ids = self.truth.category_ids
-        parts = [
-            _run(self.truth, rows, iou_type, limits, ids[first : first + CLASSES_AT_A_TIME], self.protocol == "lvis")
-            for first in range(0, len(ids), CLASSES_AT_A_TIME)
-        ]
-        # (T, R, K, A, M) and (T, K, A, M); -1 where there is no object
+            rows, limits = self.truth.judged(best_of_each_image(rows, self.max_dets)), [self.max_dets]
+        chunks = range(0, len(self.category_ids), CLASSES_AT_A_TIME)
+        parts = [self._run(rows, iou_type, limits, self.category_ids[k : k + CLASSES_AT_A_TIME]) for k in chunks]
+        # (T, R, K, A, M) and (T, K, A, M) for A ranges of area and M limits
         precision = np.concatenate([part.eval["precision"] for part in parts], axis=2)
         recall = np.concatenate([part.eval["recall"] for part in parts], axis=1)
         best = precision[..., limits.index(self.max_dets)]
-        metrics = precision_metrics(best)
+        cuts = {"AP": best[..., 0], "AP50": best[0, ..., 0], "AP75": best[5, ..., 0]}
+        cuts |= {name: best[..., area] for area, name in enumerate(("APs", "APm", "APl"), 1)}
         if self.protocol == "lvis":
-            metrics |= {f"AP{name}": mean_defined(best[:, :, self.truth.group == name, 0]) for name in FREQUENCIES}
-        metrics |= {f"AR{limit}": mean_defined(recall[:, :, 0, m]) for m, limit in enumerate(limits)}
-        named = {PREFIX[iou_type] + name: value for name, value in metrics.items()}
-        return Measurement(named, metrics["AP"], best[..., 0], max(best_overlap(part.ious) for part in parts))
+            cuts |= {f"AP{name}": best[:, :, self.truth.group == name, 0] for name in FREQUENCIES}
+        cuts |= {f"AR{limit}": recall[:, :, 0, m] for m, limit in enumerate(limits)}
+        ious = (iou.max() for part in parts for iou in part.ious.values() if np.size(iou))
+        metrics = {PREFIX[iou_type] + name: mean_defined(values) for name, values in cuts.items()}
+        return metrics, best[..., 0], float(max(ious, default=0.0))
 
-
-class Measurement(NamedTuple):
-    """What a protocol measures of boxes, or of masks."""
-
-    metrics: dict[str, float]
-    ap: float
-    precision: np.ndarray  # (T, R, K) at T thresholds of IoU and R of recall; -1 where a class has no object
-    overlap: float  # the best IoU of a prediction with an object of its class
-
-
-def best_overlap(ious: dict[tuple[int, int], Any]) -> float:
-    """The largest of the IoUs of each image and class."""
-    return max((float(iou.max()) for iou in ious.values() if np.size(iou)), default=0.0)
+    def _run(self, rows: list[dict[str, Any]], iou_type: IouType, limits: list[int], ids: list[int]) -> COCOeval_faster:
+        """The evaluation of some classes."""
+        chosen, file = set(ids), {"images": self.truth.images, "categories": self.truth.categories}
+        objects = [o for o in self.truth.annotations if o["category_id"] in chosen]
+        found = [
+            row | {"id": number, "area": _area(row, iou_type), "iscrowd": 0}
+            for number, row in enumerate(rows, 1)  # the evaluation takes a match with id 0 for no match
+            if row["category_id"] in chosen
+        ]
+        sides = (COCO(file | {"annotations": annotations}) for annotations in (objects, found))
+        evaluation = COCOeval_faster(*sides, iou_type, lvis_style=self.protocol == "lvis")
+        evaluation.params.maxDets = limits
+        evaluation.params.catIds = ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        return evaluation
 
 
 def best_of_each_image(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """At most so many rows of an image, those with the best scores."""
-    taken: Counter[int] = Counter()
-    kept = []
-    for row in sorted(rows, key=lambda row: row["score"], reverse=True):
-        taken[row["image_id"]] += 1
-        if taken[row["image_id"]] <= limit:
-            kept.append(row)
-    return kept
-
-
-def precision_metrics(precision: np.ndarray) -> dict[str, float]:
-    """AP of all, at IoU 0.50 and 0.75, and of small, medium and large objects, from (T, R, K, A) precision."""
-    metrics = {
-        "AP": mean_defined(precision[..., 0]),
-        "AP50": mean_defined(precision[0, ..., 0]),
-        "AP75": mean_defined(precision[5, ..., 0]),
-    }
-    return metrics | {name: mean_defined(precision[..., area]) for name, area in (("APs", 1), ("APm", 2), ("APl", 3))}
+    ordered = sorted(rows, key=lambda row: (row["image_id"], -row["score"]))
+    images = itertools.groupby(ordered, key=lambda row: row["image_id"])
+    return [row for _, of_image in images for row in itertools.islice(of_image, limit)]
 
 
 def mean_defined(values: np.ndarray) -> float:
@@ -275,46 +260,25 @@ class GroundTruth:
         self.image_ids = set(known) if image_ids is None else known.keys() & set(image_ids)
         self.images = [known[i] for i in self.image_ids]
         found = [a for a in content["annotations"] if a["image_id"] in self.image_ids]
-        self.annotations = [_object(i, a) for i, a in enumerate(found, 1) if _has_area(a)]
+        with_area = [a for a in found if len(a.get("bbox") or []) == 4 and all(side > 0 for side in a["bbox"][2:])]
         if with_masks:
-            outlines = (outline_of(a, self.name) for a in found if _has_area(a))
-            self.annotations = [o | {"segmentation": s} for o, s in zip(self.annotations, outlines, strict=True)]
-        frequency = {category["id"]: category.get("frequency") for category in self.categories}
-        self.group = np.array([frequency[number] for number in self.category_ids])
+            with_area = [a | {"segmentation": outline_of(a, self.name)} for a in with_area]
+        self.annotations = [
+            {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0} | a | {"id": i} for i, a in enumerate(with_area, 1)
+        ]
+        ordered = sorted(self.categories, key=lambda category: category["id"])
+        self.group = np.array([category.get("frequency") for category in ordered])
         self.without_area = len(found) - len(self.annotations)
         counts = Counter(o["category_id"] for o in self.annotations if not o["iscrowd"])
         self.objects = {name: counts[c] for c, name in zip(self.category_ids, self.classes, strict=True)}
         self.count = sum(self.objects.values())
         self.extent = max((sum(o["bbox"][i::2]) for o in self.annotations for i in (0, 1)), default=0.0)
 
-    def content(self, annotations: list[dict[str, Any]]) -> dict[str, Any]:
-        """A COCO file's content with these annotations, objects or detections, of the images."""
-        return {"images": self.images, "categories": self.categories, "annotations": annotations}
-
-
-def _has_area(annotation: dict[str, Any]) -> bool:
-    box = annotation.get("bbox") or []
-    return len(box) == 4 and box[2] > 0 and box[3] > 0
-
-
-def _object(number: int, annotation: dict[str, Any]) -> dict[str, Any]:
-    box = annotation["bbox"]
-    return {
-        "id": number,
-        "image_id": annotation["image_id"],
-        "category_id": annotation["category_id"],
-        "bbox": box,
-        "area": annotation.get("area", box[2] * box[3]),
-        "iscrowd": annotation.get("iscrowd", 0),
-    }
-
-
-def _found(rows: list[dict[str, Any]], iou_type: IouType) -> list[dict[str, Any]]:
-    """Rows of a results file with what an annotation has beside: id, area, iscrowd."""
-    return [
-        row | {"id": number, "area": _area(row, iou_type), "iscrowd": 0}
-        for number, row in enumerate(rows, 1)  # the evaluation takes a match with id 0 for no match
-    ]
+    def judged(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of a class that LVIS knows to be in their image or not to be there."""
+        known = {(o["image_id"], o["category_id"]) for o in self.annotations}
+        known |= {(image["id"], category) for image in self.images for category in image["neg_category_ids"]}
+        return [row for row in rows if (row["image_id"], row["category_id"]) in known]
 
 
 def _area(row: dict[str, Any], iou_type: IouType) -> float:
@@ -330,14 +294,8 @@ def _stack(ids: Sequence[int], predictions: Sequence[dict[str, Any]]) -> _Detect
         labels=column("labels", torch.zeros(0, dtype=torch.int64)),
         boxes=column("boxes", torch.zeros(0, 4, dtype=torch.float64)),
         scores=column("scores", torch.zeros(0, dtype=torch.float64)),
-        masks=_objects([mask for p in predictions for mask in p.get("masks", [None] * len(p["scores"]))]),
+        masks=np.fromiter((m for p in predictions for m in p.get("masks", [None] * len(p["scores"]))), object),
     )
-
-
-def _objects(values: Sequence[Any]) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
 
 
 def _read_results(path: Path, with_masks: bool) -> list[dict[str, Any]]:
@@ -363,7 +321,7 @@ def _from_rows(rows: list[dict[str, Any]], category_ids: Sequence[int]) -> _Dete
         labels=np.array([label.get(row["category_id"], -1) for row in rows], dtype=np.int64),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
         scores=np.array([row["score"] for row in rows], dtype=np.float64),
-        masks=_objects([row.get("segmentation") for row in rows]),
+        masks=np.fromiter((row.get("segmentation") for row in rows), object),
     )
 
 
@@ -388,20 +346,6 @@ def _rows(detections: _Detections, category_ids: Sequence[int]) -> list[dict[str
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     masked = zip(rows, detections.masks, strict=True)
     return [row if mask is None else row | {"segmentation": mask} for row, mask in masked]
-
-
-def _run(
-    truth: GroundTruth, rows: list[dict[str, Any]], iou_type: IouType, limits: list[int], ids: list[int], lvis: bool
-) -> COCOeval_faster:
-    chosen = set(ids)
-    objects = [o for o in truth.annotations if o["category_id"] in chosen]
-    found = [row for row in _found(rows, iou_type) if row["category_id"] in chosen]
-    evaluation = COCOeval_faster(COCO(truth.content(objects)), COCO(truth.content(found)), iou_type, lvis_style=lvis)
-    evaluation.params.maxDets = limits
-    evaluation.params.catIds = ids
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation
 
 
 def _require_lvis_file(truth: GroundTruth) -> None:

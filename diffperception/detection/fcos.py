@@ -59,11 +59,7 @@ class FCOS(Detector):
             detections_per_img=max_detections,
         )
         self.model.transform = _NormaliseAndPad(
-            min_size=1,
-            max_size=1,
-            image_mean=list(body.mean),
-            image_std=list(body.std),
-            size_divisible=body.multiple,
+            min_size=1, max_size=1, image_mean=list(body.mean), image_std=list(body.std), size_divisible=body.multiple
         )
 
     def loss(

@@ -87,15 +87,17 @@ def detect_folder(
     if first_process():
         folder.clear()
     barrier()
-    found: list[_Found] = []
+    found: list[str | tuple[dict[str, Any], list[dict[str, Any]]]] = []  # what is wrong, or an image and its rows
     drawn = 0
-    for sample, detections in _detect(detector, share(paths), sampler, seed, batch_size, workers, precision):
-        name = sample.path.relative_to(root)
+    batches = load_images(share(paths), batch_size, workers)
+    for sample, detections in _detect(detector, batches, sampler, seed, precision):
         if sample.image is None:
-            found.append(_Found(name.as_posix(), problem=sample.problem))
+            found.append(sample.problem)
             continue
+        name = sample.path.relative_to(root)
+        height, width = sample.image.shape[-2:]
         rows = results_rows([0], [detections], range(1, len(detector.classes) + 1))
-        found.append(_Found(name.as_posix(), tuple(sample.image.shape[-2:]), rows))
+        found.append(({"file_name": name.as_posix(), "width": width, "height": height}, rows))
         if drawn < len(share(range(num_pictures))):
             picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
             save_png(picture, folder.file(Path("pictures") / names[name]))
@@ -103,8 +105,14 @@ def detect_folder(
             picture = draw_trajectory(detector, sample.image, name_seed(seed, name.name), sampler, score_threshold)
             save_png(picture, folder.file(Path("trajectories") / names[name]))
         drawn += 1
-    result = _together(gather(found))
-    if not result.images:
+    found = gather(found)
+    whole = [image for image in found if not isinstance(image, str)]
+    result = FolderResult(
+        images=[{"id": number, **image} for number, (image, _) in enumerate(whole, 1)],
+        detections=[row | {"image_id": number} for number, (_, rows) in enumerate(whole, 1) for row in rows],
+        broken=[problem for problem in found if isinstance(problem, str)],
+    )
+    if not whole:
         raise ValueError(f"no image can be read: {result.broken[0]}")
     if first_process():
         categories = [{"id": k, "name": name} for k, name in enumerate(detector.classes, 1)]
@@ -114,39 +122,12 @@ def detect_folder(
     return result
 
 
-@dataclass
-class _Found:
-    """What one image gave: its size and rows of a results file, or what is wrong with it."""
-
-    name: str
-    size: tuple[int, ...] = ()
-    rows: Sequence[dict[str, Any]] = ()
-    problem: str = ""
-
-
-def _together(found: Sequence[_Found]) -> FolderResult:
-    """All images in order, numbered from 1 on without those that are broken."""
-    whole = [image for image in found if not image.problem]
-    images = [
-        {"id": number, "file_name": image.name, "width": image.size[1], "height": image.size[0]}
-        for number, image in enumerate(whole, 1)
-    ]
-    rows = [row | {"image_id": number} for number, image in enumerate(whole, 1) for row in image.rows]
-    return FolderResult(images, rows, [image.problem for image in found if image.problem])
-
-
 def _detect(
-    detector: Detector,
-    paths: Sequence[Path],
-    sampler: BoxSampler | None,
-    seed: int,
-    batch_size: int,
-    workers: int,
-    precision: Precision,
+    detector: Detector, batches: DataLoader[ImageSample], sampler: BoxSampler | None, seed: int, precision: Precision
 ) -> Iterator[tuple[ImageSample, dict[str, Tensor]]]:
     """Each image with its detections, on the CPU, as they are made; broken images have none. Shows the time left."""
-    with tqdm(total=len(paths), desc="predict", unit="image", disable=hide_bar()) as bar:
-        for batch in load_images(paths, batch_size, workers):
+    with tqdm(total=len(batches.dataset), desc="predict", unit="image", disable=hide_bar()) as bar:  # type: ignore[arg-type]
+        for batch in batches:
             images = [sample.image for sample in batch if sample.image is not None]
             seeds = [name_seed(seed, sample.path.name) for sample in batch if sample.image is not None]
             with autocast(detector.device, precision):
@@ -193,9 +174,8 @@ def evaluate_detector(
     ids = [dataset.image_ids[i] for i in chosen]
     evaluator = CocoEvaluator(dataset.annotations, iou_types(dataset.masks), max_dets, ids, protocol)
     detector.eval()
-    for batch, targets in tqdm(
-        share_of_batches(dataset, chosen, batch_size, workers), desc="evaluate", leave=False, disable=hide_bar()
-    ):
+    batches = share_of_batches(dataset, chosen, batch_size, workers)
+    for batch, targets in tqdm(batches, desc="evaluate", leave=False, disable=hide_bar()):
         ids = [target["image_id"] for target in targets]
         with torch.no_grad(), autocast(detector.device, precision):
             found = detector.predict(batch, [sample_seed(seed, image_id) for image_id in ids], sampler)
@@ -273,11 +253,7 @@ def draw_predictions(
 
 
 def draw_trajectory(
-    detector: DiffusionDet,
-    image: Tensor,
-    seed: int,
-    sampler: BoxSampler | None = None,
-    threshold: float = THRESHOLD,
+    detector: DiffusionDet, image: Tensor, seed: int, sampler: BoxSampler | None = None, threshold: float = THRESHOLD
 ) -> Image.Image:
     """Noise turning into the boxes of one image.
 

@@ -65,6 +65,19 @@ def test_only_classes_that_were_looked_for_are_judged(tmp_path):
     assert absent.metrics["AP"] == pytest.approx(0.75)
 
 
+def test_masks_are_judged_in_images_without_objects(tmp_path):
+    path = small_file(tmp_path)
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = [[0, 0, 10, 0, 10, 10, 0, 10]]
+    path.write_text(json.dumps(content))
+    mask = torch.zeros(1, 99, 99)
+    mask[:, :10, :10] = 1
+    right, elsewhere = (boxes((0, 0, 10, 10), label=label) | {"masks": mask} for label in (0, 2))
+    result = score(path, [0, 2], [right, elsewhere], iou_types=("segm",))
+    assert [result.metrics[name] for name in ("mask_APr", "mask_APc")] == [1.0, 0.0]
+
+
 def test_the_best_of_all_classes_in_an_image_count(tmp_path):
     path = small_file(tmp_path, negative={0: [2]})
     image = {
