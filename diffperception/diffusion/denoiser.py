@@ -11,15 +11,10 @@ from diffperception.diffusion.schedule import Schedule
 
 
 class DenoiserOutput(NamedTuple):
-    """What a denoiser makes of a noisy sample.
+    """What a denoiser makes of a noisy sample."""
 
-    Attributes:
-        x0: (B, ...) expected signal.
-        variance_range: (B, ...) learned place of the log variance between its bounds, -1..1, or None.
-    """
-
-    x0: Tensor
-    variance_range: Tensor | None = None
+    x0: Tensor  # (B, ...) expected signal
+    variance_range: Tensor | None = None  # (B, ...) learned place of the log variance between its bounds, -1..1
 
 
 Network = Callable[[Tensor, Tensor], Tensor]

@@ -40,16 +40,15 @@ class Objective:
             self.schedule.require_discrete("A learned range")
 
     def __call__(self, network: Network, x0: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Terms whose sum is the loss of each sample.
+        """Terms whose sum is the loss of each sample: ``mse`` (B,) and, with a learned range, ``vlb`` (B,).
+
+        The latter is the bound in bits a dimension times T / 1000.
 
         Args:
             network: (x_t (B, C, ...), time (B,)) -> (B, C, ...), or (B, 2C, ...) with a learned range.
             x0: (B, C, ...) signal, -1..1.
             t: (B,) times.
             noise: standard normal, of x0's shape.
-
-        Returns:
-            ``mse`` (B,) and, with a learned range, ``vlb`` (B,), the bound in bits a dimension times T / 1000.
         """
         x_t = add_noise(self.schedule, x0, t, noise)
         output = network(x_t, self.schedule.conditioning(t))

@@ -37,16 +37,11 @@ def posterior_log_variance(schedule: Schedule, t: Time, s: Time) -> Tensor:
 
 
 def learned_log_variance(schedule: Schedule, variance_range: Tensor, t: Time, s: Time) -> Tensor:
-    """Log variance between the posterior's (-1) and that of the noise added from ``s`` to ``t`` (1).
-
-    Improved DDPM, arXiv 2102.09672, eq. 15.
+    """Log variance (B, ...) between the posterior's (-1) and that of the noise added from ``s`` to ``t`` (1).
 
     Args:
-        variance_range: (B, ...) what the network learned, -1..1.
+        variance_range: (B, ...) what the network learned, -1..1 (Improved DDPM, arXiv 2102.09672, eq. 15).
         t, s: times, () or (B,), ``s`` the cleaner.
-
-    Returns:
-        (B, ...) log variance.
     """
     lowest = posterior_log_variance(schedule, t, s)
     highest = _added_variance(schedule, t, s).log()

@@ -30,7 +30,7 @@ def target(kind: Prediction, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tens
         alpha: () or (B,) factor of the signal.
         sigma: () or (B,) standard deviation of the noise.
     """
-    a, b = _mixture(kind, alpha, sigma)
+    a, b, _ = _mixture(kind, alpha, sigma)
     return broadcast_mul(a, x0) + broadcast_mul(b, eps)
 
 
@@ -38,8 +38,7 @@ def to_x0(kind: Prediction, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigm
     """The signal that a prediction implies; shapes as in :func:`target`. Infinite for ``eps`` where alpha is 0."""
     if kind == "x0":
         return prediction
-    a, b = _mixture(kind, alpha, sigma)
-    determinant = alpha * b - sigma * a
+    _, b, determinant = _mixture(kind, alpha, sigma)
     return broadcast_mul(b / determinant, x_t) - broadcast_mul(sigma / determinant, prediction)
 
 
@@ -47,8 +46,7 @@ def to_eps(kind: Prediction, prediction: Tensor, x_t: Tensor, alpha: Tensor, sig
     """The noise that a prediction implies; shapes as in :func:`target`. Infinite for ``x0`` where sigma is 0."""
     if kind == "eps":
         return prediction
-    a, b = _mixture(kind, alpha, sigma)
-    determinant = alpha * b - sigma * a
+    a, _, determinant = _mixture(kind, alpha, sigma)
     return broadcast_mul(alpha / determinant, prediction) - broadcast_mul(a / determinant, x_t)
 
 
@@ -56,8 +54,7 @@ def x0_gain(kind: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
     """How much the implied x0 moves with the prediction: d x0 / d prediction, of alpha's shape."""
     if kind == "x0":
         return torch.ones_like(alpha)
-    a, b = _mixture(kind, alpha, sigma)
-    return -sigma / (alpha * b - sigma * a)
+    return -sigma / _mixture(kind, alpha, sigma)[2]
 
 
 def broadcast_mul(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -67,9 +64,11 @@ def broadcast_mul(coefficient: Tensor, x: Tensor) -> Tensor:
     return aligned.to(dtype) * x.to(dtype)
 
 
-def _mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a and b of the table, and the determinant of the two equations."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     mixtures = {"x0": (one, zero), "eps": (zero, one), "v": (-sigma, alpha), "flow": (-one, one)}
     if kind not in mixtures:
         raise ValueError(f"A denoiser predicts one of {', '.join(mixtures)}, not {kind!r}.")
-    return mixtures[kind]
+    a, b = mixtures[kind]
+    return a, b, alpha * b - sigma * a

@@ -43,13 +43,10 @@ class Schedule(ABC):
         """Times from the noisiest to the clean end; consecutive pairs are the steps of a sampler.
 
         Args:
-            steps: how many.
+            steps: how many; ValueError for fewer than one, or more than there are.
             spacing: which times of a path of discrete steps, see :func:`timestep_grid`.
 
         Returns: (steps + 1,) descending, on the CPU.
-
-        Raises:
-            ValueError: for fewer steps than one, or more than there are.
         """
 
     @abstractmethod
@@ -69,11 +66,7 @@ class Schedule(ABC):
         return self.grid(steps)
 
     def levels(self, timesteps: Sequence[float]) -> list[tuple[float, float, float]]:
-        """Signal, noise and the time as a network is told it, at each of the times that a user names.
-
-        Raises:
-            ValueError: if the path lacks one of them; it says which there are.
-        """
+        """Signal, noise and the time as a network is told it, at times that a user names; ValueError if one is none."""
         outside = [t for t in timesteps if not self.has_time(t)]
         if outside:
             raise ValueError(f"the timesteps {outside} lie outside of this path: {self.times_in_words()}")
@@ -100,10 +93,7 @@ class DiscreteSchedule(Schedule):
     """A variance-preserving path on integers 0..T-1 (DDPM, arXiv 2006.11239); ``t = -1`` is the clean end.
 
     Args:
-        betas: (T,) variance added at each step, in (0, 1).
-
-    Raises:
-        ValueError: if a beta lies outside (0, 1).
+        betas: (T,) variance added at each step; ValueError if one lies outside (0, 1).
     """
 
     num_timesteps: int
@@ -141,13 +131,9 @@ class DiscreteSchedule(Schedule):
 
         Args:
             levels: (steps + 1,) descending, the last one 0. Where they are closer than the schedule's own, the times
-                that come next are taken, so that there are always as many.
+                that come next are taken, so that there are always as many; ValueError if they are more than the times.
 
-        Returns:
-            (steps + 1,) int64, descending, on the CPU.
-
-        Raises:
-            ValueError: if there are more levels than times.
+        Returns: (steps + 1,) int64, descending, on the CPU.
         """
         steps = len(levels) - 1
         if steps > self.num_timesteps:
@@ -242,8 +228,7 @@ def timestep_grid(num_timesteps: int, steps: int, spacing: Spacing) -> Tensor:
     is the integers of linspace(-1, T-1, steps + 1) (arXiv 2211.09788). guided-diffusion's respacing "25" is 25 steps of
     ``linspace``, its "ddim25" 25 of ``leading``. A single step of ``leading`` or ``linspace`` starts at 0.
 
-    Returns:
-        (steps + 1,) int64, descending, on the CPU.
+    Returns: (steps + 1,) int64, descending, on the CPU.
 
     Raises:
         ValueError: if ``steps`` is not in 1..``num_timesteps`` or the spacing is unknown.
@@ -267,8 +252,7 @@ def timestep_grid(num_timesteps: int, steps: int, spacing: Spacing) -> Tensor:
 def linear_schedule(T: int = 1000) -> DiscreteSchedule:
     """DDPM's schedule, its 1000 steps' bounds 1e-4 and 0.02 scaled to ``T`` steps (arXiv 2102.09672).
 
-    Raises:
-        ValueError: for 20 steps or fewer, whose last would leave nothing of the signal.
+    ValueError for 20 steps or fewer, whose last would leave nothing of the signal.
     """
     if T <= 20:
         raise ValueError(f"A linear schedule takes 21 steps or more, not {T}: raise num_timesteps, or take cosine.")
@@ -277,11 +261,7 @@ def linear_schedule(T: int = 1000) -> DiscreteSchedule:
 
 
 def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DiscreteSchedule:
-    """The schedule of Improved DDPM (arXiv 2102.09672, eq. 17), with every beta at most ``max_beta``.
-
-    Raises:
-        ValueError: for no step.
-    """
+    """The schedule of Improved DDPM (arXiv 2102.09672, eq. 17), with every beta at most ``max_beta``."""
     if T < 1:
         raise ValueError(f"A cosine schedule takes 1 step or more, not {T}: raise num_timesteps.")
     time = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T

@@ -9,13 +9,7 @@ from diffperception.diffusion.schedule import Schedule, Time
 
 
 def add_noise(schedule: Schedule, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
-    """``x_t = alpha(t) x0 + sigma(t) noise``, in x0's dtype.
-
-    Args:
-        x0: (B, ...) signal.
-        t: time, one or one per sample: () or (B,).
-        noise: standard normal, of x0's shape.
-    """
+    """``x_t = alpha(t) x0 + sigma(t) noise`` (B, ...), in x0's dtype, for a time () or times (B,)."""
     return (broadcast_mul(schedule.alpha(t), x0) + broadcast_mul(schedule.sigma(t), noise)).to(x0.dtype)
 
 
@@ -32,13 +26,9 @@ def ddim_step(
         x0: (B, ...) predicted signal.
         t, s: times, one or one per sample: () or (B,).
         eta: fraction of the posterior's standard deviation that is drawn anew, in 0..1.
-        noise: standard normal, of x_t's shape; needed where ``eta`` is above 0.
+        noise: standard normal, of x_t's shape; ValueError if it is missing where ``eta`` is above 0.
 
-    Returns:
-        (B, ...) sample at ``s``, in x_t's dtype.
-
-    Raises:
-        ValueError: if ``eta`` is above 0 and there is no noise.
+    Returns: (B, ...) sample at ``s``, in x_t's dtype.
     """
     alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
     alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)

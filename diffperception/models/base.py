@@ -90,9 +90,15 @@ class Model(nn.Module):
             ValueError: it is not a model file, is cut short, holds another model than this class, or names a class
                 outside of ``allow``.
         """
-        header, state = _read(Path(path))
-        with _without_drawing():
-            model = rebuild(_described(header, path), path, (PACKAGE, *allow))
+        with _opened(Path(path)) as file:
+            header, state = _header(file, path), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            described = {"class": header["class"], "arguments": json.loads(header["arguments"])}
+        except (KeyError, ValueError):
+            raise ValueError(f"{path} does not say which model it holds: export it again") from None
+        # Modules begin with whatever is in memory; torch's global generator stays as it is.
+        with torch.random.fork_rng(devices=[]), _Undrawn():
+            model = rebuild(described, path, (PACKAGE, *allow))
         if not isinstance(model, cls):
             raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         try:
@@ -144,12 +150,7 @@ def class_name(kind: type) -> str:
 
 
 def rebuild(described: Any, path: str | Path, allow: tuple[str, ...]) -> Any:
-    """What :func:`describe` made JSON of.
-
-    Args:
-        described: nested numbers, texts, lists, dictionaries, and `{"class": ..., "arguments": ...}`.
-        path: of the file, for messages.
-        allow: packages whose classes may be named.
+    """What :func:`describe` made JSON of, in the file ``path``; ``allow`` are the packages whose classes may be named.
 
     Raises:
         ValueError: a class lies outside of ``allow``, or is none of a model.
@@ -170,24 +171,19 @@ def rebuild(described: Any, path: str | Path, allow: tuple[str, ...]) -> Any:
 def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
     """The constructor, which first notes its arguments, unless that of a subclass has."""
     signature = inspect.signature(constructor)
+    options = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
 
     @functools.wraps(constructor)
     def recording(self: Model, *args: Any, **kwargs: Any) -> None:
         if "arguments" not in self.__dict__:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            self.__dict__["arguments"] = _by_keyword(bound)
+            given = dict(list(bound.arguments.items())[1:])  # all but the instance
+            further = given.pop(options, {})  # those of `**options`
+            self.__dict__["arguments"] = given | further
         constructor(self, *args, **kwargs)
 
     return recording
-
-
-def _by_keyword(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments but the instance, those of `**kwargs` among them."""
-    given: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:
-        given |= value if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return given
 
 
 class _Undrawn(TorchFunctionMode):
@@ -201,19 +197,6 @@ class _Undrawn(TorchFunctionMode):
         if fills and kwargs.get("generator") is None:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _without_drawing() -> Iterator[None]:
-    """Modules built within start with whatever is in memory; torch's global generator stays as it is."""
-    with torch.random.fork_rng(devices=[]), _Undrawn():
-        yield
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The header and the tensors of a safetensors file that :meth:`Model.save` wrote."""
-    with _opened(path) as file:
-        return _header(file, path), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 @contextmanager
@@ -238,13 +221,6 @@ def _header(file: Any, path: str | Path) -> dict[str, str]:
             " checkpoints"
         )
     return header
-
-
-def _described(header: Mapping[str, str], path: str | Path) -> dict[str, Any]:
-    try:
-        return {"class": header["class"], "arguments": json.loads(header["arguments"])}
-    except (KeyError, ValueError):
-        raise ValueError(f"{path} does not say which model it holds: export it again") from None
 
 
 def _resolve(name: str, path: str | Path, allow: tuple[str, ...]) -> type:

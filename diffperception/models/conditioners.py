@@ -89,11 +89,7 @@ class ClassLabels(Conditioner):
 
 
 def labels_in_turn(classes: Sequence[str], names: Sequence[str] | None, numbers: Sequence[int]) -> Tensor:
-    """The labels (B,) of samples of these numbers where classes of these names, by default all, take turns.
-
-    Raises:
-        ValueError: for a class that is not known.
-    """
+    """The labels (B,) of samples of these numbers where classes of these names, as :meth:`Conditioner.choose` says."""
     unknown = [name for name in names or [] if name not in classes]
     if unknown:
         raise ValueError(f"there is no class {unknown[0]}: the generator knows {', '.join(classes)}")

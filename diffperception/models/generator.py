@@ -187,13 +187,11 @@ class DiffusionModel(Model):
             if said is not None:
                 raise ValueError("This model was trained without classes: leave labels out.")
             return None
-        if said is None:
-            if not self.conditioner.has_absent:
-                raise ValueError(
-                    "This model has not learned images without a label: give labels, or train it with null_class."
-                )
-            said = self.conditioner.absent(1)
-        return self.conditioner(said)
+        if said is None and not self.conditioner.has_absent:
+            raise ValueError(
+                "This model has not learned images without a label: give labels, or train it with null_class."
+            )
+        return self.conditioner(self.conditioner.absent(1) if said is None else said)
 
     def objective(self, min_snr: float | None = None) -> Objective:
         """The training loss."""
@@ -206,28 +204,23 @@ class DiffusionModel(Model):
     def losses(
         self, objective: Objective, x0: Tensor, t: Tensor, noise: Tensor, said: Said | None = None
     ) -> dict[str, Tensor]:
-        """The terms of each sample's loss, (B,).
+        """The terms of each sample's loss, (B,): the arguments are as for :class:`Objective`.
 
         Args:
             objective: from :meth:`objective`.
             x0: (B, C, h, w) signals, as the space encodes images.
-            t: (B,) times.
-            noise: standard normal, of x0's shape.
             said: of each sample.
         """
         condition = self.condition(said)
         return objective(lambda x, time: self(x, time, condition), x0, t, noise)
 
     def denoiser(self, said: Said | None = None, guidance: float = 1.0) -> Denoiser:
-        """What samplers work on.
+        """What samplers work on; ValueError if this is asked of a model that has not learned it.
 
         Args:
             said: what is wanted of B samples, such as labels (B,); None where the model is told nothing, or for
                 nothing in particular.
             guidance: weight of classifier-free guidance; 1 is none.
-
-        Raises:
-            ValueError: if this is asked of a model that has not learned it.
         """
         if guidance == 1.0:
             return self._denoiser(self.condition(said))

@@ -52,8 +52,14 @@ class ActivationReader(Model):
     ) -> None:
         super().__init__()
         model = load_generator(generator)
-        _require_colour(model)
-        _require_blocks(model.block_info, blocks)
+        if model.space.image_channels != 3:
+            raise ValueError(
+                f"this UNet takes images of {model.space.image_channels} channels: features need colour images, of 3"
+            )
+        unknown = [block for block in blocks if block not in range(len(model.block_info))]
+        if unknown or not blocks:
+            choice = strides_in_words(model.block_info)
+            raise ValueError(f"this UNet has no decoder blocks {unknown or list(blocks)}; it has {choice}")
         _require_different("block", [str(block) for block in blocks])
         _require_different("timestep", [f"{t:g}" for t in timesteps])
         if not timesteps:
@@ -110,19 +116,6 @@ def strides_in_words(info: Sequence[FeatureInfo]) -> str:
     """Which blocks there are of each stride, for messages."""
     numbered = groupby(enumerate(info), lambda pair: pair[1].stride)
     return "; ".join(f"stride {stride}: {', '.join(str(i) for i, _ in members)}" for stride, members in numbered)
-
-
-def _require_colour(model: DiffusionModel) -> None:
-    if model.space.image_channels != 3:
-        raise ValueError(
-            f"this UNet takes images of {model.space.image_channels} channels: features need colour images, of 3"
-        )
-
-
-def _require_blocks(info: Sequence[FeatureInfo], blocks: Sequence[int]) -> None:
-    unknown = [block for block in blocks if block not in range(len(info))]
-    if unknown or not blocks:
-        raise ValueError(f"this UNet has no decoder blocks {unknown or list(blocks)}; it has {strides_in_words(info)}")
 
 
 def _require_different(kind: str, names: Sequence[str]) -> None:

@@ -52,7 +52,11 @@ class UNetBackbone(Backbone):
         self.info = [
             FeatureInfo(f"block {b}", i.channels, i.stride) for b, i in zip(ordered, self.reader.info, strict=True)
         ]
-        _require_pyramid(ordered, self.strides, generator)
+        if self.strides != [self.strides[0] * 2**level for level in range(len(ordered))]:
+            raise ValueError(
+                f"blocks {ordered} have strides {self.strides}, but a pyramid needs one per stride, each twice the one"
+                f" before; this UNet has {strides_in_words(generator.block_info)}"
+            )
         self.multiple = self.reader.multiple
         self.frozen = frozen
         # The residual stream grows from block to block, and nothing has normalised it yet.
@@ -72,12 +76,3 @@ class UNetBackbone(Backbone):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.reader.read(self.reader.generator.space.compress(images))
         return [group_norm(norm, m) for norm, m in zip(self.norms, maps, strict=True)]  # type: ignore[arg-type]
-
-
-def _require_pyramid(blocks: Sequence[int], strides: Sequence[int], generator: DiffusionModel) -> None:
-    """ValueError if a pyramid cannot be built on blocks of these strides."""
-    if list(strides) != [strides[0] * 2**level for level in range(len(strides))]:
-        raise ValueError(
-            f"blocks {list(blocks)} have strides {list(strides)}, but a pyramid needs one per stride, each twice the"
-            f" one before; this UNet has {strides_in_words(generator.block_info)}"
-        )

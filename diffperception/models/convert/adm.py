@@ -1,7 +1,7 @@
 """Checkpoints of guided-diffusion and improved-diffusion: the model they hold, and their weights under our names."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
 from typing import Any, TypeVar
 
@@ -71,13 +71,7 @@ def build(
     Args:
         make: the model's constructor.
         layout: its arguments, all but those of its heads.
-        state: the checkpoint's state dict; its tensors become the model's.
-        num_heads, num_head_channels: attention heads at every width, or channels of a head.
-        new_attention_order: as for :func:`rename`.
-
-    Raises:
-        ValueError: if not one of ``num_heads`` and ``num_head_channels`` is given or it does not divide a width, or if
-            weights are missing, left over or of another shape.
+        state, num_heads, num_head_channels, new_attention_order: as for :meth:`UNet.from_reference`, as are the errors.
     """
     if (num_heads is None) == (num_head_channels is None):
         raise ValueError(
@@ -86,9 +80,10 @@ def build(
     num_head_channels = 64 if num_head_channels is None else num_head_channels
     with torch.device("meta"):
         model = make(num_heads=num_heads, num_head_channels=num_head_channels, **layout)
-    renamed = rename(state, num_heads, num_head_channels, new_attention_order)
+    renamed = _rename(state, num_heads, num_head_channels, new_attention_order)
     expected = {name: value.shape for name, value in model.state_dict().items()}
-    read = f"The checkpoint does not fit the {type(model).__name__} that its other weights describe ({_listed(layout)})"
+    listed = ", ".join(f"{name} {value}" for name, value in layout.items())
+    read = f"The checkpoint does not fit the {type(model).__name__} that its other weights describe ({listed})"
     for name in state:
         ours = _ours(name)
         if expected.get(ours) != renamed[ours].shape:
@@ -105,10 +100,6 @@ def build(
         )
     model.load_state_dict(renamed, assign=True)
     return model
-
-
-def _listed(layout: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in layout.items())
 
 
 def _size(shape: torch.Size) -> str:
@@ -129,15 +120,10 @@ def unet_arguments(state: State) -> dict[str, Any]:
         raise ValueError(
             "This UNet has an embedding of labels: take the whole generator, which keeps it beside the UNet."
         )
-    missing = [name for name in _UNET if name not in state]
-    if missing:
-        raise ValueError(f"This is not a whole checkpoint of guided-diffusion's UNetModel: it has no {missing[0]}.")
+    _require_whole(state, _UNET, "UNetModel")
     num_res_blocks, resampling = _decoder_rhythm(state)
-    return {
-        **_encoder_arguments(state, num_res_blocks),
-        "out_channels": _shape(state, "out.2.weight")[0],
-        "resampling": resampling,
-    }
+    outputs = _shape(state, "out.2.weight")[0]
+    return _encoder_arguments(state, num_res_blocks) | {"out_channels": outputs, "resampling": resampling}
 
 
 def classifier_arguments(state: State, num_res_blocks: int | None) -> tuple[dict[str, Any], int]:
@@ -152,13 +138,9 @@ def classifier_arguments(state: State, num_res_blocks: int | None) -> tuple[dict
     """
     if is_unet(state):
         raise ValueError("This is a checkpoint of guided-diffusion's UNetModel, not of a classifier.")
-    missing = [name for name in _CLASSIFIER if name not in state]
-    if missing:
-        raise ValueError(
-            f"This is not a whole checkpoint of guided-diffusion's EncoderUNetModel: it has no {missing[0]}."
-        )
+    _require_whole(state, _CLASSIFIER, "EncoderUNetModel")
     num_res_blocks, resampling = _encoder_rhythm(state, num_res_blocks)
-    layout = {**_encoder_arguments(state, num_res_blocks), "resampling": resampling}
+    layout = _encoder_arguments(state, num_res_blocks) | {"resampling": resampling}
     if "out.3.weight" in state:
         return layout | {"pool": "adaptive"}, _shape(state, "out.3.weight")[0]
     if "out.2.positional_embedding" not in state:
@@ -167,6 +149,12 @@ def classifier_arguments(state: State, num_res_blocks: int | None) -> tuple[dict
     side = isqrt(_shape(state, "out.2.positional_embedding")[1] - 1)
     image_size = side * 2 ** (len(layout["channel_mult"]) - 1)
     return layout | {"pool": "attention", "image_size": image_size}, _shape(state, "out.2.c_proj.weight")[0]
+
+
+def _require_whole(state: State, names: Sequence[str], kind: str) -> None:
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f"This is not a whole checkpoint of guided-diffusion's {kind}: it has no {missing[0]}.")
 
 
 def _encoder_arguments(state: State, num_res_blocks: int) -> dict[str, Any]:
@@ -240,16 +228,11 @@ def _block(name: str) -> int:
     return int(name.split(".")[1]) if re.match(r"(in|out)put_blocks\.\d", name) else -1
 
 
-def rename(state: State, num_heads: int | None, num_head_channels: int, new_attention_order: bool) -> dict[str, Tensor]:
-    """The reference's weights under our names.
-
-    Args:
-        num_heads, num_head_channels: as for the UNet.
-        new_attention_order: rows of the qkv weights go by q, k, v and then by heads, as ours do; else the other way.
-    """
+def _rename(state: State, num_heads: int | None, num_head_channels: int, new_order: bool) -> dict[str, Tensor]:
+    """The reference's weights under our names."""
     renamed = {}
     for name, value in state.items():
-        if ".qkv." in name and not new_attention_order:
+        if ".qkv." in name and not new_order:  # by heads and then by q, k, v; ours are the other way
             count = num_heads or value.shape[0] // 3 // num_head_channels
             value = value.unflatten(0, (count, 3, -1)).transpose(0, 1).flatten(0, 2)
         if name.endswith((".qkv.weight", ".proj_out.weight", ".qkv_proj.weight", ".c_proj.weight", "out.3.weight")):

@@ -36,8 +36,7 @@ def read_weights(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str,
     Returns: the weights; what they were found under, empty if they are the file itself; all that there was of such.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, holds more than weights and numbers, or has no weights at that place.
+        FileNotFoundError, ValueError: as :func:`load_untrusted`; or there are no weights at that place.
     """
     content = load_untrusted(path)
     parts = [key for key in (*WEIGHTS, EMA) if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]

@@ -102,9 +102,10 @@ def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | 
     num_classes = _size(state, f"{_HEAD}?.class_logits.*", 0, len(classes or COCO_CLASSES))
     if classes is not None and len(classes) != num_classes:
         raise ValueError(f"{len(classes)} class names are given for a checkpoint with {num_classes} classes")
+    names = COCO_CLASSES if num_classes == len(COCO_CLASSES) else [str(label) for label in range(num_classes)]
     table = state.get("alphas_cumprod")
     return {
-        "classes": list(classes) if classes is not None else class_names(num_classes),
+        "classes": names if classes is None else list(classes),
         "backbone": _backbone(state),
         "freeze_norm": True,
         "head": {
@@ -118,11 +119,6 @@ def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | 
         },
         "num_timesteps": 1000 if table is None else len(table),
     }
-
-
-def class_names(num_classes: int) -> list[str]:
-    """COCO's names for 80 classes, else the numbers from 0."""
-    return COCO_CLASSES if num_classes == len(COCO_CLASSES) else [str(label) for label in range(num_classes)]
 
 
 def rename(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -151,7 +147,11 @@ def rename(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         ],
     }
     if any(complaints.values()):
-        sentences = [_listing(kind, names) for kind, names in complaints.items() if names]
+        sentences = [
+            f"{len(names)} {'name is' if len(names) == 1 else 'names are'} {kind}: {', '.join(names)}."
+            for kind, names in complaints.items()
+            if names
+        ]
         raise ValueError(f"the checkpoint does not fit the model that most of its shapes tell. {' '.join(sentences)}")
     return {name: given[reference_name(name)] for name in model.state_dict()}
 
@@ -246,10 +246,6 @@ def _size(state: Mapping[str, Tensor], names: str, axis: int, otherwise: int) ->
 
 def _matches(state: Mapping[str, Tensor], pattern: str) -> list[re.Match[str]]:
     return [found for name in state if (found := re.match(pattern, name))]
-
-
-def _listing(kind: str, names: Sequence[str]) -> str:
-    return f"{len(names)} {'name is' if len(names) == 1 else 'names are'} {kind}: {', '.join(names)}."
 
 
 def _warn_of_other_constants(state: Mapping[str, Tensor]) -> None:

@@ -83,12 +83,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions of a map, added to it.
-
-    Args:
-        channels: C, a multiple of ``num_heads``.
-        num_heads: number of heads.
-    """
+    """Self-attention over all positions of a map, added to it; its channels are a multiple of ``num_heads``."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()

@@ -87,17 +87,15 @@ class NoisyClassifier(Encoder):
         """The classifier of a guided-diffusion checkpoint, with its weights.
 
         Args:
-            state: the checkpoint's state dict; its tensors become the model's.
+            state, num_heads, num_head_channels, new_attention_order, dropout, checkpointing: as for
+                :meth:`UNet.from_reference`; published classifiers have 64 channels per head too.
             classes: names of the classes; numbers if None.
             schedule, num_timesteps: of the path it was trained on, which a checkpoint does not tell.
-            num_heads, num_head_channels, new_attention_order: as for :meth:`UNet.from_reference`; the
-                published classifiers have 64 channels per head.
             num_res_blocks: residual blocks per level; needed where the names fit several numbers.
-            dropout, checkpointing: as for the constructor.
 
         Raises:
-            ValueError: if heads or num_res_blocks must be given or do not fit, if there are not as many classes, if the
-                classifier pools in another way, or if weights are missing, left over or of another shape.
+            ValueError: as for the UNet; if num_res_blocks must be given or does not fit, if there are not as many
+                classes, or if the classifier pools in another way.
         """
         layout, number = adm.classifier_arguments(state, num_res_blocks)
         if classes is not None and len(classes) != number:
@@ -107,14 +105,7 @@ class NoisyClassifier(Encoder):
         return adm.build(make, layout, state, num_heads, num_head_channels, new_attention_order)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Classify.
-
-        Args:
-            x: (B, C, H, W) noisy images, -1..1.
-            t: (B,) times, 0..1000, whole or not.
-
-        Returns:
-            (B, K) logits.
+        """Noisy images (B, C, H, W), -1..1, and times (B,), 0..1000, whole or not -> (B, K) logits.
 
         Raises:
             ValueError: for another number of channels or a size that the classifier does not take.
@@ -134,8 +125,7 @@ class NoisyClassifier(Encoder):
     def log_probability(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """What :func:`~diffperception.diffusion.classifier_guidance` needs: (x (B, C, H, W), t (B,)) -> (B,) log p.
 
-        Args:
-            labels: (B,) int64 classes wanted; the times are those of :attr:`schedule`.
+        ``labels`` (B,) int64 are the classes wanted; the times are those of :attr:`schedule`.
         """
 
         def log_probability(x: Tensor, t: Tensor) -> Tensor:
@@ -148,11 +138,7 @@ class NoisyClassifier(Encoder):
 class AttentionPool(nn.Module):
     """What the mean of all positions, as a query, finds among them and itself (as in CLIP, arXiv 2103.00020).
 
-    Args:
-        positions: of the map, height x width.
-        channels: C of the map, a multiple of ``num_heads``.
-        num_heads: number of heads.
-        out_channels: K of the result.
+    ``positions`` is height x width of the map, whose channels are a multiple of ``num_heads``.
     """
 
     def __init__(self, positions: int, channels: int, num_heads: int, out_channels: int) -> None:

@@ -77,14 +77,12 @@ class UNet(Encoder):
     ) -> "UNet":
         """The UNet of a guided-diffusion or improved-diffusion checkpoint, with its weights.
 
-        The arguments are what shapes cannot tell. ADM's models have 64 channels per head.
+        The arguments are what shapes cannot tell.
 
         Args:
             state: the checkpoint's state dict; its tensors become the model's.
-            num_heads: attention heads at every width.
-            num_head_channels: channels of a head; this or ``num_heads``.
-            new_attention_order: q, k, v come before heads in the qkv weights
-                (the reference's ``use_new_attention_order``).
+            num_heads, num_head_channels: attention heads at every width, or channels of a head (64 in ADM's models).
+            new_attention_order: q, k, v come before heads in the qkv weights (``use_new_attention_order`` there).
             dropout, checkpointing: as for :class:`UNet`.
 
         Raises:
@@ -96,15 +94,12 @@ class UNet(Encoder):
         return adm.build(cls, layout, state, num_heads, num_head_channels, new_attention_order)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """Predict.
+        """The prediction (B, out_channels, H, W).
 
         Args:
             x: (B, C, H, W) noisy images, -1..1.
             t: (B,) times, 0..1000, whole or not.
             condition: whose vector (B, E) is added to the time's embedding; no other slot is read.
-
-        Returns:
-            (B, out_channels, H, W).
 
         Raises:
             ValueError: for a size that does not halve evenly, another number of channels, or a condition with slots
@@ -116,17 +111,11 @@ class UNet(Encoder):
     def activations(
         self, x: Tensor, t: Tensor, blocks: Sequence[int], condition: Condition | None = None
     ) -> list[Tensor]:
-        """What decoder blocks give; those after the last one named are not computed.
+        """What decoder blocks give, (B, channels, H / stride, W / stride) each; later ones are not computed.
 
         Args:
-            x, t, condition: as for :meth:`forward`.
-            blocks: indices among :attr:`block_info`, which tells their channels and strides.
-
-        Returns:
-            A (B, channels, H / stride, W / stride) tensor for each, in the order named.
-
-        Raises:
-            ValueError: for a block that does not exist, and as :meth:`forward`.
+            x, t, condition: as for :meth:`forward`, as are the errors.
+            blocks: indices among :attr:`block_info`, in the order wanted; ValueError for one that does not exist.
         """
         missing = [i for i in blocks if i not in range(len(self.block_info))]
         if missing or not blocks:
@@ -138,15 +127,11 @@ class UNet(Encoder):
     def _decoder_outputs(self, x: Tensor, t: Tensor, condition: Condition | None) -> Iterator[Tensor]:
         emb = self.embed(x, t)
         if condition is not None:
-            _require_readable(condition)
+            if not (condition.tokens is None and condition.maps is None):
+                raise ValueError("This UNet is told a condition's vector alone: it has no layers for tokens or maps.")
             emb = emb if condition.vector is None else emb + condition.vector
         emb = F.silu(emb)
         *skips, h = self.encode(x, emb)
         for stage in self.decoder:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
             yield h
-
-
-def _require_readable(condition: Condition) -> None:
-    if not (condition.tokens is None and condition.maps is None):
-        raise ValueError("This UNet is told a condition's vector alone: it has no layers for tokens or maps.")
