@@ -1,7 +1,7 @@
 """On what a command computes: the device, its arithmetic, and the other processes that torchrun started."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -67,6 +67,14 @@ def barrier() -> None:
     """Wait until all processes have come as far, if there are several."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def first_does(action: Callable[[], object]) -> None:
+    """What the first process does when all have come as far, before any goes on."""
+    barrier()
+    if first_process():
+        action()
+    barrier()
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:

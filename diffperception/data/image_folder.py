@@ -1,7 +1,5 @@
 """Folders of images: what generators learn from, and classifiers of whole images."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,11 +76,10 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
     def _size(self, path: Path) -> tuple[int, int] | None:
         """Height and width from an image's header; None for a broken one that is to be left out."""
         try:
-            with advice():
-                return read_size(path)
-        except BrokenImageError:
+            return read_size(path)
+        except BrokenImageError as error:
             if self.on_broken == "stop":
-                raise
+                raise _advised(error) from error
             return None
 
     def _usable(self, sizes: dict[Path, tuple[int, int] | None]) -> list[Path]:
@@ -123,13 +120,12 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         """The image at `index`, or the next that can be read where broken ones are passed over."""
         for candidate in range(index, index + len(self)):
             try:
-                with advice():
-                    return candidate % len(self), self._image(candidate % len(self))
+                return candidate % len(self), self._image(candidate % len(self))
             except BrokenImageError as error:
                 broken = error
                 if self.on_broken == "stop":
                     break
-        raise broken
+        raise _advised(broken) from broken
 
     def _image(self, index: int) -> Tensor:
         if index in self._kept:
@@ -157,13 +153,8 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         return F.crop(image, top, left, *self.image_size)
 
 
-@contextmanager
-def advice() -> Iterator[None]:
-    """BrokenImageError also says what to do."""
-    try:
-        yield
-    except BrokenImageError as error:
-        raise BrokenImageError(f"{error}: remove it, or pass over such images with data.on_broken skip") from error
+def _advised(error: BrokenImageError) -> BrokenImageError:
+    return BrokenImageError(f"{error}: remove it, or pass over such images with data.on_broken skip")
 
 
 def require_image_channels(channels: int) -> None:

@@ -18,7 +18,7 @@ from diffperception.data.images import ImageSample, ignore_interrupts, load_imag
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
 from diffperception.detection.sampler import BoxSampler
-from diffperception.devices import Precision, autocast, barrier, first_process, gather, hide_bar, share
+from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
 from diffperception.files import OutputFolder, list_images, png_names, write_json
 from diffperception.visualization.draw import THRESHOLD, draw_detections, save_png
@@ -83,10 +83,7 @@ def detect_folder(
     folder = OutputFolder(Path(output), overwrite)
     root, paths = list_images(images, leave_out=folder.path)
     names = png_names([path.relative_to(root) for path in paths])
-    barrier()  # all have looked whether it is empty
-    if first_process():
-        folder.clear()
-    barrier()
+    first_does(folder.clear)  # all have looked whether it is empty
     found: list[str | tuple[dict[str, Any], list[dict[str, Any]]]] = []  # what is wrong, or an image and its rows
     drawn = 0
     batches = load_images(share(paths), batch_size, workers)

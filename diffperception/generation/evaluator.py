@@ -111,7 +111,10 @@ def evaluate_samples(
         for name, each in (("samples", samples), ("reference", reference))
     }
     counts = {name: len(each) for name, each in images.items()}
-    require_images(counts, max(neighbours + 1, subset_size or 2))
+    least = max(neighbours + 1, subset_size or 2)
+    for name, count in counts.items():
+        if count < least:
+            raise ValueError(f"the scores need {least} images or more, and there are {count} in the folder of {name}")
     place = pick_device(device)
     network = feature_network(features, None if weights is None else read_weights(Path(weights))[0], side).to(place)
     with autocast(place, precision):
@@ -129,7 +132,7 @@ def evaluate_samples(
         "neighbours": neighbours,
         "seed": seed,
     }
-    return SampleReport(scores, counts, settings, [*size_notes(found), *rank_notes(counts, network.channels)])
+    return SampleReport(scores, counts, settings, _doubts(found, network.channels))
 
 
 class ImageFeatures(NamedTuple):
@@ -168,30 +171,24 @@ def _prepare(transform: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tens
     return transform(image), (height, width)
 
 
-def require_images(counts: dict[str, int], least: int) -> None:
-    """ValueError if there are fewer images of a kind than the scores need."""
-    for name, count in counts.items():
-        if count < least:
-            raise ValueError(f"the scores need {least} images or more, and there are {count} in the folder of {name}")
+def _doubts(found: dict[str, ImageFeatures], channels: int) -> list[str]:
+    """What to say where images differ in size, or are too few for a covariance of all features."""
+    notes = []
+    if len({size for part in found.values() for size in part.sizes}) > 1:
+        listed = "; ".join(f"{name}: {_most_common(part.sizes)}" for name, part in found.items())
+        notes.append(f"the images are not all of one size, and how much each is resized may tell them apart ({listed})")
+    fewest = min(len(part.rows) for part in found.values())
+    if fewest <= channels:
+        notes.append(
+            f"{fewest} images cannot fill a covariance of {channels} features, so FID is far too high: compare it"
+            " between equal numbers of images only, and prefer KID, which few images do not shift"
+        )
+    return notes
 
 
-def size_notes(found: dict[str, ImageFeatures]) -> list[str]:
-    """What to say where images differ in size before they are resized."""
-    if len({size for part in found.values() for size in part.sizes}) == 1:
-        return []
-    listed = "; ".join(f"{name}: {_most_common(part.sizes)}" for name, part in found.items())
-    return [f"the images are not all of one size, and how much each is resized may tell them apart ({listed})"]
-
-
-def rank_notes(counts: dict[str, int], channels: int) -> list[str]:
-    """What to say where there are too few images for a covariance of all features."""
-    fewest = min(counts.values())
-    if fewest > channels:
-        return []
-    return [
-        f"{fewest} images cannot fill a covariance of {channels} features, so FID is far too high: compare it between"
-        " equal numbers of images only, and prefer KID, which few images do not shift"
-    ]
+def _most_common(sizes: Counter[tuple[int, int]]) -> str:
+    listed = ", ".join(f"{count} of {width} x {height}" for (height, width), count in sizes.most_common(3))
+    return listed + (", ..." if len(sizes) > 3 else "")
 
 
 def score_features(
@@ -298,8 +295,3 @@ def _share_within(points: Tensor, support: Tensor, k: int) -> float:
     radii = torch.cat([torch.cdist(rows, support).kthvalue(k + 1).values for rows in support.split(CHUNK)])
     inside = torch.cat([(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(CHUNK)])
     return inside.double().mean().item()
-
-
-def _most_common(sizes: Counter[tuple[int, int]]) -> str:
-    listed = ", ".join(f"{count} of {width} x {height}" for (height, width), count in sizes.most_common(3))
-    return listed + (", ..." if len(sizes) > 3 else "")

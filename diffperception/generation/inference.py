@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -12,6 +11,7 @@ from diffperception.data.image_folder import require_image_channels
 from diffperception.devices import (
     Precision,
     autocast,
+    first_does,
     first_process,
     gather,
     hide_bar,
@@ -120,7 +120,7 @@ def sample_folder(
             model, numbers, sampling, seed, classes, batch_size, image_size, classifier, classifier_scale
         )
         batches = chain([next(drawn)] if numbers else [], drawn)
-        _clear(folder)  # all options have proved sound
+        first_does(folder.clear)  # all options have proved sound
         with tqdm(total=len(numbers), desc="sample", unit="image", disable=hide_bar()) as bar:
             for batch, images in batches:
                 for index, image in zip(batch, images.cpu(), strict=True):
@@ -147,11 +147,3 @@ def require_same_path(classifier: NoisyClassifier, model: DiffusionModel) -> Non
             f"the classifier knows the classes {', '.join(classifier.classes)}, but the generator"
             f" {', '.join(model.classes)}: train it on images of the same classes"
         )
-
-
-def _clear(folder: OutputFolder) -> None:
-    """Remove what earlier calls wrote, before any process writes."""
-    if first_process():
-        folder.clear()
-    if dist.is_initialized():
-        dist.barrier()

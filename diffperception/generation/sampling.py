@@ -102,7 +102,7 @@ def sample(
         (B, C, height, width), 0..1.
 
     Raises:
-        ValueError: for a size or labels that the model does not take, or ancestral sampling on a straight path.
+        ValueError: for a size or labels that the model does not take, or as :func:`sampling_grid`.
     """
     schedule = model.schedule
     denoiser = denoiser or model.denoiser(said, options.guidance)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffperception.data.images import ignore_interrupts, load_images, read_image, to_float
 from diffperception.data.masks import MaskFolder, find_mask
-from diffperception.devices import Precision, autocast, barrier, first_process, gather, hide_bar, share
+from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.files import OutputFolder, list_images, png_names, write_json, write_text
 from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.segmenter import PixelSegmenter
@@ -99,10 +99,7 @@ def segment_folder(
     if rank and model.classifier.members < 2:
         raise ValueError("a segmenter with a single member agrees with itself: to rank, train it with several")
     folder = OutputFolder(output, overwrite)
-    barrier()  # all have looked whether it is empty
-    if first_process():
-        folder.clear()
-    barrier()
+    first_does(folder.clear)  # all have looked whether it is empty
     files = png_names(path.relative_to(root) for path in paths)
     drawn = set(paths[:pictures])
     found: list[ImageScore | str] = []
