@@ -87,7 +87,8 @@ def sound_entries(content: dict[str, list[Any]]) -> tuple[dict[str, list[Entry]]
             found = _faults(section, entry)
             called = f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
             faults += [f"{section}[{index}]{called}: {fault}" for fault in found]
-            entries += [] if found else [entry]
+            if not found:
+                entries.append(entry)
     return sound, faults
 
 

@@ -35,6 +35,7 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         names: of the images, below their folder.
+        images, masks: of the samples, each read when it is asked for.
 
     Raises:
         FileNotFoundError: there is no such folder, no image in it, or one that is listed is missing.
@@ -55,39 +56,29 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         seed: int = 0,
         short_side: int | None = None,
     ) -> None:
-        self.num_classes, self.ignore, self.short_side = num_classes, ignore, short_side
+        self.short_side = short_side
         self.labels = _label_of_value(num_classes, ignore, mask_values)
         pairs = find_pairs(images, masks, annotations, unlabelled)
-        chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:max_images]
-        self.pairs = [pairs[i] for i in chosen.tolist()] if max_images is not None else pairs
-        self.names = [str(image.relative_to(images)) for image, _ in self.pairs]
-        if sum(self._labelled(*pair) for pair in self.pairs) == 0:
+        if max_images is not None:
+            order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+            pairs = [pairs[i] for i in order[:max_images].tolist()]
+        self.names = [str(image.relative_to(images)) for image, _ in pairs]
+        if not sum(self._labelled(*pair) for pair in pairs):
             raise ValueError(f"all pixels of the masks in {masks} are ignored: label some")
+        self.images = LazyMap(self._image, [image for image, _ in pairs])
+        self.masks = LazyMap(self._mask, [mask for _, mask in pairs])
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.image(index), self.mask(index)
+        return self.images[index], self.masks[index]
 
-    @property
-    def images(self) -> Sequence[Tensor]:
-        """The images, read when they are asked for."""
-        return LazyMap(self.image, range(len(self)))
+    def _image(self, path: Path) -> Tensor:
+        return resize_short_side(to_float(read_image(path)), self.short_side)
 
-    @property
-    def masks(self) -> Sequence[Tensor]:
-        """The masks, read when they are asked for."""
-        return LazyMap(self.mask, range(len(self)))
-
-    def image(self, index: int) -> Tensor:
-        """(3, h, w), of sample `index`."""
-        return resize_short_side(to_float(read_image(self.pairs[index][0])), self.short_side)
-
-    def mask(self, index: int) -> Tensor:
-        """(h, w), of sample `index`."""
-        mask = torch.from_numpy(self._read(self.pairs[index][1]))
-        return resize_short_side(mask[None], self.short_side, nearest=True)[0]
+    def _mask(self, path: Path) -> Tensor:
+        return resize_short_side(torch.from_numpy(self._read(path))[None], self.short_side, nearest=True)[0]
 
     def _labelled(self, image: Path, mask: Path) -> bool:
         """Whether a mask has labelled pixels; ValueError if it does not go with the image."""

@@ -51,17 +51,13 @@ def side_by_side(
     """
     shown = best_last(prediction, threshold)
     crowd = torch.as_tensor(target.get("iscrowd", torch.zeros(len(target["labels"])))).cpu().bool()
-    found, right = match_boxes(target, shown, crowd)
-    missed, wrong = (~found & ~crowd).tolist(), (~right).tolist()
+    found, correct = match_boxes(target, shown, crowd)
+    missed, wrong = (~found & ~crowd).tolist(), (~correct).tolist()
     objects = _judged(image, best_last(target, 0), classes, missed, "missed", crowd.tolist())
     boxes = _judged(image, shown, classes, wrong, "wrong", [False] * len(wrong))
     left = f"ground truth: {int((~crowd).sum())} objects, {sum(missed)} missed"
-    return stack(
-        [
-            titled(objects, left),
-            titled(boxes, f"prediction (score from {threshold:g}): {len(wrong)} boxes, {sum(wrong)} wrong"),
-        ]
-    )
+    right = f"prediction (score from {threshold:g}): {len(wrong)} boxes, {sum(wrong)} wrong"
+    return stack([titled(objects, left), titled(boxes, right)])
 
 
 def _judged(
@@ -173,9 +169,8 @@ def image_row(images: Mapping[str, Tensor], long_side: int | None = None) -> Ima
 
 def legend(classes: Sequence[str]) -> Image.Image:
     """The names of classes over their colors."""
-    swatches = [
-        titled(Image.new("RGB", (90, 12), class_color(k) if k else PAPER), name) for k, name in enumerate(classes)
-    ]
+    colors = [class_color(k) if k else PAPER for k in range(len(classes))]
+    swatches = [titled(Image.new("RGB", (90, 12), c), name) for c, name in zip(colors, classes, strict=True)]
     return contact_sheet(swatches, LEGEND_COLUMNS, gap=8)
 
 

@@ -50,9 +50,9 @@ def test_a_folder_becomes_a_data_set(root: Path, tmp_path: Path) -> None:
     segmenter = PixelSegmenter.load(root / "segmenter.safetensors")
     for name, (image, mask), entry in zip(data.names, data, content["images"], strict=True):
         truth = MaskFolder(root / "images", root / "masks", 3, unlabelled="skip")
-        assert torch.equal(image, truth.image(truth.names.index(name)))
+        assert torch.equal(image, truth.images[truth.names.index(name)])
         assert torch.equal(mask, segmenter.segment(image).labels)
-        assert (mask == truth.mask(truth.names.index(name))).float().mean() > 0.9
+        assert (mask == truth.masks[truth.names.index(name)]).float().mean() > 0.9
         assert sum(entry["fractions"]) == pytest.approx(1)
 
 
@@ -63,7 +63,7 @@ def test_a_generators_samples_become_one(root: Path, tmp_path: Path) -> None:
     assert data.names == ["000000.png", "000001.png", "000002.png"]
     model = DiffusionModel.load(root / "generator.safetensors")
     drawn = draw(model, [2], SamplingOptions(steps=2), 5)[0]
-    assert torch.allclose(data.image(2), drawn, atol=1 / 255)
+    assert torch.allclose(data.images[2], drawn, atol=1 / 255)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_classes_of_a_generator_take_turns(root: Path, tmp_path: Path) -> No
     data = MaskFolder(tmp_path / "data" / "images", tmp_path / "data" / "masks", 3)
     for number in range(3):
         drawn = [draw(model, [number], SamplingOptions(steps=2), 0, torch.tensor([label]))[0] for label in (0, 1)]
-        alike = [torch.allclose(data.image(number), image, atol=1 / 255) for image in drawn]
+        alike = [torch.allclose(data.images[number], image, atol=1 / 255) for image in drawn]
         assert alike == [number % 2 == 0, number % 2 == 1]
 
 

@@ -328,7 +328,7 @@ class SegmentationRecipe(Recipe):
         train_set, val_set = self.data.open(seed), self.data.open_val()
         for folder in (train_set, *([val_set] if val_set else [])):
             for index in range(len(folder)):
-                folder.image(index)  # a broken one is better found before the training than after
+                folder.images[index]  # a broken one is better found before the training than after
         classes, masks = self.data.classes, list(train_set.masks)
         names, least = train_set.names, self.fit.min_pixels
         masks, notes = checked_masks(train_set.images, masks, len(classes), least, names, classes)
