@@ -1,6 +1,7 @@
 """Which samples a training step sees, as a function of the seed and the step alone; and how often rare ones come."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 Seeded = tuple[int, int]  # index of a sample, seed of its random transforms
 
 
+@dataclass(eq=False)
 class StepBatchSampler(Sampler[list[Seeded]]):
     """Batches of an endless stream of shuffled epochs; each item is `(index, seed)`, as `SeededSamples` takes them.
 
@@ -30,29 +32,22 @@ class StepBatchSampler(Sampler[list[Seeded]]):
         start_step: the first step that is yielded.
     """
 
-    def __init__(
-        self,
-        samples: int | Sequence[float] | np.ndarray,
-        batch_size: int,
-        total_steps: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-    ):
+    samples: InitVar[int | Sequence[float] | np.ndarray]
+    batch_size: int
+    total_steps: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+
+    def __post_init__(self, samples: int | Sequence[float] | np.ndarray) -> None:
         weights = np.ones(samples) if isinstance(samples, int) else np.asarray(samples, dtype=np.float64)
         if weights.sum() <= 0 or weights.min() < 0:
             raise ValueError("there is nothing to draw batches from: the data set is empty or no weight is positive")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         self.epoch_length = max(1, round(weights.sum()))
         self.weights = weights * (self.epoch_length / weights.sum())
-        self.batch_size = batch_size
-        self.total_steps = total_steps
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start_step = start_step
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:

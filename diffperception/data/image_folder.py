@@ -65,7 +65,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         self.folder, self.image_size, self.short_side, self.channels = folder, image_size, short_side, channels
         self.on_broken, self.cached = on_broken, cached
         found = listed_images(folder, annotations)
-        self.paths = self._usable({path: self._size(path) for path in found})
+        self.paths = self._usable(found)
         self.skipped = len(found) - len(self.paths)
         self.classes = class_folders(folder) if labelled else None
         if labelled and any(path.parent == folder for path in self.paths):
@@ -73,27 +73,24 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         self.flips = v2.Compose([v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)])
         self._kept: dict[int, Tensor] = {}
 
-    def _size(self, path: Path) -> tuple[int, int] | None:
-        """Height and width from an image's header; None for a broken one that is to be left out."""
-        try:
-            return read_size(path)
-        except BrokenImageError as error:
-            if self.on_broken == "stop":
-                raise _advised(error) from error
-            return None
-
-    def _usable(self, sizes: dict[Path, tuple[int, int] | None]) -> list[Path]:
-        """The images that can be read and are large enough; ValueError for small ones unless they are passed over."""
-        small = [path for path, size in sizes.items() if size and self._is_small(path, size)]
+    def _usable(self, paths: list[Path]) -> list[Path]:
+        """The images that can be read and are large enough; ValueError for others unless they are passed over."""
+        sizes = {}
+        for path in paths:
+            try:
+                sizes[path] = read_size(path)
+            except BrokenImageError as error:
+                if self.on_broken == "stop":
+                    raise _advised(error) from error
+        small = {path: size for path, size in sizes.items() if self._is_small(path, size)}
         if small and self.on_broken == "stop":
-            height, width = sizes[small[0]] or (0, 0)
+            first, (height, width) = next(iter(small.items()))
             raise ValueError(
-                f"{small[0]} has {height} x {width} pixels, less than half of the {self.image_size[0]} x"
+                f"{first} has {height} x {width} pixels, less than half of the {self.image_size[0]} x"
                 f" {self.image_size[1]} wanted{f', and so have {len(small) - 1} others' if len(small) > 1 else ''}:"
                 " remove what is so small, pass over it with data.on_broken skip, or learn smaller images"
             )
-        left_out = {*small, *(path for path, size in sizes.items() if size is None)}
-        usable = [path for path in sizes if path not in left_out]
+        usable = [path for path in sizes if path not in small]
         if not usable:
             raise FileNotFoundError(f"there is no image large enough that can be read in {self.folder}")
         return usable

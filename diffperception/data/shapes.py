@@ -117,11 +117,12 @@ class _Shape:
         y = np.arange(height)[:, None] + 0.5 - self.center[1]
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         u, v = (cos * x + sin * y) / self.radii[0], (cos * y - sin * x) / self.radii[1]
-        return OUTLINES[CLASSES[self.label]](u, v) * self.radii.min()
+        outline, _ = SHAPES[CLASSES[self.label]]
+        return outline(u, v) * self.radii.min()
 
     def area(self) -> float:
         """Area in pixels where nothing covers or cuts the shape."""
-        return UNIT_AREAS[CLASSES[self.label]] * float(self.radii.prod())
+        return SHAPES[CLASSES[self.label]][1] * float(self.radii.prod())
 
 
 def _star(u: np.ndarray, v: np.ndarray, points: int = 5, inner: float = 0.42) -> np.ndarray:
@@ -138,24 +139,16 @@ def _cross(u: np.ndarray, v: np.ndarray, arm: float = 0.32) -> np.ndarray:
     return np.minimum(np.maximum(u - 0.95, v - arm), np.maximum(u - arm, v - 0.95))
 
 
-# Each maps points (u, v) to the signed distance from the outline of a shape of radius about 1 at the origin.
-OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "ellipse": lambda u, v: np.hypot(u, v) - 1,
-    "rectangle": lambda u, v: np.maximum(abs(u), abs(v)) - 0.85,
-    "triangle": lambda u, v: np.maximum(np.sqrt(3) / 2 * abs(u) - v / 2, v) - 0.5,
-    "star": _star,
-    "cross": _cross,
-    "ring": lambda u, v: abs(np.hypot(u, v) - 0.72) - 0.28,
+# Of a shape of radius about 1 at the origin: the signed distance of points (u, v) from its outline, and its area.
+SHAPES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], float]] = {
+    "ellipse": (lambda u, v: np.hypot(u, v) - 1, np.pi),
+    "rectangle": (lambda u, v: np.maximum(abs(u), abs(v)) - 0.85, 1.7**2),
+    "triangle": (lambda u, v: np.maximum(np.sqrt(3) / 2 * abs(u) - v / 2, v) - 0.5, 3 * np.sqrt(3) / 4),
+    "star": (_star, 5 * 0.42 * np.sin(np.pi / 5)),
+    "cross": (_cross, 4 * (2 * 0.95 * 0.32 - 0.32**2)),
+    "ring": (lambda u, v: abs(np.hypot(u, v) - 0.72) - 0.28, np.pi * (1 - 0.44**2)),
 }
-CLASSES = tuple(OUTLINES)
-UNIT_AREAS = {
-    "ellipse": np.pi,
-    "rectangle": 1.7**2,
-    "triangle": 3 * np.sqrt(3) / 4,
-    "star": 5 * 0.42 * np.sin(np.pi / 5),
-    "cross": 4 * (2 * 0.95 * 0.32 - 0.32**2),
-    "ring": np.pi * (1 - 0.44**2),
-}
+CLASSES = tuple(SHAPES)
 
 
 def _all_visible(owner: np.ndarray, shapes: list[_Shape]) -> bool:

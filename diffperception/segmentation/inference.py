@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from diffperception.data.images import ignore_interrupts, load_images, read_image, to_float
+from diffperception.data.images import LazyMap, load_images, read_ahead, read_image, to_float
 from diffperception.data.masks import MaskFolder, find_mask
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.files import OutputFolder, list_images, png_names, write_json, write_text
@@ -167,9 +166,8 @@ def score_images(model: PixelSegmenter, folder: MaskFolder, workers: int = 2, pr
     """The counts of a model's predictions on all images of a folder; shows the time left."""
     counts = MeanIoU(len(model.classes))
     mine = share(range(len(folder)))
-    subset = Subset(folder, mine)
-    loader = DataLoader(subset, None, num_workers=min(workers, max(0, len(mine) - 1)), worker_init_fn=ignore_interrupts)
-    for image, mask in tqdm(loader, "evaluate", len(mine), leave=False, unit="image", disable=hide_bar()):
+    loader = read_ahead(LazyMap(folder.__getitem__, mine), 1, workers)
+    for ((image, mask),) in tqdm(loader, "evaluate", len(mine), leave=False, unit="image", disable=hide_bar()):
         with autocast(model.device, precision):
             counts.update(model.segment(image).labels, mask)
     counts.gather()

@@ -69,15 +69,13 @@ def sweep_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     looks = list(dict.fromkeys(setting[1:] for setting in lines))  # of all but the mode, which comes first
     figure, (left, right) = _subplots(2, sharey=True)
     for setting, points in lines.items():
-        mean, spread = (
-            [math.nan if p["AP"][key] is None else p["AP"][key] for p in points] for key in ("mean", "spread")
-        )
+        mean, spread = (np.array([p["AP"][key] for p in points], dtype=float) for key in ("mean", "spread"))
         look = looks.index(setting[1:])
         style: dict[str, Any] = {
             "color": f"C{values['mode'].index(setting[0])}",
             "linestyle": DASHES[look % len(DASHES)],
             "marker": MARKERS[look % len(MARKERS)],
-            "label": ", ".join([setting[0], *map("{} {}".format, varied[1:], setting[1:])]),
+            "label": ", ".join([setting[0], *(f"{n} {v}" for n, v in zip(varied[1:], setting[1:], strict=True))]),
         }
         bars = None if np.isnan(spread).any() else spread
         for axes, key in ((left, "head_passes"), (right, "seconds_per_image")):

@@ -5,8 +5,7 @@ from diffperception.data.shapes import (
     CLASSES,
     MIN_SIDE,
     MIN_VISIBLE,
-    OUTLINES,
-    UNIT_AREAS,
+    SHAPES,
     ShapesSettings,
     _Shape,
     draw_scene,
@@ -20,8 +19,8 @@ def scene(index: int, **settings: int):
 @pytest.mark.parametrize("name", CLASSES)
 def test_outline_encloses_the_stated_area(name):
     u, v = np.meshgrid(np.linspace(-1.2, 1.2, 1200), np.linspace(-1.2, 1.2, 1200))
-    inside = OUTLINES[name](u, v) < 0
-    assert inside.mean() * 2.4**2 == pytest.approx(UNIT_AREAS[name], rel=0.01)
+    outline, area = SHAPES[name]
+    assert (outline(u, v) < 0).mean() * 2.4**2 == pytest.approx(area, rel=0.01)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -29,7 +28,7 @@ def test_outline_is_about_a_distance(name):
     """Its slope is 1 wherever it is smooth, so that edges are one pixel soft."""
     step = 0.01
     axis = np.arange(-1.5, 1.5, step) + step / 2
-    dv, du = np.gradient(OUTLINES[name](*np.meshgrid(axis, axis)), step)
+    dv, du = np.gradient(SHAPES[name][0](*np.meshgrid(axis, axis)), step)
     assert (abs(np.hypot(du, dv) - 1) < 0.05).mean() > 0.95
 
 
