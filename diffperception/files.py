@@ -145,14 +145,6 @@ def require_file_name(path: Path) -> None:
         raise ValueError(f"{path} is a folder: name a file, {path / 'model.safetensors'} for example")
 
 
-def check_output_dir(path: Path, overwrite: bool) -> None:
-    """ValueError unless `path` can take results: it is nothing or an empty folder, or may be written into."""
-    if path.is_file():
-        raise ValueError(f"{path} is a file: name a folder for the results")
-    if path.is_dir() and not overwrite and any(child.name != RECORD for child in path.iterdir()):
-        raise ValueError(f"the folder {path} is not empty: choose another, or allow to overwrite it with --overwrite")
-
-
 class OutputFolder:
     """A folder of results that knows which of its files this program wrote, and touches no others.
 
@@ -161,11 +153,16 @@ class OutputFolder:
     >>> write_text(folder.file("masks/a.txt"), "...")  # the name is recorded before the file is written
 
     Raises:
-        ValueError: see `check_output_dir`.
+        ValueError: it is a file, or not empty and not to be overwritten.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        check_output_dir(path, overwrite)
+        if path.is_file():
+            raise ValueError(f"{path} is a file: name a folder for the results")
+        if path.is_dir() and not overwrite and any(child.name != RECORD for child in path.iterdir()):
+            raise ValueError(
+                f"the folder {path} is not empty: choose another, or allow to overwrite it with --overwrite"
+            )
         self.path = path
 
     def file(self, name: str | Path) -> Path:
@@ -191,7 +188,7 @@ class OutputFolder:
             self._known.update(new)
 
     @contextmanager
-    def recording(self, subfolder: str = ".") -> Iterator[Path]:
+    def recording(self, subfolder: str) -> Iterator[Path]:
         """Record the files that appear in a subfolder meanwhile, for writers that choose their names themselves."""
         folder = self.path / subfolder
         before = set(folder.rglob("*"))

@@ -7,7 +7,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from diffperception.data.masks import MaskDataOptions
 from diffperception.devices import pick_device
 from diffperception.echo import echo
-from diffperception.files import check_output_dir
+from diffperception.files import OutputFolder
 from diffperception.models.generator import load_generator
 from diffperception.segmentation import DiffusionFeatures
 from diffperception.segmentation.probe import expected_seconds, probe_features, probe_table, suggest, write_probe
@@ -51,7 +51,7 @@ def probe(
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         overwrite: write into a folder that is not empty, replacing files of the same names.
     """
-    check_output_dir(output, overwrite)
+    OutputFolder(output, overwrite)  # refused before the work, not after it
     generator = load_generator(model)
     tried = [*range(len(generator.block_info))] if blocks is None else blocks
     features = DiffusionFeatures(generator, tried, timesteps, window, seed, label).to(pick_device(device))
