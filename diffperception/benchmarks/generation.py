@@ -11,7 +11,7 @@ from diffperception.benchmarks.timing import Row, best_seconds_in_turn
 from diffperception.models import UNet
 
 SIZE, BATCH = 64, 8
-CHANNELS, MULTIPLIERS, DEPTH, ATTENTION, HEAD_CHANNELS = 64, (1, 2, 2, 4), 2, (4, 8), 64
+CHANNELS, MULTIPLES, DEPTH, ATTENTION, HEAD_CHANNELS = 64, (1, 2, 2, 4), 2, (4, 8), 64
 TARGET = 0.8
 
 Network = Callable[[], Tensor]
@@ -31,8 +31,14 @@ def measure(
         ValueError: if diffusers is not installed.
     """
     torch.manual_seed(0)
-    ours, peer, peer_last = (model.to(device) for model in (_ours(), _diffusers(), _diffusers()))
-    peer_last.to(memory_format=torch.channels_last)
+    ours = UNet(
+        channels=CHANNELS,
+        channel_mult=MULTIPLES,
+        num_res_blocks=DEPTH,
+        attention=ATTENTION,
+        num_head_channels=HEAD_CHANNELS,
+    ).to(device)
+    peer, peer_last = _diffusers().to(device), _diffusers().to(device, memory_format=torch.channels_last)
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, peer)]
     assert abs(sizes[0] / sizes[1] - 1) < 0.01, sizes
     x, noise = torch.randn(2, BATCH, 3, SIZE, SIZE).to(device)
@@ -66,16 +72,6 @@ def _training_step(model: nn.Module, network: Network, noise: Tensor) -> Callabl
     return step
 
 
-def _ours() -> UNet:
-    return UNet(
-        channels=CHANNELS,
-        channel_mult=MULTIPLIERS,
-        num_res_blocks=DEPTH,
-        attention=ATTENTION,
-        num_head_channels=HEAD_CHANNELS,
-    )
-
-
 def _diffusers() -> Any:
     try:
         from diffusers import UNet2DModel
@@ -83,14 +79,14 @@ def _diffusers() -> Any:
         raise ValueError(
             "This compares with diffusers, which is not installed: run `pip install diffusers`."
         ) from error
-    attends = [2**level in ATTENTION for level in range(len(MULTIPLIERS))]
+    attends = [2**level in ATTENTION for level in range(len(MULTIPLES))]
     return UNet2DModel(
         sample_size=SIZE,
         in_channels=3,
         out_channels=3,
         down_block_types=tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)),
-        block_out_channels=tuple(CHANNELS * multiplier for multiplier in MULTIPLIERS),
+        block_out_channels=tuple(CHANNELS * multiplier for multiplier in MULTIPLES),
         layers_per_block=DEPTH,
         downsample_type="resnet",
         upsample_type="resnet",

@@ -5,6 +5,7 @@ train one after the other on minibatches indexed from them with `torch.optim.Ada
 the other. Both ways get the same maps, float32 arithmetic and the same number of minibatches.
 """
 
+import itertools
 import multiprocessing
 import os
 import resource
@@ -24,6 +25,7 @@ from diffperception.segmentation import FeatureExtractor, FeatureMaps, PixelEnse
 from diffperception.segmentation.ensemble import combine_members
 from diffperception.segmentation.mlp import hidden_widths
 from diffperception.segmentation.pixels import LabelledPixels
+from diffperception.table import format_table
 from diffperception.training import FitOptions, fit_ensemble
 from diffperception.training.options import TrainerOptions
 
@@ -43,10 +45,6 @@ class Comparison:
     ours: float
     target: float | None = None
 
-    def line(self) -> str:
-        target = "" if self.target is None else f"{self.target:10.1f}"
-        return f"{self.name:52}{self.dense:10.3f}{self.ours:10.3f}{self.dense / self.ours:10.1f}{target}"
-
 
 @dataclass(frozen=True)
 class Report:
@@ -57,15 +55,15 @@ class Report:
     memory: float
 
     def table(self) -> str:
-        head = f"{'seconds':52}{'dense':>10}{'ours':>10}{'ratio':>10}{'at least':>10}"
-        return "\n".join(
-            [
-                head,
-                *(row.line() for row in self.comparisons),
-                f"largest difference of logits: {self.difference:.1e} (at most 1e-05)",
-                f"peak memory of preparing, training and predicting with {IMAGES} images: {self.memory:.2f} GiB "
-                "(at most 4 GB, 3.73 GiB)",
-            ]
+        rows = [
+            (c.name, f"{c.dense:.3f}", f"{c.ours:.3f}", f"{c.dense / c.ours:.1f}", c.target or "")
+            for c in self.comparisons
+        ]
+        return (
+            f"{format_table(rows, ['seconds', 'dense', 'ours', 'ratio', 'at least'])}\n"
+            f"largest difference of logits: {self.difference:.1e} (at most 1e-05)\n"
+            f"peak memory of preparing, training and predicting with {IMAGES} images: {self.memory:.2f} GiB"
+            " (at most 4 GB, 3.73 GiB)"
         )
 
 
@@ -75,10 +73,9 @@ class RandomMaps(FeatureExtractor):
     def __init__(self) -> None:
         super().__init__([FeatureInfo(f"stride {stride}", channels, stride) for channels, stride in 3 * BLOCKS], 8)
         generator = torch.Generator().manual_seed(0)
-        sides = [(info.channels, SIDE // info.stride) for info in self.info]
-        for number, (channels, side) in enumerate(sides):
-            drawn = torch.randn(1, channels, side, side, generator=generator)
-            self.register_buffer(f"drawn{number}", drawn)
+        for number, info in enumerate(self.info):
+            side = SIDE // info.stride
+            self.register_buffer(f"drawn{number}", torch.randn(1, info.channels, side, side, generator=generator))
 
     def encode(self, images: Tensor) -> list[Tensor]:
         return list(self.buffers())
@@ -125,15 +122,9 @@ def compare(
     maps = features.maps(torch.zeros(3, SIDE, SIDE))
     logits = _predict_densely(copied, maps)[1]
     difference = float((logits.view(MEMBERS, SIDE, SIDE, -1).permute(0, 3, 1, 2) - ensemble.logits(maps)).abs().max())
-    rows.append(
-        Comparison(
-            "predict an image",
-            best_seconds(lambda: _predict_densely(networks, maps), repeats, warm_up=False),
-            best_seconds(lambda: ensemble.segment(maps), repeats, warm_up=False),
-            10,
-        )
-    )
-    return rows, difference
+    slow = best_seconds(lambda: _predict_densely(networks, maps), repeats, warm_up=False)
+    fast = best_seconds(lambda: ensemble.segment(maps), repeats, warm_up=False)
+    return [*rows, Comparison("predict an image", slow, fast, target=10)], difference
 
 
 def peak_memory(threads: int) -> float:
@@ -163,7 +154,7 @@ def _train_densely(
     start = timer()
     rows = torch.empty(len(masks) * SIDE * SIDE, features.channels, device=features.device)
     for part in rows.split(SIDE * SIDE):
-        part.copy_(_dense_rows(features.maps(torch.zeros(3, SIDE, SIDE))))
+        part.copy_(features.maps(torch.zeros(3, SIDE, SIDE)).dense().flatten(1).T)
     labels = torch.cat([mask.flatten() for mask in masks]).long().to(rows.device)
     prepared = timer()
     networks = [_network(features.channels).to(rows.device) for _ in range(MEMBERS)]
@@ -197,29 +188,18 @@ def _scaled(dense: tuple[float, float], ours: tuple[float, float], images: int, 
     return Comparison(f"so {IMAGES} images, {TRAINED} minibatches would take", seconds[0], seconds[1], target=5)
 
 
-def _dense_rows(maps: FeatureMaps) -> Tensor:
-    return maps.dense().flatten(1).T
-
-
 @torch.no_grad()
 def _predict_densely(networks: list[nn.Sequential], maps: FeatureMaps) -> tuple[tuple[Tensor, ...], Tensor]:
     """What `PixelEnsemble.segment` returns, and the logits (M, 1, H W, K)."""
-    rows = _dense_rows(maps)
+    rows = maps.dense().flatten(1).T
     logits = torch.stack([network(rows) for network in networks])[:, None]
     return combine_members(logits), logits
 
 
 def _network(channels: int) -> nn.Sequential:
-    first, second = hidden_widths(CLASSES)
-    return nn.Sequential(
-        nn.Linear(channels, first),
-        nn.ReLU(),
-        nn.BatchNorm1d(first),
-        nn.Linear(first, second),
-        nn.ReLU(),
-        nn.BatchNorm1d(second),
-        nn.Linear(second, CLASSES),
-    )
+    widths = [channels, *hidden_widths(CLASSES)]
+    hidden = ((nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b)) for a, b in itertools.pairwise(widths))
+    return nn.Sequential(*itertools.chain(*hidden), nn.Linear(widths[-1], CLASSES))
 
 
 def _member(ensemble: PixelEnsemble, index: int) -> nn.Sequential:

@@ -18,11 +18,9 @@ from diffperception.diffusion import (
 )
 from tests.diffusion.gaussian_mixture import Mixture
 
-PATHS = [
-    (cosine_schedule(), torch.tensor([10, 400, 800])),
-    (VarianceExploding(), torch.tensor([0.1, 1.0, 5.0])),
-    (FlowSchedule(), torch.tensor([0.1, 0.5, 0.9])),
-]
+SCHEDULES = [cosine_schedule(), VarianceExploding(), FlowSchedule()]
+TIMES = map(torch.tensor, ([10, 400, 800], [0.1, 1.0, 5.0], [0.1, 0.5, 0.9]))
+PATHS = list(zip(SCHEDULES, TIMES, strict=True))
 
 
 def component(mixture: Mixture, k: int) -> Mixture:

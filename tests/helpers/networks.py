@@ -36,3 +36,16 @@ def two_level_unet(**changes: object) -> UNet:
 def conditional_generator(null_class: bool = True) -> DiffusionModel:
     """Of images of 8 x 8 pixels of two classes."""
     return DiffusionModel(CLASSES, two_level_unet(), image_size=8, null_class=null_class)
+
+
+def plain_classifier(channels: int, first: int, second: int, classes: int) -> nn.Sequential:
+    """A member of an ensemble as the reference builds it."""
+    return nn.Sequential(
+        nn.Linear(channels, first),
+        nn.ReLU(),
+        nn.BatchNorm1d(first),
+        nn.Linear(first, second),
+        nn.ReLU(),
+        nn.BatchNorm1d(second),
+        nn.Linear(second, classes),
+    )

@@ -15,6 +15,7 @@ from diffperception.segmentation.ensemble import combine_members
 from diffperception.segmentation.maps import FeatureMaps
 from diffperception.segmentation.mlp import EnsembleBatchNorm, PixelMLPs
 from diffperception.segmentation.pixels import LabelledPixels, checked_masks
+from tests.helpers.networks import plain_classifier
 from tests.helpers.scenes import Pyramid, scene
 from tests.segmentation.test_features import generator, random_maps
 
@@ -23,15 +24,7 @@ def member(mlps: PixelMLPs, index: int) -> nn.Sequential:
     """One member as the reference builds it."""
     weight = [layer.weight[index] for layer in mlps.linears]
     (first, channels), second, classes = weight[0].shape, weight[1].shape[0], weight[2].shape[0]
-    network = nn.Sequential(
-        nn.Linear(channels, first),
-        nn.ReLU(),
-        nn.BatchNorm1d(first),
-        nn.Linear(first, second),
-        nn.ReLU(),
-        nn.BatchNorm1d(second),
-        nn.Linear(second, classes),
-    )
+    network = plain_classifier(channels, first, second, classes)
     state = {name.removeprefix("layers."): value[index].clone() for name, value in mlps.state_dict().items()}
     network.to(weight[0].dtype).load_state_dict(state, strict=False)
     return network

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from diffperception.segmentation import PixelEnsemble
+from tests.helpers.networks import plain_classifier
 from tests.segmentation.test_features import random_maps
 
 
@@ -13,15 +14,7 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int = 25, classes: int = 5, first: int = 128, second: int = 32) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(channels, first),
-            nn.ReLU(),
-            nn.BatchNorm1d(first),
-            nn.Linear(first, second),
-            nn.ReLU(),
-            nn.BatchNorm1d(second),
-            nn.Linear(second, classes),
-        )
+        self.layers = plain_classifier(channels, first, second, classes)
         for buffer in self.buffers():
             if buffer.is_floating_point():
                 buffer.data = 0.5 + torch.rand_like(buffer)
