@@ -276,7 +276,7 @@ class DiffusionDet(Detector):
             return []
         chosen = sampler or self.sampler
         steps = chosen.steps if steps is None else steps
-        sampler = self._complete(replace(chosen, steps=steps, num_boxes=num_boxes or chosen.num_boxes))
+        sampler = replace(chosen, steps=steps, num_boxes=num_boxes or chosen.num_boxes)
         encoded = encoded or self.encode(images)
         selected = sampler.select(self.sample(encoded, [0] * len(images) if seeds is None else seeds, sampler))
         detections = selected.in_images(encoded.seen, encoded.sizes)
@@ -299,7 +299,7 @@ class DiffusionDet(Detector):
         `predicted` (N, 4), `scores` (N,) and `labels` (N,) that came out; boxes are xyxy in pixels of the image. Then
         what `predict` gives.
         """
-        sampler = self._complete(sampler or self.sampler)
+        sampler = sampler or self.sampler
         encoded = self.encode([image])
         sampled = self.sample(encoded, [seed], sampler)
         scale = (encoded.sizes / encoded.seen)[0]
@@ -324,11 +324,12 @@ class DiffusionDet(Detector):
 
     @torch.no_grad()
     def sample(self, encoded: Encoded, seeds: Sequence[int], sampler: BoxSampler) -> list[Step]:
-        """All steps from noise to boxes; the sampler must have a number of boxes (see `sampler_with`).
+        """All steps from noise to boxes.
 
         Raises:
             ValueError: the weights give numbers that are not finite.
         """
+        sampler = self._complete(sampler)
         at_once = self._at_once(len(seeds), sampler.num_boxes or 0, CPU_BOXES)
         pyramids = encoded.pyramid.split(at_once)
 

@@ -83,8 +83,8 @@ class FCOS(Detector):
         resized = [self.resize(image.to(self.device)) for image in images]
         batches = [resized] if self.pad_together and images else [[image] for image in resized]
         detections = [found for batch in batches for found in self.model(batch)]
-        sizes, seen = (image_sizes(of).to(self.device) for of in (images, resized))
-        return [_in_image(found, before, after) for found, before, after in zip(detections, seen, sizes, strict=True)]
+        seen, sizes = image_sizes(resized).to(self.device), image_sizes(images).to(self.device)
+        return [_in_image(*parts) for parts in zip(detections, seen, sizes, strict=True)]
 
 
 class _NormaliseAndPad(GeneralizedRCNNTransform):

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,6 @@ class Score:
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if math.isnan(self.spread) else f" ± {self.spread:.3f}")
 
-    def content(self) -> dict[str, Any]:
-        """For a JSON file, which has null for nan."""
-        return {"mean": self.mean, "spread": self.spread, "by_seed": self.by_seed}
-
 
 @dataclass(frozen=True)
 class SweepRow:
@@ -68,10 +64,12 @@ class SweepRow:
 
     def content(self) -> dict[str, Any]:
         """For a JSON file."""
-        settings = asdict(self.sampler)
-        ordered = {"mode": settings.pop("mode"), **settings, "head_passes": self.sampler.steps}
-        scores = {"AP": self.ap.content(), "AP50": self.ap50.content()}
-        return {**ordered, **scores, "seconds_per_image": self.seconds}
+        settings = {"mode": self.sampler.mode} | asdict(self.sampler) | {"head_passes": self.sampler.steps}
+        scores = {
+            name: {"mean": score.mean, "spread": score.spread, "by_seed": score.by_seed}
+            for name, score in (("AP", self.ap), ("AP50", self.ap50))
+        }
+        return settings | scores | {"seconds_per_image": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -86,35 +84,29 @@ class Sweep:
 
     def table(self) -> str:
         """A line per combination, and how to read it."""
-        columns = {"mode": "mode", "num_boxes": "boxes"}
         finer = {"renewal_threshold": "renewal", "ensemble": "ensemble", "eta": "eta", "nms_threshold": "nms"}
-        constant = {name for name in finer if len(self._values(name)) == 1}
-        columns |= {name: title for name, title in finer.items() if name not in constant} | {"steps": "steps"}
-        lines = []
-        for row in self.rows:
-            settings = asdict(row.sampler)
-            lines.append([*(settings[name] for name in columns), row.ap, row.ap50, f"{row.seconds:.4f}"])
-        table = format_table(lines, [*columns.values(), "AP", "AP50", "s/image"])
-        return "\n".join([table, "", *self._notes(constant)])
-
-    def _notes(self, constant: Iterable[str]) -> list[str]:
-        settings = ", ".join(f"{name} {self._values(name)[0]}" for name in sorted(constant))
+        same = {name for name in finer if len({getattr(row.sampler, name) for row in self.rows}) == 1}
+        varied = {name: title for name, title in finer.items() if name not in same}
+        columns = {"mode": "mode", "num_boxes": "boxes"} | varied | {"steps": "steps"}
+        lines = [
+            [*(getattr(row.sampler, name) for name in columns), row.ap, row.ap50, f"{row.seconds:.4f}"]
+            for row in self.rows
+        ]
+        settings = ", ".join(f"{name} {getattr(self.rows[0].sampler, name)}" for name in sorted(same))
         seeds = ", ".join(map(str, self.seeds))
         over = f"mean ± standard deviation over the seeds {seeds}" if len(self.seeds) > 1 else f"seed {seeds}"
-        return [
-            f"steps: passes through the head, per image{'; the same in all rows: ' + settings if settings else ''}",
-            f"AP, AP50: {over}, {self.images} images",
+        return (
+            f"{format_table(lines, [*columns.values(), 'AP', 'AP50', 's/image'])}\n\n"
+            f"steps: passes through the head, per image{'; the same in all rows: ' + settings if settings else ''}\n"
+            f"AP, AP50: {over}, {self.images} images\n"
             f"s/image: features + head + post-processing on {self.device} in batches of {self.batch_size}, median over"
-            " the batches; the features are computed once and counted in every row, reading and scoring are not",
-        ]
-
-    def _values(self, name: str) -> list[Any]:
-        return list(dict.fromkeys(asdict(row.sampler)[name] for row in self.rows))
+            " the batches; the features are computed once and counted in every row, reading and scoring are not"
+        )
 
     def content(self) -> dict[str, Any]:
         """For a JSON file."""
-        about = {"seeds": self.seeds, "images": self.images, "batch_size": self.batch_size, "device": self.device}
-        return {**about, "rows": [row.content() for row in self.rows]}
+        about = {name: value for name, value in vars(self).items() if name != "rows"}
+        return about | {"rows": [row.content() for row in self.rows]}
 
 
 def combine(detector: Detector, choices: Mapping[str, Sequence[Any]]) -> list[BoxSampler]:

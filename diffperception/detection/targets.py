@@ -1,6 +1,6 @@
 """The objects of a batch as tensors of one shape."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,26 +49,23 @@ class PaddedTargets:
         more = {
             name: _stack([target[name] for target in learned], most)
             for name, value in learned[0].items()
-            if name not in PLAIN and isinstance(value, Tensor) and len(value) == len(boxes[0])
+            if name not in PLAIN and len(value) == len(boxes[0])
         }
         return cls(padded, labels, valid, image_sizes.cpu(), valid, None, more)
 
     def to(self, device: torch.device) -> "PaddedTargets":
         """The same objects there."""
-        more = {name: to_device(value, device) for name, value in self.more.items()}
-        boxes, labels, valid, sizes, present = (
-            to_device(x, device) for x in (self.boxes, self.labels, self.valid, self.image_sizes, self.present)
-        )
-        classes = None if self.counted_classes is None else to_device(self.counted_classes, device)
-        return PaddedTargets(boxes, labels, valid, sizes, present, classes, more)
+        return self._map(lambda x: to_device(x, device))
 
     def repeat(self, stages: int) -> "PaddedTargets":
         """What matching needs of the objects, for every stage: rows (S * B, ...), stage by stage."""
-        boxes, labels, valid, sizes, present = (
-            x.repeat(stages, *[1] * (x.dim() - 1))
-            for x in (self.boxes, self.labels, self.valid, self.image_sizes, self.present)
-        )
-        return PaddedTargets(boxes, labels, valid, sizes, present)
+        return replace(self, counted_classes=None, more={})._map(lambda x: x.repeat(stages, *[1] * (x.dim() - 1)))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "PaddedTargets":
+        """The same with `function` of each tensor."""
+        more = {name: function(value) for name, value in self.more.items()}
+        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, more=more)
 
     def limit(self, proposals: int, generator: torch.Generator | None = None) -> "PaddedTargets":
         """At most `proposals` objects per image, chosen at random where there are more."""
@@ -84,17 +81,14 @@ def image_sizes(images: Sequence[Tensor]) -> Tensor:
     return torch.tensor([[*image.shape[-2:]][::-1] * 2 for image in images], dtype=torch.float32)
 
 
-def _without_crowds(target: dict) -> dict:
-    """The target on the CPU, without what is marked in `iscrowd`."""
+def _without_crowds(target: dict) -> dict[str, Tensor]:
+    """The target's tensors on the CPU, without what is marked in `iscrowd`."""
     objects = len(target["labels"])
-    on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in target.items()}
-    if "iscrowd" not in on_cpu:
-        return on_cpu
-    keep = ~on_cpu["iscrowd"].bool()
-    return {
-        name: value[keep] if isinstance(value, Tensor) and value.shape[:1] == (objects,) else value
-        for name, value in on_cpu.items()
-    }
+    tensors = {name: value.cpu() for name, value in target.items() if isinstance(value, Tensor)}
+    if "iscrowd" in tensors:
+        keep = ~tensors["iscrowd"].bool()
+        tensors = {name: x[keep] if x.shape[:1] == (objects,) else x for name, x in tensors.items()}
+    return tensors
 
 
 def _stack(values: Sequence[Tensor], rows: int) -> Tensor:
