@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -40,9 +40,12 @@ def _accelerator() -> str:
     return found.type if found else "cpu"
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """A context in which convolutions and products are computed in bfloat16; in one of float32 nothing changes."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """A context in which convolutions and products are computed in bfloat16; in one of float32 nothing changes.
+
+    So an evaluation during a training has that one's precision: `torch.autocast(enabled=False)` would end it.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @contextmanager

@@ -30,6 +30,12 @@ def test_bfloat16_is_used_where_asked_for() -> None:
         assert (a @ a).dtype == torch.float32
 
 
+def test_an_evaluation_within_a_training_has_its_precision() -> None:
+    a = torch.rand(4, 4)
+    with torch.autocast("cpu", torch.bfloat16), autocast(a.device, "32"):
+        assert (a @ a).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
 def test_one_process_of_several_is_the_first(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     for value, first in (("0", True), ("1", False)):
