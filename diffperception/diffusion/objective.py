@@ -50,25 +50,22 @@ class Objective:
             t: (B,) times.
             noise: standard normal, of x0's shape.
         """
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         x_t = add_noise(self.schedule, x0, t, noise)
         output = network(x_t, self.schedule.conditioning(t))
         # Under autocast the output is in half precision; losses are not.
         prediction, variance_range = split_range(output.to(x0.dtype), self.learned_range)
-        losses = {"mse": self._weighted_mse(prediction, x0, t, noise)}
+        goal = target(self.prediction, x0, noise, alpha, sigma)
+        mse = (prediction - goal).square().flatten(1).mean(1)
+        if self.min_snr is not None:
+            weight = (alpha / sigma).square().clamp(max=self.min_snr) * x0_gain(self.prediction, alpha, sigma).square()
+            mse = broadcast_mul(weight, mse)
+        losses = {"mse": mse}
         if variance_range is not None:
-            found = to_x0(self.prediction, prediction.detach(), x_t, self.schedule.alpha(t), self.schedule.sigma(t))
+            found = to_x0(self.prediction, prediction.detach(), x_t, alpha, sigma)
             bound = variational_bound(self.schedule, x0, x_t, t, DenoiserOutput(found, variance_range))
             losses["vlb"] = bound * (self.schedule.require_discrete("A learned range") / 1000)
         return losses
-
-    def _weighted_mse(self, prediction: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        goal = target(self.prediction, x0, noise, alpha, sigma)
-        mse = (prediction - goal).square().flatten(1).mean(1)
-        if self.min_snr is None:
-            return mse
-        snr = (alpha / sigma).square()
-        return broadcast_mul(snr.clamp(max=self.min_snr) * x0_gain(self.prediction, alpha, sigma).square(), mse)
 
 
 def variational_bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, output: DenoiserOutput) -> Tensor:

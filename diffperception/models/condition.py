@@ -1,6 +1,6 @@
 """What a denoiser is told beside the noisy sample and its time."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -23,5 +23,5 @@ class Condition:
 
     def expand(self, batch: int) -> "Condition":
         """The condition of a single sample for each of a batch; one of the batch's size stays as it is."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: v.expand(batch, *v.shape[1:]) for k, v in given.items() if v is not None})
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return Condition(**{name: value.expand(batch, *value.shape[1:]) for name, value in given.items()})

@@ -118,6 +118,9 @@ class DiffusionModel(Model):
             )
         if image_size is None:
             raise ValueError("give image_size, the side of the images it was trained on: a checkpoint does not tell it")
+        if labels is not None and (labels.ndim != 2 or labels.shape[1] != network.embedding or not len(labels)):
+            wanted = f"a row of {network.embedding} numbers per class"
+            raise ValueError(f"{adm.LABELS} is {tuple(labels.shape)}, which does not fit this UNet: it takes {wanted}")
         count = 0 if labels is None else len(labels)
         names = [str(label) for label in range(count)] if classes is None else list(classes)
         if len(names) != count:
@@ -131,11 +134,8 @@ class DiffusionModel(Model):
             learned_range=outputs == 2 * channels,
             image_size=image_size,
         )
-        if labels is not None and model.conditioner is not None:
-            try:
-                model.conditioner.load_state_dict({"embedding.weight": labels})
-            except RuntimeError as error:
-                raise ValueError(f"{adm.LABELS} does not fit this UNet: {error}") from None
+        if model.conditioner is not None:
+            model.conditioner.load_state_dict({"embedding.weight": labels})
         return model.eval()
 
     @property

@@ -223,6 +223,7 @@ def test_constants_that_are_no_weights_are_dropped(state, r50):
     [
         ("alphas_cumprod", torch.linspace(1, 0, 1000), "noise schedule"),
         ("pixel_mean", torch.tensor([103.53, 116.28, 123.675]), "image normalisation"),
+        ("pixel_std", torch.ones(4), "image normalisation"),
     ],
 )
 def test_other_constants_than_ours_are_told(state, r50, name, values, meaning):

@@ -80,7 +80,7 @@ def build(
     num_head_channels = 64 if num_head_channels is None else num_head_channels
     with torch.device("meta"):
         model = make(num_heads=num_heads, num_head_channels=num_head_channels, **layout)
-    renamed = _rename(state, num_heads, num_head_channels, new_attention_order)
+    renamed = {_ours(name): _flat(name, value) for name, value in state.items()}
     expected = {name: value.shape for name, value in model.state_dict().items()}
     listed = ", ".join(f"{name} {value}" for name, value in layout.items())
     read = f"The checkpoint does not fit the {type(model).__name__} that its other weights describe ({listed})"
@@ -98,6 +98,10 @@ def build(
             f"{read}: {len(missing)} weights are missing, such as those of our {missing[0]}. It is not whole, or check"
             f" what it was built with: {_deciding(missing[0])}."
         )
+    if not new_attention_order:
+        for name in (_ours(name) for name in state if ".qkv." in name):  # by heads and then by q, k, v; ours by these
+            rows = renamed[name].unflatten(0, (num_heads or len(renamed[name]) // 3 // num_head_channels, 3, -1))
+            renamed[name] = rows.transpose(0, 1).flatten(0, 2)
     model.load_state_dict(renamed, assign=True)
     return model
 
@@ -122,7 +126,7 @@ def unet_arguments(state: State) -> dict[str, Any]:
         )
     _require_whole(state, _UNET, "UNetModel")
     num_res_blocks, resampling = _decoder_rhythm(state)
-    outputs = _shape(state, "out.2.weight")[0]
+    outputs = _length(state, "out.2.weight", 0)
     return _encoder_arguments(state, num_res_blocks) | {"out_channels": outputs, "resampling": resampling}
 
 
@@ -142,13 +146,13 @@ def classifier_arguments(state: State, num_res_blocks: int | None) -> tuple[dict
     num_res_blocks, resampling = _encoder_rhythm(state, num_res_blocks)
     layout = _encoder_arguments(state, num_res_blocks) | {"resampling": resampling}
     if "out.3.weight" in state:
-        return layout | {"pool": "adaptive"}, _shape(state, "out.3.weight")[0]
+        return layout | {"pool": "adaptive"}, _length(state, "out.3.weight", 0)
     if "out.2.positional_embedding" not in state:
         raise ValueError("The classifier pools neither by attention nor by averages; no other pooling is read.")
     # One position is that of the mean.
-    side = isqrt(_shape(state, "out.2.positional_embedding")[1] - 1)
+    side = isqrt(_length(state, "out.2.positional_embedding", 1) - 1)
     image_size = side * 2 ** (len(layout["channel_mult"]) - 1)
-    return layout | {"pool": "attention", "image_size": image_size}, _shape(state, "out.2.c_proj.weight")[0]
+    return layout | {"pool": "attention", "image_size": image_size}, _length(state, "out.2.c_proj.weight", 0)
 
 
 def _require_whole(state: State, names: Sequence[str], kind: str) -> None:
@@ -158,23 +162,27 @@ def _require_whole(state: State, names: Sequence[str], kind: str) -> None:
 
 
 def _encoder_arguments(state: State, num_res_blocks: int) -> dict[str, Any]:
-    channels = _shape(state, "time_embed.0.weight")[1]
+    channels = _length(state, "time_embed.0.weight", 1)
     firsts = [f"input_blocks.{first}" for first in range(1, _encoder_blocks(state), num_res_blocks + 1)]
-    widths = [_shape(state, f"{first}.0.out_layers.0.weight")[0] for first in firsts]
+    widths = [_length(state, f"{first}.0.out_layers.0.weight", 0) for first in firsts]
     return {
-        "in_channels": _shape(state, "input_blocks.0.0.weight")[1],
+        "in_channels": _length(state, "input_blocks.0.0.weight", 1),
         "channels": channels,
         "channel_mult": [width // channels if width % channels == 0 else width / channels for width in widths],
         "num_res_blocks": num_res_blocks,
         "attention": [2**level for level, first in enumerate(firsts) if f"{first}.1.qkv.weight" in state],
-        "scale_shift": _shape(state, "input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0],
+        "scale_shift": _length(state, "input_blocks.1.0.emb_layers.1.weight", 0) == 2 * widths[0],
     }
 
 
-def _shape(state: State, name: str) -> torch.Size:
+def _length(state: State, name: str, axis: int) -> int:
     if name not in state:
         raise ValueError(f"The checkpoint has no {name}: it is not whole, or not guided-diffusion's.")
-    return state[name].shape
+    if state[name].ndim <= axis or not state[name].numel():
+        raise ValueError(
+            f"The checkpoint's {name} is {_size(state[name].shape)}: that is no layer of guided-diffusion's."
+        )
+    return state[name].shape[axis]
 
 
 def _decoder_rhythm(state: State) -> tuple[int, str]:
@@ -228,17 +236,10 @@ def _block(name: str) -> int:
     return int(name.split(".")[1]) if re.match(r"(in|out)put_blocks\.\d", name) else -1
 
 
-def _rename(state: State, num_heads: int | None, num_head_channels: int, new_order: bool) -> dict[str, Tensor]:
-    """The reference's weights under our names."""
-    renamed = {}
-    for name, value in state.items():
-        if ".qkv." in name and not new_order:  # by heads and then by q, k, v; ours are the other way
-            count = num_heads or value.shape[0] // 3 // num_head_channels
-            value = value.unflatten(0, (count, 3, -1)).transpose(0, 1).flatten(0, 2)
-        if name.endswith((".qkv.weight", ".proj_out.weight", ".qkv_proj.weight", ".c_proj.weight", "out.3.weight")):
-            value = value.flatten(1)  # a convolution of one position is a linear layer
-        renamed[_ours(name)] = value
-    return renamed
+def _flat(name: str, value: Tensor) -> Tensor:
+    """A convolution of one position as the linear layer that it is with us."""
+    linear = name.endswith((".qkv.weight", ".proj_out.weight", ".qkv_proj.weight", ".c_proj.weight", "out.3.weight"))
+    return value.flatten(1) if linear and value.ndim > 1 else value
 
 
 def _ours(name: str) -> str:

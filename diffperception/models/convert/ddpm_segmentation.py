@@ -11,9 +11,6 @@ from torch import Tensor
 
 from diffperception.models.convert.checkpoints import load_untrusted
 
-# Written by the reference, and nothing that an ensemble needs.
-_COUNTER = "num_batches_tracked"
-
 
 def read_members(paths: Sequence[str | Path]) -> tuple[int, int, dict[str, Tensor]]:
     """The members that are in files ``model_0.pth``, ``model_1.pth``, ... Nothing in a file is run.
@@ -32,7 +29,12 @@ def read_members(paths: Sequence[str | Path]) -> tuple[int, int, dict[str, Tenso
     states = [_read(Path(path)) for path in paths]
     expected = _shapes(states[0], paths[0])
     for state, path in zip(states, paths, strict=True):
-        _check(state, expected, path)
+        for name in {**expected, **state}:
+            if name not in state or name not in expected:
+                raise ValueError(f"{path} {'lacks' if name in expected else 'has an unknown'} {name}")
+            if state[name].shape != expected[name]:
+                shapes = f"{tuple(state[name].shape)} instead of {expected[name]}"
+                raise ValueError(f"{path} does not fit the first member's file: {name} is {shapes}")
     stacked = {name: torch.stack([state[name].float() for state in states]) for name in expected}
     return expected["layers.0.weight"][1], expected["layers.6.weight"][0], stacked
 
@@ -42,7 +44,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     state = content.get("model_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} is not a classifier of ddpm-segmentation: it has no model_state_dict")
-    return {name.removeprefix("module."): value for name, value in state.items() if not name.endswith(_COUNTER)}
+    needed = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    return {name.removeprefix("module."): value for name, value in needed.items()}
 
 
 def _shapes(state: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -58,12 +61,3 @@ def _shapes(state: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[in
     for layer, width in ((2, first), (5, second)):
         shapes |= {f"layers.{layer}.{name}": (width,) for name in ("weight", "bias", "running_mean", "running_var")}
     return shapes
-
-
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: str | Path) -> None:
-    for name in {**expected, **state}:
-        if name not in state or name not in expected:
-            raise ValueError(f"{path} {'lacks' if name in expected else 'has an unknown'} {name}")
-        if state[name].shape != expected[name]:
-            shapes = f"{tuple(state[name].shape)} instead of {expected[name]}"
-            raise ValueError(f"{path} does not fit the first member's file: {name} is {shapes}")

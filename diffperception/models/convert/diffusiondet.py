@@ -117,7 +117,7 @@ def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | 
             # The tower's modules are Linear, LayerNorm, ReLU in turn.
             "box_layers": _count(state, r"head\.head_series\.\d+\.reg_module\.(\d+)\.", 8) // 3 + 1,
         },
-        "num_timesteps": 1000 if table is None else len(table),
+        "num_timesteps": 1000 if table is None else table.numel(),
     }
 
 
@@ -255,10 +255,11 @@ def _warn_of_other_constants(state: Mapping[str, Tensor]) -> None:
         "pixel_std": ("image normalisation", 255 * torch.tensor(IMAGENET_DEFAULT_STD)),
     }
     if "alphas_cumprod" in state:
-        schedule = cosine_schedule(len(state["alphas_cumprod"]))
+        schedule = cosine_schedule(state["alphas_cumprod"].numel())
         expected["alphas_cumprod"] = ("noise schedule", schedule.alpha(torch.arange(schedule.num_timesteps)) ** 2)
     for name, (meaning, ours) in expected.items():
-        if name in state and not torch.allclose(state[name].flatten().double().cpu(), ours.double(), atol=1e-4):
+        given = state[name].flatten().double().cpu() if name in state else ours.double()
+        if given.shape != ours.shape or not torch.allclose(given, ours.double(), atol=1e-4):
             warnings.warn(
                 f"{name} of the checkpoint is not DiffusionDet's {meaning}: expect worse detections", stacklevel=4
             )

@@ -201,6 +201,23 @@ def test_a_weight_of_another_layout_is_named_with_the_argument_that_decides_on_i
     assert "channels 32, channel_mult" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "sizes"),
+    [
+        ("time_embed.0.weight", (), "is a number"),
+        ("input_blocks.0.0.weight", (32,), "is 32"),
+        ("input_blocks.3.1.qkv.weight", (3,), "is 3, but by those it would be 192 x 64"),
+        ("input_blocks.3.1.qkv.bias", (), "is a number, but by those it would be 192"),
+        ("input_blocks.3.1.proj_out.weight", (), "is a number, but by those it would be 64 x 64"),
+        ("label_emb.weight", (), r"is \(\), which does not fit this UNet: it takes a row of 128 numbers per class"),
+    ],
+)
+def test_a_weight_of_another_number_of_axes_is_named(name: str, shape: tuple[int, ...], sizes: str) -> None:
+    state = {**layout_state("conv"), name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=f"{name} {sizes}"):
+        DiffusionModel.from_reference(state, 16, num_heads=4)
+
+
 # What it computes
 
 
