@@ -20,13 +20,13 @@ def evaluate_sample_folder(
     weights: Path | None = None,
     size: PositiveInt | None = None,
     output: Path | None = None,
+    device: str = "auto",
+    precision: Precision = "32",
     subsets: PositiveInt = 100,
     subset_size: PositiveInt | None = None,
     neighbours: PositiveInt = 3,
     batch_size: PositiveInt = 32,
     workers: NonNegativeInt = 2,
-    device: str = "auto",
-    precision: Precision = "32",
     seed: NonNegativeInt = 0,
 ) -> None:
     """Score generated images against real ones: FID, KID, precision and recall.

@@ -20,10 +20,10 @@ def sample(
     classifier: Path | None = None,
     classifier_scale: NonNegativeFloat | None = None,
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None,
-    batch_size: PositiveInt = 16,
-    seed: NonNegativeInt = 0,
     device: str = "auto",
     precision: Precision = "32",
+    batch_size: PositiveInt = 16,
+    seed: NonNegativeInt = 0,
     overwrite: bool = False,
 ) -> None:
     """Draw images from a trained generator: numbered PNG files in OUTPUT/images, and OUTPUT/grid.png.

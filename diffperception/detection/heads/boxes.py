@@ -126,9 +126,8 @@ class DynamicHead(Head):
             logits, boxes, features = stage(pyramid, boxes.detach(), features, time, classify)
             all_logits.append(logits)
             all_boxes.append(boxes)
-        if last_only:
-            return HeadOutput(all_logits[-1][None], all_boxes[-1][None])
-        return HeadOutput(torch.stack(all_logits), torch.stack(all_boxes))
+        shown = slice(-1 if last_only else 0, None)
+        return HeadOutput(torch.stack(all_logits[shown]), torch.stack(all_boxes[shown]))
 
 
 class Stage(nn.Module):
