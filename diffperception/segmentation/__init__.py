@@ -1,7 +1,7 @@
 """Label-efficient segmentation: pixel classifiers on the features of generators and other networks."""
 
 from diffperception.segmentation.autolabel import autolabel
-from diffperception.segmentation.ensemble import PixelEnsemble, Segmentation, image_score
+from diffperception.segmentation.ensemble import PixelEnsemble, Segmentation
 from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.feature_folder import ExtractedFeatures, extract_features
 from diffperception.segmentation.features import DiffusionFeatures, FeatureExtractor, RGBFeatures, TimmFeatures
@@ -9,23 +9,3 @@ from diffperception.segmentation.inference import evaluate_segmenter, segment_fo
 from diffperception.segmentation.maps import FeatureMaps
 from diffperception.segmentation.probe import ProbeScore, probe_features
 from diffperception.segmentation.segmenter import PixelSegmenter
-
-__all__ = [
-    "DiffusionFeatures",
-    "ExtractedFeatures",
-    "FeatureExtractor",
-    "FeatureMaps",
-    "MeanIoU",
-    "PixelEnsemble",
-    "PixelSegmenter",
-    "ProbeScore",
-    "RGBFeatures",
-    "Segmentation",
-    "TimmFeatures",
-    "autolabel",
-    "evaluate_segmenter",
-    "extract_features",
-    "image_score",
-    "probe_features",
-    "segment_folder",
-]

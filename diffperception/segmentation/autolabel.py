@@ -4,27 +4,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.images import load_images
-from diffperception.devices import Precision, autocast, hide_bar
+from diffperception.devices import Precision, hide_bar
 from diffperception.files import folder_beside, list_images, png_names, write_json
-from diffperception.segmentation.inference import ImageScore
+from diffperception.segmentation.inference import FolderScores, ImageScore, segment_image
 from diffperception.segmentation.segmenter import PixelSegmenter
 from diffperception.visualization.draw import save_png, to_pil
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """What :func:`autolabel` made.
-
-    Attributes:
-        kept: the images of the data set, by name.
-        dropped: those left out for being the most uncertain, the most uncertain first.
-        broken: what is wrong with images that cannot be read, a sentence each.
-    """
+    """The images of a data set, by name; those left out for being the most uncertain, in that order; broken ones."""
 
     kept: list[ImageScore]
     dropped: list[ImageScore]
@@ -72,8 +65,15 @@ def autolabel(
     else:
         pool = ((Path(f"{number:06}.png"), image) for number, image in enumerate(images))
     with folder_beside(output) as folder:
-        scores, broken = _label(model, pool, folder, precision)
-        order = sorted(scores, key=lambda score: -score.uncertainty)
+        found: list[ImageScore | str] = []
+        for name, image in pool:
+            if isinstance(image, str):
+                found.append(image)
+            else:
+                save_png(to_pil(image), folder / "images" / name)
+                found.append(segment_image(model, image, name, folder / "masks" / name, precision)[1])
+        scores = FolderScores.of(found)
+        order = scores.ranked()
         number = min(round(drop * len(order)), len(order) - 1)
         dropped, kept = order[:number], sorted(order[number:], key=lambda score: score.name)
         for score in dropped:
@@ -81,7 +81,7 @@ def autolabel(
                 (folder / kind / score.name).unlink()
         lists = {"images": [asdict(score) for score in kept], "dropped": [asdict(score) for score in dropped]}
         write_json(folder / "dataset.json", {"classes": model.classes, "source": source, **lists})
-    return LabelledSet(kept, dropped, broken)
+    return LabelledSet(kept, dropped, scores.broken)
 
 
 def _read(images: str | Path, output: Path, workers: int) -> Iterator[tuple[Path, Tensor | str]]:
@@ -90,24 +90,3 @@ def _read(images: str | Path, output: Path, workers: int) -> Iterator[tuple[Path
     names = png_names(path.relative_to(root) for path in paths)
     for (sample,) in tqdm(load_images(paths, workers=workers), "autolabel", unit="image", disable=hide_bar()):
         yield names[sample.path.relative_to(root)], sample.problem if sample.image is None else sample.image
-
-
-def _label(
-    model: PixelSegmenter, pool: Iterable[tuple[Path, Tensor | str]], folder: Path, precision: Precision
-) -> tuple[list[ImageScore], list[str]]:
-    """Write images and masks; ValueError if there is none."""
-    scores: list[ImageScore] = []
-    broken: list[str] = []
-    for name, image in pool:
-        if isinstance(image, str):
-            broken.append(image)
-            continue
-        with autocast(model.device, precision):
-            found = model.segment(image)
-        labels = found.labels.cpu()
-        save_png(to_pil(image), folder / "images" / name)
-        save_png(Image.fromarray(labels.byte().numpy()), folder / "masks" / name)
-        scores.append(ImageScore.of(name, found.score, labels, len(model.classes)))
-    if not scores:
-        raise ValueError(f"no image can be read: {broken[0]}")
-    return scores, broken

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -40,8 +41,9 @@ class Segmentation:
 
     @property
     def score(self) -> float:
-        """How uncertain the image is: the mean of the most uncertain tenth of its pixels."""
-        return image_score(self.uncertainty)
+        """How uncertain the image is: the mean of the most uncertain tenth of its pixels, of at least one."""
+        values = self.uncertainty.flatten()
+        return float(values.topk(max(1, len(values) // 10)).values.mean())
 
     def resized(self, height: int, width: int) -> "Segmentation":
         """Labels and uncertainty for the image at another size: interpolated, and the labels follow the votes.
@@ -155,9 +157,13 @@ class PixelEnsemble(Model):
 
     def _bands(self, maps: FeatureMaps) -> Iterator[Tensor]:
         """The members' logits (M, rows, W, K) of one band of the image after the other."""
-        self._check_channels(sum(len(m) for m in maps.maps))
+        if (channels := sum(len(m) for m in maps.maps)) != self.channels:
+            raise ValueError(
+                f"this classifier takes {self.channels} features a pixel, but the extractor gives {channels}: "
+                "use the blocks and timesteps that it was built for"
+            )
         height, width = maps.size
-        (weight, bias), second, third = self.mlps.folded()
+        (weight, bias), (weight2, bias2), (weight3, bias3) = self.mlps.folded()
         grouped = _by_stride(maps.to(weight.dtype).to(weight.device), weight)
         whole = {s: _first_layer(cells, w) for s, (cells, w) in grouped.items() if s > FINE_STRIDE}
         step = math.lcm(*maps.strides)
@@ -170,26 +176,13 @@ class PixelEnsemble(Model):
                 around = rows_around(top, bottom, stride)
                 native = whole[stride][around] if stride in whole else _first_layer(cells[:, around], w)
                 bands.append((native, stride))
-            logits = [
-                _classify(
-                    _upsampled(bands, m, top, bottom), bias[m], second[0][m], second[1][m], third[0][m], third[1][m]
-                )
-                for m in range(self.members)
-            ]
+            logits = []
+            for m in range(self.members):  # one by one: what a member makes of a band stays in the processor's cache
+                parts = (upsample_rows(native[:, :, m].permute(2, 0, 1)[None], s, top, bottom) for native, s in bands)
+                first = reduce(Tensor.add_, parts)[0].permute(1, 2, 0)  # (rows, W, hidden)
+                second = F.linear((first + bias[m]).relu_(), weight2[m], bias2[m])
+                logits.append(F.linear(second.relu_(), weight3[m], bias3[m]))
             yield torch.stack(logits)[:, : height - top, :width]
-
-    def _check_channels(self, channels: int) -> None:
-        if channels != self.channels:
-            raise ValueError(
-                f"this classifier takes {self.channels} features a pixel, but the extractor gives {channels}: "
-                "use the blocks and timesteps that it was built for"
-            )
-
-
-def image_score(uncertainty: Tensor) -> float:
-    """Mean of the most uncertain tenth of the pixels of an (H, W) map, at least one."""
-    values = uncertainty.flatten()
-    return float(values.topk(max(1, len(values) // 10)).values.mean())
 
 
 def _by_stride(maps: FeatureMaps, weight: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -206,23 +199,6 @@ def _first_layer(cells: Tensor, weight: Tensor) -> Tensor:
     """(C, h, w) cells and (M, hidden, C) weights -> (h, w, M, hidden)."""
     outputs = cells.flatten(1).T @ weight.flatten(0, 1).T
     return outputs.view(*cells.shape[1:], *weight.shape[:2])
-
-
-def _upsampled(bands: list[tuple[Tensor, int]], member: int, top: int, bottom: int) -> Tensor:
-    """A member's first layer at the pixels of a band, without its bias: (rows, W, hidden)."""
-    total: Tensor | None = None
-    for native, stride in bands:
-        cells = native[:, :, member].permute(2, 0, 1)[None]
-        part = upsample_rows(cells, stride, top, bottom)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total[0].permute(1, 2, 0)
-
-
-def _classify(z: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor) -> Tensor:
-    """(rows, W, hidden) of a member's first layer -> its logits (rows, W, K)."""
-    hidden = (z + bias).relu_()
-    return F.linear(F.linear(hidden, weight2, bias2).relu_(), weight3, bias3)
 
 
 def combine_members(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffperception.files import written_beside
 from diffperception.models import FeatureInfo
+from diffperception.models.base import describe
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps
 
 CODES = {torch.float16: "F16", torch.float32: "F32"}  # of safetensors
-UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def stored_bytes(features: FeatureExtractor, sizes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
@@ -36,26 +36,19 @@ def stored_bytes(features: FeatureExtractor, sizes: Iterable[tuple[int, int]], d
 def file_bytes(features: FeatureExtractor, size: tuple[int, int], dtype: torch.dtype) -> int:
     """What :func:`save_maps` writes for an image of this height and width, exactly: the header and the numbers."""
     header: dict[str, Any] = {"__metadata__": _metadata(features.info, size, 32 * "0")}
-    shapes = {
-        info.name: [info.channels, *cells] for info, cells in zip(features.info, features.map_sizes(*size), strict=True)
-    }
     end = 0
-    for name, shape in sorted(shapes.items()):
+    for info, cells in sorted(
+        zip(features.info, features.map_sizes(*size), strict=True), key=lambda pair: pair[0].name
+    ):
+        shape = [info.channels, *cells]
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[info.name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return 8 + 8 * math.ceil(len(text) / 8) + end  # its length comes first, and spaces fill it up
 
 
 class CachedFeatures(FeatureExtractor):
-    """An extractor that computes the maps of an image once and keeps them in memory.
-
-    Its maps are refused with a ValueError where a value is too large for how they are kept.
-
-    Args:
-        features: what computes them.
-        dtype: in which they are kept.
-    """
+    """An extractor that keeps the maps of each image in memory; ValueError where one is too large for their dtype."""
 
     def __init__(self, features: FeatureExtractor, dtype: torch.dtype = torch.float16) -> None:
         super().__init__(features.info, features.multiple, features.window)
@@ -83,13 +76,7 @@ def image_key(image: Tensor) -> str:
 
 
 def save_maps(maps: FeatureMaps, info: Sequence[FeatureInfo], path: Path, key: str) -> None:
-    """Write the maps of an image to a safetensors file, each by its name.
-
-    Args:
-        maps: on any device; they keep their type.
-        info: of the extractor.
-        key: of the image.
-    """
+    """Write the maps of an image of some :func:`image_key` to a safetensors file, by their names and in their type."""
     tensors = {about.name: m.cpu().contiguous() for about, m in zip(info, maps.maps, strict=True)}
     with written_beside(path) as part:
         permissions = part.stat().st_mode
@@ -128,25 +115,22 @@ def _opened_maps(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise ValueError(f"{path} holds no feature maps ({error}): `diffperception extract` writes them") from None
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A short name for a network's weights, that changes with them."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def settings_of(features: FeatureExtractor) -> dict[str, Any]:
+    """What the maps of an extractor depend on besides the images, as JSON has it: class, arguments and weights."""
+    weights = hashlib.sha256()
+    for name, value in features.state_dict().items():
+        weights.update(name.encode())
+        weights.update(value.float().cpu().numpy().tobytes())
+    described = describe(features)
+    return {"class": described["class"], "features": described["arguments"], "weights": weights.hexdigest()[:16]}
 
 
 def parse_bytes(text: str) -> int:
-    """`2GB`, `500 MB` or `1.5e9` in bytes; k, M, G and T are powers of 1000.
-
-    Raises:
-        ValueError: if it says nothing of the kind.
-    """
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kMGT]?)B?\s*", text, re.IGNORECASE)
+    """`2GB`, `500 MB` or `1.5e9` in bytes; k, M, G and T are powers of 1000. ValueError for anything else."""
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)b?\s*", text.lower())
     try:
         number, unit = found.groups() if found else ("", "")
-        return round(float(number) * next(size for name, size in UNITS.items() if name.lower() == unit.lower()))
+        return round(float(number) * 1000 ** " kmgt".index(unit or " "))
     except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is no amount of memory: write 2GB or 500MB, for example") from None
 

@@ -1,6 +1,5 @@
 """Feature maps of many images on disk: writing a folder of them, and training on what is there."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from itertools import accumulate
@@ -23,16 +22,15 @@ from diffperception.data.images import (
 from diffperception.devices import Precision, autocast, barrier, first_process, gather, hide_bar, share
 from diffperception.echo import echo, plural
 from diffperception.files import list_images, write_json
-from diffperception.models.base import describe
 from diffperception.segmentation.feature_cache import (
     file_bytes,
-    fingerprint,
     image_key,
     in_bytes,
     kept_images,
     load_maps,
     parse_bytes,
     save_maps,
+    settings_of,
 )
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps
@@ -106,7 +104,8 @@ def extract_features(
     most = None if max_bytes is None else parse_bytes(max_bytes)
     number_type: torch.dtype = getattr(torch, dtype)
     root, paths = list_images(images, output)
-    settings = {**_settings(features), "dtype": dtype, "short_side": short_side}
+    maps_of = [[info.name, info.channels, info.stride] for info in features.info]
+    settings = {**settings_of(features), "maps": maps_of, "dtype": dtype, "short_side": short_side}
     _require_same(output / SETTINGS, settings)
     known = read_settings(output / LEFT_OUT) if (output / LEFT_OUT).exists() else {}
     broken = {str(p): known[str(p)]["problem"] for p in paths if known.get(str(p), {}).get("file") == _stamp(p)}
@@ -122,7 +121,7 @@ def extract_features(
     files = {path: output / path.relative_to(root).with_name(f"{path.name}.safetensors") for path in sizes}
     each = {path: file_bytes(features, size, number_type) for path, size in sizes.items()}
     left = [path for path, file in files.items() if not (file.exists() and file.stat().st_size == each[path])]
-    _announce(features, sizes, each, left, number_type, most, output)
+    _announce(features, list(sizes.values()), number_type, sum(each[path] for path in left), most, output)
     barrier()  # all have looked what is in the folder
     if first_process():
         write_json(output / SETTINGS, settings)
@@ -151,17 +150,6 @@ def _stamp(path: Path) -> list[int]:
     return [about.st_size, about.st_mtime_ns]
 
 
-def _settings(features: FeatureExtractor) -> dict[str, Any]:
-    """What the maps depend on besides the images."""
-    described = json.loads(json.dumps(describe(features)))
-    return {
-        "features": described["class"],
-        "arguments": described["arguments"],
-        "weights": fingerprint(features),
-        "maps": [[info.name, info.channels, info.stride] for info in features.info],
-    }
-
-
 def _require_same(path: Path, settings: dict[str, Any]) -> None:
     """ValueError if the folder of a settings file holds maps of other settings, or other things."""
     if path.exists():
@@ -183,16 +171,11 @@ def _size(path: Path, short_side: int | None) -> Size:
 
 
 def _announce(
-    features: FeatureExtractor,
-    sizes: dict[Path, Size],
-    each: dict[Path, int],
-    left: Sequence[Path],
-    dtype: torch.dtype,
-    most: int | None,
-    output: Path,
+    features: FeatureExtractor, sizes: list[Size], dtype: torch.dtype, to_write: int, most: int | None, output: Path
 ) -> None:
     """Say how many bytes will be written and how many are free; ValueError where they are too many."""
-    total, to_write = sum(each.values()), sum(each[path] for path in left)
+    each = [file_bytes(features, size, dtype) for size in sizes]
+    total = sum(each)
     folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     echo(
@@ -201,25 +184,20 @@ def _announce(
         f" be written; {in_bytes(free)} are free"
     )
     if most is not None and total > most:
+        ways = [f"{sum(so_far <= most for so_far in accumulate(each))} of the images would fit"]
+        if dtype == torch.float32:
+            half = sum(file_bytes(features, size, torch.float16) for size in sizes)
+            ways.append(f"float16 would take {in_bytes(half)}")
+        if len(features.info) > 1:
+            cells = torch.tensor([features.map_sizes(*size) for size in sizes]).prod(-1).sum(0).tolist()
+            room = {
+                about.name: about.channels * n * dtype.itemsize for about, n in zip(features.info, cells, strict=True)
+            }
+            largest = max(room, key=room.__getitem__)
+            ways.append(f"the largest map, {largest}, takes {in_bytes(room[largest])}")
         raise ValueError(
             f"the features of {plural(len(sizes), 'image')} take {in_bytes(total)}, more than the limit of"
-            f" {in_bytes(most)}: {_what_fits(features, list(each.values()), list(sizes.values()), dtype, most)}"
+            f" {in_bytes(most)}: {'; '.join(ways)}"
         )
     if to_write > free:
         raise ValueError(f"the features take {in_bytes(to_write)}, but only {in_bytes(free)} are free in {folder}")
-
-
-def _what_fits(
-    features: FeatureExtractor, each: Sequence[int], sizes: Sequence[Size], dtype: torch.dtype, most: int
-) -> str:
-    """Ways to stay under a limit."""
-    ways = [f"{sum(total <= most for total in accumulate(each))} of the images would fit"]
-    if dtype == torch.float32:
-        ways.append(f"float16 would take {in_bytes(sum(file_bytes(features, size, torch.float16) for size in sizes))}")
-    maps = [features.map_sizes(*size) for size in sizes]
-    cells = [sum(h * w for h, w in of_map) for of_map in zip(*maps, strict=True)]
-    room = [info.channels * number * dtype.itemsize for info, number in zip(features.info, cells, strict=True)]
-    largest = max(range(len(room)), key=room.__getitem__)
-    if len(room) > 1:
-        ways.append(f"the largest map, {features.info[largest].name}, takes {in_bytes(room[largest])}")
-    return "; ".join(ways)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from diffperception.data.images import LazyMap, load_images, read_ahead, read_im
 from diffperception.data.masks import MaskFolder, find_mask
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.files import OutputFolder, list_images, png_names, write_json, write_text
+from diffperception.segmentation.ensemble import Segmentation
 from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.segmenter import PixelSegmenter
 from diffperception.table import format_table
@@ -40,23 +41,21 @@ class ImageScore:
     uncertainty: float
     fractions: list[float]
 
-    @classmethod
-    def of(cls, name: Path, uncertainty: float, labels: Tensor, num_classes: int) -> "ImageScore":
-        counts = torch.bincount(labels.flatten(), minlength=num_classes)
-        return cls(name.as_posix(), uncertainty, (counts / labels.numel()).tolist())
-
 
 @dataclass(frozen=True)
 class FolderScores:
-    """What :func:`segment_folder` found.
-
-    Attributes:
-        scores: of the images that can be read, in their order.
-        broken: what is wrong with the others, a sentence each.
-    """
+    """Scores of the images that can be read, in their order, and what is wrong with the others, a sentence each."""
 
     scores: list[ImageScore]
     broken: list[str]
+
+    @classmethod
+    def of(cls, found: Sequence[ImageScore | str]) -> "FolderScores":
+        """ValueError if no image can be read."""
+        scores = cls([f for f in found if isinstance(f, ImageScore)], [f for f in found if isinstance(f, str)])
+        if not scores.scores:
+            raise ValueError(f"no image can be read: {scores.broken[0]}")
+        return scores
 
     def ranked(self) -> list[ImageScore]:
         """The most uncertain first, and of equals the first."""
@@ -108,24 +107,32 @@ def segment_folder(
             found.append(sample.problem)
             continue
         name = sample.path.relative_to(root)
-        with autocast(model.device, precision):
-            segmentation = model.segment(sample.image)
-        labels = segmentation.labels.cpu()
-        save_png(Image.fromarray(labels.byte().numpy()), folder.file("masks" / files[name]))
+        mask = folder.file("masks" / files[name])
+        segmentation, score = segment_image(model, sample.image, name, mask, precision)
         if sample.path in drawn:
-            save_png(to_pil(mask_overlay(sample.image, labels)), folder.file("overlays" / files[name]))
+            overlay = mask_overlay(sample.image, segmentation.labels.cpu())
+            save_png(to_pil(overlay), folder.file("overlays" / files[name]))
             save_png(to_pil(uncertainty_map(segmentation.uncertainty)), folder.file("uncertainty" / files[name]))
-        found.append(ImageScore.of(name, segmentation.score, labels, len(model.classes)))
-    found = gather(found)
-    scores = FolderScores([s for s in found if isinstance(s, ImageScore)], [s for s in found if isinstance(s, str)])
-    if not scores.scores:
-        raise ValueError(f"no image can be read: {scores.broken[0]}")
+        found.append(score)
+    scores = FolderScores.of(gather(found))
     if first_process():
         if rank:
             _write_rank(model, scores.ranked(), root, folder)
         rows = [[s.name, f"{s.uncertainty:.6f}", *(f"{f:.6f}" for f in s.fractions)] for s in scores.scores]
         _write_table(["image", "uncertainty", *model.classes], rows, folder.file("scores.csv"))
     return scores
+
+
+def segment_image(
+    model: PixelSegmenter, image: Tensor, name: Path, mask: Path, precision: Precision
+) -> tuple[Segmentation, ImageScore]:
+    """What a segmenter makes of an image (3, H, W) of some name; writes its labels to `mask`."""
+    with autocast(model.device, precision):
+        found = model.segment(image)
+    labels = found.labels.cpu()
+    save_png(Image.fromarray(labels.byte().numpy()), mask)
+    counts = torch.bincount(labels.flatten(), minlength=len(model.classes))
+    return found, ImageScore(name.as_posix(), found.score, (counts / labels.numel()).tolist())
 
 
 def evaluate_segmenter(
@@ -144,8 +151,7 @@ def evaluate_segmenter(
     Args:
         output: folder for metrics.json and pictures/; nothing is written without it.
         pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
-        workers: processes that read images.
-        overwrite: write into a folder that is not empty, in place of what an earlier run wrote there.
+        workers, overwrite: as of :func:`segment_folder`.
 
     Returns: as :meth:`MeanIoU.summary`.
 
@@ -153,7 +159,12 @@ def evaluate_segmenter(
         ValueError: the output folder holds something.
     """
     results = None if output is None else OutputFolder(output, overwrite)
-    metrics = score_images(model, folder, workers, precision).summary(model.classes)
+
+    def labels(image: Tensor, size: tuple[int, int]) -> Tensor:
+        with autocast(model.device, precision):
+            return model.segment(image).labels
+
+    metrics = score_images(labels, len(model.classes), folder, workers).summary(model.classes)
     if results is not None and first_process():
         results.clear()
         write_json(results.file("metrics.json"), {"metrics": metrics, "images": len(folder)})
@@ -162,14 +173,19 @@ def evaluate_segmenter(
     return metrics
 
 
-def score_images(model: PixelSegmenter, folder: MaskFolder, workers: int = 2, precision: Precision = "32") -> MeanIoU:
-    """The counts of a model's predictions on all images of a folder; shows the time left."""
-    counts = MeanIoU(len(model.classes))
+def score_images(
+    predict: Callable[[Tensor, tuple[int, int]], Tensor], num_classes: int, folder: MaskFolder, workers: int = 2
+) -> MeanIoU:
+    """The counts of predictions on all images of a folder; shows the time left.
+
+    Args:
+        predict: an image (3, H, W) and the size of its mask to labels of that size.
+    """
+    counts = MeanIoU(num_classes)
     mine = share(range(len(folder)))
     loader = read_ahead(LazyMap(folder.__getitem__, mine), 1, workers)
     for ((image, mask),) in tqdm(loader, "evaluate", len(mine), leave=False, unit="image", disable=hide_bar()):
-        with autocast(model.device, precision):
-            counts.update(model.segment(image).labels, mask)
+        counts.update(predict(image, (mask.shape[0], mask.shape[1])), mask)
     counts.gather()
     return counts
 

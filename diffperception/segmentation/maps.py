@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,9 @@ class FeatureMaps:
 
     def stored(self, dtype: torch.dtype, name: str) -> "FeatureMaps":
         """In another type; ValueError, naming the image, if that cannot hold one of the values."""
-        check_storable(self.maps, dtype, name)
+        extremes = torch.stack([extreme for cells in self.maps for extreme in cells.aminmax()])
+        if not bool((extremes.abs() <= torch.finfo(dtype).max).all()):
+            raise ValueError(f"a feature of {name} is not finite in {dtype}: store the features as float32")
         return self.to(dtype)
 
     def at_points(self, points: Tensor) -> Tensor:
@@ -47,20 +50,17 @@ class FeatureMaps:
         height, width = self.size
         if bool(((points < 0) | (points >= points.new_tensor(self.size))).any()):
             raise ValueError(f"the points must be rows 0 to {height - 1} and columns 0 to {width - 1} of the image")
-        return torch.cat([_interpolate(m, points, s) for m, s in zip(self.maps, self.strides, strict=True)], 1)
+        features = []
+        for cells, stride in zip(self.maps, self.strides, strict=True):
+            index, weights = taps(points[:, 0], points[:, 1], stride, *cells.shape[1:])
+            features.append((cells.flatten(1)[:, index] * weights.to(cells.dtype)).sum(-1).T)  # (C, N, 4) -> (N, C)
+        return torch.cat(features, 1)
 
     def dense(self) -> Tensor:
         """(D, H, W): every pixel's features. Rarely needed, and large."""
         height, width = self.size
         upsampled = [upsample(m[None], s)[0] for m, s in zip(self.maps, self.strides, strict=True)]
         return torch.cat([m[:, :height, :width] for m in upsampled])
-
-
-def check_storable(maps: Sequence[Tensor], dtype: torch.dtype, name: str) -> None:
-    """Raise a ValueError that names the image if a feature would be infinite in a type, or is not a number."""
-    extremes = torch.stack([extreme for cells in maps for extreme in cells.aminmax()])
-    if not bool((extremes.abs() <= torch.finfo(dtype).max).all()):
-        raise ValueError(f"a feature of {name} is not finite in {dtype}: store the features as float32")
 
 
 def upsample(maps: Tensor, stride: int) -> Tensor:
@@ -105,11 +105,6 @@ def _taps(pixels: Tensor, stride: int, cells: Tensor | int) -> tuple[Tensor, Ten
     return before, torch.minimum(before + 1, last), place - before
 
 
-def _interpolate(cells: Tensor, points: Tensor, stride: int) -> Tensor:
-    index, weight = taps(points[:, 0], points[:, 1], stride, *cells.shape[1:])
-    return (cells.flatten(1)[:, index] * weight.to(cells.dtype)).sum(-1).T  # (C, N, 4) -> (N, C)
-
-
 @dataclass(frozen=True)
 class Windows:
     """Overlapping windows that cover an image, and the blending of what was computed in each.
@@ -128,11 +123,7 @@ class Windows:
     @property
     def places(self) -> list[tuple[slice, slice]]:
         """Rows and columns of each window; the last of an axis ends where the image ends."""
-        rows, columns = (_starts(length, self.side, self.overlap) for length in (self.height, self.width))
-        side = self.side
-        return [
-            (slice(y, min(y + side, self.height)), slice(x, min(x + side, self.width))) for y in rows for x in columns
-        ]
+        return list(product(self._along(self.height), self._along(self.width)))
 
     def blend(self, parts: Iterable[Sequence[Tensor]], strides: Sequence[int]) -> list[Tensor]:
         """One map of the image for each that the windows have: their mean, weighted less towards a window's borders.
@@ -144,49 +135,30 @@ class Windows:
         if self.side >= max(self.height, self.width):
             (maps,) = parts
             return list(maps)
-        blends = [_Blend(self, stride) for stride in strides]
+        sums: list[tuple[Tensor, Tensor, Tensor]] = []  # of each map and of its weights, and the weights of a window
         for place, maps in zip(self.places, parts, strict=True):
-            for blend, part in zip(blends, maps, strict=True):
-                blend.add(part, place)
-        return [blend.mean() for blend in blends]
+            sums = sums or [self._empty(part, stride) for part, stride in zip(maps, strides, strict=True)]
+            for part, stride, (total, weights, weight) in zip(maps, strides, sums, strict=True):
+                rows, columns = (slice(pixels.start // stride, pixels.stop // stride) for pixels in place)
+                total[:, rows, columns] += weight * part
+                weights[:, rows, columns] += weight
+        return [total.div_(weights) for total, weights, _ in sums]
 
+    def _along(self, length: int) -> list[slice]:
+        last = max(length - self.side, 0)
+        starts = [*range(0, last, self.side - self.overlap), last]
+        return [slice(start, min(start + self.side, length)) for start in starts]
 
-class _Blend:
-    """A map of the image, made of those of its windows as they come."""
+    def _empty(self, part: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What is added up of a map and of its weights; and the weights (h, w) of a window, which all are of one size.
 
-    def __init__(self, windows: Windows, stride: int) -> None:
-        self.windows, self.stride = windows, stride
-        self.total: Tensor | None = None
-
-    def add(self, part: Tensor, place: tuple[slice, slice]) -> None:
-        if self.total is None:  # all windows are of one size
-            height, width = (side // self.stride for side in (self.windows.height, self.windows.width))
-            self.total = part.new_zeros(len(part), height, width)
-            self.weights = torch.zeros_like(self.total[:1])
-            self.weight = _weight(part, self.windows.overlap // self.stride)
-        rows, columns = (slice(s.start // self.stride, s.stop // self.stride) for s in place)
-        self.total[:, rows, columns] += self.weight * part
-        self.weights[:, rows, columns] += self.weight
-
-    def mean(self) -> Tensor:
-        assert self.total is not None
-        return self.total.div_(self.weights)
-
-
-def _starts(length: int, side: int, overlap: int) -> list[int]:
-    return [*range(0, max(length - side, 0), side - overlap), max(length - side, 0)]
-
-
-def _weight(part: Tensor, overlap: int) -> Tensor:
-    """The weights (h, w) of a window's cells (C, h, w): they fall over the overlap at all sides."""
-    down, across = (_ramp(cells, overlap, part.device).to(part.dtype) for cells in part.shape[1:])
-    return down[:, None] * across
-
-
-def _ramp(cells: int, overlap: int, device: torch.device) -> Tensor:
-    """Weights that rise over the overlap at both ends, so that those of neighbours sum to 1."""
-    rise = ((torch.arange(cells, device=device) + 0.5) / max(overlap, 0.5)).clamp(max=1)
-    return torch.minimum(rise, rise.flip(0))
+        They rise over the overlap at all sides, so that those of neighbours sum to 1.
+        """
+        total = part.new_zeros(len(part), self.height // stride, self.width // stride)
+        rises = [torch.arange(cells, device=part.device).add(0.5) for cells in part.shape[1:]]
+        rises = [rise.div(max(self.overlap // stride, 0.5)).clamp(max=1) for rise in rises]
+        down, across = (torch.minimum(rise, rise.flip(0)).to(part.dtype) for rise in rises)
+        return total, torch.zeros_like(total[:1]), down[:, None] * across
 
 
 def padded_side(side: int, multiple: int) -> int:

@@ -92,17 +92,9 @@ class PixelMLPs(nn.Module):
     def norms(self) -> list[EnsembleBatchNorm]:
         return [layer for layer in self.layers if isinstance(layer, EnsembleBatchNorm)]
 
-    @property
-    def device(self) -> torch.device:
-        return self.linears[0].weight.device
-
     def forward(self, x: Tensor) -> Tensor:
         """(M, N, D) -> logits (M, N, K)."""
         return self.layers(x)
-
-    def after_first(self, z: Tensor) -> Tensor:
-        """What the layers after the first make of its output: (M, N, hidden) -> logits (M, N, K)."""
-        return self.layers[1:](z)
 
     def folded(self) -> list[tuple[Tensor, Tensor]]:
         """Weights (M, out, in) and biases (M, out) of three linear layers with ReLU between them and nothing else.

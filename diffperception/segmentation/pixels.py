@@ -8,9 +8,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.masks import IGNORE_INDEX
+from diffperception.echo import plural
 from diffperception.models import FeatureInfo
 from diffperception.segmentation.features import FeatureExtractor
-from diffperception.segmentation.maps import FeatureMaps, check_storable, taps
+from diffperception.segmentation.maps import taps
 
 NAMED = 3  # in a message; the others are counted
 
@@ -39,20 +40,16 @@ def checked_masks(
     classes = classes or [str(label) for label in range(num_classes)]
     small: list[str] = []
     checked = [_checked_mask(*pair, classes, min_pixels, small) for pair in zip(masks, names, strict=True)]
-    present = torch.zeros(256, dtype=torch.bool)
-    for mask in checked:
-        present[mask.unique().long()] = True
-    notes = small[:NAMED]
-    if len(small) > NAMED:
-        notes.append(f"likewise in {len(small) - NAMED} more cases.")
-    if not present[:num_classes].any():
+    present = {label for mask in checked for label in mask.unique().tolist()} - {IGNORE_INDEX}
+    more = f"likewise in {len(small) - NAMED} more cases."
+    notes = [*small[:NAMED], *([more] if len(small) > NAMED else [])]
+    if not present:
         raise ValueError(" ".join(["all pixels of the masks are ignored: label some.", *notes]))
-    absent = [classes[label] for label in (~present[:num_classes]).nonzero()[:, 0].tolist()]
+    absent = [classes[label] for label in range(num_classes) if label not in present]
     if absent:
         others = f" and {len(absent) - NAMED} other classes" if len(absent) > NAMED else ""
-        notes.append(
-            f"no image has pixels of class {', '.join(absent[:NAMED])}{others}, which will hardly be predicted."
-        )
+        named = ", ".join(absent[:NAMED])
+        notes.append(f"no image has pixels of class {named}{others}, which will hardly be predicted.")
     return checked, notes
 
 
@@ -70,9 +67,7 @@ def _checked_mask(mask: Tensor, name: str, classes: Sequence[str], min_pixels: i
     for label, count in zip(values.tolist(), counts.tolist(), strict=True):
         if label != IGNORE_INDEX and count < min_pixels:
             mask[mask == label] = IGNORE_INDEX
-            notes.append(
-                f"{name} has only {count} pixel{'s' * (count > 1)} of class {classes[label]}; they are ignored."
-            )
+            notes.append(f"{name} has only {plural(count, 'pixel')} of class {classes[label]}; they are ignored.")
     return mask
 
 
@@ -109,12 +104,12 @@ class LabelledPixels:
     ) -> None:
         device = features.device
         self.strides = sorted(set(features.strides))
-        self.groups = [[i for i, s in enumerate(features.strides) if s == stride] for stride in self.strides]
+        groups = [[i for i, s in enumerate(features.strides) if s == stride] for stride in self.strides]
         sizes = torch.tensor([features.map_sizes(*mask.shape) for mask in masks]).transpose(0, 1)  # (maps, images, 2)
-        self.sizes = sizes[[group[0] for group in self.groups]].to(device)  # (strides, images, 2)
+        self.sizes = sizes[[group[0] for group in groups]].to(device)  # (strides, images, 2)
         cells = self.sizes.prod(-1)
         self.starts = cells.cumsum(1) - cells  # (strides, images), each image's first row in the tables
-        widths = [sum(features.info[i].channels for i in group) for group in self.groups]
+        widths = [sum(features.info[i].channels for i in group) for group in groups]
         shapes = zip(cells.sum(1).tolist(), widths, strict=True)
         self.tables = [torch.empty(shape, dtype=storage, device=device) for shape in shapes]
         labelled = [(mask.flatten() != IGNORE_INDEX).nonzero()[:, 0] for mask in masks]
@@ -125,7 +120,10 @@ class LabelledPixels:
         for index, name in enumerate(tqdm(names, desc="features", unit="image", leave=False, disable=None)):
             image = images[index]
             check_size(image, masks[index], name)
-            self._store(index, features.maps(image), name)
+            maps = features.maps(image).stored(storage, name).maps
+            for table, group, starts in zip(self.tables, groups, self.starts, strict=True):
+                rows = torch.cat([maps[i].flatten(1) for i in group]).T
+                table[starts[index] : starts[index] + len(rows)] = rows
 
     def __len__(self) -> int:
         return len(self.places)
@@ -150,14 +148,13 @@ class LabelledPixels:
         Channels lie by stride, see :meth:`channel_order`.
 
         Args:
-            out: (N, D), to be written over; by default new, float32 where the storage is no wider.
+            out: (N, D), to be written over; by default new, float32.
         """
         image = torch.searchsorted(self.ends, pixels, right=True)
         place, width = self.places[pixels].long(), self.widths[image]
         rows, columns = place // width, place % width
         if out is None:
-            dtype = torch.promote_types(self.tables[0].dtype, torch.float32)
-            out = torch.empty(len(pixels), sum(t.shape[1] for t in self.tables), dtype=dtype, device=pixels.device)
+            out = torch.empty(len(pixels), sum(table.shape[1] for table in self.tables), device=pixels.device)
         parts = out.split([table.shape[1] for table in self.tables], 1)
         tables = zip(self.tables, self.strides, self.sizes, self.starts, parts, strict=True)
         for table, stride, sizes, starts, part in tables:
@@ -166,12 +163,3 @@ class LabelledPixels:
             cells = cells + starts[image][:, None]
             part.copy_(F.embedding_bag(cells, table, per_sample_weights=weights.to(table.dtype), mode="sum"))
         return out, self.labels[pixels].long()
-
-    def _store(self, index: int, maps: FeatureMaps, name: str) -> None:
-        check_storable(maps.maps, self.tables[0].dtype, name)
-        for table, group, starts in zip(self.tables, self.groups, self.starts, strict=True):
-            column = 0
-            for i in group:
-                cells = maps.maps[i].flatten(1).T
-                table[starts[index] : starts[index] + len(cells), column : column + cells.shape[1]] = cells
-                column += cells.shape[1]

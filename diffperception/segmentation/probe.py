@@ -22,7 +22,7 @@ from diffperception.visualization.draw import save_png
 
 RIDGE = 1e-2  # weight of the penalty beside the mean square of standardised features
 FOLDS = 2
-SUGGESTED = {"blocks": 4, "timesteps": 3}  # how many of each
+SUGGESTED = {"block": 4, "timestep": 3}  # how many of each
 SHOWN = 15
 
 
@@ -71,9 +71,7 @@ def probe_features(
     points = [_sample(mask, pixels, generator) for mask in masks]
     used = [i for i, place in enumerate(points) if len(place)]
     if len(used) < FOLDS:
-        raise ValueError(
-            f"probing needs at least {FOLDS} labelled images, for it tries on some what it learns on others"
-        )
+        raise ValueError("probing needs at least 2 labelled images, for it tries on some what it learns on others")
     labels = [masks[i][tuple(points[i].T)].long() for i in used]
     timesteps, start = features.reader.timesteps, time.monotonic()
     scores: list[ProbeScore] = []
@@ -96,10 +94,13 @@ def expected_seconds(features: DiffusionFeatures, images: Sequence[Tensor]) -> f
 
 def suggest(scores: Sequence[ProbeScore]) -> dict[str, list[float]]:
     """The blocks and the timesteps with the best mean mIoU over the others, each in ascending order."""
-    return {
-        "blocks": _best([(score.block, score.miou) for score in scores], SUGGESTED["blocks"]),
-        "timesteps": _best([(score.timestep, score.miou) for score in scores], SUGGESTED["timesteps"]),
-    }
+    best = {}
+    for kind, count in SUGGESTED.items():
+        values: dict[float, list[float]] = {}
+        for score in scores:
+            values.setdefault(getattr(score, kind), []).append(score.miou)
+        best[f"{kind}s"] = sorted(sorted(values, key=lambda value: -statistics.fmean(values[value]))[:count])
+    return best
 
 
 def probe_table(scores: Sequence[ProbeScore], features: DiffusionFeatures) -> str:
@@ -119,17 +120,11 @@ def write_probe(scores: Sequence[ProbeScore], features: DiffusionFeatures, outpu
     rows = [{**asdict(s), "channels": info[s.block].channels, "stride": info[s.block].stride} for s in scores]
     write_json(output / "probe.json", {"suggested": suggest(scores), "scores": rows})
     found = {(score.timestep, score.block): score.miou for score in scores}
-    tried = [t for t in features.reader.timesteps if (t, features.reader.blocks[0]) in found]
-    values = [[found[t, block] for block in features.reader.blocks] for t in tried]
-    names = [f"{t:g}" for t in tried], [f"{block}" for block in features.reader.blocks]
-    picture = heat_map(values, *names, "mIoU of a linear classifier in percent", ("timestep", "decoder block"))
+    blocks = features.reader.blocks
+    values = {f"{t:g}": [found[t, b] for b in blocks] for t in features.reader.timesteps if (t, blocks[0]) in found}
+    title, axes = "mIoU of a linear classifier in percent", ("timestep", "decoder block")
+    picture = heat_map(list(values.values()), list(values), list(map(str, blocks)), title, axes)
     save_png(picture, output / "probe.png")
-
-
-def _best(scores: Sequence[tuple[float, float]], count: int) -> list[float]:
-    values = {key: [miou for other, miou in scores if other == key] for key, _ in scores}
-    means = {key: statistics.fmean(mious) for key, mious in values.items()}
-    return sorted(sorted(means, key=lambda key: -means[key])[:count])
 
 
 def _sample(mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -155,21 +150,12 @@ def _probe(features: list[Tensor], labels: list[Tensor], num_classes: int) -> fl
     score = MeanIoU(num_classes)
     for fold in range(FOLDS):
         fitted = [i for i in range(len(labels)) if i % FOLDS != fold]
-        weight, mean, scale = _ridge(
-            torch.cat([features[i] for i in fitted]), torch.cat([labels[i] for i in fitted]), num_classes
-        )
-        for i in set(range(len(labels))) - set(fitted):
-            score.update((_with_one((features[i] - mean) / scale) @ weight).argmax(1), labels[i])
+        x = torch.cat([features[i] for i in fitted])
+        mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+        x = F.pad((x - mean) / scale, (0, 1), value=1.0)  # standardised features and a one
+        wanted = F.one_hot(torch.cat([labels[i] for i in fitted]), num_classes).float()
+        weight = torch.linalg.solve(x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1]), x.T @ wanted)  # (C + 1, K)
+        for i in range(fold, len(labels), FOLDS):
+            rows = F.pad((features[i] - mean) / scale, (0, 1), value=1.0)
+            score.update((rows @ weight).argmax(1), labels[i])
     return score.mean()
-
-
-def _ridge(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (C + 1, K) on standardised features and a one, and the features' mean and scale (C,)."""
-    mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
-    x = _with_one((x - mean) / scale)
-    penalty = RIDGE * len(x) * torch.eye(x.shape[1])
-    return torch.linalg.solve(x.T @ x + penalty, x.T @ F.one_hot(labels, num_classes).float()), mean, scale
-
-
-def _with_one(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 1), value=1.0)

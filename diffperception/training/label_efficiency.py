@@ -1,11 +1,9 @@
 """What a generator's features are worth where few images are labelled, beside other ways to learn from them."""
 
-import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from operator import itemgetter
@@ -26,7 +24,7 @@ from diffperception.models import DiffusionModel, UNet
 from diffperception.models.base import describe
 from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, MeanIoU, RGBFeatures
 from diffperception.segmentation.baseline import predict_labels, segmentation_unet
-from diffperception.segmentation.feature_cache import CachedFeatures, fingerprint, in_bytes, parse_bytes, stored_bytes
+from diffperception.segmentation.feature_cache import CachedFeatures, in_bytes, parse_bytes, settings_of, stored_bytes
 from diffperception.table import format_table
 from diffperception.training.options import TrainerOptions
 from diffperception.training.recipes.baseline import BaselineOptions, fit_baseline
@@ -215,8 +213,7 @@ def _settings(
     """What the results depend on: all but what only chooses which are made."""
     about: dict[str, Any] = {"data": asdict(data), "fit": asdict(fit), "baseline": asdict(baseline)}
     about["data"].pop("max_images")
-    about |= {"features": describe(features)["arguments"], "weights": fingerprint(features)}
-    return describe({**about, "members": members, "precision": trainer.precision})
+    return describe({**about, **settings_of(features), "members": members, "precision": trainer.precision})
 
 
 def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
@@ -253,8 +250,11 @@ def pixel_classifier(
     def learn(labelled: LabelledImages, seed: int) -> Predict:
         images, masks, names = labelled.images, labelled.masks, labelled.names
         full = replace(trainer, precision="32-true")
-        with warnings_echoed():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
             ensemble = fit_ensemble(features, images, masks, num_classes, members, fit, names, seed=seed, trainer=full)
+        for warning in caught:
+            echo(f"note: {warning.message}")
         return lambda image, size: ensemble.segment(features.maps(image)).resized(*size).labels.cpu()
 
     return learn
@@ -293,44 +293,29 @@ def measure(
     return {**score.summary(classes), "seconds": seconds, "images": labelled.names}, predictions
 
 
-@contextmanager
-def warnings_echoed() -> Iterator[None]:
-    """What the code within warns of is told to the user as notes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: echo(f"note: {message}")
-        yield
-
-
 def mean_and_spread(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and spread (sample standard deviation; null for one seed) of the mIoU over the seeds."""
     cells: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         cells.setdefault((row["method"], row["labels"]), []).append(row["miou"])
-    order = list(TITLES)
-    return [
-        {
-            "method": method,
-            "labels": labels,
-            "miou": statistics.fmean(values),
-            "spread": statistics.stdev(values) if len(values) > 1 else None,
-            "seeds": len(values),
-        }
-        for (method, labels), values in sorted(cells.items(), key=lambda cell: (order.index(cell[0][0]), cell[0][1]))
-    ]
+    summary = []
+    for method, labels in sorted(cells, key=lambda cell: (list(TITLES).index(cell[0]), cell[1])):
+        values = cells[method, labels]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        about = {"miou": statistics.fmean(values), "spread": spread, "seeds": len(values)}
+        summary.append({"method": method, "labels": labels, **about})
+    return summary
 
 
 def label_table(summary: Sequence[Mapping[str, Any]]) -> str:
     """The mIoU in percent as Markdown, a row per method and a column per number of labelled images."""
     counts = sorted({cell["labels"] for cell in summary})
-    cells = {(cell["method"], cell["labels"]): _cell(cell) for cell in summary}
-    methods = dict.fromkeys(cell["method"] for cell in summary)
-    rows = [[TITLES[method], *(cells.get((method, count), "") for count in counts)] for method in methods]
-    return format_table(rows, ["labelled images", *map(str, counts)], markdown=True)
-
-
-def _cell(cell: Mapping[str, Any]) -> str:
-    return f"{100 * cell['miou']:.1f}" + ("" if cell["spread"] is None else f" ± {100 * cell['spread']:.1f}")
+    rows: dict[str, list[str]] = {}
+    for cell in summary:
+        row = rows.setdefault(cell["method"], [TITLES[cell["method"]], *("" for _ in counts)])
+        spread = "" if cell["spread"] is None else f" ± {100 * cell['spread']:.1f}"
+        row[1 + counts.index(cell["labels"])] = f"{100 * cell['miou']:.1f}{spread}"
+    return format_table(rows.values(), ["labelled images", *map(str, counts)], markdown=True)
 
 
 def lead_sentence(summary: Sequence[Mapping[str, Any]]) -> str:
@@ -338,9 +323,9 @@ def lead_sentence(summary: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for count in sorted({cell["labels"] for cell in summary}):
         means = {cell["method"]: cell["miou"] for cell in summary if cell["labels"] == count}
-        ours = means.pop("diffusion", math.nan)
-        if means and not math.isnan(ours):
-            best = max(means, key=lambda method: means[method])
+        ours = means.pop("diffusion", None)
+        if means and ours is not None:
+            best = max(means, key=means.__getitem__)
             parts.append(f"{100 * (ours - means[best]):+.1f} at {count} ({TITLES[best]})")
     return "mIoU of diffusion features over the best of the others, in points: " + ", ".join(parts) if parts else ""
 

@@ -9,7 +9,7 @@ from diffperception.segmentation import (
     PixelEnsemble,
     PixelSegmenter,
     RGBFeatures,
-    image_score,
+    Segmentation,
 )
 from diffperception.segmentation.ensemble import combine_members
 from diffperception.segmentation.maps import FeatureMaps
@@ -118,8 +118,9 @@ def test_an_image_is_summarised_band_by_band():
 
 def test_an_images_score_is_the_mean_of_its_top_tenth():
     uncertainty = torch.arange(100.0).view(4, 25)[:, torch.randperm(25)]
-    assert image_score(uncertainty) == pytest.approx(94.5)
-    assert image_score(torch.tensor([[2.0, 1.0]])) == 2
+    nothing = torch.empty(0)
+    assert Segmentation(nothing, uncertainty, nothing).score == pytest.approx(94.5)
+    assert Segmentation(nothing, torch.tensor([[2.0, 1.0]]), nothing).score == 2
 
 
 # Training

@@ -33,7 +33,7 @@ def fit(features: FeatureExtractor, images, masks, options: FitOptions, members:
 
 def module_of(features: FeatureExtractor, image: Tensor, mask: Tensor, options: FitOptions, members: int, seed: int):  # type: ignore[no-untyped-def]
     model = PixelSegmenter(features, PixelEnsemble(features.channels, 3, members), ["a", "b", "c"])
-    module = EnsembleModule(model, features, [image], [mask.to(torch.uint8)], ["a"], options, seed)
+    module = EnsembleModule(model, features, [image], [mask], options, seed)
     return module, PixelBatches(module.num_pixels, members, options, seed)
 
 

@@ -10,25 +10,19 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
-from diffperception.data.masks import MaskDataOptions, MaskFolder
-from diffperception.devices import first_process, hide_bar
+from diffperception.data.masks import MaskDataOptions
 from diffperception.diffusion.noise import derive_seed
-from diffperception.echo import echo
-from diffperception.files import write_json
 from diffperception.models import UNet
 from diffperception.models.generator import load_generator
 from diffperception.models.ops.transfer import to_device
-from diffperception.segmentation import MeanIoU
 from diffperception.segmentation.baseline import masked_cross_entropy, predict_labels, random_crop, segmentation_unet
-from diffperception.segmentation.inference import iou_table
 from diffperception.segmentation.pixels import check_size
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import TrainerOptions
 from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
-from diffperception.training.recipes.segmentation import fit_quietly
+from diffperception.training.recipes.segmentation import SegmentationEvaluator, fit_quietly
 
 WARMUP = 0.05  # fraction of the steps in which the learning rate rises; then it falls along a half cosine
 
@@ -118,32 +112,6 @@ class BaselineModule(TrainingModule):
         return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / self.options.steps)))
 
 
-class BaselineEvaluator(Evaluator):
-    """IoU on images with masks, at the end.
-
-    Args:
-        folder: what is measured on; None for nothing.
-        data: its options.
-    """
-
-    def __init__(self, folder: MaskFolder | None, data: MaskDataOptions) -> None:
-        self.folder, self.data = folder, data
-
-    def finish(self, model: UNet, folder: Path | None) -> dict[str, float]:
-        if self.folder is None:
-            return {}
-        counts = MeanIoU(len(self.data.classes))
-        for index in tqdm(range(len(self.folder)), "evaluate", unit="image", leave=False, disable=hide_bar()):
-            image, mask = self.folder[index]
-            small = self.data.resized(image)
-            counts.update(predict_labels(model, small, (mask.shape[0], mask.shape[1])), mask)
-        metrics = counts.summary(self.data.classes)
-        echo(iou_table(metrics))
-        if folder is not None and first_process():
-            write_json(folder / "metrics.json", {"metrics": metrics})
-        return counts.named(self.data.classes)
-
-
 class BaselineRecipe(Recipe):
     """Train a UNet from scratch on a few images with masks, and measure it on others.
 
@@ -171,16 +139,19 @@ class BaselineRecipe(Recipe):
         self.generator, self.data, self.fit = generator, data, fit
 
     def prepare(self, seed: int) -> Parts:
-        folder, val_set = self.data.open(seed), self.data.open_val()
-        images, masks = list(folder.images), list(folder.masks)
+        train_set, val_set = self.data.open(seed), self.data.open_val()
+        images, masks = list(train_set.images), list(train_set.masks)
         torch.manual_seed(seed)
         unet = segmentation_unet(load_generator(self.generator).network, len(self.data.classes))
         return Parts(
             BaselineModule(unet, self.fit, seed),
             CropBatches(images, masks, self.fit, seed),
-            BaselineEvaluator(val_set, self.data),
+            SegmentationEvaluator(train_set, val_set, self.data.classes, self._predict),
             f"{size_of(unet)} learns {len(self.data.classes)} classes from {len(images)} images",
         )
+
+    def _predict(self, unet: UNet, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return predict_labels(unet, self.data.resized(image), size)
 
 
 def fit_baseline(

@@ -4,9 +4,10 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -120,10 +121,16 @@ class EnsembleModule(TrainingModule):
         model: extractor and ensemble.
         features: the extractor, or one that has its maps already.
         images: (3, H, W) each, RGB, 0..1, of any sizes; fetched one at a time when the training begins.
-        masks: (H, W) uint8 each, as :func:`checked_masks` gives them.
-        names: of the images, for messages.
+        masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
         options: of the training.
         seed: of weights and minibatches.
+        names: of the images, for messages; by default their numbers.
+
+    Attributes:
+        notes: sentences on classes with too few pixels.
+
+    Raises:
+        ValueError: masks do not fit the images or the classes, or nothing is labelled.
     """
 
     model: PixelSegmenter
@@ -138,12 +145,15 @@ class EnsembleModule(TrainingModule):
         features: FeatureExtractor,
         images: Sequence[Tensor],
         masks: Sequence[Tensor],
-        names: Sequence[str],
         options: FitOptions,
         seed: int,
+        names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(model, options, seed)  # type: ignore[arg-type]
         self.automatic_optimization = False
+        names = names or [f"image {i}" for i in range(len(masks))]
+        masks, notes = checked_masks(images, masks, len(model.classes), options.min_pixels, names, model.classes)
+        self.notes = " ".join(notes)
         self.source = (features, images, masks, names)  # in a tuple: it is no part of what is trained
         self.num_pixels = sum(int((mask != IGNORE_INDEX).sum()) for mask in masks)
         self.max_steps = -(-options.most_minibatches(self.num_pixels) // CHUNK)
@@ -226,7 +236,7 @@ class EnsembleModule(TrainingModule):
         with torch.no_grad():
             z = first(x)
         z.requires_grad_()
-        logits = members.after_first(z).flatten(0, 1)
+        logits = members.layers[1:](z).flatten(0, 1)
         losses = F.cross_entropy(logits, labels, reduction="none").view(len(x), -1).mean(1)
         losses.sum().backward()
         assert z.grad is not None
@@ -259,31 +269,37 @@ class EnsembleModule(TrainingModule):
                 published[name][member].copy_(weights)
 
 
+@dataclass
 class SegmentationEvaluator(Evaluator):
     """IoU on images with masks, and pictures of predictions, at the end.
 
     Args:
         train_set: what is learned from.
         val_set: what is measured on; None for nothing.
-        pictures: how many are drawn.
+        classes: their names.
+        predict: a model, an image (3, H, W) and the size of its mask to labels of that size.
+        pictures: how many are drawn, of segmenters.
     """
 
-    def __init__(self, train_set: MaskFolder, val_set: MaskFolder | None, pictures: int) -> None:
-        self.train_set, self.val_set, self.pictures = train_set, val_set, pictures
+    train_set: MaskFolder
+    val_set: MaskFolder | None
+    classes: Sequence[str]
+    predict: Callable[[Any, Tensor, tuple[int, int]], Tensor] = lambda model, image, size: model.segment(image).labels
+    pictures: int = 0
 
-    def finish(self, model: PixelSegmenter, folder: Path | None) -> dict[str, float]:
-        counts = MeanIoU(len(model.classes))
+    def finish(self, model: Any, folder: Path | None) -> dict[str, float]:
+        counts = MeanIoU(len(self.classes))
         content: dict[str, Any] = {"metrics": {}, "images": self.train_set.names}
         if self.val_set is not None:
             start = time.monotonic()
-            counts = score_images(model, self.val_set)
-            content["metrics"] = counts.summary(model.classes)
+            counts = score_images(partial(self.predict, model), len(self.classes), self.val_set)
+            content["metrics"] = counts.summary(self.classes)
             content["seconds_per_image"] = (time.monotonic() - start) / len(self.val_set)
             echo(f"{iou_table(content['metrics'])}\non the labelled pixels of {plural(len(self.val_set), 'image')}")
         if folder is not None and first_process():
             write_json(folder / "metrics.json", content)
             draw_comparisons(model, self.val_set or self.train_set, folder / "pictures", self.pictures)
-        return counts.named(model.classes)
+        return counts.named(self.classes)
 
 
 class SegmentationRecipe(Recipe):
@@ -329,27 +345,22 @@ class SegmentationRecipe(Recipe):
         for folder in (train_set, *([val_set] if val_set else [])):
             for index in range(len(folder)):
                 folder.images[index]  # a broken one is better found before the training than after
-        classes, masks = self.data.classes, list(train_set.masks)
-        names, least = train_set.names, self.fit.min_pixels
-        masks, notes = checked_masks(train_set.images, masks, len(classes), least, names, classes)
-        if notes:
-            echo(f"note: {' '.join(notes)}")
-        ensemble = PixelEnsemble(self.features.channels, len(classes), self.members)
-        model = PixelSegmenter(self.features, ensemble, classes, self.data.short_side)
-        module = EnsembleModule(model, self.features, train_set.images, masks, names, self.fit, seed)
-        batches = PixelBatches(module.num_pixels, self.members, self.fit, seed)
-        evaluator = SegmentationEvaluator(train_set, val_set, self.pictures)
-        return Parts(module, batches, evaluator, self._summary(module, masks))
-
-    def _summary(self, module: EnsembleModule, masks: Sequence[Tensor]) -> str:
+        features, classes, masks = self.features, self.data.classes, list(train_set.masks)
+        ensemble = PixelEnsemble(features.channels, len(classes), self.members)
+        model = PixelSegmenter(features, ensemble, classes, self.data.short_side)
+        module = EnsembleModule(model, features, train_set.images, masks, self.fit, seed, train_set.names)
+        if module.notes:
+            echo(f"note: {module.notes}")
         dtype = getattr(torch, self.fit.feature_dtype)
-        memory = stored_bytes(self.features, [(mask.shape[0], mask.shape[1]) for mask in masks], dtype)
-        most = self.fit.most_minibatches(module.num_pixels)
-        return (
+        memory = stored_bytes(features, [(mask.shape[0], mask.shape[1]) for mask in masks], dtype)
+        return Parts(
+            module,
+            PixelBatches(module.num_pixels, self.members, self.fit, seed),
+            SegmentationEvaluator(train_set, val_set, classes, pictures=self.pictures),
             f"{plural(self.members, 'classifier')} {'learns' if self.members == 1 else 'learn'}"
-            f" {len(self.data.classes)} classes from {module.num_pixels} pixels of {plural(len(masks), 'image')};"
-            f" {self.features.channels} features per pixel, {in_bytes(memory)} in memory; at most {most} minibatches"
-            " per member"
+            f" {len(classes)} classes from {module.num_pixels} pixels of {plural(len(masks), 'image')};"
+            f" {features.channels} features per pixel, {in_bytes(memory)} in memory; at most"
+            f" {self.fit.most_minibatches(module.num_pixels)} minibatches per member",
         )
 
 
@@ -367,29 +378,21 @@ def fit_ensemble(
 ) -> PixelEnsemble:
     """An ensemble trained on labelled images; warns where a class has too few pixels to count.
 
+    Of what is not said here, and of errors, see :class:`EnsembleModule`.
+
     Args:
         features: the extractor.
-        images: (3, H, W) each, RGB, 0..1, of any sizes; fetched one at a time.
-        masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
         num_classes: K.
         members: classifiers in the ensemble.
-        options: how they learn.
-        names: of the images, for messages.
         classes: names of 0..K-1, for messages.
-        seed: of weights and minibatches.
         trainer: what it is trained on; by default on an accelerator, if there is one.
-
-    Raises:
-        ValueError: if masks do not fit the images or the classes, or nothing is labelled.
     """
     options = options or FitOptions()
-    names = names or [f"image {i}" for i in range(len(masks))]
-    checked, notes = checked_masks(images, masks, num_classes, options.min_pixels, names, classes)
-    if notes:
-        warnings.warn(" ".join(notes), stacklevel=2)
     classes = classes or [str(label) for label in range(num_classes)]
     model = PixelSegmenter(features, PixelEnsemble(features.channels, num_classes, members), classes)
-    module = EnsembleModule(model, features, images, checked, names, options, seed)
+    module = EnsembleModule(model, features, images, masks, options, seed, names)
+    if module.notes:
+        warnings.warn(module.notes, stacklevel=2)
     batches = PixelBatches(module.num_pixels, members, options, seed)
     fit_quietly(Parts(module, batches, Evaluator(), ""), trainer)
     return model.classifier
