@@ -23,14 +23,10 @@ from diffperception.segmentation.maps import FeatureMaps
 CODES = {torch.float16: "F16", torch.float32: "F32"}  # of safetensors
 
 
-def stored_bytes(features: FeatureExtractor, sizes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+def stored_bytes(features: FeatureExtractor, sizes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
     """What the maps of images of these heights and widths take, exactly."""
-    numbers = sum(
-        info.channels * height * width
-        for size in sizes
-        for info, (height, width) in zip(features.info, features.map_sizes(*size), strict=True)
-    )
-    return numbers * dtype.itemsize
+    maps = [pair for size in sizes for pair in zip(features.info, features.map_sizes(*size), strict=True)]
+    return sum(info.channels * math.prod(cells) for info, cells in maps) * dtype.itemsize
 
 
 def file_bytes(features: FeatureExtractor, size: tuple[int, int], dtype: torch.dtype) -> int:

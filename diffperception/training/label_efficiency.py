@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -87,30 +87,27 @@ class Results:
         ValueError: the file is of other settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
-        self.path, self.settings = path, dict(settings)
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:
+        self.path, self.settings = path, settings
+        kept: dict[str, Any] = {"settings": settings, "results": []}
         if path.exists() and not overwrite:
             kept = read_settings(path)
-            changed = differences(kept["settings"], self.settings)
-            if changed:
-                raise ValueError(
-                    f"{path} holds results of other settings ({', '.join(changed)}): choose another --output, or"
-                    " replace them with --overwrite"
-                )
-            self.rows = kept["results"]
+        changed = differences(kept["settings"], settings)
+        if changed:
+            raise ValueError(
+                f"{path} holds results of other settings ({', '.join(changed)}): choose another --output, or"
+                " replace them with --overwrite"
+            )
+        self.rows: list[dict[str, Any]] = kept["results"]
 
-    def missing(
-        self, methods: Sequence[str], labels: Sequence[int], seeds: Sequence[int]
-    ) -> list[tuple[str, int, int]]:
-        """What is still to be done: methods with numbers of labelled images and seeds."""
+    def missing(self, *wanted: Sequence[Any]) -> list[tuple[str, int, int]]:
+        """What is still to be done of some methods, numbers of labelled images and seeds."""
         done = {(row["method"], row["labels"], row["seed"]) for row in self.rows}
-        runs = [(method, count, seed) for method in methods for count in labels for seed in seeds]
-        return [run for run in runs if run not in done]
+        return [run for run in product(*wanted) if run not in done]
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """Keep a finished row, on disk too."""
-        self.rows.append(dict(row))
+        self.rows.append(row)
         content = {"settings": self.settings, "summary": mean_and_spread(self.rows), "results": self.rows}
         write_json(self.path, content)
 
@@ -166,7 +163,9 @@ def compare_label_efficiency(
         raise ValueError("name at least one number of labelled images in labels, and one of the methods")
     if "scratch" in methods:
         features.generator.network.check_size(baseline.crop, baseline.crop)
-    settings = _settings(features, data, members, fit, baseline, trainer)
+    # All that results depend on, but not what only chooses which are made.
+    about = {"data": asdict(replace(data, max_images=None)), "fit": asdict(fit), "baseline": asdict(baseline)}
+    settings = describe({**about, **settings_of(features), "members": members, "precision": trainer.precision})
     results = Results(output / "compare.json", settings, overwrite)
     tried = range(seed, seed + seeds)
     missing = results.missing(methods, labels, tried)
@@ -176,18 +175,17 @@ def compare_label_efficiency(
     named = {name: image for choice in chosen.values() for name, image in zip(choice.names, choice.images, strict=True)}
     images = [*test.images, *named.values()]
 
-    def learner(method: str) -> Learn:
-        """How a method learns; features of all the images are computed beforehand."""
-        if method == "scratch":
-            return from_scratch(features.generator.network, len(data.classes), baseline, trainer)
-        extractors = {"diffusion": lambda: features, "untrained": lambda: untrained(features), "rgb": RGBFeatures}
-        kept = keep(extractors[method](), images, memory, TITLES[method])
-        return pixel_classifier(kept, len(data.classes), members, fit, trainer)
-
+    extractors = {"diffusion": lambda: features, "untrained": lambda: untrained(features), "rgb": RGBFeatures}
     start = time.monotonic()
     with tqdm(total=len(missing), desc="compare", unit="result", disable=None) as bar:
         for method, runs in groupby(missing, key=itemgetter(0)):
-            learn = learner(method)
+            if method == "scratch":
+                learn = from_scratch(features.generator.network, len(data.classes), baseline, trainer)
+            else:
+                extractor = extractors[method]()
+                learn = pixel_classifier(  # it alone holds the features that are kept
+                    keep(extractor, images, memory, TITLES[method]), len(data.classes), members, fit, trainer
+                )
             for _, count, each in runs:
                 row, predictions = measure(learn, chosen[each].first(count), test, data.classes, each)
                 if count == min(labels) and each == seed:
@@ -202,33 +200,17 @@ def compare_label_efficiency(
     return summary
 
 
-def _settings(
-    features: DiffusionFeatures,
-    data: MaskDataOptions,
-    members: int,
-    fit: FitOptions,
-    baseline: BaselineOptions,
-    trainer: TrainerOptions,
-) -> dict[str, Any]:
-    """What the results depend on: all but what only chooses which are made."""
-    about: dict[str, Any] = {"data": asdict(data), "fit": asdict(fit), "baseline": asdict(baseline)}
-    about["data"].pop("max_images")
-    return describe({**about, **settings_of(features), "members": members, "precision": trainer.precision})
-
-
 def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
     """The same features of a UNet with random weights."""
     torch.manual_seed(0)
     generator = features.generator
-    network = UNet(**generator.network.arguments)
-    model = DiffusionModel(**generator.arguments | {"network": network})
+    model = DiffusionModel(**generator.arguments | {"network": UNet(**generator.network.arguments)})
     return DiffusionFeatures(**features.arguments | {"generator": model}).to(features.device)
 
 
 def keep(features: FeatureExtractor, images: Sequence[Tensor], memory: int, title: str) -> CachedFeatures:
     """The extractor with the features of these images in memory, in half precision; ValueError if they need more."""
-    sizes = [(image.shape[1], image.shape[2]) for image in images]
-    needed = stored_bytes(features, sizes, torch.float16)
+    needed = stored_bytes(features, [image.shape[1:] for image in images], torch.float16)
     if needed > memory:
         raise ValueError(
             f"the {title} of {plural(len(images), 'image')} take {in_bytes(needed)} of memory, but the limit is"

@@ -22,7 +22,7 @@ from diffperception.segmentation import (
     PixelSegmenter,
 )
 from diffperception.segmentation.inference import FolderScores, ImageScore
-from tests.models.convert.test_ddpm_segmentation import Classifier, write
+from tests.helpers.pixel_classifiers import Classifier, write_classifier
 
 COLOURS = np.array([[60, 60, 60], [220, 40, 40], [40, 60, 220]], np.uint8)
 CLASSES = ["ground", "red", "blue"]
@@ -313,7 +313,7 @@ def test_classifiers_of_the_reference_become_a_segmenter(
 ) -> None:
     torch.manual_seed(1)
     features = DiffusionFeatures(folder / "generator.safetensors", [0, 2], [10])
-    files = [write(tmp_path / f"model_{i}.pth", Classifier(features.channels, 3).eval()) for i in range(2)]
+    files = [write_classifier(tmp_path / f"model_{i}.pth", Classifier(features.channels, 3).eval()) for i in range(2)]
     more = [f"--features={GENERATOR}", f"--features.generator={folder / 'generator.safetensors'}"]
     more += ["--features.timesteps=[10]", "--features.blocks=[0, 2]"]
     assert convert(tmp_path / "segmenter.safetensors", files, *more) == 0

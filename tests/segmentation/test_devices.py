@@ -7,8 +7,7 @@ from diffperception.devices import autocast
 from diffperception.segmentation import DiffusionFeatures, MeanIoU, PixelEnsemble, PixelSegmenter, TimmFeatures
 from diffperception.segmentation.pixels import LabelledPixels
 from tests.helpers.devices import Device
-from tests.segmentation.test_ensemble import trained_like
-from tests.segmentation.test_features import diffusion
+from tests.helpers.pixel_classifiers import diffusion, trained_like
 
 MAKE = {"diffusion": diffusion, "timm": lambda: TimmFeatures("resnet18", (4, 8), window=32)}
 

@@ -13,32 +13,10 @@ from diffperception.segmentation import (
 )
 from diffperception.segmentation.ensemble import combine_members
 from diffperception.segmentation.maps import FeatureMaps
-from diffperception.segmentation.mlp import EnsembleBatchNorm, PixelMLPs
+from diffperception.segmentation.mlp import EnsembleBatchNorm
 from diffperception.segmentation.pixels import LabelledPixels, checked_masks
-from tests.helpers.networks import plain_classifier
+from tests.helpers.pixel_classifiers import generator, member, random_maps, trained_like
 from tests.helpers.scenes import Pyramid, scene
-from tests.segmentation.test_features import generator, random_maps
-
-
-def member(mlps: PixelMLPs, index: int) -> nn.Sequential:
-    """One member as the reference builds it."""
-    weight = [layer.weight[index] for layer in mlps.linears]
-    (first, channels), second, classes = weight[0].shape, weight[1].shape[0], weight[2].shape[0]
-    network = plain_classifier(channels, first, second, classes)
-    state = {name.removeprefix("layers."): value[index].clone() for name, value in mlps.state_dict().items()}
-    network.to(weight[0].dtype).load_state_dict(state, strict=False)
-    return network
-
-
-def trained_like(ensemble: PixelEnsemble) -> PixelEnsemble:
-    """Weights and statistics as of a trained ensemble: none is 0, 1 or tiny."""
-    generator = torch.Generator().manual_seed(0)
-    for name, value in ensemble.state_dict().items():
-        value.copy_(0.3 * torch.randn(value.shape, generator=generator))
-        if "var" in name:
-            value.abs_().add_(0.5)
-    return ensemble.eval()
-
 
 # Native resolution
 

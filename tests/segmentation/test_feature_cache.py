@@ -12,8 +12,8 @@ from diffperception.segmentation.feature_cache import (
     stored_bytes,
 )
 from diffperception.segmentation.maps import FeatureMaps
+from tests.helpers.pixel_classifiers import diffusion
 from tests.helpers.scenes import Pyramid, scene
-from tests.segmentation.test_features import diffusion
 
 
 def test_bytes_are_those_of_the_maps():

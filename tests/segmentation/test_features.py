@@ -5,18 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffperception.diffusion import linear_schedule
-from diffperception.models import DiffusionModel, FeatureInfo, UNet
+from diffperception.models import DiffusionModel, FeatureInfo
 from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, RGBFeatures, TimmFeatures
-from diffperception.segmentation.maps import FeatureMaps, Windows, rows_around, upsample, upsample_rows
+from diffperception.segmentation.maps import Windows, rows_around, upsample, upsample_rows
 from tests.helpers.networks import tiny_unet
+from tests.helpers.pixel_classifiers import diffusion, generator, random_maps
 from tests.parity import filled_state
 
 SCHEDULE = linear_schedule(1000)
-
-
-def generator(network: UNet | None = None, side: int = 32, **options: object) -> DiffusionModel:
-    """A generator that has learned nothing, of a UNet whose blocks all say something."""
-    return DiffusionModel(None, network or tiny_unet(), image_size=side, **options).eval()  # type: ignore[arg-type]
 
 
 def flow(side: int = 32) -> DiffusionModel:
@@ -27,18 +23,6 @@ TIMM = {
     "resnet18": lambda: TimmFeatures("resnet18", (4, 8), window=32),
     "test_vit": lambda: TimmFeatures("test_vit", (16,), window=32),
 }
-
-
-def diffusion(window: int = 32, **changes: object) -> DiffusionFeatures:
-    arguments = {"blocks": (0, 3, 4), "timesteps": (50, 250), "window": window}
-    return DiffusionFeatures(generator(), **arguments | changes)  # type: ignore[arg-type]
-
-
-def random_maps(height: int, width: int, strides: tuple[int, ...] = (8, 4, 8, 2, 1)) -> FeatureMaps:
-    generator = torch.Generator().manual_seed(0)
-    cells = [(-(-height // 8) * 8 // s, -(-width // 8) * 8 // s) for s in strides]
-    maps = [torch.randn(3 + i, *cell, generator=generator) for i, cell in enumerate(cells)]
-    return FeatureMaps(maps, list(strides), (height, width))
 
 
 # Maps

@@ -7,8 +7,8 @@ from diffperception.models import UNet
 from diffperception.segmentation import DiffusionFeatures, probe_features
 from diffperception.segmentation.probe import _probe, _sample
 from tests.helpers.networks import tiny_unet
+from tests.helpers.pixel_classifiers import generator
 from tests.helpers.scenes import scene
-from tests.segmentation.test_features import generator
 
 
 class ColoursInBlockFour(UNet):

@@ -44,7 +44,7 @@ def run(root: Path, output: Path, *options: str) -> dict:
     arguments += ["--features.timesteps", "[50]", "--features.window", "32", "--output", str(output)]
     for kind, prefix in (("train", ""), ("test", "val_")):
         arguments += [f"--data.{prefix}{name}={root / kind / name}" for name in ("images", "masks")]
-    arguments += ["--data.classes", "[red, green, blue]", "--members", "2", "--fit.max_minibatches", "150"]
+    arguments += ["--data.classes", "[red, green, blue]", "--members", "2", "--fit.max_minibatches", "80"]
     arguments += ["--baseline.steps", "2", "--baseline.crop", "16", "--baseline.batch_size", "2", "--device", "cpu"]
     assert call(compare, [*arguments, *options]) == 0
     return json.loads((output / "compare.json").read_text())
@@ -141,7 +141,7 @@ def test_what_is_finished_is_not_done_again(root: Path, first: Path, capsys: pyt
 
 def test_results_of_other_settings_are_not_mixed(root: Path, first: Path) -> None:
     with pytest.raises(ValueError, match=r"other settings \(fit.max_minibatches\)"):
-        run(root, first, "--labels", "1", "--methods", "rgb", "--fit.max_minibatches", "151")
+        run(root, first, "--labels", "1", "--methods", "rgb", "--fit.max_minibatches", "81")
 
 
 def test_results_of_another_generator_are_not_mixed(root: Path, first: Path) -> None:

@@ -352,7 +352,7 @@ class SegmentationRecipe(Recipe):
         if module.notes:
             echo(f"note: {module.notes}")
         dtype = getattr(torch, self.fit.feature_dtype)
-        memory = stored_bytes(features, [(mask.shape[0], mask.shape[1]) for mask in masks], dtype)
+        memory = stored_bytes(features, [mask.shape for mask in masks], dtype)
         return Parts(
             module,
             PixelBatches(module.num_pixels, self.members, self.fit, seed),

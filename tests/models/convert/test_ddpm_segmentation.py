@@ -1,38 +1,16 @@
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffperception.segmentation import PixelEnsemble
-from tests.helpers.networks import plain_classifier
-from tests.segmentation.test_features import random_maps
-
-
-class Classifier(nn.Module):
-    """The layout of the reference's classifier."""
-
-    def __init__(self, channels: int = 25, classes: int = 5, first: int = 128, second: int = 32) -> None:
-        super().__init__()
-        self.layers = plain_classifier(channels, first, second, classes)
-        for buffer in self.buffers():
-            if buffer.is_floating_point():
-                buffer.data = 0.5 + torch.rand_like(buffer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-def write(path: Path, network: Classifier) -> Path:
-    torch.save({"model_state_dict": nn.DataParallel(network).state_dict()}, path)
-    return path
+from tests.helpers.pixel_classifiers import Classifier, random_maps, write_classifier
 
 
 @pytest.mark.parametrize("widths", [(5, 128, 32), (34, 256, 128)])
 def test_the_members_of_the_files_give_the_logits(tmp_path, widths):
     torch.manual_seed(0)
     members = [Classifier(25, *widths).eval() for _ in range(3)]
-    files = [write(tmp_path / f"model_{i}.pth", member) for i, member in enumerate(members)]
+    files = [write_classifier(tmp_path / f"model_{i}.pth", member) for i, member in enumerate(members)]
     ensemble = PixelEnsemble.from_reference(files, 25, widths[0])
     maps = random_maps(11, 20)
     rows = maps.dense().flatten(1).T
@@ -41,7 +19,7 @@ def test_the_members_of_the_files_give_the_logits(tmp_path, widths):
 
 
 def test_the_wrong_argument_is_named(tmp_path):
-    file = write(tmp_path / "model_0.pth", Classifier())
+    file = write_classifier(tmp_path / "model_0.pth", Classifier())
     with pytest.raises(ValueError, match=r"^channels is 25 .* not 8448"):
         PixelEnsemble.from_reference([file], channels=8448)
     with pytest.raises(ValueError, match=r"^num_classes is 5 .* not 28"):
@@ -49,13 +27,13 @@ def test_the_wrong_argument_is_named(tmp_path):
 
 
 def test_files_that_are_no_classifiers_are_refused(tmp_path):
-    file = write(tmp_path / "model_0.pth", Classifier())
+    file = write_classifier(tmp_path / "model_0.pth", Classifier())
     with pytest.raises(
         ValueError, match=r"model_1.pth does not fit the first .* layers.0.weight is \(128, 24\) instead"
     ):
-        PixelEnsemble.from_reference([file, write(tmp_path / "model_1.pth", Classifier(24))])
+        PixelEnsemble.from_reference([file, write_classifier(tmp_path / "model_1.pth", Classifier(24))])
     with pytest.raises(ValueError, match="num_classes is wrong"):
-        PixelEnsemble.from_reference([write(tmp_path / "wide.pth", Classifier(first=256))])
+        PixelEnsemble.from_reference([write_classifier(tmp_path / "wide.pth", Classifier(first=256))])
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         PixelEnsemble.from_reference([tmp_path / "none.pth"])
     with pytest.raises(ValueError, match="at least one member"):
