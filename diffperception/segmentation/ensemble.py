@@ -187,12 +187,11 @@ class PixelEnsemble(Model):
 
 def _by_stride(maps: FeatureMaps, weight: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """Maps of equal stride joined, (C, h, w), with their part of the first layer, (M, hidden, C)."""
-    parts = weight.split([len(m) for m in maps.maps], 2)
-
-    def joined(tensors: Sequence[Tensor], stride: int, axis: int) -> Tensor:
-        return torch.cat([t for t, s in zip(tensors, maps.strides, strict=True) if s == stride], axis)
-
-    return {s: (joined(maps.maps, s, 0), joined(parts, s, 2)) for s in sorted(set(maps.strides))}
+    parts, joined = weight.split([len(m) for m in maps.maps], 2), {}
+    for stride in sorted(set(maps.strides)):
+        chosen = [i for i, s in enumerate(maps.strides) if s == stride]
+        joined[stride] = torch.cat([maps.maps[i] for i in chosen]), torch.cat([parts[i] for i in chosen], 2)
+    return joined
 
 
 def _first_layer(cells: Tensor, weight: Tensor) -> Tensor:

@@ -14,9 +14,6 @@ class MeanIoU:
     """Counts predictions of any number of images in one confusion matrix.
 
     Pixels that the mask ignores count nowhere. A class that neither mask nor prediction has is left out of the mean.
-
-    Args:
-        num_classes: K.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -67,9 +64,5 @@ class MeanIoU:
 
     def summary(self, classes: Sequence[str]) -> dict[str, float | dict[str, float | None] | None]:
         """`miou` and `iou` by class name, None for what does not occur: ready for JSON."""
-        ious = dict(zip(classes, map(_none_for_nan, self.per_class()), strict=True))
-        return {"miou": _none_for_nan(self.mean()), "iou": ious}
-
-
-def _none_for_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
+        mean, *ious = (None if math.isnan(iou) else iou for iou in (self.mean(), *self.per_class()))
+        return {"miou": mean, "iou": dict(zip(classes, ious, strict=True))}

@@ -20,8 +20,6 @@ from diffperception.models.base import describe
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps
 
-CODES = {torch.float16: "F16", torch.float32: "F32"}  # of safetensors
-
 
 def stored_bytes(features: FeatureExtractor, sizes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
     """What the maps of images of these heights and widths take, exactly."""
@@ -38,7 +36,7 @@ def file_bytes(features: FeatureExtractor, size: tuple[int, int], dtype: torch.d
     ):
         shape = [info.channels, *cells]
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[info.name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[info.name] = {"dtype": f"F{8 * dtype.itemsize}", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return 8 + 8 * math.ceil(len(text) / 8) + end  # its length comes first, and spaces fill it up
 
@@ -81,7 +79,6 @@ def save_maps(maps: FeatureMaps, info: Sequence[FeatureInfo], path: Path, key: s
 
 
 def _metadata(info: Sequence[FeatureInfo], size: tuple[int, int], key: str) -> dict[str, str]:
-    """What a file says of its maps."""
     about = {"names": [about.name for about in info], "strides": [about.stride for about in info], "size": size}
     return {"maps": json.dumps(about | {"image": key})}
 

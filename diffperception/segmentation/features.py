@@ -169,7 +169,12 @@ class TimmFeatures(FeatureExtractor):
         self, name: str, strides: Sequence[int] = (4, 8, 16, 32), pretrained: bool = False, window: int | None = None
     ) -> None:
         backbone = TimmBackbone(name, strides, pretrained).eval().requires_grad_(False)
-        _check_any_size(backbone, name)
+        try:
+            backbone(torch.zeros(1, 3, 2 * max(strides), 3 * max(strides)))
+        except (AssertionError, RuntimeError, ValueError) as error:  # timm's models refuse sizes in ways of their own
+            raise ValueError(
+                f"{name} does not take images of any size ({error}): choose a convolutional network, a ViT or a Swin"
+            ) from None
         super().__init__(backbone.info, max(strides), window)
         self.record(pretrained=False)  # loading brings its own weights
         self.backbone = backbone
@@ -190,14 +195,3 @@ class RGBFeatures(FeatureExtractor):
 
     def encode(self, images: Tensor) -> list[Tensor]:
         return [2 * images - 1]
-
-
-@torch.no_grad()
-def _check_any_size(backbone: TimmBackbone, name: str) -> None:
-    side = max(backbone.strides)
-    try:
-        backbone(torch.zeros(1, 3, 2 * side, 3 * side))
-    except (AssertionError, RuntimeError, ValueError) as error:  # timm's models refuse sizes in ways of their own
-        raise ValueError(
-            f"{name} does not take images of any size ({error}): choose a convolutional network, a ViT or a Swin"
-        ) from None

@@ -78,13 +78,7 @@ Learn = Callable[[LabelledImages, int], Predict]  # with a seed
 class Results:
     """compare.json: settings, and a row for each method, number of labelled images and seed that is finished.
 
-    Args:
-        path: the file; it is read if there is one.
-        settings: on which all rows depend.
-        overwrite: begin anew even if there is a file.
-
-    Raises:
-        ValueError: the file is of other settings.
+    A file that is there is read, if it is not to be overwritten; ValueError if it is of other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:

@@ -18,7 +18,6 @@ from diffperception.segmentation.mlp import PixelMLPs, hidden_widths
 from diffperception.segmentation.pixels import LabelledPixels
 from diffperception.training import FitOptions, fit_ensemble
 from diffperception.training.options import TrainerOptions
-from diffperception.training.recipe import Evaluator, Parts
 from diffperception.training.recipes.segmentation import EnsembleModule, PixelBatches, fit_quietly
 from tests.helpers.networks import tiny_unet
 from tests.helpers.pixel_classifiers import member
@@ -49,7 +48,7 @@ def test_the_ensemble_equals_members_trained_one_by_one_on_the_same_minibatches(
     start = PixelMLPs(3, 12, 3, [derive_seed(4, m) for m in range(3)]).double()
     first = start.linears[0].weight
     first.data = first.data[:, :, module.order]
-    fit_quietly(Parts(module, batches, Evaluator(), ""), CPU)
+    fit_quietly(module, batches, CPU)
     drawn = torch.cat(list(batches.batches(0, 2, 0, 1, False)))
     assert drawn.shape == (125, 3, 16)
     for index in range(3):
@@ -102,7 +101,7 @@ def test_no_member_stops_in_the_passes_before_it_is_watched():
     def seen(early_stopping_start: int) -> list[int]:
         options = FitOptions(batch_size=300, early_stopping_start=early_stopping_start, patience=1, epochs=20)
         module, batches = module_of(Pyramid(), torch.rand_like(image), mask, options, 2, 0)
-        fit_quietly(Parts(module, batches, Evaluator(), ""), CPU)
+        fit_quietly(module, batches, CPU)
         return module.stopped.tolist()
 
     assert 0 < max(seen(0)) < 3 * epoch

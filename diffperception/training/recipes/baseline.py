@@ -21,7 +21,7 @@ from diffperception.segmentation.pixels import check_size
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import TrainerOptions
-from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
+from diffperception.training.recipe import Parts, Recipe, size_of
 from diffperception.training.recipes.segmentation import SegmentationEvaluator, fit_quietly
 
 WARMUP = 0.05  # fraction of the steps in which the learning rate rises; then it falls along a half cosine
@@ -81,14 +81,10 @@ class BaselineModule(TrainingModule):
         self.max_steps = options.steps
 
     def configure_optimizers(self) -> Any:
-        options = self.options
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), float(options.lr), weight_decay=float(options.weight_decay)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._rate), "interval": "step"},
-        }
+        rate, decay = float(self.options.lr), float(self.options.weight_decay)
+        optimizer = torch.optim.AdamW(self.model.parameters(), rate, weight_decay=decay)
+        rates = LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """A resumed run keeps the rates of its checkpoint."""
@@ -179,4 +175,4 @@ def fit_baseline(
     for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
         check_size(image, mask, f"image {number}")
     module = BaselineModule(unet, options, seed)
-    return fit_quietly(Parts(module, CropBatches(images, masks, options, seed), Evaluator(), ""), trainer)
+    return fit_quietly(module, CropBatches(images, masks, options, seed), trainer)

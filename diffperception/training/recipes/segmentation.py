@@ -88,12 +88,6 @@ class PixelBatches(TrainingData):
 
     Each member draws with a seed of its own and with replacement: the permutations that the reference draws would take
     8 bytes per pixel and member.
-
-    Args:
-        pixels: how many there are.
-        members: M.
-        options: of the training.
-        seed: of the run.
     """
 
     def __init__(self, pixels: int, members: int, options: FitOptions, seed: int) -> None:
@@ -393,14 +387,14 @@ def fit_ensemble(
     module = EnsembleModule(model, features, images, masks, options, seed, names)
     if module.notes:
         warnings.warn(module.notes, stacklevel=2)
-    batches = PixelBatches(module.num_pixels, members, options, seed)
-    fit_quietly(Parts(module, batches, Evaluator(), ""), trainer)
+    fit_quietly(module, PixelBatches(module.num_pixels, members, options, seed), trainer)
     return model.classifier
 
 
-def fit_quietly(parts: Parts, trainer: TrainerOptions | None = None) -> Any:
+def fit_quietly(module: TrainingModule, data: TrainingData, trainer: TrainerOptions | None = None) -> Any:
     """The trained model of a run that leaves nothing on disk and says nothing but how long it will take."""
     quiet_lightning()
-    assert parts.module.max_steps is not None
+    assert module.max_steps is not None
     with redirect_stdout(io.StringIO()):
-        return fit(parts, trainer or TrainerOptions(), parts.module.max_steps, None, None).model
+        parts = Parts(module, data, Evaluator(), summary="")
+        return fit(parts, trainer or TrainerOptions(), module.max_steps, None, None).model
