@@ -121,7 +121,7 @@ def extract_features(
     files = {path: output / path.relative_to(root).with_name(f"{path.name}.safetensors") for path in sizes}
     each = {path: file_bytes(features, size, number_type) for path, size in sizes.items()}
     left = [path for path, file in files.items() if not (file.exists() and file.stat().st_size == each[path])]
-    _announce(features, list(sizes.values()), number_type, sum(each[path] for path in left), most, output)
+    _announce(features, sizes, each, sum(each[path] for path in left), number_type, most, output)
     barrier()  # all have looked what is in the folder
     if first_process():
         write_json(output / SETTINGS, settings)
@@ -171,11 +171,16 @@ def _size(path: Path, short_side: int | None) -> Size:
 
 
 def _announce(
-    features: FeatureExtractor, sizes: list[Size], dtype: torch.dtype, to_write: int, most: int | None, output: Path
+    features: FeatureExtractor,
+    sizes: dict[Path, Size],
+    each: dict[Path, int],
+    to_write: int,
+    dtype: torch.dtype,
+    most: int | None,
+    output: Path,
 ) -> None:
     """Say how many bytes will be written and how many are free; ValueError where they are too many."""
-    each = [file_bytes(features, size, dtype) for size in sizes]
-    total = sum(each)
+    total = sum(each.values())
     folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     echo(
@@ -184,17 +189,15 @@ def _announce(
         f" be written; {in_bytes(free)} are free"
     )
     if most is not None and total > most:
-        ways = [f"{sum(so_far <= most for so_far in accumulate(each))} of the images would fit"]
+        ways = [f"{sum(so_far <= most for so_far in accumulate(each.values()))} of the images would fit"]
         if dtype == torch.float32:
-            half = sum(file_bytes(features, size, torch.float16) for size in sizes)
+            half = sum(file_bytes(features, size, torch.float16) for size in sizes.values())
             ways.append(f"float16 would take {in_bytes(half)}")
         if len(features.info) > 1:
-            cells = torch.tensor([features.map_sizes(*size) for size in sizes]).prod(-1).sum(0).tolist()
-            room = {
-                about.name: about.channels * n * dtype.itemsize for about, n in zip(features.info, cells, strict=True)
-            }
-            largest = max(room, key=room.__getitem__)
-            ways.append(f"the largest map, {largest}, takes {in_bytes(room[largest])}")
+            cells = torch.tensor([features.map_sizes(*size) for size in sizes.values()]).prod(-1).sum(0).tolist()
+            room = [info.channels * number * dtype.itemsize for info, number in zip(features.info, cells, strict=True)]
+            largest = features.info[room.index(max(room))].name
+            ways.append(f"the largest map, {largest}, takes {in_bytes(max(room))}")
         raise ValueError(
             f"the features of {plural(len(sizes), 'image')} take {in_bytes(total)}, more than the limit of"
             f" {in_bytes(most)}: {'; '.join(ways)}"
