@@ -93,8 +93,8 @@ class PixelMLPs(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, EnsembleBatchNorm)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(M, N, D) -> logits (M, N, K)."""
-        return self.layers(x)
+        """What the layers after the first, which is applied elsewhere, make of its output (M, N, hidden): (M, N, K)."""
+        return self.layers[1:](x)
 
     def folded(self) -> list[tuple[Tensor, Tensor]]:
         """Weights (M, out, in) and biases (M, out) of three linear layers with ReLU between them and nothing else.

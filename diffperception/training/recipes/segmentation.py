@@ -230,7 +230,7 @@ class EnsembleModule(TrainingModule):
         with torch.no_grad():
             z = first(x)
         z.requires_grad_()
-        logits = members.layers[1:](z).flatten(0, 1)
+        logits = members(z).flatten(0, 1)
         losses = F.cross_entropy(logits, labels, reduction="none").view(len(x), -1).mean(1)
         losses.sum().backward()
         assert z.grad is not None
