@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffperception.data.masks import IGNORE_INDEX
 from diffperception.models import UNet
-from diffperception.segmentation.maps import padded_side
+from diffperception.segmentation.maps import pad
 
 
 def segmentation_unet(unet: UNet, num_classes: int) -> UNet:
@@ -22,8 +22,7 @@ def predict_labels(unet: UNet, image: Tensor, size: tuple[int, int] | None = Non
         size: height and width that the logits are interpolated to, if others than the image's.
     """
     height, width = image.shape[1:]
-    below, right = (padded_side(side, unet.stride) - side for side in (height, width))
-    padded = F.pad(image[None].to(unet.device), (0, right, 0, below), mode="replicate")
+    padded = pad(image.to(unet.device), unet.stride)
     logits = unet(2 * padded - 1, torch.zeros(1, device=padded.device)).float()[:, :, :height, :width]
     if size is not None:
         logits = F.interpolate(logits, size, mode="bilinear")

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from diffperception.models import ActivationReader, DiffusionModel, FeatureInfo, Model, TimmBackbone, UNet
 from diffperception.models.generator import load_generator
-from diffperception.segmentation.maps import FeatureMaps, Windows, padded_side
+from diffperception.segmentation.maps import FeatureMaps, Windows, pad, padded_side
 
 # Windows that are encoded at once: small ones keep no processor busy, large ones need no company and much memory.
 CPU_WINDOWS, CPU_PIXELS = 8, 2**16
@@ -25,11 +24,8 @@ class FeatureExtractor(Model, ABC):
     Args:
         info: the maps it gives.
         multiple: what it needs an image's sides to be multiples of; images are padded with their last pixels.
-        window: larger images are cut into overlapping windows of this side, a multiple of ``multiple``; if None, none
-            are.
-
-    Attributes:
-        batch_pixels: of windows, how many pixels are encoded at once; None for what suits the device.
+        window: larger images are cut into windows of this side, a multiple of ``multiple``, the next of which overlaps
+            with a quarter; None takes them whole.
 
     Raises:
         ValueError: if the window is not a multiple.
@@ -42,7 +38,6 @@ class FeatureExtractor(Model, ABC):
         self.info = list(info)
         self.multiple = multiple
         self.window = window
-        self.batch_pixels: int | None = None
 
     @property
     def channels(self) -> int:
@@ -59,27 +54,16 @@ class FeatureExtractor(Model, ABC):
 
     @torch.no_grad()
     def maps(self, image: Tensor) -> FeatureMaps:
-        """The feature maps of an image, float32.
-
-        Args:
-            image: (3, H, W) RGB, 0..1, of any size.
-
-        Raises:
-            ValueError: if it has another shape.
-        """
+        """The feature maps, float32, of an image (3, H, W), RGB, 0..1, of any size; ValueError for other shapes."""
         if image.dim() != 3 or len(image) != 3 or not image.numel():
             raise ValueError(f"an image must be of shape (3, height, width), not {tuple(image.shape)}")
-        height, width = image.shape[1:]
-        below, right = (padded_side(side, self.multiple) - side for side in (height, width))
-        padded = F.pad(image[None].to(self.device, torch.float32), (0, right, 0, below), mode="replicate")
-        windows = self.windows(*padded.shape[2:])
-        cut = [padded[0, :, rows, columns] for rows, columns in windows.places]  # all of one size
-        return FeatureMaps(windows.blend(self._encode_all(cut), self.strides), self.strides, (height, width))
-
-    def windows(self, height: int, width: int) -> Windows:
-        """How an image with sides that are multiples is cut; a quarter of a window overlaps the next."""
+        padded = pad(image.to(self.device, torch.float32), self.multiple)[0]
+        height, width = padded.shape[1:]
         side = self.window or max(height, width)
-        return Windows(height, width, side, side // 4 // self.multiple * self.multiple)
+        windows = Windows(height, width, side, overlap=side // 4 // self.multiple * self.multiple)
+        cut = [padded[:, rows, columns] for rows, columns in windows.places]  # all of one size
+        blended = windows.blend(self._encode_all(cut), self.strides)
+        return FeatureMaps(blended, self.strides, (image.shape[1], image.shape[2]))
 
     def portable(self) -> "FeatureExtractor":
         """What computes the same maps anywhere: itself, but for extractors that keep maps of certain images."""
@@ -88,8 +72,7 @@ class FeatureExtractor(Model, ABC):
     def _encode_all(self, windows: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """The maps of each window (3, h, w), all of one size; as many are encoded at once as suit the device."""
         pixels, on_cpu = windows[0][0].numel(), windows[0].device.type == "cpu"
-        together = (self.batch_pixels or (CPU_PIXELS if on_cpu else ACCELERATOR_PIXELS)) // pixels
-        together = max(1, min(together, CPU_WINDOWS) if on_cpu else together)
+        together = max(1, min(CPU_PIXELS // pixels, CPU_WINDOWS) if on_cpu else ACCELERATOR_PIXELS // pixels)
         for first in range(0, len(windows), together):
             yield from zip(*self.encode(torch.stack(list(windows[first : first + together]))), strict=True)
 

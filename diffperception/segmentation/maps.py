@@ -163,3 +163,9 @@ class Windows:
 
 def padded_side(side: int, multiple: int) -> int:
     return math.ceil(side / multiple) * multiple
+
+
+def pad(image: Tensor, multiple: int) -> Tensor:
+    """(1, C, H, W), sides multiples: an image (C, h, w) and its last pixels, right and below."""
+    below, right = (padded_side(side, multiple) - side for side in image.shape[1:])
+    return F.pad(image[None], (0, right, 0, below), mode="replicate")
