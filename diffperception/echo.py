@@ -1,6 +1,7 @@
 """What is said to the user."""
 
 import sys
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -17,3 +18,9 @@ def echo(text: str) -> None:
     if first_process():
         tqdm.write(text)  # above a progress bar, if there is one
         sys.stdout.flush()
+
+
+def echo_left_out(problems: Sequence[str]) -> None:
+    """Name the images that cannot be read, if there are any."""
+    if problems:
+        echo("\n  ".join([f"{plural(len(problems), 'image')} left out:", *problems]))

@@ -6,7 +6,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from diffperception.devices import Precision, pick_device
-from diffperception.echo import echo, plural
+from diffperception.echo import echo, echo_left_out, plural
 from diffperception.generation import SamplingOptions
 from diffperception.generation.inference import draw_samples
 from diffperception.models import DiffusionModel
@@ -40,17 +40,12 @@ def autolabel(
     Args:
         model: the segmenter, a model.safetensors file.
         output: folder for the data set; it must be empty.
-        images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
         generator: a model.safetensors file to draw images from instead; the classes that it has take turns.
         num_samples: how many images to draw from the generator.
         drop: fraction of the images to drop, the most uncertain.
         sampling: how images are drawn from the generator.
         batch_size: images drawn at once.
         seed: seed of the noise that the generator's images are drawn from.
-        workers: processes that read images.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
-        precision: bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.
-        trust: a Python package of your own whose classes the model file may name.
     """
     if (images is None) == (generator is None):
         raise ValueError("give either --images or a --generator to draw them from")
@@ -68,5 +63,4 @@ def autolabel(
         f"{output}: {plural(len(result.kept), 'image')} with masks of {', '.join(segmenter.classes)}; dropped as the"
         f" most uncertain: {len(result.dropped)}"
     )
-    if result.broken:
-        echo("\n  ".join([f"{plural(len(result.broken), 'image')} left out:", *result.broken]))
+    echo_left_out(result.broken)

@@ -68,9 +68,7 @@ def convert(
         prediction: what the model predicts.
         overwrite: replace the output file.
     """
-    require_file_name(output)
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} is there already: name another file, or replace it with --overwrite")
+    require_new_file(output, overwrite)
     weights, part, parts = read_weights(checkpoint, ema)
     classes = None if annotations is None else read_names(annotations)
     heads = (num_heads, num_head_channels, new_attention_order)
@@ -95,6 +93,13 @@ def convert(
     if model.classes and model.classes[0] == "0":
         echo("its classes are numbered: --annotations FILE names them after a COCO file's categories or a .txt's lines")
     echo(f"{output}: for {USES[model.kind]}")
+
+
+def require_new_file(path: Path, overwrite: bool) -> None:
+    """ValueError if `path` is a folder, or a file that may not be replaced."""
+    require_file_name(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there already: name another file, or replace it with --overwrite")
 
 
 def read_names(path: Path) -> list[str]:
@@ -161,9 +166,7 @@ def convert_ensemble(
         short_side: images are resized to this short side first; null for not.
         overwrite: replace the output file.
     """
-    require_file_name(output)
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} is there already: name another file, or replace it with --overwrite")
+    require_new_file(output, overwrite)
     ensemble = PixelEnsemble.from_reference(checkpoints, features.channels, len(classes))
     PixelSegmenter(features, ensemble, classes, short_side).save(output)
     echo(

@@ -57,14 +57,8 @@ def evaluate_detector_file(
         annotations: COCO JSON file with the ground truth.
         images: the folder that its file names are relative to.
         output: folder for metrics.json, detections.json and pictures, or for the sweep; nothing is written without it.
-        steps: passes from noise to boxes; by default what the model was made with.
-        num_boxes: boxes to start from; by default what the model was made with.
         mode: ddim; or a control, which shows what ddim is worth: fixed_time (the time is held) or fresh_boxes (every
             step starts from new noise).
-        renewal_threshold: between steps, boxes with no class above this probability are drawn anew; 0 turns it off.
-        ensemble: whether the detections of all steps count, or the last step's alone.
-        eta: how much noise a step adds: 1 is the ancestral step, 0 the deterministic one.
-        nms_threshold: of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off.
         protocol: coco, or lvis for annotation files of LVIS, which adds APr, APc and APf of rare, common and frequent
             classes.
         masks: score the masks that the detector predicts too.
@@ -76,36 +70,20 @@ def evaluate_detector_file(
         workers: processes that read images, for each process that predicts.
         seed: of the noise; the noise of an image depends on this and on its id alone.
         num_seeds: score with so many seeds, from `seed` on.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
-        precision: bf16 computes the network's products in bfloat16, faster on recent GPUs; 32 in float32.
         num_pictures: how many images are drawn with predictions beside ground truth.
-        trust: a Python package of your own whose model classes the model file may name.
     """
     place = pick_device(device)
-    settings = {
-        "mode": mode,
-        "num_boxes": num_boxes,
-        "renewal_threshold": renewal_threshold,
-        "ensemble": ensemble,
-        "eta": eta,
-        "nms_threshold": nms_threshold,
-        "steps": steps,
-    }
-    choices = {
-        name: list(dict.fromkeys(value if isinstance(value, list) else [value]))
-        for name, value in settings.items()
-        if value is not None
-    }
+    settings = {"mode": mode, "num_boxes": num_boxes, "renewal_threshold": renewal_threshold, "ensemble": ensemble}
+    settings |= {"eta": eta, "nms_threshold": nms_threshold, "steps": steps}
+    given = {name: value for name, value in settings.items() if value is not None}
+    choices = {name: list(dict.fromkeys(x if isinstance(x, list) else [x])) for name, x in given.items()}
     with join_processes():
         detector = Detector.load(model, place, allow=(trust,) if trust else ())
         detector.pad_together = pad_together
         dataset = CocoDetection(annotations, images, masks=masks)
         if num_seeds > 1 or any(len(values) > 1 for values in choices.values()):
-            tried = range(seed, seed + num_seeds)
-            combinations = combine(detector, choices)
-            sweep = sweep_sampler(
-                detector, dataset, combinations, tried, batch_size, workers, max_dets, protocol, precision
-            )
+            tried = (combine(detector, choices), range(seed, seed + num_seeds))
+            sweep = sweep_sampler(detector, dataset, *tried, batch_size, workers, max_dets, protocol, precision)
             echo(sweep.table())
             if output is not None and first_process():
                 write_sweep(sweep, output)
@@ -185,12 +163,7 @@ def evaluate_segmenter_file(
         mask_values: class numbers of the values in masks where they differ, such as '{0: 0, 255: 1}'.
         output: folder for metrics.json and pictures/; nothing is written without it.
         pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
-        workers: processes that read images.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
-        precision: bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.
         seed: seed of which images `max_images` chooses.
-        overwrite: write into a folder that is not empty, in place of what an earlier run wrote there.
-        trust: a Python package of your own whose classes the model file may name.
     """
     segmenter = PixelSegmenter.load(model, pick_device(device), allow=(trust,) if trust else ())
     number = len(segmenter.classes)

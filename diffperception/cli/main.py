@@ -65,8 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """Call command `name` with what the arguments say."""
-    require_command(name)
+    """Call command `name` with what the arguments say; ValueError, naming the nearest, if there is none."""
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise ValueError(f"there is no such command; {hint}")
     from diffperception.configuration.parser import Options, call
 
     prefer_fast_products()
@@ -123,14 +126,6 @@ def prefer_fast_products() -> None:
 
     if torch.accelerator.is_available():
         torch.set_float32_matmul_precision("high")
-
-
-def require_command(name: str) -> None:
-    """ValueError, naming the nearest, if there is no such command."""
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        raise ValueError(f"there is no such command; {hint}")
 
 
 if __name__ == "__main__":

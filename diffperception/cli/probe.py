@@ -40,7 +40,6 @@ def probe(
     Args:
         model: the generator, a model.safetensors file.
         data: the labelled images; ten are a good number.
-        output: folder for the results.
         timesteps: times to try, in this order while time is left.
         blocks: decoder blocks to try; null for all.
         seconds: no timestep is begun that would pass this limit; the first always is.
@@ -48,7 +47,6 @@ def probe(
         window: larger images are cut into windows of this side; null for what the generator was trained on.
         label: the class to tell a generator that has classes; null for none, if it has learned that.
         seed: seed of the noise, the choice of images that data.max_images asks for, and the choice of pixels.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         overwrite: write into a folder that is not empty, replacing files of the same names.
     """
     OutputFolder(output, overwrite)  # refused before the work, not after it

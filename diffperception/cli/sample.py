@@ -43,27 +43,11 @@ def sample(
             learned from.
         batch_size: images drawn at once.
         seed: the seed of the noise.
-        device: cpu, cuda, cuda:1, ... or auto.
-        precision: 32, or bf16 for bfloat16 where that is safe.
         overwrite: write into a folder that is not empty; the images that an earlier call wrote are removed.
     """
     if classifier is None and classifier_scale is not None:
         raise ValueError("classifier_scale is given without a classifier: name one with --classifier, or leave it out")
-    scale = 1.0 if classifier_scale is None else classifier_scale
+    pull = (classifier, 1.0 if classifier_scale is None else classifier_scale)
     size = None if image_size is None else both_sides(image_size)
-    sample_folder(
-        model,
-        output,
-        number,
-        sampling,
-        classes,
-        classifier,
-        scale,
-        size,
-        batch_size,
-        seed,
-        device,
-        precision,
-        overwrite,
-    )
+    sample_folder(model, output, number, sampling, classes, *pull, size, batch_size, seed, device, precision, overwrite)
     echo(f"{output / 'images'}: {number} images\n{output / 'grid.png'}: the first ones")

@@ -7,8 +7,8 @@ import pydoc
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
-from typing import Any, get_args, get_origin
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import docstring_parser
 import yaml
@@ -17,8 +17,26 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from diffperception.configuration.base import spread_files
 from diffperception.configuration.messages import sentence
 
-Command = Callable[..., int | None]
+Command = Callable[..., Any]
+T = TypeVar("T")
+Flat = Annotated[T, "flat"]  # of a parameter that is a dataclass: its fields are options without a prefix
 MODE = "yaml with None"  # of parsers
+HELP = {  # of options that several commands have, where a docstring says nothing of its own
+    "images": "an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.",
+    "output": "folder for the results.",
+    "steps": "passes from noise to boxes; more are slower and a little better. By default the model's own number.",
+    "num_boxes": "boxes to start from; more find more in crowded images. By default the model's own number.",
+    "renewal_threshold": "between steps, boxes with no class above this probability are drawn anew; 0 turns it off. By"
+    " default the model's own, 0.5 if it has none.",
+    "ensemble": "whether the detections of all steps count, or the last step's alone.",
+    "eta": "how much noise a step adds: 1 is the ancestral step, 0 the deterministic one.",
+    "nms_threshold": "of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off.",
+    "workers": "processes that read images.",
+    "device": "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.",
+    "precision": "bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.",
+    "overwrite": "write into a folder that is not empty, in place of what an earlier run wrote there.",
+    "trust": "a Python package of your own whose classes the model file may name.",
+}
 
 
 class Options:
@@ -34,8 +52,10 @@ class Options:
     def __init__(self, name: str, *parts: Callable[..., Any], description: str | None = None, task: str | None = None):
         set_loader(MODE, _load, (yaml.YAMLError,))
         set_parsing_settings(unset_sentinel=True)  # without it null passes for a value of any type
-        self.parts = parts
-        self.parameters = [p for part in parts for p in inspect.signature(part).parameters.values()]
+        own = [p for part in parts for p in inspect.signature(part).parameters.values()]
+        self.flat = {p.name: get_args(p.annotation)[0] for p in own if get_origin(p.annotation) is Annotated}
+        self.parts = (*parts, *self.flat.values())
+        self.parameters = [p for part in self.parts for p in inspect.signature(part).parameters.values()]
         self.parser = ArgumentParser(
             prog=f"diffperception {name}",
             description=description or summary(parts[0]),
@@ -53,7 +73,7 @@ class Options:
         if task is not None:
             self.parser.add_argument("--task", default=task, help="what is trained; each task has options of its own")
         self.parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
-        for part in parts:
+        for part in self.parts:
             self._add(part)
         self._spell_for_humans()
 
@@ -64,7 +84,10 @@ class Options:
         for name, kind in positionals.items():
             self.parser.add_argument(name, type=kind, help=explained.get(name))
         add = self.parser.add_class_arguments if inspect.isclass(part) else self.parser.add_function_arguments
-        add(part, as_group=False, fail_untyped=True, skip=set(positionals))
+        add(part, as_group=False, fail_untyped=True, skip={*positionals, *self.flat})
+        for action in self.parser._actions:
+            if action.dest in HELP and action.dest in {p.name for p in parameters} - set(explained):
+                action.help = HELP[action.dest]
 
     def _spell_for_humans(self) -> None:
         switches = {p.name for p in self.parameters if p.annotation is bool}
@@ -82,11 +105,8 @@ class Options:
         Raises:
             ArgumentError: an option is unknown, for which the nearest is named, or missing, or of a wrong type.
         """
-        lists = {
-            f"--{p.name}": 1 if _takes_only_lists(p.annotation) else 2
-            for p in self.parameters
-            if _takes_list(p.annotation)
-        }
+        several = {p.name: p.annotation for p in self.parameters if _takes_list(p.annotation)}
+        lists = {f"--{name}": 1 if _takes_only_lists(kind) else 2 for name, kind in several.items()}
         try:
             options = self.parser.parse_args(spell_out(spread_files(arguments), lists))
         except ArgumentError as error:
@@ -104,6 +124,8 @@ class Options:
 
             torch.manual_seed(options.seed)
         values = vars(self.parser.instantiate(options))
+        for name, part in self.flat.items():
+            values[name] = part(**{field.name: values[field.name] for field in fields(part)})
         names = [inspect.signature(part).parameters for part in self.parts]
         return [{name: values[name] for name in of_part if name in values} for of_part in names]
 
@@ -113,7 +135,7 @@ class Options:
 
 
 def call(command: Command, arguments: Sequence[str], name: str | None = None) -> int:
-    """Call `command` with the options that the arguments give it; returns its exit code, 0 for None.
+    """Call `command` with the options that the arguments give it; returns its exit code, 0 for anything but a number.
 
     Its help calls it by `name`, by default the function's.
 
@@ -121,10 +143,11 @@ def call(command: Command, arguments: Sequence[str], name: str | None = None) ->
         ArgumentError: an option is unknown, missing or of a wrong type.
     """
     options = Options(name or command.__name__, command)
-    (values,) = options.instantiate(options.parse(arguments))
+    values, *_ = options.instantiate(options.parse(arguments))
     parameters = inspect.signature(command).parameters
     positional = [values.pop(name) for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
-    return command(*positional, **values) or 0
+    result = command(*positional, **values)
+    return result if isinstance(result, int) else 0
 
 
 def summary(part: Callable[..., Any]) -> str:
@@ -152,14 +175,11 @@ def spell_out(arguments: Sequence[str], lists: Mapping[str, int]) -> list[str]:
         else:
             groups[-1].append(word)
     for group in groups:
-        if group and len(group) > lists.get(group[0], len(group)) and not _is_whole(group[1:]):
-            group[:] = [f"{group[0]}=[{', '.join(group[1:])}]"]
+        values = group[1:]
+        whole = values == ["null"] or (values and values[0].startswith("["))  # written as none, or as a list, already
+        if group and len(group) > lists.get(group[0], len(group)) and not whole:
+            group[:] = [f"{group[0]}=[{', '.join(values)}]"]
     return [word for group in groups for word in group]
-
-
-def _is_whole(values: list[str]) -> bool:
-    """Whether they are written as a list, or as none, already."""
-    return values[0].startswith("[") or values == ["null"]
 
 
 def _takes_list(annotation: Any) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -67,70 +68,84 @@ class SampleReport:
         return format_table(rows, ["score", "value", "meaning"])
 
 
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How generated images are scored.
+
+    Args:
+        features: the feature network: a timm model; random: and a timm model for untrained weights, such as
+            random:resnet18, a weak measure that needs no network; or the model.safetensors file of a detector, for its
+            backbone.
+        weights: file with the timm model's weights, .pth or .safetensors, instead of fetching them.
+        size: pixels in height and width that images are resized to; by default what the timm model was trained with,
+            224 for a detector.
+        subsets: how often KID is measured, each time on other images.
+        subset_size: images of either kind in one such measurement; by default 1000, or half of the smaller folder if
+            that is less.
+        neighbours: precision and recall take an image's distance to so many nearest ones as its reach.
+        batch_size: images in one pass.
+        workers: processes that read images.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        precision: bf16 computes the feature network's products in bfloat16, faster on recent GPUs; 32 in float32.
+        seed: the seed of the subsets, and of the crops of a training's pictures.
+    """
+
+    features: str = "inception_v3.tf_in1k"
+    weights: str | Path | None = None
+    size: PositiveInt | None = None
+    subsets: PositiveInt = 100
+    subset_size: PositiveInt | None = None
+    neighbours: PositiveInt = 3
+    batch_size: PositiveInt = 32
+    workers: NonNegativeInt = 2
+    device: str = "auto"
+    precision: Precision = "32"
+    seed: NonNegativeInt = 0
+
+
 def evaluate_samples(
     samples: str | Path,
     reference: str | Path | Sequence[Tensor],
-    features: str = "inception_v3.tf_in1k",
-    weights: str | Path | None = None,
-    side: int | None = None,
-    subsets: int = 100,
-    subset_size: int | None = None,
-    neighbours: int = 3,
-    batch_size: int = 32,
-    workers: int = 2,
-    device: str = "auto",
-    precision: Precision = "32",
-    seed: int = 0,
+    options: ScoringOptions = ScoringOptions(),
 ) -> SampleReport:
     """Score generated images against real ones; nothing is written.
 
     Args:
         samples: folder with the generated images; its subfolders count.
         reference: folder with real images; or such images (3, H, W), uint8 or 0..1.
-        features: the feature network, see :func:`~diffperception.generation.feature_networks.feature_network`.
-        weights: file with a timm model's weights, instead of fetching them.
-        side: pixels in height and width that images are resized to; by default the feature network's own.
-        subsets: how often KID is measured, each time on other images.
-        subset_size: images of either kind in one such measurement; by default 1000, or half of the fewer images if
-            that is less.
-        neighbours: precision and recall take an image's distance to so many nearest ones as its reach.
-        batch_size: images in one pass.
-        workers: processes that read images.
-        device: where to compute.
-        precision: of the feature network.
-        seed: of the subsets.
 
     Raises:
         FileNotFoundError: there is no such folder, file, or no image in it.
         ValueError: there are too few images, one is broken, or there is no such feature network.
     """
-    if subset_size == 1:
+    if options.subset_size == 1:
         raise ValueError("option subset_size: KID compares 2 images of either kind at least, not 1")
     images: dict[str, Sequence[Tensor]] = {
         name: LazyMap(read_image, images_below(Path(each))) if isinstance(each, str | Path) else each
         for name, each in (("samples", samples), ("reference", reference))
     }
     counts = {name: len(each) for name, each in images.items()}
-    least = max(neighbours + 1, subset_size or 2)
+    least = max(options.neighbours + 1, options.subset_size or 2)
     for name, count in counts.items():
         if count < least:
             raise ValueError(f"the scores need {least} images or more, and there are {count} in the folder of {name}")
-    place = pick_device(device)
-    network = feature_network(features, None if weights is None else read_weights(Path(weights))[0], side).to(place)
-    with autocast(place, precision):
-        found = {name: read_features(network, each, name, batch_size, workers, place) for name, each in images.items()}
-    subset_size = subset_size or max(2, min(SUBSET_SIZE, min(counts.values()) // 2))
-    generator = torch.Generator().manual_seed(seed)
-    scores = score_features(found["reference"].rows, found["samples"].rows, subsets, subset_size, neighbours, generator)
+    place, reading = pick_device(options.device), (options.batch_size, options.workers)
+    weights = None if options.weights is None else read_weights(Path(options.weights))[0]
+    network = feature_network(options.features, weights, options.size).to(place)
+    with autocast(place, options.precision):
+        found = {name: read_features(network, each, name, *reading, place) for name, each in images.items()}
+    subset_size = options.subset_size or max(2, min(SUBSET_SIZE, min(counts.values()) // 2))
+    subsets, generator = (options.subsets, subset_size), torch.Generator().manual_seed(options.seed)
+    scores = score_features(found["reference"].rows, found["samples"].rows, *subsets, options.neighbours, generator)
     settings = {
-        "features": features,
-        "weights": None if weights is None else str(weights),
+        "features": options.features,
+        "weights": None if weights is None else str(options.weights),
         "size": list(network.size),
         "channels": network.channels,
-        "subsets": subsets,
+        "subsets": options.subsets,
         "subset_size": subset_size,
-        "neighbours": neighbours,
-        "seed": seed,
+        "neighbours": options.neighbours,
+        "seed": options.seed,
     }
     return SampleReport(scores, counts, settings, _doubts(found, network.channels))
 

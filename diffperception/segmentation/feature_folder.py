@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +20,17 @@ from diffperception.data.images import (
     resize_short_side,
     short_side_size,
 )
-from diffperception.devices import Precision, autocast, barrier, first_process, gather, hide_bar, share
+from diffperception.devices import (
+    Precision,
+    autocast,
+    barrier,
+    first_process,
+    gather,
+    hide_bar,
+    join_processes,
+    pick_device,
+    share,
+)
 from diffperception.echo import echo, plural
 from diffperception.files import list_images, write_json
 from diffperception.segmentation.feature_cache import (
@@ -73,27 +84,37 @@ class ExtractedFeatures(FeatureExtractor):
 
 def extract_features(
     features: FeatureExtractor,
-    images: str | Path,
+    images: str,
     output: Path,
-    short_side: int | None = None,
+    short_side: PositiveInt | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     max_bytes: str | None = None,
-    workers: int = 2,
+    workers: NonNegativeInt = 2,
+    device: str = "auto",
     precision: Precision = "32",
 ) -> list[str]:
     """Write the feature maps of images to disk, at their native resolutions: a safetensors file per image.
 
-    Before it starts it says how many bytes that will be. Where it was interrupted, it goes on with the images whose
-    files are missing or incomplete. Several processes, started by torchrun, share the images.
+    Before it starts it says how many bytes that will be. It can be interrupted: given again, it goes on with the images
+    whose files are missing or incomplete. Images that cannot be read are left out and named at the end. Several
+    processes, started by torchrun, share the images.
+
+    For example: `diffperception extract --features diffperception.segmentation.DiffusionFeatures
+    --features.generator runs/shapes_ddpm/model.safetensors --images photos --output features --max_bytes 2GB`.
+
+    Training takes the maps from there instead of computing them: `diffperception train --task segmentation
+    --features diffperception.segmentation.ExtractedFeatures --features.folder features ...`.
 
     Args:
-        features: what gives the maps; it is kept beside them, so that :class:`ExtractedFeatures` knows other images.
-        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'.
-        output: folder for the files, named as the images, and settings.json, which says what they hold.
+        features: what gives the maps: DiffusionFeatures, TimmFeatures, RGBFeatures, or a class of your own.
+        images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
+        output: folder for the files, named as the images, settings.json, which says what they hold, and the extractor.
         short_side: resize the images to this short side first.
-        dtype: of the numbers.
+        dtype: type of the numbers.
         max_bytes: refuse to start if all files would take more than this, such as 2GB.
         workers: processes that read images.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        precision: bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.
 
     Returns: what is wrong with images that cannot be read, a sentence each.
 
@@ -101,6 +122,23 @@ def extract_features(
         FileNotFoundError: there is no such image or folder.
         ValueError: the folder holds other things, the files would be too large, or no image can be read.
     """
+    on_device = features.to(pick_device(device))
+    with join_processes():
+        broken = _extract(on_device, images, output, short_side, dtype, max_bytes, workers, precision)
+    echo("\n".join([f"{output}: feature maps", *(["left out:", *broken] if broken else [])]))
+    return broken
+
+
+def _extract(
+    features: FeatureExtractor,
+    images: str,
+    output: Path,
+    short_side: int | None,
+    dtype: str,
+    max_bytes: str | None,
+    workers: int,
+    precision: Precision,
+) -> list[str]:
     most = None if max_bytes is None else parse_bytes(max_bytes)
     number_type: torch.dtype = getattr(torch, dtype)
     root, paths = list_images(images, output)

@@ -125,7 +125,8 @@ class Reporter(Callback):
         if self.bar.disable:
             elapsed = time.monotonic() - self.began
             left = elapsed / (step - self.first) * (trainer.max_steps - step)
-            echo(f"step {step}/{trainer.max_steps}  loss {loss:.3f}  {clock(elapsed)} so far, {clock(left)} left")
+            so_far, left_over = tqdm.format_interval(elapsed), tqdm.format_interval(left)
+            echo(f"step {step}/{trainer.max_steps}  loss {loss:.3f}  {so_far} so far, {left_over} left")
 
     def waiting(self, trainer: Trainer) -> float:
         """The fraction of training time, evaluations and checkpoints apart, that was spent waiting for data."""
@@ -230,13 +231,11 @@ class Evaluations(Callback):
         self.path = None if folder is None else folder.path
         self.evaluated = 0
 
-    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:  # type: ignore[override]
-        if self._is_due(trainer):
-            self._evaluate(trainer, module)
-
     def on_train_batch_end(self, trainer: Trainer, module: TrainingModule, *_: Any) -> None:  # type: ignore[override]
         if self._is_due(trainer):
             self._evaluate(trainer, module)
+
+    on_train_start = on_train_batch_end  # type: ignore[assignment]
 
     def on_fit_end(self, trainer: Trainer, module: TrainingModule) -> None:  # type: ignore[override]
         """Of a run that was interrupted in its last evaluation no step is left, so training does not start again."""
@@ -260,8 +259,7 @@ class Evaluations(Callback):
             model.train(training)
         self.record(trainer, step, metrics)
         if metrics:
-            numbers = "  ".join(f"{name} {value:.3f}" for name, value in islice(metrics.items(), 3))
-            echo(f"step {step}: {numbers}")
+            echo(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in islice(metrics.items(), 3)))
 
     def finish(self, trainer: Trainer, model: nn.Module) -> dict[str, float]:
         """The final metrics of the trained model."""
@@ -278,10 +276,3 @@ class Evaluations(Callback):
     def record(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         if metrics:
             log(trainer, step, {f"val/{name}": value for name, value in metrics.items()})
-
-
-def clock(seconds: float) -> str:
-    """12:34 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -13,8 +13,8 @@ import torch
 import yaml
 from torch import nn
 
+from diffperception.configuration.base import read_settings_file
 from diffperception.configuration.settings import changes, format_value
-from diffperception.echo import echo
 from diffperception.files import OutputFolder, write_text
 from diffperception.models.base import describe
 from diffperception.training.loggers import BOARD, METRICS
@@ -88,10 +88,6 @@ class RunFolder(OutputFolder):
         events = [file.relative_to(self.path) for file in (self.path / BOARD).glob(f"*.{os.getpid()}.*")]
         self.record([*events, f"{BOARD}/hparams.yaml"])
 
-    def read_config(self) -> dict[str, Any]:
-        path = self.path / CONFIG
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None) or {}
-
 
 @dataclass
 class Checkpoint:
@@ -99,38 +95,29 @@ class Checkpoint:
 
     Attributes:
         content: all of it, as Lightning wrote it.
+        step: that it was written after.
+        arguments: of the model's constructor; those of models among them as `models.base.describe` gives them.
+        shapes: of the model's weights, by name, such as `model.head.bias`.
     """
 
     content: dict[str, Any]
+    step: int
+    arguments: dict[str, Any]
+    shapes: dict[str, torch.Size]
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
         """ValueError if it is not whole."""
         try:
-            checkpoint = cls(torch.load(path, map_location="cpu", weights_only=True))
-            checkpoint.step, checkpoint.arguments, checkpoint.shapes  # noqa: B018 (they are there)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            shapes = {name: value.shape for name, value in content["state_dict"].items() if name.startswith("model.")}
+            arguments = json.loads(content.get(ARGUMENTS, "{}"))
+            return cls(content, content["global_step"], arguments, shapes)
         except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
             raise ValueError(
                 f"{path} is cut short or no checkpoint of ours: start again without --resume and with --overwrite, or"
                 " fetch a whole copy"
             ) from None
-        return checkpoint
-
-    @property
-    def step(self) -> int:
-        """The step that it was written after."""
-        return self.content["global_step"]
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Of the model's constructor; those of models among them as `models.base.describe` gives them."""
-        return json.loads(self.content.get(ARGUMENTS, "{}"))
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Of the model's weights, by name."""
-        state = self.content["state_dict"]
-        return {name[6:]: value.shape for name, value in state.items() if name.startswith("model.")}
 
 
 def read_to_resume(
@@ -151,7 +138,7 @@ def read_to_resume(
     if not path.exists():
         return None
     saved = Checkpoint.read(path)
-    then = folder.read_config() if settings else {}
+    then = read_settings_file(folder.path / CONFIG) if settings else {}
     then["model"] = saved.arguments  # config.yaml may name files that have moved, and leaves classes out
     now = {**settings, "model": json.loads(json.dumps(describe(model)["arguments"]))}
     for name, old, new in changes(then, now):
@@ -160,7 +147,7 @@ def read_to_resume(
                 f"{name.replace('.arguments.', '.')} is {format_value(new)}, but the run in {folder.path} was begun"
                 f" with {format_value(old)}: go on with that, or begin another run in another --output"
             )
-    if saved.shapes != {name: value.shape for name, value in model.state_dict().items()}:
+    if saved.shapes != {f"model.{name}": value.shape for name, value in model.state_dict().items()}:
         raise ValueError(
             f"{path} holds the weights of another model than this {type(model).__name__}: give model as"
             f" {folder.path / CONFIG} has it"
@@ -177,8 +164,3 @@ def _lasts(name: str, old: Any, new: Any, lasting: tuple[str, ...]) -> bool:
     if name.startswith("model."):
         return name.rpartition(".")[2] not in PASSING
     return name in (*LASTING, *lasting) or (name == AVERAGE and None in (old, new))
-
-
-def echo_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Name the files of a finished run, with what each is."""
-    echo("\n".join(f"{folder / name}: {text}" for name, text in files.items()))

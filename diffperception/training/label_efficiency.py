@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from diffperception.configuration.settings import differences, read_settings
 from diffperception.data.masks import MaskDataOptions, read_mask
+from diffperception.devices import Precision, pick_device
 from diffperception.echo import echo, plural
 from diffperception.files import write_json, write_text
 from diffperception.models import DiffusionModel, UNet
@@ -110,48 +112,62 @@ def compare_label_efficiency(
     features: DiffusionFeatures,
     data: MaskDataOptions,
     output: Path,
-    labels: Sequence[int] = (5, 10, 20),
-    seeds: int = 3,
-    methods: Sequence[Method] = ("diffusion", "untrained", "rgb", "scratch"),
-    members: int = 10,
-    fit: FitOptions | None = None,
-    baseline: BaselineOptions | None = None,
-    pictures: int = 4,
+    labels: list[PositiveInt] = [5, 10, 20],  # noqa: B006 (the defaults are not changed)
+    seeds: PositiveInt = 3,
+    methods: list[Method] = ["diffusion", "untrained", "rgb", "scratch"],  # noqa: B006
+    members: PositiveInt = 10,
+    fit: FitOptions = FitOptions(),  # noqa: B008
+    baseline: BaselineOptions = BaselineOptions(),  # noqa: B008
+    pictures: NonNegativeInt = 4,
     max_memory: str = "8GB",
-    seed: int = 0,
+    device: str = "auto",
+    precision: Precision = "32",
+    seed: NonNegativeInt = 0,
     overwrite: bool = False,
-    trainer: TrainerOptions | None = None,
+    task: Literal["segmentation"] = "segmentation",
 ) -> list[dict[str, Any]]:
     """Compare a generator's features with other ways to learn from a few labelled images.
 
     With each number of labelled images and each seed, which chooses them, it trains pixel classifiers on the features
     of the generator (diffusion), of the same UNet with random weights (untrained) and on the colours alone (rgb), and a
-    UNet of the same size from scratch (scratch); and scores them on `data.val_images`. Writes compare.json (every
-    result), compare.md (the table of means and spreads), compare.png (curves) and examples.png (predictions with the
-    fewest labelled images). Where it was interrupted, it goes on with what is missing.
+    UNet of the same size from scratch (scratch); and scores them on `data.val_images`.
+
+    Writes compare.json (every result), compare.md (the table of means and spreads), compare.png (curves) and
+    examples.png (predictions with the fewest labelled images). The command can be interrupted: given again, it goes on
+    with what is missing, also where seeds, methods or numbers of labelled images have been added.
+
+    For example: `diffperception compare configs/segmentation/bccd_compare.yaml --labels 5 10 20 --seeds 3`.
 
     Args:
-        features: of the generator, on the device that features are computed on.
-        data: the images to choose labelled ones from, whatever its limit, and those to score on.
+        features: the features of the generator.
+        data: the images to choose labelled ones from, whatever its max_images, and those to score on.
         output: folder for the results.
         labels: numbers of labelled images; each choice is a part of the larger ones of its seed.
         seeds: how many choices of labelled images, each with its own weights and minibatches.
         methods: which to compare.
-        members: of the ensembles of pixel classifiers.
+        members: members of the ensembles of pixel classifiers.
         fit: how pixel classifiers learn.
         baseline: how the UNet from scratch learns.
         pictures: how many images of those scored on are drawn.
         max_memory: how much the features that are kept may take, such as 4GB.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        precision: 32, or bf16, in which the UNet from scratch then learns and predicts.
         seed: the first of the seeds.
         overwrite: replace the results that the output folder holds.
-        trainer: what is trained on, and in which precision the UNet is.
+        task: that of the training whose configuration this one builds on.
 
     Returns: the table: a dictionary per method and number of labelled images, see :func:`mean_and_spread`.
 
     Raises:
         ValueError: options, images and the results in the folder do not fit each other.
     """
-    fit, baseline, trainer = fit or FitOptions(), baseline or BaselineOptions(), trainer or TrainerOptions()
+    place = pick_device(device)
+    features = features.to(place)
+    trainer = TrainerOptions(
+        accelerator={"cuda": "gpu"}.get(place.type, place.type),
+        devices=1 if place.index is None else [place.index],
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    )
     memory = parse_bytes(max_memory)
     if not (labels and methods):
         raise ValueError("name at least one number of labelled images in labels, and one of the methods")

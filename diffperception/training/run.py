@@ -16,7 +16,7 @@ from torch import nn
 from diffperception.devices import first_process
 from diffperception.echo import echo
 from diffperception.training.callbacks import Averaging, Checkpoints, Evaluations, Reporter
-from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, Checkpoint, RunFolder, echo_files, read_to_resume
+from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, Checkpoint, RunFolder, read_to_resume
 from diffperception.training.loggers import METRICS, open_loggers, require_loggers
 from diffperception.training.options import RunOptions, TrainerOptions
 from diffperception.training.recipe import Parts, Recipe
@@ -74,13 +74,9 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
     echo(parts.summary)
     outcome = fit(parts, options.trainer, max_steps, folder, checkpoint)
     if folder is not None:
-        if outcome.signal is not None:
-            echo(
-                f"stopped after step {outcome.step}; the same command with --resume goes on from"
-                f" {folder.path / CHECKPOINT}"
-            )
-        else:
-            echo_files(folder.path, {**recipe.files, **FILES})
+        again = f"the same command with --resume goes on from {folder.path / CHECKPOINT}"
+        files = (f"{folder.path / name}: {text}" for name, text in {**recipe.files, **FILES}.items())
+        echo("\n".join(files) if outcome.signal is None else f"stopped after step {outcome.step}; {again}")
     return outcome
 
 

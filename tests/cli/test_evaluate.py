@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffperception.cli.main import main
+from tests.helpers.runs import complaint
 from tests.training.tiny_data import write_tiny_data
 from tests.training.tiny_detector import TinyDetector
 
@@ -102,12 +103,9 @@ def test_a_results_file_is_scored_without_a_model(given: list[str], tmp_path: Pa
         (["--batch_sise", "3"], "did you mean batch_size?"),
     ],
 )
-def test_a_mistake_is_one_sentence(
-    given: list[str], capsys: pytest.CaptureFixture[str], options: list[str], part: str
-) -> None:
+def test_a_mistake_is_one_sentence(given: list[str], capsys, options: list[str], part: str) -> None:
     assert main(["evaluate", *given, *options]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert part in line
+    assert part in complaint(capsys)
 
 
 def test_a_model_of_other_classes_is_refused(

@@ -11,8 +11,8 @@ import yaml
 from diffperception.cli.evaluate_generation import evaluate_sample_folder
 from diffperception.cli.main import main
 from diffperception.configuration.parser import call
-from diffperception.generation.evaluator import evaluate_samples
-from diffperception.training.crops import training_crops
+from diffperception.generation.evaluator import ScoringOptions, evaluate_samples
+from diffperception.training.recipes.generation import training_crops
 from tests.helpers.images import write_images
 
 FEATURES = ["--features", "random:resnet18", "--size", "32", "--workers", "0", "--device", "cpu"]
@@ -32,7 +32,8 @@ def test_the_command_writes_what_the_library_finds(
     arguments = ["--samples", str(folders / "good"), "--reference", str(folders / "real"), "--output", str(tmp_path)]
     assert call(evaluate_sample_folder, [*arguments, *FEATURES]) == 0
     content = json.loads((tmp_path / "metrics.json").read_text())
-    report = evaluate_samples(folders / "good", folders / "real", "random:resnet18", side=32, workers=0, device="cpu")
+    options = ScoringOptions("random:resnet18", size=32, workers=0, device="cpu")
+    report = evaluate_samples(folders / "good", folders / "real", options)
     assert content["metrics"] == vars(report.metrics)
     assert content["settings"] == report.settings
     said = capsys.readouterr().out

@@ -15,12 +15,7 @@ from diffperception.cli.main import main
 from diffperception.data.masks import MaskFolder
 from diffperception.generation import DiffusionModel
 from diffperception.models import UNet
-from diffperception.segmentation import (
-    DiffusionFeatures,
-    MeanIoU,
-    PixelEnsemble,
-    PixelSegmenter,
-)
+from diffperception.segmentation import DiffusionFeatures, MeanIoU, PixelEnsemble, PixelSegmenter
 from diffperception.segmentation.inference import FolderScores, ImageScore
 from tests.helpers.pixel_classifiers import Classifier, write_classifier
 

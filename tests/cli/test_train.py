@@ -11,9 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from diffperception.cli.main import main
 from diffperception.data.batches import StepBatchSampler
-from tests.helpers.runs import assert_not_resumed, complaint, copy_run, train
+from tests.helpers.runs import assert_not_resumed, complaint, copy_run, fixtures_of, train
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_detector import TinyDetector
 
@@ -26,17 +25,7 @@ class DeeperDetector(TinyDetector):
         self.more = torch.nn.Linear(width, width)
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_config(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(["train", "--config", str(config), "--output", str(run)]) == 0
-    return run
+config, whole = fixtures_of(write_tiny_config)
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -235,8 +224,8 @@ def test_a_checkpoint_of_another_model_is_refused(
     ],
 )
 def test_what_the_state_of_a_run_hangs_on_cannot_change_on_the_way(
-    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
-) -> None:
+    config, whole, tmp_path, capsys, options: list[str], said: str
+):
     assert_not_resumed(config, whole, tmp_path, options, said, capsys)
 
 

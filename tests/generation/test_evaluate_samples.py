@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 
-from diffperception.generation.evaluator import SampleReport, evaluate_samples
+from diffperception.generation.evaluator import SampleReport, ScoringOptions, evaluate_samples
 from tests.helpers.images import write_images
 
 
@@ -23,8 +23,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(folders: Path, samples: str, **options: Any) -> SampleReport:
-    settings: dict[str, Any] = {"features": "random:resnet18", "side": 32, "workers": 0, "device": "cpu"}
-    return evaluate_samples(folders / samples, folders / "real", **settings | options)
+    settings: dict[str, Any] = {"features": "random:resnet18", "size": 32, "workers": 0, "device": "cpu"}
+    return evaluate_samples(folders / samples, folders / "real", ScoringOptions(**settings | options))
 
 
 def test_samples_of_another_brightness_score_worse(folders: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_broken_image_is_named(folders: Path, tmp_path: Path, workers: int) ->
         (8, {"subset_size": 9}, "9 images or more, and there are 8"),
         (8, {"subset_size": 1}, "option subset_size: KID compares 2 images"),
         (4, {"features": "resnet19"}, "no feature network resnet19"),
-        (4, {"side": 9, "features": "random:test_vit"}, "9 x 9 pixels"),
+        (4, {"size": 9, "features": "random:test_vit"}, "9 x 9 pixels"),
         (4, {"weights": "absent.pth"}, "no checkpoint absent.pth"),
     ],
 )

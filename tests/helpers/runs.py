@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ UNPLUGGED = ["--model", "tests.training.tiny_detector.UnpluggedDetector"]
 
 def train(config: Path, output: Path, *options: str) -> int:
     return main(["train", "--config", str(config), "--output", str(output), *options])
+
+
+def fixtures_of(write: Callable[[Path], Path]) -> tuple[Any, Any]:
+    """Fixtures of a test module: the configuration that `write` writes into a folder, and a finished run of it."""
+
+    @pytest.fixture(scope="module")
+    def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return write(tmp_path_factory.mktemp("tiny"))
+
+    @pytest.fixture(scope="module")
+    def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        run = tmp_path_factory.mktemp("runs") / "whole"
+        assert train(config, run) == 0
+        return run
+
+    return config, whole
 
 
 def complaint(capsys: pytest.CaptureFixture[str]) -> str:

@@ -16,6 +16,7 @@ from diffperception.training.configured import find_recipe
 from diffperception.training.options import OptimizerOptions, RunOptions, TrainerOptions
 from diffperception.training.recipes.detection import DataOptions, DetectionRecipe, EvaluationOptions
 from diffperception.training.run import run
+from tests.helpers.runs import fixtures_of
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_detector import TinyDetector
 
@@ -26,9 +27,7 @@ class OwnRecipe(DetectionRecipe):
     task = "tests.training.test_configured.OwnRecipe"
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_config(tmp_path_factory.mktemp("tiny"))
+config, _ = fixtures_of(write_tiny_config)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from diffperception.training.recipes.generation import (
 )
 from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import image_grid
-from tests.helpers.runs import assert_not_resumed, assert_same_run, complaint, copy_run, logged, train
+from tests.helpers.runs import assert_not_resumed, assert_same_run, complaint, copy_run, fixtures_of, logged, train
 from tests.training.tiny_detector import PowerCut
 from tests.training.tiny_generator import write_tiny_generator, write_tiny_pictures
 
@@ -39,16 +39,7 @@ STRAIGHT = [*PLAIN, "--model.schedule", "flow", "--model.prediction", "flow", "-
 STRAIGHT += ["--model.network.out_channels", "3", "--objective.times", "uniform"]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_generator(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    assert train(config, run) == 0
-    return run
+config, whole = fixtures_of(write_tiny_generator)
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 12])
@@ -77,10 +68,7 @@ def test_bfloat16_resumes_bit_for_bit(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            ["--model.network.num_res_blocks", "2"],
-            "network.num_res_blocks is 2, but the run in {} was begun with 1: ",
-        ),
+        (["--model.network.num_res_blocks", "2"], "network.num_res_blocks is 2, but the run in {} was begun with 1: "),
         (["--model.network.channels", "64"], "model.network.channels is 64, but the run in {} was begun with 32: "),
         (["--model.num_timesteps", "5"], "model.num_timesteps is 5, but the run in {} was begun with 3: "),
         (["--objective.times", "uniform"], "objective.times is uniform, but the run in {} was begun with loss_sec"),
@@ -89,9 +77,7 @@ def test_bfloat16_resumes_bit_for_bit(config: Path, tmp_path: Path) -> None:
         (["--trainer.max_steps", "4"], "trainer.max_steps is 4, but {}/last.ckpt was written after step 12"),
     ],
 )
-def test_a_resumed_run_must_be_the_same(
-    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
-) -> None:
+def test_a_resumed_run_must_be_the_same(config, whole, tmp_path, capsys, options: list[str], said: str):
     assert_not_resumed(config, whole, tmp_path, options, said, capsys)
 
 
@@ -389,9 +375,7 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
         (["--seed", "-1"], "option seed: expected a whole number from 0 on, got -1"),
     ],
 )
-def test_mistakes_end_in_one_sentence(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
-) -> None:
+def test_mistakes_end_in_one_sentence(config: Path, tmp_path: Path, capsys, options: list[str], said: str) -> None:
     assert train(config, tmp_path / "run", *options) == 2
     assert said in complaint(capsys)
     assert not (tmp_path / "run").exists()

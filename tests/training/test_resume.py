@@ -6,14 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.runs import TORCHRUN, UNPLUGGED, assert_same_run, python, train
+from tests.helpers.runs import TORCHRUN, UNPLUGGED, assert_same_run, fixtures_of, python, train
 from tests.training.tiny_data import write_tiny_config
 from tests.training.tiny_detector import PowerCut
 
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_config(tmp_path_factory.mktemp("tiny"))
+config, _ = fixtures_of(write_tiny_config)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

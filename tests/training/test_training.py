@@ -14,7 +14,7 @@ from torch import nn
 from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet, DynamicHead
 from diffperception.detection.inference import evaluate_detector, spread
-from diffperception.training.callbacks import Averaging, clock
+from diffperception.training.callbacks import Averaging
 from diffperception.training.data import TimedLoader
 from diffperception.training.loggers import CsvLog
 from diffperception.training.options import OptimizerOptions
@@ -142,7 +142,3 @@ def test_a_detector_of_other_classes_is_refused(tmp_path: Path) -> None:
     dataset = CocoDetection(*write_tiny_data(tmp_path / "data"))
     with pytest.raises(ValueError, match=r"3 classes \(a, b, c\).*2 \(disc, square\)"):
         evaluate_detector(TinyDetector(["a", "b", "c"]), dataset)
-
-
-def test_times_are_written_as_a_clock_shows_them() -> None:
-    assert [clock(seconds) for seconds in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

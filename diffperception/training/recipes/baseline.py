@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,6 +108,7 @@ class BaselineModule(TrainingModule):
         return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / self.options.steps)))
 
 
+@dataclass
 class BaselineRecipe(Recipe):
     """Train a UNet from scratch on a few images with masks, and measure it on others.
 
@@ -126,13 +127,9 @@ class BaselineRecipe(Recipe):
     }
     lasting = ("fit.batch_size", "fit.steps", "data.classes")
 
-    def __init__(
-        self,
-        generator: Path,
-        data: MaskDataOptions,
-        fit: BaselineOptions = BaselineOptions(),  # noqa: B008 (the defaults are not changed)
-    ) -> None:
-        self.generator, self.data, self.fit = generator, data, fit
+    generator: Path
+    data: MaskDataOptions
+    fit: BaselineOptions = field(default_factory=BaselineOptions)
 
     def prepare(self, seed: int) -> Parts:
         train_set, val_set = self.data.open(seed), self.data.open_val()

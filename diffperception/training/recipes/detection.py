@@ -128,6 +128,7 @@ class DetectionModule(TrainingModule):
                 part.compile()
 
 
+@dataclass
 class DetectionEvaluator(Evaluator):
     """COCO or LVIS metrics on a data set, and pictures of predictions at the end.
 
@@ -138,14 +139,15 @@ class DetectionEvaluator(Evaluator):
         seed: of the noise.
     """
 
-    def __init__(self, dataset: CocoDetection, options: EvaluationOptions, workers: int, seed: int):
+    dataset: CocoDetection
+    options: EvaluationOptions
+    workers: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.every, options = self.options.every, self.options
         # What cannot be scored is refused here, not after the training.
-        CocoEvaluator(dataset.annotations, iou_types(dataset.masks), options.max_dets, None, options.protocol)
-        self.dataset = dataset
-        self.options = options
-        self.every = options.every
-        self.workers = workers
-        self.seed = seed
+        CocoEvaluator(self.dataset.annotations, iou_types(self.dataset.masks), options.max_dets, None, options.protocol)
 
     def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: Path | None) -> dict[str, float]:
         return self._score(averaged, self.options.num_images).metrics
@@ -159,19 +161,11 @@ class DetectionEvaluator(Evaluator):
         return result.metrics
 
     def _score(self, model: Detector, images: int | None) -> CocoResult:
-        options = self.options
-        return evaluate_detector(
-            model,
-            self.dataset,
-            images,
-            options.batch_size,
-            self.workers,
-            options.max_dets,
-            self.seed,
-            protocol=options.protocol,
-        )
+        size, most, protocol = self.options.batch_size, self.options.max_dets, self.options.protocol
+        return evaluate_detector(model, self.dataset, images, size, self.workers, most, self.seed, protocol=protocol)
 
 
+@dataclass
 class DetectionRecipe(Recipe):
     """Train a detector, score it and draw its predictions.
 
@@ -193,17 +187,12 @@ class DetectionRecipe(Recipe):
         "pictures/": "predictions beside ground truth, noise turning into boxes, curves.png",
     }
 
-    def __init__(
-        self,
-        model: Callable[[list[str]], Detector],
-        data: DataOptions,
-        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 (the defaults are not changed)
-        evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
-        module: type[DetectionModule] = DetectionModule,
-        init: Path | None = None,
-    ):
-        self.model, self.init = model, init
-        self.data, self.optimizer, self.evaluation, self.module = data, optimizer, evaluation, module
+    model: Callable[[list[str]], Detector]
+    data: DataOptions
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    module: type[DetectionModule] = DetectionModule
+    init: Path | None = None
 
     def prepare(self, seed: int) -> Parts:
         train, val = self.data.open()

@@ -1,7 +1,8 @@
 """Training of a generator of images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -10,14 +11,18 @@ import torch.distributed as dist
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from diffperception.configuration.base import given, spread_files
 from diffperception.data.batches import SeededSamples
 from diffperception.data.image_folder import ImageFolder, class_folders
+from diffperception.data.images import LazyMap
 from diffperception.devices import first_process, gather, share
-from diffperception.diffusion import LossSecondMoment, TimeSampler, UniformTimes
+from diffperception.diffusion import LossSecondMoment, TimeSampler, UniformTimes, sample_seed
 from diffperception.generation.inference import draw_samples
 from diffperception.generation.sampling import SamplingOptions, sampling_grid
 from diffperception.models.generator import DiffusionModel
 from diffperception.models.ops.transfer import to_device
+from diffperception.models.unet.encoder import both_sides
+from diffperception.training.configured import options_for
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
@@ -67,20 +72,10 @@ class ImageDataOptions:
 
     def open(self, image_size: tuple[int, int], channels: int) -> tuple[ImageFolder, ImageFolder | None]:
         """The images to learn from, and those to measure on; ValueError if their folders are of other classes."""
+        changes = (self.horizontal_flip, self.vertical_flip, self.on_broken, self.cached)
 
-        def folder(images: Path, annotations: Path | None) -> ImageFolder:
-            return ImageFolder(
-                images,
-                image_size,
-                self.short_side,
-                annotations,
-                self.labelled,
-                channels,
-                self.horizontal_flip,
-                self.vertical_flip,
-                self.on_broken,
-                self.cached,
-            )
+        def folder(images: Path, listed: Path | None) -> ImageFolder:
+            return ImageFolder(images, image_size, self.short_side, listed, self.labelled, channels, *changes)
 
         train = folder(self.images, self.annotations)
         val = None if self.val_images is None else folder(self.val_images, self.val_annotations)
@@ -221,6 +216,7 @@ def held_out_loss(model: DiffusionModel, dataset: ImageFolder, num_images: int, 
     return total / num_images
 
 
+@dataclass
 class GenerationEvaluator(Evaluator):
     """Samples from the averaged and the raw weights, and their loss on held-out images.
 
@@ -234,19 +230,19 @@ class GenerationEvaluator(Evaluator):
         ValueError: the model cannot be sampled in this way.
     """
 
+    model: InitVar[DiffusionModel]
+    held_out: ImageFolder | None
+    options: PreviewOptions
+    seed: int
     last = True
 
-    def __init__(self, model: DiffusionModel, held_out: ImageFolder | None, options: PreviewOptions, seed: int):
-        sampling = options.sampling
+    def __post_init__(self, model: DiffusionModel) -> None:
+        self.every, sampling = self.options.every, self.options.sampling
         try:
             sampling_grid(model.schedule, sampling.sampler, sampling.steps)
             model.denoiser(model.conditioner and model.conditioner.choose(None, range(1)), sampling.guidance)
         except ValueError as error:
             raise ValueError(f"option preview.sampling: {error}") from None
-        self.held_out = held_out
-        self.options = options
-        self.every = options.every
-        self.seed = seed
 
     def evaluate(
         self, averaged: DiffusionModel, raw: DiffusionModel, step: int, folder: Path | None
@@ -269,6 +265,7 @@ class GenerationEvaluator(Evaluator):
             save_png(image_grid(images), path)
 
 
+@dataclass
 class GenerationRecipe(Recipe):
     """Train a generator of images on a folder of images, and draw samples from it.
 
@@ -288,16 +285,13 @@ class GenerationRecipe(Recipe):
     }
     lasting = ("data.labelled", "objective.times")
 
-    def __init__(
-        self,
-        model: Callable[[list[str] | None], DiffusionModel],
-        data: ImageDataOptions,
-        optimizer: OptimizerOptions = OptimizerOptions(lr=2e-4, base_batch_size=32, weight_decay=0.0),  # noqa: B008
-        objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (the defaults are not changed)
-        preview: PreviewOptions = PreviewOptions(),  # noqa: B008
-    ):
-        self.model, self.data = model, data
-        self.optimizer, self.objective, self.preview = optimizer, objective, preview
+    model: Callable[[list[str] | None], DiffusionModel]
+    data: ImageDataOptions
+    optimizer: OptimizerOptions = field(
+        default_factory=lambda: OptimizerOptions(lr=2e-4, base_batch_size=32, weight_decay=0.0)
+    )
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    preview: PreviewOptions = field(default_factory=PreviewOptions)
 
     def prepare(self, seed: int) -> Parts:
         model = self.model(self.data.classes())
@@ -314,3 +308,30 @@ class GenerationRecipe(Recipe):
 def left_out(images: ImageFolder) -> str:
     """How many images of a folder are not used, if any."""
     return f"; {images.skipped} are left out" if images.skipped else ""
+
+
+def training_crops(config: Path, number: int, seed: int) -> LazyMap[Tensor]:
+    """Crops (3, H, W), 0..1, of the images that a generator learned from, each a function of the seed and its number.
+
+    Args:
+        config: the configuration of the run.
+        number: how many crops.
+
+    Raises:
+        ValueError, ArgumentError: the file does not hold the options of such a run.
+    """
+    if not config.is_file():
+        raise FileNotFoundError(f"there is no file {config}: give the config.yaml of a training run, or a folder")
+    arguments = ["--config", str(config)]
+    if given(spread_files(arguments), "task") != "generation":
+        raise ValueError(f"{config} is not the config.yaml of a training of a generator")
+    parsed = options_for(arguments).parse(arguments)
+    model, data = parsed.model.init_args, ImageDataOptions(**vars(parsed.data))
+    channels = model.network.init_args.in_channels
+    train_set, _ = replace(data, val_images=None).open(both_sides(model.image_size), channels)
+    return LazyMap(partial(_crop, train_set, seed), range(number))
+
+
+def _crop(folder: ImageFolder, seed: int, number: int) -> Tensor:
+    image, _ = SeededSamples(folder)[number % len(folder), sample_seed(seed, number)]
+    return image.expand(3, -1, -1)

@@ -1,7 +1,7 @@
 """Training of the classifier of noisy images, which guides generators."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -65,11 +65,7 @@ class AccuracyOptions:
 
 
 class NoisyClassifierModule(TrainingModule):
-    """The step of a noisy classifier: images noised at uniform times of its path, and the cross entropy of its logits.
-
-    Attributes:
-        model: what is trained.
-    """
+    """The step of a noisy classifier: images noised at uniform times of its path, the cross entropy of its logits."""
 
     model: NoisyClassifier
 
@@ -129,6 +125,7 @@ def held_out_accuracy(
     return {"accuracy": float(right.mean()) / count, **by_range, "held_out_loss": loss / (count * ranges)}
 
 
+@dataclass
 class AccuracyEvaluator(Evaluator):
     """How well images are classified at each range of noise.
 
@@ -137,10 +134,11 @@ class AccuracyEvaluator(Evaluator):
         options: how.
     """
 
-    def __init__(self, dataset: ImageFolder | None, options: AccuracyOptions):
-        self.dataset = dataset
-        self.options = options
-        self.every = options.every
+    dataset: ImageFolder | None
+    options: AccuracyOptions
+
+    def __post_init__(self) -> None:
+        self.every = self.options.every
 
     def evaluate(
         self, averaged: NoisyClassifier, raw: NoisyClassifier, step: int, folder: Path | None
@@ -160,6 +158,7 @@ class AccuracyEvaluator(Evaluator):
         return held_out_accuracy(model, self.dataset, num_images, self.options.batch_size, self.options.num_ranges)
 
 
+@dataclass
 class NoisyClassifierRecipe(Recipe):
     """Train a classifier of noisy images, to guide a generator, on a folder of images in folders of their classes.
 
@@ -181,14 +180,12 @@ class NoisyClassifierRecipe(Recipe):
     }
     lasting = ("data.labelled",)
 
-    def __init__(
-        self,
-        model: Callable[[list[str]], NoisyClassifier],
-        data: LabelledImageOptions,
-        optimizer: OptimizerOptions = OptimizerOptions(lr=3e-4, base_batch_size=256, weight_decay=0.05),  # noqa: B008
-        evaluation: AccuracyOptions = AccuracyOptions(),  # noqa: B008 (the defaults are not changed)
-    ):
-        self.model, self.data, self.optimizer, self.evaluation = model, data, optimizer, evaluation
+    model: Callable[[list[str]], NoisyClassifier]
+    data: LabelledImageOptions
+    optimizer: OptimizerOptions = field(
+        default_factory=lambda: OptimizerOptions(lr=3e-4, base_batch_size=256, weight_decay=0.05)
+    )
+    evaluation: AccuracyOptions = field(default_factory=AccuracyOptions)
 
     def prepare(self, seed: int) -> Parts:
         model = self.model(self.data.classes())

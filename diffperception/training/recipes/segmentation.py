@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -296,6 +296,7 @@ class SegmentationEvaluator(Evaluator):
         return counts.named(self.classes)
 
 
+@dataclass
 class SegmentationRecipe(Recipe):
     """Train an ensemble of pixel classifiers on a few images with masks, and measure it on others.
 
@@ -324,15 +325,11 @@ class SegmentationRecipe(Recipe):
     }
     lasting = ("fit.batch_size", "data.classes", "members")
 
-    def __init__(
-        self,
-        features: FeatureExtractor,
-        data: MaskDataOptions,
-        members: PositiveInt = 10,
-        fit: FitOptions = FitOptions(max_minibatches=1000),  # noqa: B008 (the defaults are not changed)
-        pictures: NonNegativeInt = 4,
-    ) -> None:
-        self.features, self.data, self.members, self.fit, self.pictures = features, data, members, fit, pictures
+    features: FeatureExtractor
+    data: MaskDataOptions
+    members: PositiveInt = 10
+    fit: FitOptions = field(default_factory=lambda: FitOptions(max_minibatches=1000))
+    pictures: NonNegativeInt = 4
 
     def prepare(self, seed: int) -> Parts:
         train_set, val_set = self.data.open(seed), self.data.open_val()
