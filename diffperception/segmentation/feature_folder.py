@@ -108,7 +108,8 @@ def extract_features(
     Args:
         features: what gives the maps: DiffusionFeatures, TimmFeatures, RGBFeatures, or a class of your own.
         images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
-        output: folder for the files, named as the images, settings.json, which says what they hold, and the extractor.
+        output: folder for the files, named as the images, settings.json, which says what they hold, and the extractor,
+            so that ExtractedFeatures knows other images.
         short_side: resize the images to this short side first.
         dtype: type of the numbers.
         max_bytes: refuse to start if all files would take more than this, such as 2GB.
