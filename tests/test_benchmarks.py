@@ -20,7 +20,7 @@ def test_both_ways_are_the_same_classifier() -> None:
     rows, difference = segmentation.compare(repeats=1, minibatches=40, say=lambda what: None)
     assert 0 < difference < 1e-5
     assert [row.target for row in rows] == [None, None, None, 5, 10]
-    table = segmentation.Report(rows, difference, memory=1.5).table()
+    table = segmentation.BenchmarkReport(rows, difference, memory=1.5).table()
     assert "largest difference of logits: " in table
     assert "1.50 GiB (at most 4 GB" in table
 

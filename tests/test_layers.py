@@ -120,3 +120,9 @@ def test_importing_stays_light(module, absent):
     code = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert not absent & set(loaded.split())
+
+
+def test_a_public_class_has_its_name_alone():
+    bodies = (ast.parse(path.read_text(encoding="utf-8")).body for path in FILES)
+    names = [n.name for body in bodies for n in body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    assert not {name for name in names if names.count(name) > 1}

@@ -14,7 +14,7 @@ SIZE, BATCH = 64, 8
 CHANNELS, MULTIPLES, DEPTH, ATTENTION, HEAD_CHANNELS = 64, (1, 2, 2, 4), 2, (4, 8), 64
 TARGET = 0.8
 
-Network = Callable[[], Tensor]
+_Network = Callable[[], Tensor]
 
 
 def measure(
@@ -43,7 +43,7 @@ def measure(
     assert abs(sizes[0] / sizes[1] - 1) < 0.01, sizes
     x, noise = torch.randn(2, BATCH, 3, SIZE, SIZE).to(device)
     t = torch.randint(1000, (BATCH,)).to(device)
-    networks: list[tuple[nn.Module, Network]] = [
+    networks: list[tuple[nn.Module, _Network]] = [
         (peer, lambda: peer(x, t).sample),
         (peer_last, lambda: peer_last(x.contiguous(memory_format=torch.channels_last), t).sample),
         (ours, lambda: ours(x, t)),
@@ -61,7 +61,7 @@ def _compared(what: str, seconds: list[float]) -> tuple[Row, list[Row]]:
     return unit, [Row("the same, channels last", seconds[1]), Row(f"our UNet, {what}", seconds[2], TARGET)]
 
 
-def _training_step(model: nn.Module, network: Network, noise: Tensor) -> Callable[[], None]:
+def _training_step(model: nn.Module, network: _Network, noise: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
 
     def step() -> None:

@@ -47,7 +47,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchmarkReport:
     """What `measure` found: speeds, the largest difference of logits, and the peak memory in GiB."""
 
     comparisons: list[Comparison]
@@ -83,7 +83,7 @@ class RandomMaps(FeatureExtractor):
 
 def measure(
     threads: int, repeats: int, minibatches: int, say: Callable[[str], None], device: torch.device | str = "cpu"
-) -> Report:
+) -> BenchmarkReport:
     """Compare the two ways; minutes long.
 
     Args:
@@ -97,7 +97,7 @@ def measure(
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         memory = pool.apply(peak_memory, (threads,))
     torch.set_num_threads(threads)
-    return Report(*compare(repeats, minibatches, say, device), memory)
+    return BenchmarkReport(*compare(repeats, minibatches, say, device), memory)
 
 
 def compare(

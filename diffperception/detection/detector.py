@@ -24,7 +24,7 @@ from diffperception.models.ops.transfer import to_device
 
 # What a CPU predicts at once: with more, blocks of memory outgrow the 32 MB that glibc keeps for reuse, and filling new
 # pages took a batch of four images a fifth of its time.
-CPU_PIXELS = 400_000
+CPU_IMAGE_PIXELS = 400_000
 CPU_BOXES = 320
 
 
@@ -360,7 +360,7 @@ class DiffusionDet(Detector):
         order: list[int] = []
         maps = []
         for (height, width), members in groups.items():
-            at_once = self._at_once(len(members), height * width, CPU_PIXELS)
+            at_once = self._at_once(len(members), height * width, CPU_IMAGE_PIXELS)
             for part in (members[i : i + at_once] for i in range(0, len(members), at_once)):
                 maps.append(self._maps([images[i] for i in part]))
             order += members

@@ -15,7 +15,7 @@ from diffperception.diffusion import SampleNoise, Schedule, ddim_step
 from diffperception.models.ops.transfer import to_device
 
 # (boxes (B, N, 4) xyxy pixels, t (B,)) -> the last stage's output, its tensors (B, N, ...)
-Denoiser = Callable[[Tensor, Tensor], HeadOutput]
+BoxDenoiser = Callable[[Tensor, Tensor], HeadOutput]
 Mode = Literal["ddim", "fixed_time", "fresh_boxes"]
 
 
@@ -68,7 +68,7 @@ class BoxSampler:
             raise ValueError(f"there is no mode {self.mode!r}: it is one of {', '.join(get_args(Mode))}")
 
     def sample(
-        self, denoise: Denoiser, schedule: Schedule, image_sizes: Tensor, seeds: Sequence[int], signal_scale: float
+        self, denoise: BoxDenoiser, schedule: Schedule, image_sizes: Tensor, seeds: Sequence[int], signal_scale: float
     ) -> list[Step]:
         """Denoise random boxes step by step.
 

@@ -23,7 +23,7 @@ from diffperception.generation.feature_networks import FeatureNetwork, feature_n
 from diffperception.models.convert.checkpoints import read_weights
 from diffperception.table import format_table
 
-CHUNK = 512  # rows of a matrix of distances that are held at once
+DISTANCE_ROWS = 512  # rows of a matrix of distances that are held at once
 SUBSET_SIZE = 1000  # as KID is usually measured
 
 
@@ -307,6 +307,6 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 def _share_within(points: Tensor, support: Tensor, k: int) -> float:
     """The share of `points` inside the balls around `support` that reach to the k-th nearest other of `support`."""
     # The nearest is the point itself.
-    radii = torch.cat([torch.cdist(rows, support).kthvalue(k + 1).values for rows in support.split(CHUNK)])
-    inside = torch.cat([(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(CHUNK)])
+    radii = torch.cat([torch.cdist(rows, support).kthvalue(k + 1).values for rows in support.split(DISTANCE_ROWS)])
+    inside = torch.cat([(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(DISTANCE_ROWS)])
     return inside.double().mean().item()

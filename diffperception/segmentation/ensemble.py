@@ -18,8 +18,8 @@ from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps, rows_around, upsample_rows
 from diffperception.segmentation.mlp import PixelMLPs, hidden_widths
 
-CPU_PIXELS = 2**13  # at once through the layers after the first: small enough for the processor's cache
-ACCELERATOR_PIXELS = 2**18  # large enough that the arithmetic takes longer than asking for it
+CPU_BAND_PIXELS = 2**13  # at once through the layers after the first: small enough for the processor's cache
+ACCELERATOR_BAND_PIXELS = 2**18  # large enough that the arithmetic takes longer than asking for it
 FINE_STRIDE = 2  # maps up to this stride go through the first layer in bands, not whole: their sums would be large
 
 
@@ -167,7 +167,7 @@ class PixelEnsemble(Model):
         grouped = _by_stride(maps.to(weight.dtype).to(weight.device), weight)
         whole = {s: _first_layer(cells, w) for s, (cells, w) in grouped.items() if s > FINE_STRIDE}
         step = math.lcm(*maps.strides)
-        pixels = self.band_pixels or (CPU_PIXELS if weight.device.type == "cpu" else ACCELERATOR_PIXELS)
+        pixels = self.band_pixels or (CPU_BAND_PIXELS if weight.device.type == "cpu" else ACCELERATOR_BAND_PIXELS)
         rows = step * max(1, pixels // (step * width))
         for top in range(0, height, rows):
             bottom = min(top + rows, -(-height // step) * step)

@@ -14,8 +14,8 @@ from diffperception.models.generator import load_generator
 from diffperception.segmentation.maps import FeatureMaps, Windows, pad, padded_side
 
 # Windows that are encoded at once: small ones keep no processor busy, large ones need no company and much memory.
-CPU_WINDOWS, CPU_PIXELS = 8, 2**16
-ACCELERATOR_PIXELS = 2**20
+CPU_WINDOWS, CPU_WINDOW_PIXELS = 8, 2**16
+ACCELERATOR_WINDOW_PIXELS = 2**20
 
 
 class FeatureExtractor(Model, ABC):
@@ -72,7 +72,9 @@ class FeatureExtractor(Model, ABC):
     def _encode_all(self, windows: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """The maps of each window (3, h, w), all of one size; as many are encoded at once as suit the device."""
         pixels, on_cpu = windows[0][0].numel(), windows[0].device.type == "cpu"
-        together = max(1, min(CPU_PIXELS // pixels, CPU_WINDOWS) if on_cpu else ACCELERATOR_PIXELS // pixels)
+        together = max(
+            1, min(CPU_WINDOW_PIXELS // pixels, CPU_WINDOWS) if on_cpu else ACCELERATOR_WINDOW_PIXELS // pixels
+        )
         for first in range(0, len(windows), together):
             yield from zip(*self.encode(torch.stack(list(windows[first : first + together]))), strict=True)
 

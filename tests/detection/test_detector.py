@@ -49,7 +49,7 @@ def test_settings_out_of_range_are_named(setting, words):
 
 def test_a_cpu_predicts_in_portions():
     detector = tiny_detector()
-    images = [random_image(320, 384, seed) for seed in range(4)]  # three of them fit CPU_PIXELS
+    images = [random_image(320, 384, seed) for seed in range(4)]  # three of them fit CPU_IMAGE_PIXELS
     sampler = BoxSampler(steps=1, num_boxes=150)  # twice so many boxes fit CPU_BOXES
     sizes = []
     for module in (detector.backbone, detector.head):

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffperception.generation.evaluator import (
-    CHUNK,
+    DISTANCE_ROWS,
     frechet_distance,
     kernel_distance,
     precision_recall,
@@ -121,7 +121,7 @@ def test_samples_of_one_mode_are_precise_and_lack_the_other() -> None:
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_the_loops_of_the_paper(k: int) -> None:
     """Kynkaanniemi et al., equations 1 and 2; more rows than are held at once, and far from the origin."""
-    real, fake = 50 + normal(CHUNK + 30, 3), 50.4 + normal(90, 3, seed=1)
+    real, fake = 50 + normal(DISTANCE_ROWS + 30, 3), 50.4 + normal(90, 3, seed=1)
 
     def share_within(points: Tensor, support: Tensor) -> float:
         radii = [(support - row).norm(dim=1).sort().values[k] for row in support]

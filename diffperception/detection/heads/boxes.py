@@ -16,7 +16,7 @@ from diffperception.models import Model
 from diffperception.models.ops.convolution import is_eager_cpu
 from diffperception.models.ops.pooling import FeaturePyramid
 
-CHUNK = 320  # most proposals whose dynamic weights exist at one time on a CPU
+CPU_PROPOSALS = 320  # most proposals whose dynamic weights exist at one time on a CPU
 PRIOR_PROBABILITY = 0.01  # of an object at initialisation, so that the focal loss starts small (arXiv 1708.02002)
 
 
@@ -104,7 +104,7 @@ class DynamicHead(Head):
         self.width = width
         self.time_embedding = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 4 * width))
         series = [
-            Stage(num_classes, width, pool_size, pool_samples, dynamic_width, ffn_width, num_heads, box_layers)
+            HeadStage(num_classes, width, pool_size, pool_samples, dynamic_width, ffn_width, num_heads, box_layers)
             for _ in range(stages)
         ]
         self.stages = nn.ModuleList(series)
@@ -130,7 +130,7 @@ class DynamicHead(Head):
         return HeadOutput(torch.stack(all_logits[shown]), torch.stack(all_boxes[shown]))
 
 
-class Stage(nn.Module):
+class HeadStage(nn.Module):
     """Self-attention between proposals, dynamic convolution with each one's RoI, then a class and a box tower."""
 
     def __init__(
@@ -200,7 +200,7 @@ class DynamicConv(nn.Module):
         one of the two convolutions at a time, keeps them in the cache: 20 % faster.
         """
         flat = features.flatten(0, 1), rois.flatten(0, 1)
-        count = math.ceil(len(flat[0]) / CHUNK) if is_eager_cpu(features) else 1
+        count = math.ceil(len(flat[0]) / CPU_PROPOSALS) if is_eager_cpu(features) else 1
         chunks = zip(*(x.chunk(count) for x in flat), strict=True)
         interacted = torch.cat([self.out(self._convolve(f, x).flatten(1)) for f, x in chunks])
         return F.relu(self.out_norm(interacted.view(features.shape)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 State = Mapping[str, Tensor]
-Model = TypeVar("Model", bound=nn.Module)
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 LABELS = "label_emb.weight"  # (K, E), which a generator of ours keeps in its conditioner
 
 _CLASSIFIER = ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight")
@@ -59,13 +59,13 @@ def is_classifier(state: State) -> bool:
 
 
 def build(
-    make: Callable[..., Model],
+    make: Callable[..., AnyModel],
     layout: Mapping[str, Any],
     state: State,
     num_heads: int | None,
     num_head_channels: int | None,
     new_attention_order: bool,
-) -> Model:
+) -> AnyModel:
     """The model of a checkpoint, with its weights.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-WEIGHTS = ("model", "state_dict")  # where training programs put the weights
+WEIGHT_KEYS = ("model", "state_dict")  # where training programs put the weights
 EMA = "ema_state"
 
 # What numpy's arrays and numbers are pickled with; numpy 2 renamed the module. Nothing here calls what a file names.
@@ -39,7 +39,9 @@ def read_weights(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str,
         FileNotFoundError, ValueError: as :func:`load_untrusted`; or there are no weights at that place.
     """
     content = load_untrusted(path)
-    parts = [key for key in (*WEIGHTS, EMA) if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
+    parts = [
+        key for key in (*WEIGHT_KEYS, EMA) if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+    ]
     if ema and EMA not in parts:
         raise ValueError(f"{path} has no averaged weights ({EMA}): leave out --ema")
     part = EMA if ema else next(iter(parts), "")
@@ -51,7 +53,7 @@ def read_weights(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str,
     if others:
         raise ValueError(
             f"{path} has something else than tensors beside its weights ({', '.join(others[:8])}): it is expected to"
-            f" hold them alone, or under {', '.join(WEIGHTS)} or {EMA}"
+            f" hold them alone, or under {', '.join(WEIGHT_KEYS)} or {EMA}"
         )
     return weights, part, parts
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 TILE = 4
 # Squares transformed at a time: enough for the products of matrices, few enough for the cache.
-CHUNK = 128
+SQUARES_AT_ONCE = 128
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -98,16 +98,16 @@ def _transform(matrix: Tensor, squares: Tensor) -> Tensor:
 
 
 def _image_groups(x: Tensor) -> Iterator[slice]:
-    """Images of about ``CHUNK`` squares, or single ones."""
+    """Images of about ``SQUARES_AT_ONCE`` squares, or single ones."""
     B, _, H, W = x.shape
-    at_once = max(1, CHUNK * TILE**2 // (H * W))
+    at_once = max(1, SQUARES_AT_ONCE * TILE**2 // (H * W))
     yield from (slice(first, min(first + at_once, B)) for first in range(0, B, at_once))
 
 
 def _row_groups(x: Tensor) -> Iterator[slice]:
-    """Rows of squares of an image, about twice ``CHUNK`` squares each."""
+    """Rows of squares of an image, about twice ``SQUARES_AT_ONCE`` squares each."""
     _, _, H, W = x.shape
-    rows, at_once = H // TILE, max(1, 2 * CHUNK * TILE // W)
+    rows, at_once = H // TILE, max(1, 2 * SQUARES_AT_ONCE * TILE // W)
     yield from (slice(first, min(first + at_once, rows)) for first in range(0, rows, at_once))
 
 

@@ -34,7 +34,7 @@ from diffperception.training.options import TrainerOptions
 from diffperception.training.recipe import Evaluator, Parts, Recipe
 from diffperception.training.run import fit, quiet_lightning
 
-CHUNK = 100  # minibatches in a step of a run
+STEP_MINIBATCHES = 100  # minibatches in a step of a run
 # What numbers of FitOptions may be; batch norm needs two pixels.
 LEAST = {"batch_size": 2, "epochs": 1, "early_stopping_start": 0, "patience": 1, "max_minibatches": 1, "min_pixels": 0}
 
@@ -100,9 +100,9 @@ class PixelBatches(TrainingData):
         seeds = [derive_seed(self.seed, member, *further) for member in range(self.members)]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for number in range(stop):
-            drawn = [torch.randint(self.pixels, (CHUNK, self.batch_size), generator=g) for g in generators]
+            drawn = [torch.randint(self.pixels, (STEP_MINIBATCHES, self.batch_size), generator=g) for g in generators]
             if number >= start:
-                yield torch.stack(drawn, 1)[: self.most - number * CHUNK]
+                yield torch.stack(drawn, 1)[: self.most - number * STEP_MINIBATCHES]
 
 
 class EnsembleModule(TrainingModule):
@@ -150,7 +150,7 @@ class EnsembleModule(TrainingModule):
         self.notes = " ".join(notes)
         self.source = (features, images, masks, names)  # in a tuple: it is no part of what is trained
         self.num_pixels = sum(int((mask != IGNORE_INDEX).sum()) for mask in masks)
-        self.max_steps = -(-options.most_minibatches(self.num_pixels) // CHUNK)
+        self.max_steps = -(-options.most_minibatches(self.num_pixels) // STEP_MINIBATCHES)
         self.unwatched = options.early_stopping_start * options.minibatches_per_epoch(self.num_pixels)
         ensemble = model.classifier
         seeds = [derive_seed(seed, member) for member in range(ensemble.members)]
@@ -196,7 +196,7 @@ class EnsembleModule(TrainingModule):
         optimizer: Any = self.optimizers()
         losses: list[Tensor] = []
         self.members.train()
-        for number, chosen in enumerate(batch, self.global_step * CHUNK + 1):
+        for number, chosen in enumerate(batch, self.global_step * STEP_MINIBATCHES + 1):
             if self.trainer.should_stop:  # a resumed run of members that all have stopped
                 return
             with torch.autocast(self.device.type, enabled=False):  # gradients are written by hand
