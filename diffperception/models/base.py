@@ -7,8 +7,9 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ from diffperception.files import require_file_name, written_beside
 
 FORMAT = "diffperception-2"
 PACKAGE = "diffperception"
-ModelType = TypeVar("ModelType", bound="Model")
+_rebuilding: ContextVar[str | Path | None] = ContextVar("rebuilding", default=None)  # the file, while it is
 
 
 class Model(nn.Module):
@@ -88,8 +89,10 @@ class Model(nn.Module):
         Raises:
             FileNotFoundError: no such file.
             ValueError: it is not a model file, is cut short, holds another model than this class, or names a class
-                outside of ``allow``.
+                outside of ``allow``, or another file: then whoever made it, not you, would choose what is loaded.
         """
+        if (outer := _rebuilding.get()) is not None:
+            raise ValueError(f"{outer} names the file {path}, but a model file holds all of its parts: export it again")
         with _opened(Path(path)) as file:
             header, state = _header(file, path), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         try:
@@ -97,8 +100,12 @@ class Model(nn.Module):
         except (KeyError, ValueError):
             raise ValueError(f"{path} does not say which model it holds: export it again") from None
         # Modules begin with whatever is in memory; torch's global generator stays as it is.
-        with torch.random.fork_rng(devices=[]), _Undrawn():
-            model = rebuild(described, path, (PACKAGE, *allow))
+        token = _rebuilding.set(path)
+        try:
+            with torch.random.fork_rng(devices=[]), _Undrawn():
+                model = rebuild(described, path, (PACKAGE, *allow))
+        finally:
+            _rebuilding.reset(token)
         if not isinstance(model, cls):
             raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         try:

@@ -81,6 +81,10 @@ class ExtractedFeatures(FeatureExtractor):
     def portable(self) -> FeatureExtractor:
         return self.features
 
+    def save(self, path: str | Path) -> None:
+        """A file names no folders: it holds the extractor."""
+        self.features.save(path)
+
 
 def extract_features(
     features: FeatureExtractor,

@@ -11,6 +11,7 @@ import torch
 from diffperception.cli.extract import extract
 from diffperception.configuration.parser import call
 from diffperception.data.images import read_image, to_float
+from diffperception.models import Model
 from diffperception.segmentation import DiffusionFeatures, ExtractedFeatures, PixelSegmenter
 from diffperception.segmentation.feature_cache import load_maps
 from diffperception.training import FitOptions, fit_ensemble
@@ -213,8 +214,10 @@ def test_what_was_extracted_trains_the_same_classifiers(root: Path, tmp_path: Pa
     for name, value in computed.state_dict().items():
         assert torch.equal(read.state_dict()[name], value)
     PixelSegmenter(kept, read, ["dark", "bright"]).save(tmp_path / "model.safetensors")
+    kept.save(tmp_path / "extractor.safetensors")
     shutil.rmtree(tmp_path / "features")
     loaded, other = PixelSegmenter.load(tmp_path / "model.safetensors"), torch.rand(3, 21, 30)
     assert isinstance(loaded.features, DiffusionFeatures)
+    assert isinstance(Model.load(tmp_path / "extractor.safetensors"), DiffusionFeatures)
     expected = PixelSegmenter(extractor, computed, ["dark", "bright"]).segment(other, probabilities=True)
     assert torch.equal(loaded.segment(other, probabilities=True).probabilities, expected.probabilities)

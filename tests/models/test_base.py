@@ -238,6 +238,29 @@ def test_names_of_anything_but_models_are_refused(tmp_path: Path, name: str, ins
         Model.load(write(tmp_path / "model.safetensors", outer, arguments))
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("segmentation.feature_folder:ExtractedFeatures", {"folder": ".", "allow": ["evil"]}),
+        ("segmentation.features:DiffusionFeatures", {"generator": "extractor.safetensors"}),
+        ("models.reader:ActivationReader", {"generator": "missing.safetensors", "blocks": [0]}),
+        ("models.backbones.reader:UNetBackbone", {"unet": "missing.safetensors", "blocks": [0]}),
+    ],
+)
+def test_a_file_loads_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    write(tmp_path / "extractor.safetensors", "evil:Model")
+    path = write(tmp_path / "model.safetensors", f"diffperception.{name}", json.dumps(arguments))
+    with pytest.raises(ValueError, match=r"model\.safetensors names the file (missing|extractor)\.safetensors"):
+        Model.load(path)
+    tiny_unet().save(path)
+    Model.load(path)  # what was refused does not hinder the next
+
+
 @pytest.mark.parametrize("arguments", ["[1]", "{", '{"unknown": 1}'])
 def test_arguments_that_do_not_fit_are_one_sentence(tmp_path: Path, arguments: str) -> None:
     path = write(tmp_path / "model.safetensors", "diffperception.models.space:Pixels", arguments)
