@@ -40,11 +40,13 @@ class Detector(Model, ABC):
         class_frequencies: (K,) number of training images with each class; training sets it, ones before.
         pad_together: whether images of several sizes are padded to one in prediction, which a GPU is faster with; what
             is found in one then depends, a little, on the sizes of the others.
+        gives_masks: whether predictions have `masks` (n, H, W) of the image, bool or 0..1, too.
     """
 
     kind = "detector"
     class_frequencies: Tensor
     pad_together: bool = False
+    gives_masks: bool = False
 
     def __init__(self, classes: Sequence[str], min_size: int | None = None, max_size: int | None = None):
         super().__init__()
@@ -164,7 +166,7 @@ class DiffusionDet(Detector):
         built = head if isinstance(head, Head) else head(len(self.classes))
         self.strides, self.pad_multiple = body.strides, body.multiple
         self.backbone = build_pyramid(body, built.width, fpn_norm)
-        self.head = built
+        self.head, self.gives_masks = built, built.gives_masks
         self.criterion = criterion or SetCriterion()
         # The file holds the parts as they were built, and brings the backbone's weights.
         self.record(head=self.head, criterion=self.criterion, sampler=self.sampler, pretrained=False)

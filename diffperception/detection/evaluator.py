@@ -230,7 +230,8 @@ def results_rows(
     image_ids: Sequence[int], predictions: Sequence[dict[str, Tensor]], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Predictions as rows of a COCO results file; label k has the category id `category_ids[k]`."""
-    return _rows(_stack(image_ids, predictions), category_ids)
+    encoded = [p | {"masks": encode_masks(p["masks"])} if "masks" in p else p for p in predictions]
+    return _rows(_stack(image_ids, encoded), category_ids)
 
 
 class _Detections(NamedTuple):

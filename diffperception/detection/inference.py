@@ -162,10 +162,11 @@ def evaluate_detector(
         precision: of the network's products.
 
     Raises:
-        ValueError: the detector has other classes than the data set, or the annotations are not what the protocol
-            needs.
+        ValueError: the detector has other classes than the data set or no masks where that has some, or the
+            annotations are not what the protocol needs.
     """
     require_classes(detector.classes, dataset)
+    require_masks(detector, dataset)
     share_statistics(detector)
     chosen = spread(len(dataset), num_images)
     ids = [dataset.image_ids[i] for i in chosen]
@@ -200,6 +201,13 @@ def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
         f"the model has {len(classes)} classes ({_short(classes)}), but {dataset.annotations} has"
         f" {len(dataset.classes)} ({_short(dataset.classes)}): use the annotations it was trained for, or train it anew"
     )
+
+
+def require_masks(detector: Detector, dataset: CocoDetection) -> None:
+    """ValueError if masks are to be scored and the detector gives none."""
+    if dataset.masks and not detector.gives_masks:
+        name = type(detector).__name__
+        raise ValueError(f"this {name} gives no masks to score (its gives_masks is False): leave the option masks out")
 
 
 def share_statistics(detector: Detector) -> None:

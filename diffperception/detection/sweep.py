@@ -165,9 +165,12 @@ def sweep_sampler(
         max_dets, protocol, precision: as in `evaluate_detector`.
 
     Raises:
-        ValueError: the detector has other classes than the data set, or the annotations are not for the protocol.
+        ValueError: the detector has other classes than the data set, the annotations are not for the protocol, or
+            masks are to be scored.
     """
     require_classes(detector.classes, dataset)
+    if dataset.masks:
+        raise ValueError("a sweep scores boxes alone: leave masks out, or give one seed and one value of each option")
     evaluator = CocoEvaluator(dataset.annotations, ("bbox",), max_dets, dataset.image_ids, protocol)
     detector.eval()
     runs = [[_Run(sampler, seed) for seed in seeds] for sampler in combinations]

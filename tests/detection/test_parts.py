@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffperception.data import CocoDetection
 from diffperception.detection import (
     FCOS,
     BoxSampler,
@@ -22,10 +23,12 @@ from diffperception.detection import (
     Term,
 )
 from diffperception.detection.criterion import Matches
-from diffperception.detection.inference import draw_trajectory
+from diffperception.detection.inference import detect_folder, draw_trajectory, evaluate_detector
+from diffperception.detection.sweep import sweep_sampler
 from diffperception.detection.targets import PaddedTargets
 from diffperception.models import FPN, Backbone, FeatureInfo
 from diffperception.models.ops.pooling import FeaturePyramid
+from diffperception.training.recipes.detection import DataOptions, DetectionRecipe
 from diffperception.visualization.panels import PANEL_SIDE
 from tests.detection.scenes import CLASSES, random_image, random_target, tiny_detector
 
@@ -58,6 +61,8 @@ class MaskedOutput(HeadOutput):
 
 class MaskHead(DynamicHead):
     """Boxes by a DynamicHead; masks and their quality from what lies in the boxes."""
+
+    gives_masks = True
 
     def __init__(self, num_classes: int, width: int = 32):
         super().__init__(num_classes, 2, width, dynamic_width=8, ffn_width=32, num_heads=4)
@@ -203,8 +208,6 @@ def test_images_padded_together_are_one_batch():
 def test_a_folder_is_predicted_by_one_call(tmp_path: Path):
     from torchvision.utils import save_image
 
-    from diffperception.detection.inference import detect_folder
-
     detector = tiny_detector(min_size=48)
     detector.save(tmp_path / "model.safetensors")
     for name, image in zip("ab", IMAGES, strict=True):
@@ -229,9 +232,6 @@ def test_trajectories_have_the_steps_asked_for(own: int, asked: int | None, colu
 def test_masks_of_a_head_are_scored_where_the_data_set_has_some(tmp_path: Path):
     from torchvision.utils import save_image
 
-    from diffperception.data import CocoDetection
-    from diffperception.detection.inference import evaluate_detector
-
     save_image(IMAGES[0], tmp_path / "a.png")
     x1, y1, x2, y2 = 10, 20, 60, 50
     square = {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]], "area": 1500}
@@ -248,3 +248,24 @@ def test_masks_of_a_head_are_scored_where_the_data_set_has_some(tmp_path: Path):
     assert {"AP", "AR100", "mask_AP", "mask_AR100"} < both.metrics.keys()
     assert both.detections[0]["segmentation"]["size"] == [64, 96]
     assert [row["bbox"] for row in both.detections] == [row["bbox"] for row in plain.detections]
+    detect_folder(detector, tmp_path / "a.png", tmp_path / "out", workers=0)
+    rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert rows[0]["segmentation"]["size"] == [64, 96]
+
+
+def test_masks_that_no_one_gives_or_scores_are_refused_before_the_work(tmp_path: Path):
+    square = {"bbox": [9, 9, 9, 9], "segmentation": [[9, 9, 18, 9, 18, 18]], "area": 40, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "none.png", "width": 96, "height": 64}],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(CLASSES)],
+        "annotations": [square | {"id": 1, "image_id": 1, "category_id": 0}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    dataset = CocoDetection(tmp_path / "a.json", tmp_path, masks=True)
+    with pytest.raises(ValueError, match="this DiffusionDet gives no masks"):
+        evaluate_detector(tiny_detector(), dataset)
+    with pytest.raises(ValueError, match="a sweep scores boxes alone"):
+        sweep_sampler(masked_detector(), dataset, [BoxSampler(1), BoxSampler(2)], [0])
+    recipe = DetectionRecipe(lambda _: tiny_detector(), DataOptions(*[tmp_path / "a.json", tmp_path] * 2, masks=True))
+    with pytest.raises(ValueError, match="this DiffusionDet gives no masks"):
+        recipe.prepare(0)

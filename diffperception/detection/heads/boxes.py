@@ -54,9 +54,11 @@ class Head(Model, ABC):
 
     Attributes:
         width: channels of the pyramid that it wants.
+        gives_masks: whether what `finish` gives has `masks` (n, H, W), bool or 0..1.
     """
 
     width: int
+    gives_masks: bool = False
 
     @abstractmethod
     def forward(self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False) -> HeadOutput:

@@ -16,7 +16,13 @@ from diffperception.data.batches import repeat_factors
 from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
-from diffperception.detection.inference import draw_predictions, evaluate_detector, require_classes, write_result
+from diffperception.detection.inference import (
+    draw_predictions,
+    evaluate_detector,
+    require_classes,
+    require_masks,
+    write_result,
+)
 from diffperception.devices import first_process
 from diffperception.echo import echo
 from diffperception.models import Backbone
@@ -199,6 +205,7 @@ class DetectionRecipe(Recipe):
         repeats = self.data.repeats(train)
         evaluator = DetectionEvaluator(val, self.evaluation, self.data.workers, seed)
         detector = self.model(train.classes)
+        require_masks(detector, val)
         detector.class_frequencies.copy_(torch.from_numpy(train.images_per_class()))
         if self.init is not None:
             start_from(detector, self.init, val)
