@@ -1,6 +1,7 @@
 """Configuration files and what they build on, before they are parsed."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def spread_files(arguments: Sequence[str]) -> list[str]:
     files, relative to its own folder.
 
     Raises:
-        ValueError: files build on each other in a circle.
+        ValueError: files build on each other in a circle, or one is no configuration; `--base` is none.
         FileNotFoundError: a base is missing.
     """
     words = list(arguments)
@@ -30,6 +31,8 @@ def spread_files(arguments: Sequence[str]) -> list[str]:
             spread += [part for file in with_bases(words.pop(0)) for part in (word, file)]
         elif word.startswith("--config="):
             spread += [part for file in with_bases(word.partition("=")[2]) for part in ("--config", file)]
+        elif word.partition("=")[0] == "--base":
+            raise ValueError("only a configuration file names its base: give --config, which may stand several times")
         else:
             spread.append(word)
     return spread
@@ -42,24 +45,34 @@ def with_bases(file: str, above: tuple[Path, ...] = ()) -> list[str]:
         raise ValueError(f"{file} builds on itself: base goes round in a circle over {', '.join(map(str, above))}")
     if above and not path.is_file():
         raise FileNotFoundError(f"there is no file {file}, which {above[-1]} names as its base")
-    bases = read_settings_file(path).get("base") or []
+    bases = read_settings_file(path).get("base", [])
     bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{file}: base must be the name of a file or a list of names, not {bases}")
     before = [with_bases(str(path.parent / base), (*above, path.resolve())) for base in bases]
     return [*(name for names in before for name in names), file]
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """What a YAML file says; nothing for one that cannot be read, of which the parser complains."""
+    """What a YAML file says; nothing for one that is missing, of which the parser complains.
+
+    Raises:
+        ValueError: it is not YAML, or not options.
+    """
+    if not os.path.isfile(path):  # unlike Path.is_file, also of a text that is too long for a name
+        return {}
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not YAML: " + str(error).replace('"<unicode string>", ', "")) from None
+    if not isinstance(settings, dict | None):
+        raise ValueError(f"{path} must hold options such as `seed: 3`, not a {type(settings).__name__}")
+    return settings or {}
 
 
 def given(arguments: Sequence[str], name: str) -> Any:
     """What arguments say of an option before they are parsed: the last `--name`, else that of their last file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{name}")
     parser.add_argument("--config", action="append", default=[], type=Path)
     known, _ = parser.parse_known_args([word for word in arguments if word != "--help"])

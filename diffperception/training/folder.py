@@ -132,7 +132,8 @@ def read_to_resume(
         model: that it trains.
 
     Raises:
-        ValueError: the checkpoint would mean something else with these settings, which it names, and this model.
+        ValueError: the checkpoint would mean something else with these settings, which it names, and this model; or it
+            or config.yaml is broken.
     """
     path = folder.path / CHECKPOINT
     if not path.exists():

@@ -46,13 +46,13 @@ class CsvLog(Logger):
         """Options are in config.yaml."""
 
 
-def require_loggers(names: Sequence[LoggerName]) -> None:
+def require_loggers(names: LoggerName | Sequence[LoggerName]) -> None:
     """ValueError if one is not installed."""
     if "wandb" in names and find_spec("wandb") is None:
         raise ValueError("trainer.logger wandb needs the package wandb: pip install wandb")
 
 
-def open_loggers(names: Sequence[LoggerName], folder: Path, after: int) -> list[Logger]:
+def open_loggers(names: LoggerName | Sequence[LoggerName], folder: Path, after: int) -> list[Logger]:
     """The loggers of these names.
 
     Args:

@@ -83,7 +83,7 @@ class TrainerOptions:
     deterministic: bool = False
     benchmark: bool = False
     compile: bool = False
-    logger: list[LoggerName] = field(default_factory=lambda: ["csv", "tensorboard"])
+    logger: LoggerName | list[LoggerName] = field(default_factory=lambda: ["csv", "tensorboard"])
     log_every: PositiveInt = 20
     checkpoint_every: PositiveInt = 500
 

@@ -1,5 +1,6 @@
 """Files that build on others, files without --config, and what is known of options before they are parsed."""
 
+from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,28 @@ def test_circles_and_missing_bases_are_named(tmp_path: Path) -> None:
         with_bases(write(tmp_path / "three.yaml", "base: absent.yaml\n"))
 
 
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"base: 3", "base must be the name of a file or a list of names, not 3"),
+        (b"base: {a: b}", "base must be the name of a file or a list of names, not {'a': 'b'}"),
+        (b"a: [1\nb: 2", "is not YAML: .*in line 2"),
+        (b"\xff: 1", "is not YAML: .*can't decode byte 0xff"),
+        (b"- a", "must hold options .* not a list"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, content: bytes, complaint: str) -> None:
+    (tmp_path / "wrong.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"(?s)wrong\.yaml:? {complaint}"):
+        spread_files([str(tmp_path / "wrong.yaml")])
+
+
+@pytest.mark.parametrize("words", [["--base", "x.yaml"], ["--base=x.yaml"]])
+def test_a_base_is_refused_outside_files(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="give --config"):
+        spread_files(words)
+
+
 def test_the_last_word_on_an_option_counts(tmp_path: Path) -> None:
     base, file = write(tmp_path / "base.yaml", "task: a\nmodel: m\n"), write(tmp_path / "f.yaml", "task: b\n")
     arguments = ["--config", base, "--config", file]
@@ -47,3 +70,5 @@ def test_the_last_word_on_an_option_counts(tmp_path: Path) -> None:
     assert given([*arguments, "--task", "c"], "task") == "c"
     assert given([*arguments, "--task=d", "--model.x", "3"], "task") == "d"
     assert given(["--help"], "task") is None
+    with pytest.raises(ArgumentError, match="--task: expected one argument"):
+        given(["--task"], "task")

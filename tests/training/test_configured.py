@@ -107,6 +107,13 @@ def test_an_unknown_task_is_refused(name: str) -> None:
         find_recipe(name)
 
 
+@pytest.mark.parametrize("task", [5, ["a"]])
+def test_a_task_is_a_text(tmp_path: Path, task: object) -> None:
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({"task": task}))
+    with pytest.raises(ValueError, match="option task: expected a text"):
+        train(tmp_path / "wrong.yaml")
+
+
 @pytest.mark.parametrize("name", ["deterministic", "benchmark"])
 def test_options_of_the_trainer_leave_the_numbers_as_they_are(
     config: Path, whole: dict[str, torch.Tensor], name: str
@@ -118,7 +125,7 @@ def test_options_of_the_trainer_leave_the_numbers_as_they_are(
 
 
 def test_numbers_go_where_the_options_say(config: Path, tmp_path: Path) -> None:
-    train(config, output=tmp_path / "run", **{"trainer.logger": ["tensorboard"], "trainer.max_steps": 1})
+    train(config, output=tmp_path / "run", **{"trainer.logger": "tensorboard", "trainer.max_steps": 1})
     assert not (tmp_path / "run" / "metrics.csv").exists()
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     with pytest.raises(ArgumentError, match=r"trainer\.logger"):
@@ -126,9 +133,10 @@ def test_numbers_go_where_the_options_say(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_weights_and_biases_must_be_installed(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", ["wandb", ["csv", "wandb"]])
+def test_weights_and_biases_must_be_installed(config: Path, tmp_path: Path, names: str | list[str]) -> None:
     with pytest.raises(ValueError, match="pip install wandb"):
-        train(config, output=tmp_path / "run", **{"trainer.logger": ["csv", "wandb"]})
+        train(config, output=tmp_path / "run", **{"trainer.logger": names})
     assert not (tmp_path / "run").exists()
 
 

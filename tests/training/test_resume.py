@@ -38,6 +38,15 @@ def test_a_checkpoint_is_read_once(config: Path, tmp_path: Path, monkeypatch: py
     assert read == [tmp_path / "last.ckpt"]
 
 
+def test_a_broken_configuration_of_the_run_is_named(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, tmp_path, "--trainer.max_steps", "1") == 0
+    (tmp_path / "config.yaml").write_text("model: [")
+    assert train(config, tmp_path, "--trainer.max_steps", "2", "--resume") == 2
+    assert f"{tmp_path / 'config.yaml'} is not YAML" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_real_detector_resumes_bit_for_bit(config: Path, tmp_path: Path, precision: str) -> None:
     options = ["--model", "tests.training.tiny_detector.UnpluggedDiffusionDet", "--trainer.precision", precision]
