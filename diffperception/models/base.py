@@ -97,7 +97,7 @@ class Model(nn.Module):
             header, state = _header(file, path), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         try:
             described = {"class": header["class"], "arguments": json.loads(header["arguments"])}
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
             raise ValueError(f"{path} does not say which model it holds: export it again") from None
         # Modules begin with whatever is in memory; torch's global generator stays as it is.
         token = _rebuilding.set(path)
@@ -108,6 +108,9 @@ class Model(nn.Module):
             _rebuilding.reset(token)
         if not isinstance(model, cls):
             raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+        for name, built in model.state_dict().items():  # what is assigned keeps the layout that the constructor chose
+            if name in state and state[name].shape == built.shape and state[name].stride() != built.stride():
+                state[name] = torch.empty_like(built, dtype=state[name].dtype).copy_(state[name])
         try:
             model.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -171,13 +174,15 @@ def rebuild(described: Any, path: str | Path, allow: tuple[str, ...]) -> Any:
     kind = _resolve(described["class"], path, allow)
     try:
         return kind(**rebuild(described["arguments"], path, allow))
-    except TypeError as error:
+    except (TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"{path} describes a {kind.__name__} of another version ({error})") from None
 
 
 def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
     """The constructor, which first notes its arguments, unless that of a subclass has."""
     signature = inspect.signature(constructor)
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        raise TypeError(f"{constructor.__qualname__} takes *arguments, which have no names in a file: take a sequence")
     options = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
 
     @functools.wraps(constructor)
@@ -194,15 +199,20 @@ def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Leaves tensors as they are where modules fill them with random numbers of the global generator."""
+    """Draws no numbers where modules fill tensors from the global generator; deterministic fills are done.
 
-    FILLS = (Tensor.uniform_, Tensor.normal_)
+    Rejection sampling, as in `trunc_normal_`, takes NaN at once, where arbitrary memory could make it try for ever.
+    """
+
+    INITS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)  # the others come down to the methods
+    METHODS = (Tensor.uniform_, Tensor.normal_)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        fills = func in self.FILLS or getattr(func, "__module__", None) == "torch.nn.init"
-        if fills and kwargs.get("generator") is None:
+        if kwargs.get("generator") is None and func in self.INITS:
             return args[0] if args else kwargs["tensor"]
+        if kwargs.get("generator") is None and func in self.METHODS:
+            return args[0].fill_(torch.nan)
         return func(*args, **kwargs)
 
 
@@ -232,9 +242,12 @@ def _header(file: Any, path: str | Path) -> dict[str, str]:
 
 def _resolve(name: str, path: str | Path, allow: tuple[str, ...]) -> type:
     """The class that a file names; ValueError unless it is a model's, or a dataclass, of an allowed package."""
-    module, _, attribute = name.partition(":")
+    module, _, attribute = str(name).partition(":")
     if module.split(".")[0] not in allow:
-        raise ValueError(f"{path} names the class {name}: pass allow=({module.split('.')[0]!r},) if you trust it")
+        package = module.split(".")[0]
+        raise ValueError(
+            f"{path} names the class {name}: pass allow=({package!r},), or --trust {package}, if you trust it"
+        )
     try:
         found = functools.reduce(getattr, attribute.split("."), cast(Any, importlib.import_module(module)))
     except (ImportError, AttributeError):
