@@ -106,15 +106,15 @@ class _Pyramid(nn.Module):
         )
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        maps = self.backbone(images)
+        maps = self.backbone(images.to(next(self.parameters()).dtype))
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
 
 
 def _in_image(found: dict[str, Tensor], seen: Tensor, size: Tensor) -> dict[str, Tensor]:
     """Detections in pixels of the original image, without those that have no area there."""
-    boxes = to_image_pixels(found["boxes"], seen, size)
+    boxes = to_image_pixels(found["boxes"].float(), seen, size)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return {"boxes": boxes[keep], "scores": found["scores"][keep], "labels": found["labels"][keep]}
+    return {"boxes": boxes[keep], "scores": found["scores"][keep].float(), "labels": found["labels"][keep]}
 
 
 def _objects(target: dict, device: torch.device) -> dict[str, Tensor]:

@@ -144,7 +144,18 @@ def test_a_saved_detector_predicts_the_same(build, tmp_path):
     loaded = Detector.load(tmp_path / "model.safetensors")
     assert type(loaded) is type(detector)
     assert loaded.classes == CLASSES
-    assert_same_detections(loaded.predict(IMAGES), detector.predict(IMAGES))
+    strides = [[parameter.stride() for parameter in model.parameters()] for model in (loaded, detector)]
+    assert strides[0] == strides[1]
+    expected = detector.predict(IMAGES)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(loaded.predict(IMAGES), expected, strict=True) for k in b)
+    assert_same_detections(Detector.load(tmp_path / "model.safetensors", dtype=torch.float64).predict(IMAGES), expected)
+
+
+def test_weights_in_bfloat16_predict(tmp_path):
+    tiny_detector().save(tmp_path / "model.safetensors")
+    (found,) = Detector.load(tmp_path / "model.safetensors", dtype=torch.bfloat16).predict(IMAGES[:1])
+    assert len(found["boxes"])
+    assert found["boxes"].dtype == torch.float32
 
 
 def test_fcos_learns_and_predicts_batches_as_single_images():

@@ -120,7 +120,7 @@ class DynamicHead(Head):
 
     def forward(self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False) -> HeadOutput:
         """See `Head.forward`. With `last_only` no other stage classifies."""
-        time = self.time_embedding(sinusoidal_embedding(t, self.width))
+        time = self.time_embedding(sinusoidal_embedding(t, self.width).to(next(self.parameters()).dtype))
         features = None
         all_logits, all_boxes = [], []
         for stage in self.stages:
@@ -178,8 +178,8 @@ class HeadStage(nn.Module):
         modulated = features * (1 + scale) + shift
         logits = self.class_logits(self.class_tower(modulated)) if classify else modulated
         with torch.autocast(boxes.device.type, enabled=False):  # pixels need more than bfloat16's 8 bits
-            deltas = self.box_deltas(self.box_tower(modulated.float()))
-            return logits, apply_deltas(deltas, boxes.float()), features
+            deltas = self.box_deltas(self.box_tower(modulated.to(self.box_deltas.weight.dtype)))
+            return logits, apply_deltas(deltas.float(), boxes.float()), features
 
 
 class DynamicConv(nn.Module):
