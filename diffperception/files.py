@@ -187,17 +187,6 @@ class OutputFolder:
                 record.write("".join(lines))
             self._known.update(new)
 
-    @contextmanager
-    def recording(self, subfolder: str) -> Iterator[Path]:
-        """Record the files that appear in a subfolder meanwhile, for writers that choose their names themselves."""
-        folder = self.path / subfolder
-        before = set(folder.rglob("*"))
-        try:
-            yield folder
-        finally:
-            new = sorted(path for path in set(folder.rglob("*")) - before if path.is_file() and path.name != RECORD)
-            self.record(path.relative_to(self.path) for path in new)
-
     def written(self) -> list[Path]:
         """The files that were written by this and earlier runs, as far as they are still there."""
         record = self.path / RECORD

@@ -165,15 +165,6 @@ def test_some_of_it_may_stay(tmp_path: Path) -> None:
     assert files_in(tmp_path) == []
 
 
-def test_names_that_others_choose_are_recorded_too(tmp_path: Path) -> None:
-    touch(tmp_path, "tensorboard/mine")
-    folder = OutputFolder(tmp_path, overwrite=True)
-    with folder.recording("tensorboard") as logs:
-        touch(logs, "events.1", "deep/events.2")
-    folder.clear()
-    assert files_in(tmp_path) == ["tensorboard/mine"]
-
-
 def test_a_record_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     (outside,) = touch(tmp_path, "outside.txt")
     touch(tmp_path, "elsewhere/2.txt")

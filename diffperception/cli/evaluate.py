@@ -15,6 +15,7 @@ from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
 from diffperception.devices import Precision, first_process, join_processes, pick_device
 from diffperception.echo import echo, plural
+from diffperception.files import OutputFolder
 from diffperception.segmentation import PixelSegmenter, evaluate_segmenter
 from diffperception.segmentation.inference import iou_table
 
@@ -42,6 +43,7 @@ def evaluate_detector_file(
     seed: NonNegativeInt = 0,
     num_seeds: PositiveInt = 1,
     num_pictures: NonNegativeInt = 8,
+    overwrite: bool = False,
     trust: str | None = None,
 ) -> None:
     """Score a detector on a COCO data set.
@@ -72,7 +74,7 @@ def evaluate_detector_file(
         num_seeds: score with so many seeds, from `seed` on.
         num_pictures: how many images are drawn with predictions beside ground truth.
     """
-    place = pick_device(device)
+    folder, place = open_folder(output, overwrite), pick_device(device)
     settings = {"mode": mode, "num_boxes": num_boxes, "renewal_threshold": renewal_threshold, "ensemble": ensemble}
     settings |= {"eta": eta, "nms_threshold": nms_threshold, "steps": steps}
     given = {name: value for name, value in settings.items() if value is not None}
@@ -85,18 +87,19 @@ def evaluate_detector_file(
             tried = (combine(detector, choices), range(seed, seed + num_seeds))
             sweep = sweep_sampler(detector, dataset, *tried, batch_size, workers, max_dets, protocol, precision)
             echo(sweep.table())
-            if output is not None and first_process():
-                write_sweep(sweep, output)
-                echo(f"\n{output / 'sweep.json'}: these numbers\n{output / 'sweep.png'}: AP against passes and seconds")
+            if folder is not None and first_process():
+                write_sweep(sweep, folder)
+                echo(f"\n{folder.path / 'sweep.json'}: these numbers")
+                echo(f"{folder.path / 'sweep.png'}: AP against passes and seconds")
             return
         sampler = detector.sampler_with(**{name: values[0] for name, values in choices.items()})
         result = evaluate_detector(
             detector, dataset, None, batch_size, workers, max_dets, seed, sampler, protocol, precision
         )
-        finish(result, output)
-        if output is not None and first_process():
-            draw_predictions(detector, dataset, output / "pictures", num_pictures, seed, sampler)
-            echo(f"{output / 'pictures'}: predictions beside ground truth")
+        finish(result, folder)
+        if folder is not None and first_process():
+            draw_predictions(detector, dataset, folder, num_pictures, seed, sampler)
+            echo(f"{folder.path / 'pictures'}: predictions beside ground truth")
 
 
 def score_results(
@@ -106,6 +109,7 @@ def score_results(
     protocol: Protocol = "coco",
     masks: bool = False,
     max_dets: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Score a COCO results file: print the COCO table and the AP of each class.
 
@@ -117,16 +121,21 @@ def score_results(
         masks: score the masks in the results too.
         max_dets: how many detections count per image, the best first; by default the protocol's number.
     """
+    folder = open_folder(output, overwrite)
     evaluator = CocoEvaluator(annotations, iou_types(masks), max_dets, None, protocol)
-    finish(evaluator.score_results(results), output)
+    finish(evaluator.score_results(results), folder)
 
 
-def finish(result: CocoResult, output: Path | None) -> None:
+def open_folder(output: Path | None, overwrite: bool) -> OutputFolder | None:
+    return None if output is None else OutputFolder(output, overwrite)
+
+
+def finish(result: CocoResult, folder: OutputFolder | None) -> None:
     """Print the table and write the numbers."""
     echo(result.table())
-    if output is not None and first_process():
-        write_result(result, output)
-        echo(f"\n{output / 'metrics.json'}: these numbers\n{output / 'detections.json'}: every predicted box")
+    if folder is not None and first_process():
+        write_result(result, folder)
+        echo(f"\n{folder.path / 'metrics.json'}: these numbers\n{folder.path / 'detections.json'}: every predicted box")
 
 
 def evaluate_segmenter_file(

@@ -8,12 +8,16 @@ from torch import Tensor
 
 from diffperception.configuration.parser import Flat
 from diffperception.echo import echo
-from diffperception.files import images_below, write_json
+from diffperception.files import OutputFolder, images_below, write_json
 from diffperception.generation.evaluator import ScoringOptions, evaluate_samples
 
 
 def evaluate_sample_folder(
-    samples: Path, reference: Path, scoring: Flat[ScoringOptions], output: Path | None = None
+    samples: Path,
+    reference: Path,
+    scoring: Flat[ScoringOptions],
+    output: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Score generated images against real ones: FID, KID, precision and recall.
 
@@ -28,6 +32,7 @@ def evaluate_sample_folder(
         scoring: how.
         output: folder for metrics.json; nothing is written without it.
     """
+    folder = None if output is None else OutputFolder(output, overwrite)
     real: Path | Sequence[Tensor] = reference
     if reference.suffix in (".yaml", ".yml"):
         from diffperception.training.recipes import generation  # Lightning, which nothing else needs here
@@ -39,6 +44,7 @@ def evaluate_sample_folder(
     echo(f"{counts['samples']} samples, {counts['reference']} real images; {channels} features of {scoring.features}")
     for note in report.notes:
         echo(f"note: {note}")
-    if output is not None:
-        write_json(output / "metrics.json", asdict(report))
-        echo(f"{output / 'metrics.json'}: these numbers")
+    if folder is not None:
+        path = folder.file("metrics.json")
+        write_json(path, asdict(report))
+        echo(f"{path}: these numbers")

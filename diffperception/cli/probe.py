@@ -49,7 +49,7 @@ def probe(
         seed: seed of the noise, the choice of images that data.max_images asks for, and the choice of pixels.
         overwrite: write into a folder that is not empty, replacing files of the same names.
     """
-    OutputFolder(output, overwrite)  # refused before the work, not after it
+    results = OutputFolder(output, overwrite)  # refused before the work, not after it
     generator = load_generator(model)
     tried = [*range(len(generator.block_info))] if blocks is None else blocks
     features = DiffusionFeatures(generator, tried, timesteps, window, seed, label).to(pick_device(device))
@@ -64,7 +64,7 @@ def probe(
         )
     masks = list(folder.masks)
     scores = probe_features(features, images, masks, len(data.classes), seconds, pixels, seed, folder.names)
-    write_probe(scores, features, output)
+    write_probe(scores, features, results)
     echo(probe_table(scores, features))
     options = (f"--features.{k} '[{', '.join(f'{v:g}' for v in values)}]'" for k, values in suggest(scores).items())
     echo(f"suggested: {' '.join(options)}\n{output / 'probe.json'}: all of them; beside it probe.png")

@@ -224,23 +224,23 @@ def spread(total: int, wanted: int | None) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def write_result(result: CocoResult, folder: Path) -> None:
+def write_result(result: CocoResult, folder: OutputFolder) -> None:
     """metrics.json (overall and by class; null where undefined) and detections.json (a COCO results file)."""
     notes = [*result.notes, *([result.explanation] if result.explanation else [])]
     scores = {"metrics": result.metrics, "per_class": result.per_class, "notes": notes}
-    write_json(folder / "metrics.json", scores)
-    write_json(folder / "detections.json", result.detections, None)
+    write_json(folder.file("metrics.json"), scores)
+    write_json(folder.file("detections.json"), result.detections, None)
 
 
 def draw_predictions(
     detector: Detector,
     dataset: CocoDetection,
-    folder: Path,
+    folder: OutputFolder,
     count: int,
     seed: int = 0,
     sampler: BoxSampler | None = None,
 ) -> None:
-    """Predictions beside ground truth for `count` images spread over the data set, one PNG each.
+    """pictures/: predictions beside ground truth for `count` images spread over the data set, one PNG each.
 
     Of the first two there is also, for a DiffusionDet, its trajectory: noise turning into boxes.
 
@@ -252,9 +252,9 @@ def draw_predictions(
         name = Path(dataset.file_names[index]).stem
         noise = sample_seed(seed, target["image_id"])
         prediction = detector.predict([image], [noise], sampler)[0]
-        save_png(side_by_side(image, target, prediction, detector.classes), folder / f"{name}.png")
+        save_png(side_by_side(image, target, prediction, detector.classes), folder.file(f"pictures/{name}.png"))
         if number < 2 and isinstance(detector, DiffusionDet):
-            save_png(draw_trajectory(detector, image, noise), folder / f"{name}_noise_to_boxes.png")
+            save_png(draw_trajectory(detector, image, noise), folder.file(f"pictures/{name}_noise_to_boxes.png"))
 
 
 def draw_trajectory(

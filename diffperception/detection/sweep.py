@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from diffperception.detection.inference import require_classes, share_of_batches
 from diffperception.detection.sampler import BoxSampler
 from diffperception.devices import Precision, autocast, gather, hide_bar
 from diffperception.diffusion import sample_seed
-from diffperception.files import write_json
+from diffperception.files import OutputFolder, write_json
 from diffperception.table import format_table
 from diffperception.visualization.draw import save_png
 
@@ -122,13 +121,13 @@ def combine(detector: Detector, choices: Mapping[str, Sequence[Any]]) -> list[Bo
     return [detector.sampler_with(**dict(zip(choices, values, strict=True))) for values in combinations]
 
 
-def write_sweep(sweep: Sweep, folder: Path) -> None:
+def write_sweep(sweep: Sweep, folder: OutputFolder) -> None:
     """sweep.json (null where undefined) and sweep.png, its curves."""
     from diffperception.visualization.curves import sweep_curves  # matplotlib takes a second to import
 
     content = sweep.content()
-    write_json(folder / "sweep.json", content)
-    save_png(sweep_curves(content["rows"]), folder / "sweep.png")
+    write_json(folder.file("sweep.json"), content)
+    save_png(sweep_curves(content["rows"]), folder.file("sweep.png"))
 
 
 @dataclass

@@ -168,8 +168,7 @@ def evaluate_segmenter(
     if results is not None and first_process():
         results.clear()
         write_json(results.file("metrics.json"), {"metrics": metrics, "images": len(folder)})
-        with results.recording("pictures") as drawn:
-            draw_comparisons(model, folder, drawn, pictures)
+        draw_comparisons(model, folder, results, pictures)
     return metrics
 
 
@@ -190,14 +189,14 @@ def score_images(
     return counts
 
 
-def draw_comparisons(model: PixelSegmenter, folder: MaskFolder, output: Path, count: int) -> None:
-    """Image, truth, prediction and uncertainty of some images, spread over the folder, a PNG each."""
+def draw_comparisons(model: PixelSegmenter, folder: MaskFolder, output: OutputFolder, count: int) -> None:
+    """pictures/: image, truth, prediction and uncertainty of some images, spread over the folder, a PNG each."""
     count = min(count, len(folder))
     for index in (i * len(folder) // count for i in range(count)):
         image, mask = folder[index]
         found = model.segment(image)
         picture = segmentation_panels(image, found.labels, found.uncertainty, model.classes, mask)
-        save_png(picture, (output / folder.names[index]).with_suffix(".png"))
+        save_png(picture, output.file(Path("pictures", folder.names[index]).with_suffix(".png")))
 
 
 def iou_table(metrics: Mapping[str, Any]) -> str:

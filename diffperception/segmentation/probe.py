@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.masks import IGNORE_INDEX
-from diffperception.files import write_json
+from diffperception.files import OutputFolder, write_json
 from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.features import DiffusionFeatures
 from diffperception.segmentation.pixels import check_size, checked_masks
@@ -114,17 +113,17 @@ def probe_table(scores: Sequence[ProbeScore], features: DiffusionFeatures) -> st
     return table + (f"\n... and {len(scores) - SHOWN} others" if len(scores) > SHOWN else "")
 
 
-def write_probe(scores: Sequence[ProbeScore], features: DiffusionFeatures, output: Path) -> None:
+def write_probe(scores: Sequence[ProbeScore], features: DiffusionFeatures, folder: OutputFolder) -> None:
     """probe.json (all scores and the suggested options; null where undefined) and probe.png (a heat map)."""
     info = features.generator.block_info
     rows = [{**asdict(s), "channels": info[s.block].channels, "stride": info[s.block].stride} for s in scores]
-    write_json(output / "probe.json", {"suggested": suggest(scores), "scores": rows})
+    write_json(folder.file("probe.json"), {"suggested": suggest(scores), "scores": rows})
     found = {(score.timestep, score.block): score.miou for score in scores}
     blocks = features.reader.blocks
     values = {f"{t:g}": [found[t, b] for b in blocks] for t in features.reader.timesteps if (t, blocks[0]) in found}
     title, axes = "mIoU of a linear classifier in percent", ("timestep", "decoder block")
     picture = heat_map(list(values.values()), list(values), list(map(str, blocks)), title, axes)
-    save_png(picture, output / "probe.png")
+    save_png(picture, folder.file("probe.png"))
 
 
 def _sample(mask: Tensor, count: int, generator: torch.Generator) -> Tensor:

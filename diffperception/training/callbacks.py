@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffperception.echo import echo
-from diffperception.files import written_beside
-from diffperception.training.folder import RunFolder
+from diffperception.files import OutputFolder, written_beside
 from diffperception.training.module import TrainingModule
 from diffperception.training.recipe import Evaluator
 
@@ -224,11 +223,10 @@ class Evaluations(Callback):
         folder: of the run; None where nothing is written.
     """
 
-    def __init__(self, evaluator: Evaluator, averaging: Averaging | None, folder: RunFolder | None):
+    def __init__(self, evaluator: Evaluator, averaging: Averaging | None, folder: OutputFolder | None):
         self.evaluator = evaluator
         self.averaging = averaging
         self.folder = folder
-        self.path = None if folder is None else folder.path
         self.evaluated = 0
 
     def on_train_batch_end(self, trainer: Trainer, module: TrainingModule, *_: Any) -> None:  # type: ignore[override]
@@ -253,8 +251,8 @@ class Evaluations(Callback):
         step = self.evaluated = trainer.global_step
         averaged = self.averaging.model if self.averaging else module.model
         modes = [(model, model.training) for model in (averaged, module.model)]
-        with self._recording(trainer), trainer.strategy.precision_plugin.val_step_context():
-            metrics = self.evaluator.evaluate(averaged, module.model, step, self.path)
+        with trainer.strategy.precision_plugin.val_step_context():
+            metrics = self.evaluator.evaluate(averaged, module.model, step, self.folder)
         for model, training in modes:
             model.train(training)
         self.record(trainer, step, metrics)
@@ -263,15 +261,9 @@ class Evaluations(Callback):
 
     def finish(self, trainer: Trainer, model: nn.Module) -> dict[str, float]:
         """The final metrics of the trained model."""
-        with self._recording(trainer):
-            metrics = self.evaluator.finish(model, self.path)
+        metrics = self.evaluator.finish(model, self.folder)
         self.record(trainer, trainer.global_step, metrics)
         return metrics
-
-    def _recording(self, trainer: Trainer) -> AbstractContextManager[None]:
-        if self.folder is None or not trainer.is_global_zero:
-            return nullcontext()
-        return self.folder.recording_subfolders()
 
     def record(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         if metrics:

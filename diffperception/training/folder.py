@@ -3,8 +3,7 @@
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,9 @@ class RunFolder(OutputFolder):
     """
 
     def __init__(self, path: Path, files: Iterable[str]) -> None:
-        self.path = path
-        names = dict.fromkeys([*FILES, WEIGHTS, *files])
+        super().__init__(path, overwrite=True)  # `require_room` says what may stay
+        # TensorBoard names its other files after the process.
+        names = dict.fromkeys([*FILES, WEIGHTS, f"{BOARD}/hparams.yaml", "pictures/", *files])
         self.names = [name for name in names if not name.endswith("/")]
         self.subfolders = [name for name in names if name.endswith("/")]
 
@@ -53,17 +53,21 @@ class RunFolder(OutputFolder):
         if resume and overwrite:
             raise ValueError("give either --resume, to go on with the run, or --overwrite, to replace it")
         found = [name for name in self.names if (self.path / name).exists()]
+        # Of a run that came here without its record; whether the checkpoint is of this run is looked at on resuming.
+        moved = found if resume and CHECKPOINT in found else []
+        inside = (path for name in self.subfolders for path in sorted((self.path / name).rglob("[!.]*")))
+        drawn = [path.relative_to(self.path).as_posix() for path in inside if not path.is_dir()]
+        written = self.written()
+        foreign = [name for name in [*found, *drawn] if name not in moved and self.path / name not in written]
+        if foreign:
+            raise ValueError(
+                f"{self.path / foreign[0]} is in the way of the run's own files and no run there has written it: move"
+                " it away, or choose another --output"
+            )
         if found and not (resume or overwrite):
             raise ValueError(
                 f"{self.path} already holds a run ({', '.join(found)}): go on with it with --resume, replace it with"
                 " --overwrite, or choose another --output"
-            )
-        written = self.written()
-        foreign = [name for name in found if self.path / name not in written]
-        if foreign and overwrite:
-            raise ValueError(
-                f"{self.path} holds {', '.join(foreign)}, which no run there has written: move that away, or choose"
-                " another --output"
             )
 
     def begin(self, overwrite: bool, settings: Mapping[str, Any]) -> None:
@@ -75,18 +79,10 @@ class RunFolder(OutputFolder):
             kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite", "debug")}
             write_text(self.path / CONFIG, yaml.safe_dump(kept, sort_keys=False))
 
-    @contextmanager
-    def recording_subfolders(self) -> Iterator[None]:
-        """Record the files that the recipe's evaluator writes meanwhile."""
-        with ExitStack() as stack:
-            for name in self.subfolders:
-                stack.enter_context(self.recording(name))
-            yield
-
     def record_events(self) -> None:
         """Record the files of TensorBoard, which names them after this process."""
         events = [file.relative_to(self.path) for file in (self.path / BOARD).glob(f"*.{os.getpid()}.*")]
-        self.record([*events, f"{BOARD}/hparams.yaml"])
+        self.record(events)
 
 
 @dataclass

@@ -3,11 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
+from diffperception.files import OutputFolder
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 
@@ -24,17 +24,17 @@ class Evaluator:
     every: int | None = None
     last: bool = False
 
-    def evaluate(self, averaged: Any, raw: Any, step: int, folder: Path | None) -> dict[str, float]:
+    def evaluate(self, averaged: Any, raw: Any, step: int, folder: OutputFolder | None) -> dict[str, float]:
         """Metrics, the most telling first.
 
         Args:
             averaged: the model with averaged weights; `raw` itself where no average is kept.
             raw: the model in training, whose mode is restored afterwards.
-            folder: for pictures; None where nothing is to be written.
+            folder: of the run, for pictures; None where nothing is to be written.
         """
         return {}
 
-    def finish(self, model: Any, folder: Path | None) -> dict[str, float]:
+    def finish(self, model: Any, folder: OutputFolder | None) -> dict[str, float]:
         """The final metrics of the trained model, which is in evaluation mode and in float32."""
         return {}
 

@@ -63,9 +63,23 @@ def test_the_table_the_numbers_and_the_pictures(
 
 def test_scores_depend_on_the_seed_but_not_on_the_batch_size(given: list[str], tmp_path: Path) -> None:
     single = evaluate(given, tmp_path, "--batch_size", "1")
-    assert_same(evaluate(given, tmp_path, "--batch_size", "4"), single)
-    other = evaluate(given, tmp_path, "--seed", "1")
+    assert_same(evaluate(given, tmp_path, "--batch_size", "4", "--overwrite"), single)
+    other = evaluate(given, tmp_path, "--seed", "1", "--overwrite")
     assert [row["score"] for row in other[1]] != pytest.approx([row["score"] for row in single[1]], abs=1e-3)
+
+
+def test_files_of_others_are_not_replaced(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["evaluate", *given, "--output", str(tmp_path)]
+    for name in ("metrics.json", "pictures/1.png"):
+        mine = tmp_path / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        assert main(options) == 2
+        assert "--overwrite" in complaint(capsys)
+        assert main([*options, "--overwrite"]) == 2
+        assert f"{mine} would be replaced" in complaint(capsys)
+        assert mine.read_text() == "mine"
+        mine.unlink()
 
 
 def test_two_processes_score_like_one(given: list[str], tmp_path: Path) -> None:
@@ -86,7 +100,7 @@ def test_a_results_file_is_scored_without_a_model(given: list[str], tmp_path: Pa
     assert json.loads((tmp_path / "results" / "metrics.json").read_text())["metrics"] == scores["metrics"]
     truth = json.loads(Path(annotations).read_text())["annotations"]
     (tmp_path / "truth.json").write_text(json.dumps([row | {"score": 1.0} for row in truth]))
-    assert main([*options, "--results", str(tmp_path / "truth.json")]) == 0
+    assert main([*options, "--results", str(tmp_path / "truth.json"), "--overwrite"]) == 0
     assert json.loads((tmp_path / "results" / "metrics.json").read_text())["metrics"]["AP"] == 1.0
     assert len(detections) == 7
 

@@ -40,6 +40,9 @@ def test_the_command_writes_what_the_library_finds(
     assert report.table() in said
     assert "24 samples, 30 real images; 512 features" in said
     assert f"note: {report.notes[0]}" in said
+    with pytest.raises(ValueError, match="--overwrite"):
+        call(evaluate_sample_folder, [*arguments, *FEATURES])
+    assert call(evaluate_sample_folder, [*arguments, *FEATURES, "--overwrite"]) == 0
 
 
 def write_config(folders: Path, path: Path, side: int) -> Path:

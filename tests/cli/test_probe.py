@@ -43,6 +43,9 @@ def test_blocks_and_timesteps_are_ranked(tmp_path: Path, capsys: pytest.CaptureF
         call(probe, [*arguments, "--overwrite", "--blocks", "[]"])
     short = ["--seconds", "0", "--blocks", "4", "--window", "32", "--overwrite", "--data.max_images", "2"]
     assert call(probe, [*arguments, *short]) == 0
+    (tmp_path / "probe" / ".diffperception").unlink()  # then the files are somebody's
+    with pytest.raises(ValueError, match=r"probe\.json would be replaced"):
+        call(probe, [*arguments, *short])
     said = capsys.readouterr().out
     assert "1 blocks, 2 images" in said
     assert "note: the first timestep alone will take more than --seconds 0" in said

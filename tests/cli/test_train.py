@@ -103,8 +103,8 @@ def test_a_folder_that_holds_a_run_is_refused_or_replaced(
     assert train(config, tmp_path, *one, "--evaluation.num_pictures", "2") == 0
     (tmp_path / "metrics.csv").write_text("step,train/loss\n1,77\n")
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "pictures" / "mine.png").write_text("mine")
-    assert len(list((tmp_path / "pictures").iterdir())) == 4
+    (tmp_path / "tensorboard" / "mine.png").write_text("mine")
+    assert len(list((tmp_path / "pictures").iterdir())) == 3
     capsys.readouterr()
     assert train(config, tmp_path, *one) == 2
     said = complaint(capsys)
@@ -115,17 +115,27 @@ def test_a_folder_that_holds_a_run_is_refused_or_replaced(
     assert train(config, tmp_path, *one, "--overwrite", "--evaluation.num_pictures", "0") == 0
     assert "\n1,77\n" not in (tmp_path / "metrics.csv").read_text()
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"curves.png", "mine.png"}
+    assert (tmp_path / "tensorboard" / "mine.png").exists()
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["curves.png"]
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml", "pictures/curves.png", "pictures/a/mine.png"])
+@pytest.mark.parametrize("mode", [[], ["--overwrite"], ["--resume"]])
 def test_files_that_no_run_has_written_are_never_replaced(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, mode: list[str]
 ) -> None:
-    (tmp_path / "metrics.csv").write_text("mine")
-    assert train(config, tmp_path, "--trainer.max_steps", "1", "--overwrite") == 2
-    assert "metrics.csv, which no run there has written" in complaint(capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
-    assert (tmp_path / "metrics.csv").read_text() == "mine"
+    mine = tmp_path / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    assert train(config, tmp_path, "--trainer.max_steps", "1", *mode) == 2
+    assert f"{mine} is in the way" in complaint(capsys)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
+
+
+def test_the_output_is_a_folder(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config, config) == 2
+    assert f"{config} is a file: name a folder" in complaint(capsys)
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_as_if_nothing_had_been(

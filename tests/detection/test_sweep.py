@@ -18,6 +18,7 @@ from diffperception.detection.evaluator import results_rows
 from diffperception.detection.inference import evaluate_detector
 from diffperception.detection.sweep import Score, Sweep, SweepRow, combine, sweep_sampler, write_sweep
 from diffperception.diffusion import sample_seed
+from diffperception.files import OutputFolder
 from tests.detection.scenes import tiny_detector
 from tests.training.tiny_data import CLASSES, write_tiny_data
 from tests.training.tiny_detector import TinyDetector
@@ -116,7 +117,8 @@ def test_the_spread_is_that_over_the_seeds(detector: DiffusionDet, dataset: Coco
 
 def test_what_is_undefined_is_null(tmp_path: Path) -> None:
     rows = [SweepRow(BoxSampler(1, 9), Score([0.25]), Score([math.nan]), seconds=0.1)]
-    write_sweep(Sweep(rows, [0], images=1, batch_size=1, device="cpu"), tmp_path)
+    sweep = Sweep(rows, [0], images=1, batch_size=1, device="cpu")
+    write_sweep(sweep, OutputFolder(tmp_path))
     (row,) = json.loads((tmp_path / "sweep.json").read_text())["rows"]
     assert row["AP"] == {"mean": 0.25, "spread": None, "by_seed": [0.25]}
     assert row["AP50"] == {"mean": None, "spread": None, "by_seed": [None]}
@@ -124,12 +126,19 @@ def test_what_is_undefined_is_null(tmp_path: Path) -> None:
     assert str(Score([0.1])) == "0.100"
 
 
+def test_a_sweep_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"sweep\.json would be replaced"):
+        write_sweep(Sweep([], [0], images=1, batch_size=1, device="cpu"), OutputFolder(tmp_path, overwrite=True))
+    assert (tmp_path / "sweep.json").read_text() == "mine"
+
+
 def test_the_command_writes_table_numbers_and_curves(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "lists.yaml").write_text("steps: [1, 2]\nmode: [ddim, fresh_boxes]\n")
     lists = ["--config", str(tmp_path / "lists.yaml"), "--num-boxes", "6", "12", "6", "--nms_threshold", "0.5", "1"]
-    assert main([*arguments, *lists, "--num_seeds", "2", "--seed", "3", "--output", str(tmp_path)]) == 0
+    assert main([*arguments, *lists, "--num_seeds", "2", "--seed", "3", "--output", str(tmp_path), "--overwrite"]) == 0
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "sweep.json").read_text())
     assert content["seeds"] == [3, 4]

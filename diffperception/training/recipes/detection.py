@@ -25,6 +25,7 @@ from diffperception.detection.inference import (
 )
 from diffperception.devices import first_process
 from diffperception.echo import echo
+from diffperception.files import OutputFolder
 from diffperception.models import Backbone
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
@@ -155,15 +156,15 @@ class DetectionEvaluator(Evaluator):
         # What cannot be scored is refused here, not after the training.
         CocoEvaluator(self.dataset.annotations, iou_types(self.dataset.masks), options.max_dets, None, options.protocol)
 
-    def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: Path | None) -> dict[str, float]:
+    def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: OutputFolder | None) -> dict[str, float]:
         return self._score(averaged, self.options.num_images).metrics
 
-    def finish(self, model: Detector, folder: Path | None) -> dict[str, float]:
+    def finish(self, model: Detector, folder: OutputFolder | None) -> dict[str, float]:
         result = self._score(model, None)
         echo(result.table())
         if folder is not None and first_process():
             write_result(result, folder)
-            draw_predictions(model, self.dataset, folder / "pictures", self.options.num_pictures, self.seed)
+            draw_predictions(model, self.dataset, folder, self.options.num_pictures, self.seed)
         return result.metrics
 
     def _score(self, model: Detector, images: int | None) -> CocoResult:

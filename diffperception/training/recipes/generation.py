@@ -17,6 +17,7 @@ from diffperception.data.image_folder import ImageFolder, class_folders
 from diffperception.data.images import LazyMap
 from diffperception.devices import first_process, gather, share
 from diffperception.diffusion import LossSecondMoment, TimeSampler, UniformTimes, sample_seed
+from diffperception.files import OutputFolder
 from diffperception.generation.inference import draw_samples
 from diffperception.generation.sampling import SamplingOptions, sampling_grid
 from diffperception.models.generator import DiffusionModel
@@ -245,24 +246,24 @@ class GenerationEvaluator(Evaluator):
             raise ValueError(f"option preview.sampling: {error}") from None
 
     def evaluate(
-        self, averaged: DiffusionModel, raw: DiffusionModel, step: int, folder: Path | None
+        self, averaged: DiffusionModel, raw: DiffusionModel, step: int, folder: OutputFolder | None
     ) -> dict[str, float]:
         models = {"averaged": averaged} if raw is averaged else {"averaged": averaged, "raw": raw}
         for name, model in models.items():
             if folder is not None:
-                self.draw(model.eval(), folder / "pictures" / f"samples_{step:07}_{name}.png")
+                self.draw(model.eval(), folder, f"pictures/samples_{step:07}_{name}.png")
         if self.held_out is None:
             return {}
         how = (self.held_out, self.options.num_held_out, self.options.batch_size)
         return {f"held_out_{name}": held_out_loss(model, *how) for name, model in models.items()}
 
-    def draw(self, model: DiffusionModel, path: Path) -> None:
+    def draw(self, model: DiffusionModel, folder: OutputFolder, name: str) -> None:
         """A grid of samples from noise that is the same for every model and step; each process draws its share."""
         options, numbers = self.options, share(range(self.options.num_samples))
         drawn = draw_samples(model, numbers, options.sampling, self.seed, batch_size=options.batch_size)
         images = gather([image for _, batch in drawn for image in batch.cpu()])
         if first_process():
-            save_png(image_grid(images), path)
+            save_png(image_grid(images), folder.file(name))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from diffperception.data.image_folder import ImageFolder
 from diffperception.devices import first_process
 from diffperception.diffusion import add_noise
 from diffperception.echo import echo
-from diffperception.files import write_json
+from diffperception.files import OutputFolder, write_json
 from diffperception.models import NoisyClassifier
 from diffperception.models.ops.transfer import to_device
 from diffperception.training.data import TrainingData
@@ -141,15 +140,15 @@ class AccuracyEvaluator(Evaluator):
         self.every = self.options.every
 
     def evaluate(
-        self, averaged: NoisyClassifier, raw: NoisyClassifier, step: int, folder: Path | None
+        self, averaged: NoisyClassifier, raw: NoisyClassifier, step: int, folder: OutputFolder | None
     ) -> dict[str, float]:
         return self._measure(averaged, self.options.num_images)
 
-    def finish(self, model: NoisyClassifier, folder: Path | None) -> dict[str, float]:
+    def finish(self, model: NoisyClassifier, folder: OutputFolder | None) -> dict[str, float]:
         metrics = self._measure(model, None)
         echo("\n".join(f"{name:<18}{value:.3f}" for name, value in metrics.items()))
         if folder is not None and metrics and first_process():
-            write_json(folder / "metrics.json", {"metrics": metrics})
+            write_json(folder.file("metrics.json"), {"metrics": metrics})
         return metrics
 
     def _measure(self, model: NoisyClassifier, num_images: int | None) -> dict[str, float]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +20,7 @@ from diffperception.data.masks import IGNORE_INDEX, MaskDataOptions, MaskFolder
 from diffperception.devices import first_process
 from diffperception.diffusion.noise import derive_seed
 from diffperception.echo import echo, plural
-from diffperception.files import write_json
+from diffperception.files import OutputFolder, write_json
 from diffperception.models.ops.transfer import to_device
 from diffperception.segmentation import FeatureExtractor, MeanIoU, PixelEnsemble, PixelSegmenter
 from diffperception.segmentation.feature_cache import in_bytes, stored_bytes
@@ -281,7 +280,7 @@ class SegmentationEvaluator(Evaluator):
     predict: Callable[[Any, Tensor, tuple[int, int]], Tensor] = lambda model, image, size: model.segment(image).labels
     pictures: int = 0
 
-    def finish(self, model: Any, folder: Path | None) -> dict[str, float]:
+    def finish(self, model: Any, folder: OutputFolder | None) -> dict[str, float]:
         counts = MeanIoU(len(self.classes))
         content: dict[str, Any] = {"metrics": {}, "images": self.train_set.names}
         if self.val_set is not None:
@@ -291,8 +290,8 @@ class SegmentationEvaluator(Evaluator):
             content["seconds_per_image"] = (time.monotonic() - start) / len(self.val_set)
             echo(f"{iou_table(content['metrics'])}\non the labelled pixels of {plural(len(self.val_set), 'image')}")
         if folder is not None and first_process():
-            write_json(folder / "metrics.json", content)
-            draw_comparisons(model, self.val_set or self.train_set, folder / "pictures", self.pictures)
+            write_json(folder.file("metrics.json"), content)
+            draw_comparisons(model, self.val_set or self.train_set, folder, self.pictures)
         return counts.named(self.classes)
 
 
