@@ -70,13 +70,22 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     return settings or {}
 
 
-def given(arguments: Sequence[str], name: str) -> Any:
-    """What arguments say of an option before they are parsed: the last `--name`, else that of their last file."""
+def given(arguments: Sequence[str], name: str) -> str | None:
+    """What arguments say of an option before they are parsed: the last `--name`, else that of their last file.
+
+    Raises:
+        ArgumentError: an option has no value.
+        ValueError: what the file says is no text.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{name}")
     parser.add_argument("--config", action="append", default=[], type=Path)
     known, _ = parser.parse_known_args([word for word in arguments if word != "--help"])
     if getattr(known, name) is not None:
-        return getattr(known, name)
+        return str(getattr(known, name))
     found = [value for file in known.config if (value := read_settings_file(file).get(name)) is not None]
-    return found[-1] if found else None
+    if not found:
+        return None
+    if not isinstance(found[-1], str):
+        raise ValueError(f"option {name}: expected a text, got {found[-1]}")
+    return found[-1]

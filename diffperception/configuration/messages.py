@@ -25,10 +25,19 @@ def sentence(error: Exception) -> str:
 
 def _plain(message: str) -> str:
     """jsonargparse's nested complaint without its Python types: `option a.b: expected a number, got x`."""
+    message = re.sub(
+        r"Unable to load config '(.*)' - .*Unable to load config \"\1\"",
+        r"expected a group of options, got \1",
+        message,
+    )
     keys = re.findall(r'Parser key "([^"]+)":', message)
     message = re.sub(r'Parser key "[^"]+":\s*', "", message)
     message = re.sub(r"Type \S.*? expects a function or a callable class: ", "", message)
+    message = re.sub(
+        r"Expected an import path or a subclass spec, but got (.*)\. Got .*", r"expected a class, got \1", message
+    )
     message = re.sub(r"\.* Got value: Namespace\(.*", "", message)
+    message = re.sub(r"Expected a dot import path string: (.*)", r"\1 is none of the classes that fit", message)
     message = message.replace(" - Expected a <class 'NoneType'>", "")
     message = re.sub(r"Problem with given class_path '([^']+)':\s*", r"\1: ", message)
     message = re.sub(
@@ -37,6 +46,7 @@ def _plain(message: str) -> str:
     message = re.sub(r"Does not validate against any of the Union subtypes .*", _alternatives, message)
     message = re.sub(r"Not of type (\w+): (.*?) does not conform to restriction .*", r"expected \1, got \2", message)
     message = re.sub(r"Not of type (\w+): (?:invalid|could not) [^:]*: '(.*)'", r"expected \1, got \2", message)
+    message = re.sub(r"invalid literal for (int)\(\) with base 10: '(.*)'", r"expected \1, got \2", message)
     message = re.sub(r"Not of type (\w+): \w+\(\) argument must be .*, not '(\w+)'", r"expected \1, got \2", message)
     message = re.sub(r"(?<=, got )None(?:Type)?$", "null", message)
     message = re.sub(r"(?<=\bexpected )(.*?)(?=, got )", lambda found: _in_words(found[1]), message)
@@ -59,5 +69,6 @@ def _alternatives(complaint: re.Match[str]) -> str:
 def _in_words(kinds: str) -> str:
     """`a whole number, or several` for `int or list[int]`, `one of a, b` for `Literal['a', 'b']`."""
     kinds = re.sub(r"^(.+) or list\[\1\]$", r"\1, or several", kinds)
+    kinds = kinds.replace("dict[int, int]", "pairs of whole numbers such as {0: 0, 255: 1}")
     kinds = re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", ""), kinds)
     return re.sub(r"\w+", lambda kind: KINDS.get(kind[0], kind[0]), kinds)

@@ -6,7 +6,7 @@ import inspect
 import pydoc
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -110,7 +110,9 @@ class Options:
         try:
             options = self.parser.parse_args(spell_out(spread_files(arguments), lists))
         except ArgumentError as error:
-            raise ArgumentError(None, sentence(error) + _suggestion(self.parser, str(error))) from None
+            said = sentence(error)
+            said += _suggestion(self.parser, str(error)) + _suggested_class(self.parameters, said)
+            raise ArgumentError(None, said) from None
         for parameter in self.parameters:
             value = options.get(parameter.name)
             if is_dataclass(parameter.annotation) and not isinstance(value, Namespace):
@@ -200,6 +202,32 @@ def _suggestion(parser: ArgumentParser, message: str) -> str:
     known = dict(_known(parser, message))
     near = difflib.get_close_matches(unknown[1] or unknown[2], known, n=1)
     return f"; did you mean {known[near[0]] if unknown[2] else near[0]}?" if near else ""
+
+
+def _suggested_class(parameters: Iterable[inspect.Parameter], said: str) -> str:
+    wrong = re.search(r"option (\S+): (\w+) is none of the classes that fit", said)
+    if not wrong:
+        return ""
+    *above, last = wrong[1].split(".")
+    for name in above:
+        classes = [kind for p in parameters if p.name == name for kind in _classes(p.annotation)]
+        parameters = [p for kind in classes for p in inspect.signature(kind).parameters.values()]
+    fitting = {kind.__name__ for p in parameters if p.name == last for kind in _classes(p.annotation)}
+    near = difflib.get_close_matches(wrong[2], sorted(fitting), n=1)
+    return (
+        f"; did you mean {near[0]}?" if near else f": give {', '.join(sorted(fitting))} or the import path of another"
+    )
+
+
+def _classes(annotation: Any) -> Iterator[type]:
+    """The classes, without Python's own, of which an option of this type may be one."""
+    for kind in get_args(annotation):
+        yield from _classes(kind)
+    if inspect.isclass(annotation) and annotation.__module__ != "builtins":
+        if not inspect.isabstract(annotation):
+            yield annotation
+        for kind in annotation.__subclasses__():
+            yield from _classes(kind)
 
 
 def _known(parser: ArgumentParser, message: str) -> Iterator[tuple[str, str]]:

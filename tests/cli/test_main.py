@@ -143,6 +143,13 @@ def test_null_unsets_an_option_of_a_model_in_a_model(base: list[str], option: st
         (["--track.gauge", "wide"], ["track.gauge", "narrow", "broad", "wide"]),
         (["--count", "few"], ["option count", "expected a whole number", "few"]),
         (["--engine", "tests.cli.test_main.Steem"], ["engine", "Steem"]),
+        (["--engine", "Steem"], ["option engine: Steem is none of the classes that fit; did you mean Steam?"]),
+        (
+            ["--engine", "Motor"],
+            ["option engine: Motor is none of", "give Engine, Steam or the import path of another"],
+        ),
+        (["--engine", "null"], ["option engine: expected a class, got null"]),
+        (["--track", "3"], ["option track: expected a group of options, got 3"]),
         (["--engine", "nowhere.Steam"], ["engine", "nowhere"]),
         (["--engine", "pathlib.Path"], ["engine", "pathlib.Path", "Engine"]),
         (["--track=5"], ["track"]),
@@ -158,6 +165,11 @@ def test_a_mistake_is_one_sentence_that_names_it(base: list[str], arguments: lis
     assert "\n" not in text
     assert "Namespace" not in text
     assert all(part in text for part in parts), text
+
+
+def test_the_nearest_class_is_named_inside_a_class_too() -> None:
+    with pytest.raises(ArgumentError, match=r"option model\.network: Unet is none .* did you mean UNet\?"):
+        options_for(["--task=generation"]).parse(["--model", "DiffusionModel", "--model.network", "Unet"])
 
 
 @pytest.mark.parametrize(

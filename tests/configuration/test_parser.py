@@ -36,6 +36,7 @@ def measure(
     seeds: PositiveInt = 1,
     colours: Literal["red", "green"] | list[Literal["red", "green"]] = "red",
     names: list[str] | None = None,
+    values: dict[int, int] | None = None,
 ) -> None:
     """Measure.
 
@@ -49,6 +50,7 @@ def measure(
         seeds: how often.
         colours: in what.
         names: of what.
+        values: what they mean.
     """
     received.update(path_name=path_name, num_boxes=num_boxes, modes=modes, data=data, overwrite=overwrite, names=names)
 
@@ -96,6 +98,8 @@ def test_lists_in_a_file(tmp_path: Path, yaml: str, value: object) -> None:
         ("--num-boxs 1", "unrecognized arguments: --num_boxs 1; did you mean num_boxes?"),
         ("--batch-sise 1", "unrecognized arguments: --batch_sise 1; did you mean data.batch_size?"),
         ("--data.batch-size 1 2", "unrecognized arguments: 2"),
+        ("--values {0:0}", "option values: expected pairs of whole numbers such as {0: 0, 255: 1}, got {0:0}"),
+        ('--values {"a":0}', "option values: expected a whole number, got a"),
         ("--seeds null", "option seeds: expected a whole number above 0, got null"),
     ],
 )
