@@ -17,6 +17,7 @@ Item = TypeVar("Item")
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name; for `auto` the accelerator (CUDA, MPS, XPU) if there is one, else the CPU.
 
+    From then on an accelerator multiplies float32 matrices in TF32.
     Under torchrun, a name without a number means the process's own: cuda:1 for the second process of a machine.
 
     Raises:
@@ -31,7 +32,14 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"there is no device {name!r} here: use cpu or auto") from None
     if device.type == _accelerator() and device.index is not None:
         torch.accelerator.set_device_index(device)
+    prefer_fast_products(device)
     return device
+
+
+def prefer_fast_products(device: torch.device) -> None:
+    """Let an accelerator multiply float32 matrices in TF32; a CPU's results stay as they are."""
+    if device.type not in ("cpu", "meta"):
+        torch.set_float32_matmul_precision("high")
 
 
 def _accelerator() -> str:

@@ -1,5 +1,6 @@
 """Devices, precision and processes."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from diffperception.devices import autocast, first_process, gather, join_processes, pick_device, share
+from tests.helpers.devices import Device
 
 
 def test_the_cpu_is_picked_by_name_and_where_there_is_nothing_else() -> None:
@@ -20,6 +22,13 @@ def test_the_cpu_is_picked_by_name_and_where_there_is_nothing_else() -> None:
 def test_a_device_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"there is no device '{name}' here: use cpu or auto"):
         pick_device(name)
+
+
+def test_an_accelerator_that_is_picked_multiplies_in_tf32(device: Device, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("highest")
+    pick_device(str(device.device))
+    assert torch.get_float32_matmul_precision() == ("highest" if device.device.type == "cpu" else "high")
 
 
 def test_bfloat16_is_used_where_asked_for() -> None:

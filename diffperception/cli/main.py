@@ -72,7 +72,6 @@ def run(name: str, arguments: Sequence[str]) -> int:
         raise ValueError(f"there is no such command; {hint}")
     from diffperception.configuration.parser import Options, call
 
-    prefer_fast_products()
     if name == "train":
         from diffperception.cli.train import train
 
@@ -118,14 +117,6 @@ def find_kind(arguments: Sequence[str], kinds: Collection[str]) -> str | None:
     if kind not in kinds:
         raise ValueError(f"{file} holds a {kind}: give the file of a {' or '.join(k for k in kinds if k in MODELS)}")
     return kind
-
-
-def prefer_fast_products() -> None:
-    """Let a GPU multiply float32 matrices in TF32; a CPU's results stay as they are."""
-    import torch
-
-    if torch.accelerator.is_available():
-        torch.set_float32_matmul_precision("high")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from diffperception.devices import first_process
+from diffperception.devices import first_process, prefer_fast_products
 from diffperception.echo import echo
 from diffperception.training.callbacks import Averaging, Checkpoints, Evaluations, Reporter
 from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, Checkpoint, RunFolder, read_to_resume
@@ -120,6 +120,7 @@ def fit(
         benchmark=options.benchmark,
         **machine(options),
     )
+    prefer_fast_products(trainer.strategy.root_device)
     resumed = path / CHECKPOINT if path is not None and checkpoint is not None else None
     try:
         trainer.fit(module, datamodule=parts.data, ckpt_path=resumed, weights_only=True)
