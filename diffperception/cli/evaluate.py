@@ -98,7 +98,7 @@ def evaluate_detector_file(
         )
         finish(result, folder)
         if folder is not None and first_process():
-            draw_predictions(detector, dataset, folder, num_pictures, seed, sampler)
+            draw_predictions(detector, dataset, folder, num_pictures, seed, sampler, precision)
             echo(f"{folder.path / 'pictures'}: predictions beside ground truth")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from diffperception.data.masks import MaskDataOptions
-from diffperception.devices import pick_device
+from diffperception.devices import Precision, pick_device
 from diffperception.echo import echo
 from diffperception.files import OutputFolder
 from diffperception.models.generator import load_generator
@@ -25,6 +25,7 @@ def probe(
     label: int | None = None,
     seed: NonNegativeInt = 0,
     device: str = "auto",
+    precision: Precision = "32",
     overwrite: bool = False,
 ) -> None:
     """Rank the timesteps and decoder blocks of a generator by how well they tell the classes of pixels apart.
@@ -55,7 +56,7 @@ def probe(
     features = DiffusionFeatures(generator, tried, timesteps, window, seed, label).to(pick_device(device))
     folder = data.open(seed)
     images = list(folder.images)
-    expected = expected_seconds(features, images)
+    expected = expected_seconds(features, images, precision)
     echo(f"{len(timesteps)} timesteps, {len(tried)} blocks, {len(images)} images: about {expected:.0f} s per timestep")
     if expected > seconds:
         echo(
@@ -63,7 +64,7 @@ def probe(
             " fewer images with data.max_images, or at smaller ones with data.short_side"
         )
     masks = list(folder.masks)
-    scores = probe_features(features, images, masks, len(data.classes), seconds, pixels, seed, folder.names)
+    scores = probe_features(features, images, masks, len(data.classes), seconds, pixels, seed, folder.names, precision)
     write_probe(scores, features, results)
     echo(probe_table(scores, features))
     options = (f"--features.{k} '[{', '.join(f'{v:g}' for v in values)}]'" for k, values in suggest(scores).items())

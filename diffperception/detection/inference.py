@@ -99,7 +99,8 @@ def detect_folder(
             picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
             save_png(picture, folder.file(Path("pictures") / names[name]))
         if drawn < len(share(range(num_trajectories))) and isinstance(detector, DiffusionDet):
-            picture = draw_trajectory(detector, sample.image, name_seed(seed, name.name), sampler, score_threshold)
+            noise = name_seed(seed, name.name)
+            picture = draw_trajectory(detector, sample.image, noise, sampler, score_threshold, precision)
             save_png(picture, folder.file(Path("trajectories") / names[name]))
         drawn += 1
     found = gather(found)
@@ -239,26 +240,34 @@ def draw_predictions(
     count: int,
     seed: int = 0,
     sampler: BoxSampler | None = None,
+    precision: Precision = "32",
 ) -> None:
     """pictures/: predictions beside ground truth for `count` images spread over the data set, one PNG each.
 
     Of the first two there is also, for a DiffusionDet, its trajectory: noise turning into boxes.
 
     Args:
-        seed, sampler: as in `evaluate_detector`.
+        seed, sampler, precision: as in `evaluate_detector`.
     """
     for number, index in enumerate(spread(len(dataset), count) if count else []):
         image, target = dataset[index]
         name = Path(dataset.file_names[index]).stem
         noise = sample_seed(seed, target["image_id"])
-        prediction = detector.predict([image], [noise], sampler)[0]
+        with autocast(detector.device, precision):
+            prediction = detector.predict([image], [noise], sampler)[0]
         save_png(side_by_side(image, target, prediction, detector.classes), folder.file(f"pictures/{name}.png"))
         if number < 2 and isinstance(detector, DiffusionDet):
-            save_png(draw_trajectory(detector, image, noise), folder.file(f"pictures/{name}_noise_to_boxes.png"))
+            picture = draw_trajectory(detector, image, noise, precision=precision)
+            save_png(picture, folder.file(f"pictures/{name}_noise_to_boxes.png"))
 
 
 def draw_trajectory(
-    detector: DiffusionDet, image: Tensor, seed: int, sampler: BoxSampler | None = None, threshold: float = THRESHOLD
+    detector: DiffusionDet,
+    image: Tensor,
+    seed: int,
+    sampler: BoxSampler | None = None,
+    threshold: float = THRESHOLD,
+    precision: Precision = "32",
 ) -> Image.Image:
     """Noise turning into the boxes of one image.
 
@@ -268,11 +277,13 @@ def draw_trajectory(
         sampler: by default the detector's own. Where that takes one step, and no other number is asked for,
             TRAJECTORY_STEPS are shown.
         threshold: detections with lower scores are not drawn.
+        precision: of the network's products.
     """
     sampler = sampler or detector.sampler
     if sampler.steps == detector.sampler.steps == 1:
         sampler = replace(sampler, steps=TRAJECTORY_STEPS)
-    steps, detections = detector.trajectory(image, seed, sampler)
+    with autocast(detector.device, precision):
+        steps, detections = detector.trajectory(image, seed, sampler)
     return trajectory(image, steps, detections, detector.classes, threshold)
 
 

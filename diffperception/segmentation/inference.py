@@ -117,7 +117,7 @@ def segment_folder(
     scores = FolderScores.of(gather(found))
     if first_process():
         if rank:
-            _write_rank(model, scores.ranked(), root, folder)
+            _write_rank(model, scores.ranked(), root, folder, precision)
         rows = [[s.name, f"{s.uncertainty:.6f}", *(f"{f:.6f}" for f in s.fractions)] for s in scores.scores]
         _write_table(["image", "uncertainty", *model.classes], rows, folder.file("scores.csv"))
     return scores
@@ -168,7 +168,7 @@ def evaluate_segmenter(
     if results is not None and first_process():
         results.clear()
         write_json(results.file("metrics.json"), {"metrics": metrics, "images": len(folder)})
-        draw_comparisons(model, folder, results, pictures)
+        draw_comparisons(model, folder, results, pictures, precision)
     return metrics
 
 
@@ -189,12 +189,15 @@ def score_images(
     return counts
 
 
-def draw_comparisons(model: PixelSegmenter, folder: MaskFolder, output: OutputFolder, count: int) -> None:
+def draw_comparisons(
+    model: PixelSegmenter, folder: MaskFolder, output: OutputFolder, count: int, precision: Precision = "32"
+) -> None:
     """pictures/: image, truth, prediction and uncertainty of some images, spread over the folder, a PNG each."""
     count = min(count, len(folder))
     for index in (i * len(folder) // count for i in range(count)):
         image, mask = folder[index]
-        found = model.segment(image)
+        with autocast(model.device, precision):
+            found = model.segment(image)
         picture = segmentation_panels(image, found.labels, found.uncertainty, model.classes, mask)
         save_png(picture, output.file(Path("pictures", folder.names[index]).with_suffix(".png")))
 
@@ -217,14 +220,17 @@ def _without_mask(paths: list[Path], root: Path, labelled: Path | None) -> list[
     return left
 
 
-def _write_rank(model: PixelSegmenter, ranked: Sequence[ImageScore], root: Path, folder: OutputFolder) -> None:
+def _write_rank(
+    model: PixelSegmenter, ranked: Sequence[ImageScore], root: Path, folder: OutputFolder, precision: Precision
+) -> None:
     """rank.csv, and what the model makes of the first images."""
     rows = [[str(place), score.name, f"{score.uncertainty:.6f}"] for place, score in enumerate(ranked, 1)]
     _write_table(["rank", "image", "uncertainty"], rows, folder.file("rank.csv"))
     panels = []
     for score in ranked[:SHEET]:
         image = to_float(read_image(root / score.name))
-        found = model.segment(image)
+        with autocast(model.device, precision):
+            found = model.segment(image)
         strip = segmentation_panels(image, found.labels, found.uncertainty, model.classes, long_side=PANEL_SIDE)
         panels.append(titled(strip, f"{score.name}: {score.uncertainty:.2g}"))
     save_png(contact_sheet(panels), folder.file("rank.png"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.masks import IGNORE_INDEX
+from diffperception.devices import Precision, autocast
 from diffperception.files import OutputFolder, write_json
 from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.features import DiffusionFeatures
@@ -43,6 +44,7 @@ def probe_features(
     pixels: int = 2000,
     seed: int = 0,
     names: Sequence[str] | None = None,
+    precision: Precision = "32",
 ) -> list[ProbeScore]:
     """Rank the timesteps x blocks of an extractor, best first.
 
@@ -58,6 +60,7 @@ def probe_features(
         pixels: sampled from each image, as many of one class as of another where there are enough.
         seed: of the sampling.
         names: of the images, for messages.
+        precision: of the extractor's products.
 
     Raises:
         ValueError: with fewer than two labelled images, and for masks that do not fit.
@@ -78,16 +81,19 @@ def probe_features(
         spent = time.monotonic() - start
         if number and spent + spent / number > seconds:
             break
-        of_images = _features_at(features.at_timestep(number), [(images[i], points[i]) for i in used])
+        samples = [(images[i], points[i]) for i in used]
+        with autocast(features.device, precision):
+            of_images = _features_at(features.at_timestep(number), samples)
         for block, values in zip(features.reader.blocks, of_images, strict=True):
             scores.append(ProbeScore(timestep, block, _probe(values, labels, num_classes)))
     return sorted(scores, key=lambda score: -score.miou)
 
 
-def expected_seconds(features: DiffusionFeatures, images: Sequence[Tensor]) -> float:
+def expected_seconds(features: DiffusionFeatures, images: Sequence[Tensor], precision: Precision = "32") -> float:
     """What the features of all images (3, H, W) take at one timestep, judged by the first image's."""
     start = time.monotonic()
-    features.at_timestep(0).maps(images[0])
+    with autocast(features.device, precision):
+        features.at_timestep(0).maps(images[0])
     return (time.monotonic() - start) * sum(image.numel() for image in images) / images[0].numel()
 
 

@@ -100,11 +100,11 @@ def draw_boxes(
         colors: of the boxes, their texts and masks.
         texts: beside the boxes; none by default.
         long_side: in pixels; by default small images are enlarged by a whole factor, and large ones are made smaller.
-        masks: (n, H, W), bool.
+        masks: (n, H, W), bool or 0..1.
     """
     pixels = to_uint8(image)
     if masks is not None and len(masks):
-        pixels = draw_segmentation_masks(pixels, masks.cpu(), MASK_OPACITY, list(colors))
+        pixels = draw_segmentation_masks(pixels, masks.cpu() > 0.5, MASK_OPACITY, list(colors))
     height, width = pixels.shape[-2:]
     long = max(height, width)
     factor = (long_side or min(long * math.ceil(MIN_SIDE / long), MAX_SIDE)) / long

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
 from diffperception.data import CocoDetection
 from diffperception.detection import (
@@ -23,9 +24,10 @@ from diffperception.detection import (
     Term,
 )
 from diffperception.detection.criterion import Matches
-from diffperception.detection.inference import detect_folder, draw_trajectory, evaluate_detector
+from diffperception.detection.inference import detect_folder, draw_predictions, draw_trajectory, evaluate_detector
 from diffperception.detection.sweep import sweep_sampler
 from diffperception.detection.targets import PaddedTargets
+from diffperception.files import OutputFolder
 from diffperception.models import FPN, Backbone, FeatureInfo
 from diffperception.models.ops.pooling import FeaturePyramid
 from diffperception.training.recipes.detection import DataOptions, DetectionRecipe
@@ -206,8 +208,6 @@ def test_images_padded_together_are_one_batch():
 
 
 def test_a_folder_is_predicted_by_one_call(tmp_path: Path):
-    from torchvision.utils import save_image
-
     detector = tiny_detector(min_size=48)
     detector.save(tmp_path / "model.safetensors")
     for name, image in zip("ab", IMAGES, strict=True):
@@ -229,9 +229,7 @@ def test_trajectories_have_the_steps_asked_for(own: int, asked: int | None, colu
     assert columns * PANEL_SIDE < picture.width < (columns + 1) * PANEL_SIDE
 
 
-def test_masks_of_a_head_are_scored_where_the_data_set_has_some(tmp_path: Path):
-    from torchvision.utils import save_image
-
+def masked_data(tmp_path: Path) -> CocoDetection:
     save_image(IMAGES[0], tmp_path / "a.png")
     x1, y1, x2, y2 = 10, 20, 60, 50
     square = {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]], "area": 1500}
@@ -241,10 +239,14 @@ def test_masks_of_a_head_are_scored_where_the_data_set_has_some(tmp_path: Path):
         "annotations": [square | {"id": 1, "image_id": 1, "category_id": 0, "iscrowd": 0}],
     }
     (tmp_path / "a.json").write_text(json.dumps(content))
-    detector = masked_detector()
+    return CocoDetection(tmp_path / "a.json", tmp_path, masks=True)
+
+
+def test_masks_of_a_head_are_scored_where_the_data_set_has_some(tmp_path: Path):
+    detector, masked = masked_detector(), masked_data(tmp_path)
     plain = evaluate_detector(detector, CocoDetection(tmp_path / "a.json", tmp_path))
     assert not any("mask" in name for name in plain.metrics)
-    both = evaluate_detector(detector, CocoDetection(tmp_path / "a.json", tmp_path, masks=True))
+    both = evaluate_detector(detector, masked)
     assert {"AP", "AR100", "mask_AP", "mask_AR100"} < both.metrics.keys()
     assert both.detections[0]["segmentation"]["size"] == [64, 96]
     assert [row["bbox"] for row in both.detections] == [row["bbox"] for row in plain.detections]
@@ -253,15 +255,16 @@ def test_masks_of_a_head_are_scored_where_the_data_set_has_some(tmp_path: Path):
     assert rows[0]["segmentation"]["size"] == [64, 96]
 
 
+def test_pictures_show_what_the_precision_gives(tmp_path: Path):
+    detector, dataset, used = tiny_detector(), masked_data(tmp_path), set()
+    detector.head.time_embedding[0].register_forward_hook(lambda *call: used.add(call[2].dtype))
+    detect_folder(detector, tmp_path / "a.png", tmp_path / "out", workers=0, precision="bf16")
+    draw_predictions(detector, dataset, OutputFolder(tmp_path / "score"), 1, precision="bf16")
+    assert used == {torch.bfloat16}
+
+
 def test_masks_that_no_one_gives_or_scores_are_refused_before_the_work(tmp_path: Path):
-    square = {"bbox": [9, 9, 9, 9], "segmentation": [[9, 9, 18, 9, 18, 18]], "area": 40, "iscrowd": 0}
-    content = {
-        "images": [{"id": 1, "file_name": "none.png", "width": 96, "height": 64}],
-        "categories": [{"id": k, "name": name} for k, name in enumerate(CLASSES)],
-        "annotations": [square | {"id": 1, "image_id": 1, "category_id": 0}],
-    }
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    dataset = CocoDetection(tmp_path / "a.json", tmp_path, masks=True)
+    dataset = masked_data(tmp_path)
     with pytest.raises(ValueError, match="this DiffusionDet gives no masks"):
         evaluate_detector(tiny_detector(), dataset)
     with pytest.raises(ValueError, match="a sweep scores boxes alone"):

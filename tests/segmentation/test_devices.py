@@ -1,13 +1,19 @@
 """Segmenting and gathering pixels on every device: nothing is mixed, and an image is waited for a few times."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from diffperception.data.masks import MaskFolder
 from diffperception.devices import autocast
 from diffperception.segmentation import DiffusionFeatures, MeanIoU, PixelEnsemble, PixelSegmenter, TimmFeatures
+from diffperception.segmentation.inference import evaluate_segmenter, segment_folder
 from diffperception.segmentation.pixels import LabelledPixels
+from diffperception.segmentation.probe import expected_seconds, probe_features
 from tests.helpers.devices import Device
 from tests.helpers.pixel_classifiers import diffusion, trained_like
+from tests.helpers.scenes import write_scenes
 
 MAKE = {"diffusion": diffusion, "timm": lambda: TimmFeatures("resnet18", (4, 8), window=32)}
 
@@ -41,6 +47,20 @@ def test_half_precision_is_close(device: Device) -> None:
     with autocast(device.device, "bf16"):
         found = model.segment(image)
     assert (device.host(found.labels) == expected.labels).float().mean() > 0.8
+
+
+def test_pictures_and_the_probe_have_the_precision_asked_for(tmp_path: Path) -> None:
+    write_scenes(tmp_path, range(2))
+    model, used = segmenter(diffusion()), set()
+    convolution = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    convolution.register_forward_hook(lambda *call: used.add(call[2].dtype))
+    folder = MaskFolder(tmp_path / "images", tmp_path / "masks", 3)
+    evaluate_segmenter(model, folder, tmp_path / "score", 1, 0, "bf16")
+    segment_folder(model, tmp_path / "images", tmp_path / "out", rank=True, workers=0, precision="bf16")
+    images, masks = list(folder.images), list(folder.masks)
+    expected_seconds(model.features, images, "bf16")
+    probe_features(model.features, images, masks, 3, pixels=50, precision="bf16")
+    assert used == {torch.bfloat16}
 
 
 def test_gathering_a_minibatch_waits_for_nothing(device: Device) -> None:
