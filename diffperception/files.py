@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+CHECKPOINT = "last.ckpt"  # that a training run goes on from
 RECORD = ".diffperception"  # in a folder of results: the names of the files that this program wrote, a line each
 
 
@@ -153,12 +154,16 @@ class OutputFolder:
     >>> write_text(folder.file("masks/a.txt"), "...")  # the name is recorded before the file is written
 
     Raises:
-        ValueError: it is a file, or not empty and not to be overwritten.
+        ValueError: it is a file, holds a training run, or is not empty and not to be overwritten.
     """
+
+    may_hold_run = False
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         if path.is_file():
             raise ValueError(f"{path} is a file: name a folder for the results")
+        if not self.may_hold_run and (path / CHECKPOINT).exists():
+            raise ValueError(f"the folder {path} holds a training run, which would be lost: choose another --output")
         if path.is_dir() and not overwrite and any(child.name != RECORD for child in path.iterdir()):
             raise ValueError(
                 f"the folder {path} is not empty: choose another, or allow to overwrite it with --overwrite"

@@ -193,3 +193,9 @@ def test_odd_names_come_back(tmp_path: Path) -> None:
     run(tmp_path, *names)
     assert [path.name for path in OutputFolder(tmp_path, True).written()] == names
     assert os.listdir(tmp_path).count("line\nbreak.png") == 1
+
+
+def test_results_do_not_go_into_a_training_run(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(ValueError, match="holds a training run"):
+        OutputFolder(tmp_path, overwrite=True)

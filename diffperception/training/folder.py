@@ -14,14 +14,13 @@ from torch import nn
 
 from diffperception.configuration.base import read_settings_file
 from diffperception.configuration.settings import changes, format_value
-from diffperception.files import OutputFolder, write_text
+from diffperception.files import CHECKPOINT, OutputFolder, write_text
 from diffperception.models.base import describe
 from diffperception.training.loggers import BOARD, METRICS
 from diffperception.training.module import ARGUMENTS
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
-CHECKPOINT = "last.ckpt"
 FILES = {
     CHECKPOINT: "what --resume goes on from",
     METRICS: f"losses and scores over the steps; also as TensorBoard events in {BOARD}/",
@@ -40,6 +39,8 @@ class RunFolder(OutputFolder):
         path: the folder, which need not be there.
         files: names of what the recipe leaves beside what every run leaves; folders end in a slash.
     """
+
+    may_hold_run = True
 
     def __init__(self, path: Path, files: Iterable[str]) -> None:
         super().__init__(path, overwrite=True)  # `require_room` says what may stay
