@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffperception.files import OutputFolder
 from diffperception.generation import SamplingOptions
 from diffperception.models import DiffusionModel
 from diffperception.training.recipes.generation import GenerationEvaluator, PreviewOptions
@@ -38,7 +39,7 @@ def test_times_are_learned_from_the_losses_of_both(runs: Path) -> None:
 def test_samples_are_those_of_a_single_process(runs: Path, tmp_path: Path) -> None:
     model = DiffusionModel.load(runs / "generator" / "model.safetensors", allow=("tests",))
     options = PreviewOptions(num_samples=3, sampling=SamplingOptions(steps=2))
-    GenerationEvaluator(model, None, options, seed=0).draw(model, tmp_path / "alone.png")
+    GenerationEvaluator(model, None, options, seed=0).draw(model, OutputFolder(tmp_path), "alone.png")
     alone, shared = (
         np.asarray(Image.open(path)).astype(int)
         for path in (tmp_path / "alone.png", runs / "generator" / "pictures" / "samples_0000012_averaged.png")
