@@ -93,12 +93,6 @@ class ActivationReader(Model):
             maps += self.generator.activations(noisy, times, self.blocks, told)
         return maps
 
-    def at_timestep(self, index: int) -> "ActivationReader":
-        """The same network and noise at a single one of the times."""
-        reader = ActivationReader(**self.arguments | {"timesteps": [self.timesteps[index]]})
-        reader.noise = self.noise
-        return reader
-
     def unused(self) -> list[torch.nn.Module]:
         """The network's modules that no reading reaches."""
         network = self.generator.network

@@ -197,7 +197,7 @@ def compare_label_efficiency(
                     keep(extractor, images, memory, TITLES[method]), len(data.classes), members, fit, trainer
                 )
             for _, count, each in runs:
-                row, predictions = measure(learn, chosen[each].first(count), test, data.classes, each)
+                row, predictions = measure_learner(learn, chosen[each].first(count), test, data.classes, each)
                 if count == min(labels) and each == seed:
                     for labels_found, name in zip(predictions, test.names, strict=True):
                         save_png(Image.fromarray(labels_found.numpy()), _example(output, method, name))
@@ -269,7 +269,7 @@ def from_scratch(unet: UNet, num_classes: int, options: BaselineOptions, trainer
     return learn
 
 
-def measure(
+def measure_learner(
     learn: Learn, labelled: LabelledImages, test: LabelledImages, classes: Sequence[str], seed: int
 ) -> tuple[dict[str, Any], list[Tensor]]:
     """Scores, seconds and the images learned from, for the results; and the predictions of the test images."""
