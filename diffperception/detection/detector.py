@@ -163,10 +163,13 @@ class DiffusionDet(Detector):
         self.schedule = cosine_schedule(num_timesteps)
         self.sampler = sampler or BoxSampler()
         body = build_backbone(backbone, strides, pretrained, freeze_norm)
-        built = head if isinstance(head, Head) else head(len(self.classes))
         self.strides, self.pad_multiple = body.strides, body.multiple
-        self.backbone = build_pyramid(body, built.width, fpn_norm)
-        self.head, self.gives_masks = built, built.gives_masks
+        # The pyramid has the width of the head, and its weights are drawn before the head's, whatever head that is.
+        with torch.device("meta"):  # nothing is drawn there
+            planned = _build_head(head, len(self.classes))
+        self.backbone = build_pyramid(body, planned.width, fpn_norm)
+        self.head = _build_head(head, len(self.classes))
+        self.gives_masks = self.head.gives_masks
         self.criterion = criterion or SetCriterion()
         # The file holds the parts as they were built, and brings the backbone's weights.
         self.record(head=self.head, criterion=self.criterion, sampler=self.sampler, pretrained=False)
@@ -371,3 +374,8 @@ class DiffusionDet(Detector):
     def _at_once(self, images: int, size: int, most: int) -> int:
         """How many of the images to predict together: on a CPU at most `most` pixels or boxes, `size` per image."""
         return max(1, most // max(1, size)) if self.device.type == "cpu" else images
+
+
+def _build_head(head: Callable[[int], Head], classes: int) -> Head:
+    """The head that a detector's argument describes: made for so many classes, or one already built."""
+    return head if isinstance(head, Head) else head(classes)

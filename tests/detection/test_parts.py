@@ -28,7 +28,7 @@ from diffperception.detection.inference import detect_folder, draw_predictions, 
 from diffperception.detection.sweep import sweep_sampler
 from diffperception.detection.targets import PaddedTargets
 from diffperception.files import OutputFolder
-from diffperception.models import FPN, Backbone, FeatureInfo
+from diffperception.models import FPN, Backbone, FeatureInfo, build_backbone
 from diffperception.models.ops.pooling import FeaturePyramid
 from diffperception.training.recipes.detection import DataOptions, DetectionRecipe
 from diffperception.visualization.panels import PANEL_SIDE
@@ -108,6 +108,20 @@ def test_a_head_is_made_for_the_classes_or_given(head, tmp_path):
     loaded = DiffusionDet.load(tmp_path / "model.safetensors")
     found, again = detector.eval().predict(IMAGES), loaded.predict(IMAGES)
     assert all(torch.equal(a[key], b[key]) for a, b in zip(found, again, strict=True) for key in a)
+
+
+def test_weights_are_drawn_for_the_backbone_then_the_pyramid_then_the_head():
+    torch.manual_seed(0)
+    body = build_backbone("test_resnet", (4, 8))
+    parts = FPN(body, 32), SMALL(3)
+    expected = [value for part in parts for value in part.state_dict().values()]
+    torch.manual_seed(0)
+    detector = DiffusionDet(CLASSES, "test_resnet", SMALL, strides=(4, 8), min_size=None)
+    assert all(torch.equal(*pair) for pair in zip(detector.state_dict().values(), expected, strict=True))
+    torch.manual_seed(0)
+    deeper = DiffusionDet(CLASSES, "test_resnet", partial(SMALL, stages=3), strides=(4, 8), min_size=None)
+    pyramids = (model.backbone.state_dict().values() for model in (detector, deeper))
+    assert all(torch.equal(*pair) for pair in zip(*pyramids, strict=True))
 
 
 def test_all_settings_of_the_parts_are_in_the_file(tmp_path):
