@@ -9,14 +9,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.images import (
-    BrokenImageError,
-    lies_on_its_side,
-    listed_images,
-    read_image,
-    read_size,
-    to_float,
-)
+from diffperception.data.images import BrokenImageError, listed_images, read_image, read_size, to_float
 from diffperception.files import images_below
 
 
@@ -82,7 +75,8 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
             except BrokenImageError as error:
                 if self.on_broken == "stop":
                     raise _advised(error) from error
-        small = {path: size for path, size in sizes.items() if self._is_small(path, size)}
+        least = [side // 2 for side in self.image_size]  # smaller ones would be enlarged to more than twice their size
+        small = {path: size for path, size in sizes.items() if size[0] < least[0] or size[1] < least[1]}
         if small and self.on_broken == "stop":
             first, (height, width) = next(iter(small.items()))
             raise ValueError(
@@ -94,14 +88,6 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         if not usable:
             raise FileNotFoundError(f"there is no image large enough that can be read in {self.folder}")
         return usable
-
-    def _is_small(self, path: Path, size: tuple[int, int]) -> bool:
-        """Whether an image whose header tells this height and width would be enlarged to more than twice its size."""
-
-        def below_half(height: int, width: int) -> bool:
-            return height < self.image_size[0] // 2 or width < self.image_size[1] // 2
-
-        return below_half(*size) and (below_half(*size[::-1]) or not lies_on_its_side(path))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -115,19 +101,15 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def _readable(self, index: int) -> tuple[int, Tensor]:
         """The image at `index`, or the next that can be read where broken ones are passed over."""
-        for candidate in range(index, index + len(self)):
+        for candidate in range(index, index + (len(self) if self.on_broken == "skip" else 1)):
             try:
                 return candidate % len(self), self._image(candidate % len(self))
             except BrokenImageError as error:
                 broken = error
-                if self.on_broken == "stop":
-                    break
         raise _advised(broken) from broken
 
     def _image(self, index: int) -> Tensor:
-        if index in self._kept:
-            return self._kept[index]
-        image = self._read(index)
+        image = self._kept[index] if index in self._kept else self._read(index)
         if len(self._kept) < self.cached:
             self._kept[index] = image
         return image

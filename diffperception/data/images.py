@@ -63,7 +63,7 @@ def _read_sample(path: Path) -> ImageSample:
         return ImageSample(path, None, str(error))
 
 
-def ignore_interrupts(worker: int) -> None:
+def ignore_interrupts(worker: int = 0) -> None:
     """For workers that read images: Ctrl-C reaches them too, but it is the main process that ends the work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -102,8 +102,10 @@ def to_float(image: Tensor) -> Tensor:
     return F.to_dtype(image, torch.float32, scale=True)
 
 
-def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+def short_side_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
     """The height and width that `resize_short_side` gives an image."""
+    if short_side is None:
+        return height, width
     long_side = int(short_side * max(height, width) / min(height, width))
     return (short_side, long_side) if height <= width else (long_side, short_side)
 
@@ -117,22 +119,14 @@ def resize_short_side(image: Tensor, short_side: int | None, nearest: bool = Fal
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Height and width from an image's header, before its EXIF orientation turns it.
-
-    Raises:
-        BrokenImageError: the header cannot be read.
-    """
+    """Height and width, as `read_image` gives them, from an image's header; BrokenImageError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            exif = Image.Image.getexif(image)  # that of PngImageFile would decode all pixels first
+            turned = exif.get(ExifTags.Base.Orientation, 1) > 4 and image.format != "TIFF"  # Pillow turns TIFF's itself
+            return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # Pillow raises many kinds on bad bytes
         raise BrokenImageError(f"the image {path} cannot be read: {error}") from error
-
-
-def lies_on_its_side(path: Path) -> bool:
-    """Whether height and width change places when an image is turned as its EXIF orientation says."""
-    with Image.open(path) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) > 4
 
 
 def read_image(path: str | Path) -> Tensor:

@@ -26,10 +26,8 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     beginning, and read again when they are asked for.
 
     Args:
-        images, masks, ignore, annotations, unlabelled: as for :class:`MaskDataOptions`.
-        num_classes: K; masks hold 0..K-1 and `ignore`.
-        mask_values: as for :class:`MaskDataOptions`; what is not named there but `ignore` is unknown.
-        max_images: use no more images than these, chosen by the seed; a larger number chooses the same and others.
+        num_classes: K; masks hold 0..K-1, or the keys of `mask_values`, and `ignore`.
+        max_images: as in :class:`MaskDataOptions`, as all others; a larger number chooses the same images and more.
         seed: of the choice.
         short_side: resize images to this short side with antialiasing, and masks with them by nearest neighbours.
 
@@ -63,7 +61,8 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
             order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
             pairs = [pairs[i] for i in order[:max_images].tolist()]
         self.names = [str(image.relative_to(images)) for image, _ in pairs]
-        if not sum(self._labelled(*pair) for pair in pairs):
+        labelled = [self._has_labels(*pair) for pair in pairs]
+        if not any(labelled):
             raise ValueError(f"all pixels of the masks in {masks} are ignored: label some")
         self.images = LazyMap(self._image, [image for image, _ in pairs])
         self.masks = LazyMap(self._mask, [mask for _, mask in pairs])
@@ -80,12 +79,9 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     def _mask(self, path: Path) -> Tensor:
         return resize_short_side(torch.from_numpy(self._read(path))[None], self.short_side, nearest=True)[0]
 
-    def _labelled(self, image: Path, mask: Path) -> bool:
-        """Whether a mask has labelled pixels; ValueError if it does not go with the image."""
-        labels = self._read(mask)
-        height, width = read_size(image)
-        if labels.shape != (height, width):
-            height, width = read_image(image).shape[1:]  # the header's are those of a picture that lies on its side
+    def _has_labels(self, image: Path, mask: Path) -> bool:
+        """Whether any pixel of a mask is labelled; ValueError if the mask does not go with the image."""
+        labels, (height, width) = self._read(mask), read_size(image)
         if labels.shape != (height, width):
             raise ValueError(
                 f"the mask {mask} has {labels.shape[0]} x {labels.shape[1]} pixels, but its image {image} has"
@@ -99,12 +95,11 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         labels = np.full(mask.shape, -1, dtype=np.int64)
         for value, label in self.labels.items():
             labels[mask == value] = label
-        unknown = np.unique(mask[labels == -1]).tolist()
-        if unknown:
-            known = sorted(self.labels)
+        if unknown := np.unique(mask[labels == -1]).tolist():
             raise ValueError(
                 f"the mask {path} has the unknown value{'s' * (len(unknown) > 1)} {_some(unknown)}; known are"
-                f" {_some(known)}: name all classes, or say with `mask_values` and `ignore` what else the masks hold"
+                f" {_some(sorted(self.labels))}: name all classes, or say with `mask_values` and `ignore` what else the"
+                " masks hold"
             )
         return labels
 
@@ -203,11 +198,7 @@ def check_names(classes: Sequence[str]) -> list[str]:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """The numbers in a mask's file, (H, W); of a PNG with a palette the places in it.
-
-    Raises:
-        ValueError: it cannot be read, has several channels, or holds other than whole numbers.
-    """
+    """The numbers in a mask's file, (H, W), of a PNG with a palette the places in it; ValueError for no mask."""
     try:
         if path.suffix == ".npy":
             mask = np.load(path, allow_pickle=False)
@@ -218,8 +209,7 @@ def read_mask(path: Path) -> np.ndarray:
         raise ValueError(f"the mask {path} cannot be read: {error}") from None
     if mask.ndim != 2 or mask.dtype.kind not in "buif":
         raise ValueError(
-            f"the mask {path} has numbers of shape {mask.shape}: a mask has one channel, and in each pixel the number"
-            " of its class"
+            f"the mask {path} has numbers of shape {mask.shape}: a mask has one channel, a class's number in each pixel"
         )
     if mask.dtype.kind == "f" and not np.equal(mask, np.round(mask)).all():
         raise ValueError(f"the mask {path} has numbers that are not whole: a mask holds the numbers of classes")
@@ -233,8 +223,7 @@ def _label_of_value(num_classes: int, ignore: int | None, values: Mapping[int, i
     ignored = {} if ignore is None else {ignore: IGNORE_INDEX}
     if values is None:
         return {k: k for k in range(num_classes)} | ignored
-    outside = sorted({label for label in values.values() if label != IGNORE_INDEX and label not in range(num_classes)})
-    if outside:
+    if outside := sorted({*values.values()} - {*range(num_classes), IGNORE_INDEX}):
         raise ValueError(f"`mask_values` leads to {_some(outside)}, but the classes are 0 to {num_classes - 1}")
     return ignored | dict(values)
 

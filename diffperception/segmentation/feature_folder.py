@@ -12,14 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.configuration.settings import differences, read_settings
-from diffperception.data.images import (
-    BrokenImageError,
-    lies_on_its_side,
-    load_images,
-    read_size,
-    resize_short_side,
-    short_side_size,
-)
+from diffperception.data.images import BrokenImageError, load_images, read_size, resize_short_side, short_side_size
 from diffperception.devices import (
     Precision,
     autocast,
@@ -49,13 +42,10 @@ from diffperception.segmentation.maps import FeatureMaps
 EXTRACTOR = "extractor.safetensors"
 SETTINGS = "settings.json"
 LEFT_OUT = "left_out.json"  # images whose headers can be read, but not their pixels: their problems, and of which file
-Size = tuple[int, int]  # height and width
 
 
 class ExtractedFeatures(FeatureExtractor):
-    """Maps from a folder that :func:`extract_features` wrote; those of other images are computed.
-
-    An image is known by its pixels, so it must be given as it was extracted: at the same size.
+    """Maps from a folder that :func:`extract_features` wrote; those of other images or other sizes are computed.
 
     Args:
         folder: what was written.
@@ -127,64 +117,64 @@ def extract_features(
         FileNotFoundError: there is no such image or folder.
         ValueError: the folder holds other things, the files would be too large, or no image can be read.
     """
-    on_device = features.to(pick_device(device))
-    with join_processes():
-        broken = _extract(on_device, images, output, short_side, dtype, max_bytes, workers, precision)
-    echo("\n".join([f"{output}: feature maps", *(["left out:", *broken] if broken else [])]))
-    return broken
-
-
-def _extract(
-    features: FeatureExtractor,
-    images: str,
-    output: Path,
-    short_side: int | None,
-    dtype: str,
-    max_bytes: str | None,
-    workers: int,
-    precision: Precision,
-) -> list[str]:
-    most = None if max_bytes is None else parse_bytes(max_bytes)
+    limit = None if max_bytes is None else parse_bytes(max_bytes)
     number_type: torch.dtype = getattr(torch, dtype)
+    features = features.to(pick_device(device))
     root, paths = list_images(images, output)
     maps_of = [[info.name, info.channels, info.stride] for info in features.info]
     settings = {**settings_of(features), "maps": maps_of, "dtype": dtype, "short_side": short_side}
     _require_same(output / SETTINGS, settings)
     known = read_settings(output / LEFT_OUT) if (output / LEFT_OUT).exists() else {}
-    broken = {str(p): known[str(p)]["problem"] for p in paths if known.get(str(p), {}).get("file") == _stamp(p)}
-    sizes: dict[Path, Size] = {}
-    for path in paths:
-        try:
-            if str(path) not in broken:
-                sizes[path] = _size(path, short_side)
-        except BrokenImageError as error:
-            broken[str(path)] = str(error)
-    if not sizes:
-        raise ValueError(f"no image can be read: {next(iter(broken.values()))}")
+    sizes, broken = _sizes(paths, short_side, known)
     files = {path: output / path.relative_to(root).with_name(f"{path.name}.safetensors") for path in sizes}
     each = {path: file_bytes(features, size, number_type) for path, size in sizes.items()}
     left = [path for path, file in files.items() if not (file.exists() and file.stat().st_size == each[path])]
-    _announce(features, sizes, each, sum(each[path] for path in left), number_type, most, output)
-    barrier()  # all have looked what is in the folder
-    if first_process():
-        write_json(output / SETTINGS, settings)
-        features.save(output / EXTRACTOR)
-    mine, problems = share(left), {}
-    for (sample,) in tqdm(load_images(mine, workers=workers), "extract", len(mine), unit="image", disable=hide_bar()):
-        if sample.image is None:
-            problems[str(sample.path)] = {"problem": sample.problem, "file": _stamp(sample.path)}
-            continue
-        image = resize_short_side(sample.image, short_side)
-        with autocast(features.device, precision):
-            maps = features.maps(image)
-        save_maps(maps.stored(number_type, str(sample.path)), features.info, files[sample.path], image_key(image))
-    found = dict(gather(list(problems.items())))
+    with join_processes():
+        _require_room(features, sizes, each, sum(each[path] for path in left), number_type, limit, output)
+        barrier()  # all have looked what is in the folder
+        if first_process():
+            write_json(output / SETTINGS, settings)
+            features.save(output / EXTRACTOR)
+        mine, found = share(left), {}
+        for (sample,) in tqdm(load_images(mine, workers=workers), "extract", unit="image", disable=hide_bar()):
+            if sample.image is None:
+                found[str(sample.path)] = {"problem": sample.problem, "file": _stamp(sample.path)}
+                continue
+            image = resize_short_side(sample.image, short_side)
+            with autocast(features.device, precision):
+                maps = features.maps(image).stored(number_type, str(sample.path))
+            save_maps(maps, features.info, files[sample.path], image_key(image))
+        found = dict(gather(list(found.items())))
     if found and first_process():
         write_json(output / LEFT_OUT, known | found)
-    broken |= {path: about["problem"] for path, about in found.items()}
+    broken += [about["problem"] for about in found.values()]
     if len(broken) == len(paths):
-        raise ValueError(f"no image can be read: {next(iter(broken.values()))}")
-    return list(broken.values())
+        raise ValueError(f"no image can be read: {broken[0]}")
+    echo("\n".join([f"{output}: feature maps", *(["left out:", *broken] if broken else [])]))
+    return broken
+
+
+def _sizes(
+    paths: Sequence[Path], short_side: int | None, known: dict[str, Any]
+) -> tuple[dict[Path, tuple[int, int]], list[str]]:
+    """Height and width that images will have, by their headers; and what is wrong with those that cannot be read.
+
+    Args:
+        known: those that could not be read before, as LEFT_OUT has them.
+    """
+    sizes, broken = {}, []
+    for path in paths:
+        before = known.get(str(path))
+        if before and before["file"] == _stamp(path):
+            broken.append(before["problem"])
+            continue
+        try:
+            sizes[path] = short_side_size(*read_size(path), short_side)
+        except BrokenImageError as error:
+            broken.append(str(error))
+    if not sizes:
+        raise ValueError(f"no image can be read: {broken[0]}")
+    return sizes, broken
 
 
 def _stamp(path: Path) -> list[int]:
@@ -196,8 +186,7 @@ def _stamp(path: Path) -> list[int]:
 def _require_same(path: Path, settings: dict[str, Any]) -> None:
     """ValueError if the folder of a settings file holds maps of other settings, or other things."""
     if path.exists():
-        changed = differences(read_settings(path), settings)
-        if changed:
+        if changed := differences(read_settings(path), settings):
             raise ValueError(
                 f"{path.parent} holds features of other settings ({', '.join(changed)}): choose another --output"
             )
@@ -205,21 +194,13 @@ def _require_same(path: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"the folder {path.parent} holds other files: choose another --output")
 
 
-def _size(path: Path, short_side: int | None) -> Size:
-    """Height and width that an image will have, from its header alone."""
-    height, width = read_size(path)
-    if path.suffix.lower() != ".png" and lies_on_its_side(path):  # of a PNG, Pillow would decode all pixels first
-        height, width = width, height
-    return (height, width) if short_side is None else short_side_size(height, width, short_side)
-
-
-def _announce(
+def _require_room(
     features: FeatureExtractor,
-    sizes: dict[Path, Size],
+    sizes: dict[Path, tuple[int, int]],
     each: dict[Path, int],
     to_write: int,
     dtype: torch.dtype,
-    most: int | None,
+    limit: int | None,
     output: Path,
 ) -> None:
     """Say how many bytes will be written and how many are free; ValueError where they are too many."""
@@ -231,8 +212,8 @@ def _announce(
         f" {str(dtype).removeprefix('torch.')}: {total} bytes ({in_bytes(total)}), of which {in_bytes(to_write)} are to"
         f" be written; {in_bytes(free)} are free"
     )
-    if most is not None and total > most:
-        ways = [f"{sum(so_far <= most for so_far in accumulate(each.values()))} of the images would fit"]
+    if limit is not None and total > limit:
+        ways = [f"{sum(so_far <= limit for so_far in accumulate(each.values()))} of the images would fit"]
         if dtype == torch.float32:
             half = sum(file_bytes(features, size, torch.float16) for size in sizes.values())
             ways.append(f"float16 would take {in_bytes(half)}")
@@ -243,7 +224,7 @@ def _announce(
             ways.append(f"the largest map, {largest}, takes {in_bytes(max(room))}")
         raise ValueError(
             f"the features of {plural(len(sizes), 'image')} take {in_bytes(total)}, more than the limit of"
-            f" {in_bytes(most)}: {'; '.join(ways)}"
+            f" {in_bytes(limit)}: {'; '.join(ways)}"
         )
     if to_write > free:
         raise ValueError(f"the features take {in_bytes(to_write)}, but only {in_bytes(free)} are free in {folder}")
