@@ -3,8 +3,6 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from diffperception.data.check import check_coco
 from diffperception.echo import echo
 from diffperception.files import write_json
@@ -33,13 +31,7 @@ def check(
         show: how many places of each problem are printed.
         report: JSON file to write, with every place of every problem.
     """
-    with tqdm(desc="open images", unit="image", leave=False, disable=None) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update()
-
-        found = check_coco(annotations, images, open_images, num_boxes, on_image=advance)
+    found = check_coco(annotations, images, open_images, num_boxes)
     echo(found.text(show))
     if images is None:
         echo("Only the annotations were checked; --images FOLDER checks the image files too.")

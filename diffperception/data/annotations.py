@@ -11,15 +11,13 @@ ADVICE = "`diffperception check` lists every problem of the file"
 
 
 def read_coco(path: str | Path, outlines: bool = False) -> dict[str, Any]:
-    """The content of a COCO annotation file.
+    """The content of a COCO annotation file, with the lists `images`, `annotations` and `categories`.
+
+    Where images are named by a URL alone, as in LVIS, its last two parts become the file_name: train2017/000001.jpg.
 
     Args:
         outlines: whether outlines (`segmentation`) are wanted. They are most of a large file: where nobody needs them,
             they are dropped while parsing and take no memory.
-
-    Returns:
-        Its dictionary, with the lists `images`, `annotations` and `categories`.
-        Images have a `file_name` where LVIS names them by their URL: its last two parts, such as train2017/000001.jpg.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,9 +32,7 @@ def read_coco(path: str | Path, outlines: bool = False) -> dict[str, Any]:
         raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
-        raise ValueError(
-            f"{path} is not a COCO annotation file: it must hold the lists images, annotations, categories"
-        )
+        raise ValueError(f"{path} is not a COCO annotation file: it must hold the lists {', '.join(keys)}")
     for image in content["images"]:
         if isinstance(image, dict) and isinstance(image.get("coco_url"), str):
             image.setdefault("file_name", "/".join(image["coco_url"].split("/")[-2:]))

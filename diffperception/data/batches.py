@@ -16,10 +16,9 @@ Seeded = tuple[int, int]  # index of a sample, seed of its random transforms
 class StepBatchSampler(Sampler[list[Seeded]]):
     """Batches of an endless stream of shuffled epochs; each item is `(index, seed)`, as `SeededSamples` takes them.
 
-    The batch of step k is a function of (seed, k, rank, world_size), so that training resumes at any step with what it
-    would have seen. The batches of all ranks, one after another, are the single batch of one process with batch size
-    `batch_size * world_size`: what is seen, and with which seeds, does not depend on how it is split. Within an epoch
-    no sample comes twice, on whatever rank, unless its weight asks for it.
+    The batch of step k is a function of (seed, k, rank, world_size), so that training resumes at any step. The batches
+    of all ranks, one after another, are the single batch of one process with batch size `batch_size * world_size`.
+    Within an epoch no sample comes twice, on whatever rank, unless its weight asks for it.
 
     Args:
         samples: how many samples there are, or a weight for each: sample i comes weights[i] times per epoch on average,
@@ -96,13 +95,9 @@ def repeat_factors(labels: Sequence[np.ndarray], num_classes: int, threshold: fl
 
     Args:
         labels: of each image's objects, in 0..num_classes-1.
-        num_classes: K.
-        threshold: classes in a smaller fraction of the images than this are repeated.
+        threshold: classes in a smaller fraction of the images than this are repeated; in 0..1, else ValueError.
 
     Returns: (images,) weights for `StepBatchSampler`.
-
-    Raises:
-        ValueError: the threshold is no fraction.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"repeat_threshold is {threshold}: it is a fraction of the images, above 0 and at most 1")

@@ -4,27 +4,22 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from diffperception.data.annotations import CocoTable, read_coco, tabulate
-from diffperception.data.check_report import Problem, Report, summarize
+from diffperception.data.check_report import Level, Problem, Report, summarize
 from diffperception.data.images import BrokenImageError, read_image
 
 TOLERANCE = 1.0  # pixels by which a box may reach over the border: annotation tools round
 
-Entry = dict[str, Any]
-Progress = Callable[[int, int], object]
-
 
 def check_coco(
-    annotations: str | Path,
-    images: str | Path | None = None,
-    open_images: bool = True,
-    num_boxes: int | None = None,
-    on_image: Progress | None = None,
+    annotations: str | Path, images: str | Path | None = None, open_images: bool = True, num_boxes: int | None = None
 ) -> Report:
     """Read a COCO data set and name every problem of it.
 
@@ -35,7 +30,6 @@ def check_coco(
         images: the folder of its images; None: files are not looked at.
         open_images: whether each image is decoded and its size compared; otherwise only that its file exists.
         num_boxes: proposals of the detector that will be trained: images with more objects are named.
-        on_image: called after each opened image with the number of opened images and of all, to show progress.
     """
     try:
         content = read_coco(annotations)
@@ -47,7 +41,7 @@ def check_coco(
     problems = _found("error", "unusable entry", "an entry lacks a key or has a wrong value in it", faults)
     problems += [*check_ids(table), *check_boxes(table), *check_counts(table, num_boxes)]
     if images is not None:
-        problems += check_files(table, Path(images), open_images, on_image)
+        problems += check_files(table, Path(images), open_images)
     return Report(sorted(problems, key=lambda problem: problem.level), summarize(table))
 
 
@@ -59,28 +53,28 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
 Rule = tuple[Callable[[Any], bool], str]
 ID: Rule = (_is_whole, "a whole number")
 TEXT: Rule = (lambda value: isinstance(value, str) and value != "", "a text")
 SIDE: Rule = (lambda value: _is_whole(value) and value > 0, "a whole number above 0")
-BOX: Rule = (
-    lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)),
-    "four finite numbers",
-)
-REQUIRED: dict[str, dict[str, Rule]] = {
+BOX: Rule = (_is_box, "four finite numbers")
+AREA: Rule = (lambda value: _is_number(value) and value >= 0, "a number from 0")
+FLAG: Rule = (lambda value: value in (0, 1), "0 or 1")
+RULES = {
     "images": {"id": ID, "file_name": TEXT, "width": SIDE, "height": SIDE},
-    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX},
+    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX, "area": AREA, "iscrowd": FLAG},
     "categories": {"id": ID, "name": TEXT},
 }
-OPTIONAL: dict[str, Rule] = {
-    "area": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
-    "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
-}
+OPTIONAL = ("area", "iscrowd")
 
 
-def sound_entries(content: dict[str, list[Any]]) -> tuple[dict[str, list[Entry]], list[str]]:
+def sound_entries(content: dict[str, list[Any]]) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """The entries that have all keys with values of the right type, and what is wrong with each of the others."""
-    sound: dict[str, list[Entry]] = {section: [] for section in REQUIRED}
+    sound: dict[str, list[dict[str, Any]]] = {section: [] for section in RULES}
     faults = []
     for section, entries in sound.items():
         for index, entry in enumerate(content[section]):
@@ -95,11 +89,10 @@ def sound_entries(content: dict[str, list[Any]]) -> tuple[dict[str, list[Entry]]
 def _faults(section: str, entry: Any) -> list[str]:
     if not isinstance(entry, dict):
         return ["it is not an object with keys"]
-    missing = [f'no "{key}"' for key in REQUIRED[section] if key not in entry]
+    missing = [f'no "{key}"' for key in RULES[section] if key not in entry and key not in OPTIONAL]
     wrong = [
         f'"{key}" is {entry[key]!r}, not {expected}'
-        for rules in (REQUIRED[section], OPTIONAL)
-        for key, (is_right, expected) in rules.items()
+        for key, (is_right, expected) in RULES[section].items()
         if key in entry and not is_right(entry[key])
     ]
     return missing + wrong
@@ -137,8 +130,10 @@ def check_boxes(table: CocoTable) -> Iterator[Problem]:
     over = (low < -TOLERANCE).any(axis=1) | (high > sizes + TOLERANCE).any(axis=1)
     outside = ((high <= 0) | (low >= sizes)).any(axis=1)
 
-    def found(level: Literal["error", "warning"], kind: str, message: str, chosen: np.ndarray) -> list[Problem]:
-        return _found(level, kind, message, _box_places(table, known[chosen]))
+    def found(level: Level, kind: str, message: str, chosen: np.ndarray) -> list[Problem]:
+        rows = zip(table.annotation_ids[known[chosen]], image[chosen], boxes[chosen].tolist(), strict=True)
+        places = [f"annotation {a} in {table.file_names[i]}: box {', '.join(f'{x:g}' for x in b)}" for a, i, b in rows]
+        return _found(level, kind, message, places)
 
     message = "a box has a width or height of 0 or less, it is left out of training and measurement"
     yield from found("error", "box without area", message, flat)
@@ -164,15 +159,6 @@ def _look_like_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     return len(boxes) > 0 and as_corners.all(axis=1).mean() > 0.98 and far_over.any(axis=1).mean() > 0.2
 
 
-def _box_places(table: CocoTable, rows: np.ndarray) -> list[str]:
-    names = dict(zip(table.image_ids.tolist(), table.file_names, strict=True)) if len(rows) else {}
-    columns = (table.annotation_ids, table.annotation_images, table.boxes)
-    return [
-        f"annotation {a} in {names[i]}: box {', '.join(f'{number:g}' for number in box)}"
-        for a, i, box in zip(*(column[rows].tolist() for column in columns), strict=True)
-    ]
-
-
 def check_counts(table: CocoTable, num_boxes: int | None) -> Iterator[Problem]:
     """Problems of numbers: nothing to learn from, classes that do not occur, more objects than proposals."""
     if not len(table.image_ids):
@@ -193,49 +179,45 @@ def check_counts(table: CocoTable, num_boxes: int | None) -> Iterator[Problem]:
         yield from _found("warning", "more objects than proposals", message, places)
 
 
-def _found(level: Literal["error", "warning"], kind: str, message: str, places: list[str]) -> list[Problem]:
+def _found(level: Level, kind: str, message: str, places: list[str]) -> list[Problem]:
     """The problem, if it was found at any place."""
     return [Problem(level, kind, message, places)] if places else []
 
 
-def check_files(table: CocoTable, folder: Path, open_images: bool, on_image: Progress | None) -> Iterator[Problem]:
-    """Problems of image files: missing, broken, or of another size than the annotations say."""
+FILE_PROBLEMS = {
+    "missing image": "an image file is missing",
+    "broken image": "an image file cannot be read",
+    "image size": "an image is of another size than the file says, so boxes are off",
+}
+
+
+def check_files(table: CocoTable, folder: Path, open_images: bool) -> Iterator[Problem]:
+    """Problems of image files, each decoded if `open_images`, several at a time."""
     if not folder.is_dir():
         yield Problem("error", "no image folder", f"there is no image folder {folder}")
         return
-    missing, expected = [], []
-    for name, size in zip(table.file_names, table.sizes.tolist(), strict=True):
-        if (folder / name).is_file():
-            expected.append((folder / name, size))
-        else:
-            missing.append(str(folder / name))
-    yield from _found("error", "missing image", "an image file is missing", missing)
-    if open_images:
-        yield from _check_pixels(expected, on_image)
-
-
-def _check_pixels(expected: list[tuple[Path, list[int]]], on_image: Progress | None) -> Iterator[Problem]:
-    """Decode the files, several at a time, and compare them with the expected widths and heights."""
-    broken, resized = [], []
+    paths = [folder / name for name in table.file_names]
+    places: dict[str, list[str]] = {kind: [] for kind in FILE_PROBLEMS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(_size_or_error, [path for path, _ in expected])
-        for done, ((path, size), found) in enumerate(zip(expected, results, strict=True), start=1):
-            if on_image is not None:
-                on_image(done, len(expected))
-            if isinstance(found, str):
-                broken.append(found)
-            elif found != size:
-                turned = ": does its EXIF orientation turn it?" if found == size[::-1] else ""
-                resized.append(f"{path} is {found[0]}x{found[1]}, not {size[0]}x{size[1]}{turned}")
-    yield from _found("error", "broken image", "an image file cannot be read", broken)
-    message = "an image is of another size than the file says, so boxes are off"
-    yield from _found("error", "image size", message, resized)
+        results = pool.map(partial(_file_problem, open_image=open_images), paths, table.sizes.tolist())
+        for found in tqdm(results, "images", len(paths), unit="image", leave=False, disable=None):
+            if found is not None:
+                places[found[0]].append(found[1])
+    for kind, message in FILE_PROBLEMS.items():
+        yield from _found("error", kind, message, places[kind])
 
 
-def _size_or_error(path: Path) -> list[int] | str:
-    """Width and height of an image, or what is wrong with it."""
+def _file_problem(path: Path, size: list[int], open_image: bool) -> tuple[str, str] | None:
+    """Which of FILE_PROBLEMS a file has that should be an image of this width and height, and what to say of it."""
+    if not path.is_file():
+        return "missing image", str(path)
+    if not open_image:
+        return None
     try:
         _, height, width = read_image(path).shape
     except BrokenImageError as error:
-        return str(error)
-    return [width, height]
+        return "broken image", str(error)
+    if [width, height] == size:
+        return None
+    turned = ": does its EXIF orientation turn it?" if [height, width] == size else ""
+    return "image size", f"{path} is {width}x{height}, not {size[0]}x{size[1]}{turned}"

@@ -8,19 +8,22 @@ import numpy as np
 from diffperception.data.annotations import CocoTable
 from diffperception.table import format_table
 
+Level = Literal[
+    "error", "warning"
+]  # an error makes training or its measurement fail or be wrong; a warning may be meant
+
 
 @dataclass(frozen=True)
 class Problem:
     """One kind of problem and every place where it was found.
 
     Attributes:
-        level: an "error" makes training or its measurement fail or be wrong; a "warning" may be meant.
         kind: a short name, the same for the same kind of problem in every data set.
         message: what is wrong and what follows from it.
-        places: one text for each entry, image or file concerned; empty where it concerns the data set as a whole.
+        places: a text for each entry, image or file concerned; none where it concerns the data set as a whole.
     """
 
-    level: Literal["error", "warning"]
+    level: Level
     kind: str
     message: str
     places: list[str] = field(default_factory=list)
@@ -48,8 +51,7 @@ class Summary:
     """What a data set holds; crowd regions count as objects.
 
     Attributes:
-        images, objects, crowds: their numbers.
-        images_without_objects: their number.
+        images, objects, crowds, images_without_objects: their numbers.
         classes: in the order of the labels.
         objects_per_image: smallest, median and largest number.
         box_width, box_height: 5 %, 50 % and 95 % quantiles in pixels, of the boxes with an area.
@@ -69,7 +71,6 @@ class Summary:
     image_sizes: tuple[str, str]
 
     def text(self) -> str:
-        """A table of classes and the other figures, as lines."""
         few, middle, many = (f"{number:g}" for number in self.objects_per_image)
         small, medium, large = self.box_sizes
         rows = [(entry.name, entry.objects, entry.images) for entry in self.classes]
@@ -87,7 +88,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Report:
-    """All problems of a data set, errors first, and what it holds (None where the file cannot be read at all)."""
+    """All problems of a data set, errors first, and what it holds; None where the file cannot be read."""
 
     problems: list[Problem]
     summary: Summary | None

@@ -36,7 +36,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     detector must not learn a crowd as one object.
 
     Args:
-        annotations: the COCO JSON file; class count and names are read from it.
+        annotations: the COCO JSON file.
         images: the folder that the file names in it are relative to.
         transforms: called as `transforms(image, target)` with a uint8 `tv_tensors.Image` and `tv_tensors.BoundingBoxes`
             for the boxes, so torchvision's v2 transforms fit; conversion to float comes after it.
@@ -53,11 +53,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         on_broken: Literal["stop", "skip"] = "stop",
         masks: bool = False,
     ):
-        self.annotations = Path(annotations)
-        self.images = Path(images)
-        self.transforms = transforms
-        self.on_broken = on_broken
-        self.masks = masks
+        self.annotations, self.images, self.masks = Path(annotations), Path(images), masks
+        self.transforms, self.on_broken = transforms, on_broken
         content = read_coco(annotations, outlines=masks)
         table = tabulate(content, annotations)
         _require_sound(table, self.annotations)
@@ -167,8 +164,7 @@ class _Outlines:
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Boxes (n, 4) x y width height -> float32 x1 y1 x2 y2 inside images of `sizes` (n, 2) width height."""
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    limits = np.concatenate([sizes, sizes], axis=1)
-    return np.clip(corners, 0, limits).astype(np.float32)
+    return np.clip(corners, 0, np.tile(sizes, 2)).astype(np.float32)
 
 
 def _require_sound(table: CocoTable, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffperception.data.images import ignore_interrupts
 from diffperception.data.shapes import CLASSES, ShapesSettings, draw_scene
 from diffperception.files import folder_beside, write_json
 
@@ -46,15 +46,25 @@ def write_shapes(
     settings = settings or ShapesSettings()
     if _already_there(output, settings):
         return False
-    with (
-        folder_beside(output) as folder,
-        # Workers leave Ctrl-C to this process, which removes what was begun.
-        ProcessPoolExecutor(
-            workers or os.cpu_count(), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-        ) as pool,
-    ):
+    # Workers leave Ctrl-C to this process, which removes what was begun.
+    pool = ProcessPoolExecutor(workers or os.cpu_count(), initializer=ignore_interrupts)
+    with folder_beside(output) as folder, pool:
         for split, count in (("train", settings.train), ("val", settings.val)):
-            _write_split(folder, split, count, settings, pool, on_image)
+            for part in (folder / split, folder / "masks" / split):
+                part.mkdir(parents=True)
+            images, annotations = [], []
+            for image, objects in pool.map(partial(_write_scene, folder, split, settings), range(count), chunksize=16):
+                images.append(image)
+                annotations += objects
+                if on_image is not None:
+                    on_image()
+            content = {
+                "info": {"description": f"diffperception shapes, {split}, seed {settings.seed}"},
+                "images": images,
+                "annotations": [entry | {"id": k} for k, entry in enumerate(annotations, start=1)],
+                "categories": [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)],
+            }
+            write_json(folder / "annotations" / f"instances_{split}.json", content, indent=None)
         write_json(folder / SETTINGS_FILE, asdict(settings))
     return True
 
@@ -73,31 +83,6 @@ def _already_there(output: Path, settings: ShapesSettings) -> bool:
     if drawn != asdict(settings):
         raise ValueError(f"{output} holds shapes drawn with other settings ({drawn}): give a new folder as output")
     return True
-
-
-def _write_split(
-    folder: Path,
-    split: str,
-    count: int,
-    settings: ShapesSettings,
-    pool: ProcessPoolExecutor,
-    on_image: Callable[[], object] | None,
-) -> None:
-    for part in (folder / split, folder / "masks" / split, folder / "annotations"):
-        part.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
-    for image, objects in pool.map(partial(_write_scene, folder, split, settings), range(count), chunksize=16):
-        images.append(image)
-        annotations += objects
-        if on_image is not None:
-            on_image()
-    content = {
-        "info": {"description": f"diffperception shapes, {split}, seed {settings.seed}"},
-        "images": images,
-        "annotations": [entry | {"id": k} for k, entry in enumerate(annotations, start=1)],
-        "categories": [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)],
-    }
-    write_json(folder / "annotations" / f"instances_{split}.json", content, indent=None)
 
 
 def _write_scene(

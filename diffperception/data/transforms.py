@@ -57,10 +57,10 @@ class TrainingTransforms:
         steps: list[torch.nn.Module] = [
             v2.RandomHorizontalFlip(horizontal_flip),
             v2.RandomVerticalFlip(vertical_flip),
-            _sometimes(photometric, v2.RandomPhotometricDistort(p=0.5)),
+            v2.RandomApply([v2.RandomPhotometricDistort(p=0.5)], photometric),
             v2.RandomZoomOut(fill={tv_tensors.Image: 127, "others": 0}, side_range=(1, 2), p=zoom_out),
-            _sometimes(iou_crop, v2.RandomIoUCrop()),
-            _sometimes(crop, v2.RandomShortestSize(list(crop_short_sides)), RandomSizeCrop(*crop_sides)),
+            v2.RandomApply([v2.RandomIoUCrop()], iou_crop),
+            v2.RandomApply([v2.RandomShortestSize(list(crop_short_sides)), RandomSizeCrop(*crop_sides)], crop),
         ]
         if short_sides:
             steps.append(v2.RandomShortestSize(list(short_sides), max_size=max_long_side))
@@ -78,8 +78,7 @@ class RandomSizeCrop(v2.Transform):
         super().__init__()
         if not 1 <= min_side <= max_side:
             raise ValueError(f"a crop needs 1 <= min_side <= max_side, not {min_side} and {max_side}")
-        self.min_side = min_side
-        self.max_side = max_side
+        self.min_side, self.max_side = min_side, max_side
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.functional.get_size(next(x for x in flat_inputs if isinstance(x, tv_tensors.Image)))
@@ -105,7 +104,3 @@ def clean(target: Target, min_box_side: float) -> Target:
     target = target | {"boxes": boxes}
     names = [name for name in PER_BOX if name in target]
     return target | {name: tv_tensors.wrap(target[name][kept], like=target[name]) for name in names}
-
-
-def _sometimes(share: float, *steps: torch.nn.Module) -> torch.nn.Module:
-    return v2.RandomApply(list(steps), p=share)
