@@ -131,7 +131,7 @@ def peak_memory(threads: int) -> float:
     """GiB that this process has at most taken after preparing, training (a little) and predicting the whole task."""
     torch.set_num_threads(threads)
     features = RandomMaps()
-    _train(features, _masks(IMAGES), 20)[1].predict(features, torch.zeros(3, SIDE, SIDE))
+    _train(features, _masks(IMAGES), 20)[1].segment(features.maps(torch.zeros(3, SIDE, SIDE)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB * (1 if sys.platform == "darwin" else 1024)
 

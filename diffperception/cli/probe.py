@@ -66,6 +66,6 @@ def probe(
     masks = list(folder.masks)
     scores = probe_features(features, images, masks, len(data.classes), seconds, pixels, seed, folder.names, precision)
     write_probe(scores, features, results)
-    echo(probe_table(scores, features))
+    echo(probe_table(scores))
     options = (f"--features.{k} '[{', '.join(f'{v:g}' for v in values)}]'" for k, values in suggest(scores).items())
     echo(f"suggested: {' '.join(options)}\n{output / 'probe.json'}: all of them; beside it probe.png")

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.images import load_images
-from diffperception.devices import Precision, hide_bar
+from diffperception.devices import Precision, autocast, hide_bar
 from diffperception.files import folder_beside, list_images, png_names, write_json
 from diffperception.segmentation.inference import FolderScores, ImageScore, segment_image
 from diffperception.segmentation.segmenter import PixelSegmenter
@@ -35,9 +35,8 @@ def autolabel(
 ) -> LabelledSet:
     """Label images, and keep those that the segmenter is sure of: a data set to train any network on.
 
-    Writes `output`/images and masks (PNG, in each pixel its class's number), and dataset.json: the classes, each
-    image's uncertainty (in nats, the mean of its most uncertain tenth) and fractions of classes, and which images were
-    dropped. The folder appears once all of it is finished.
+    Writes `output`/images, masks and dataset.json as `diffperception autolabel --help` says; the folder appears once
+    all of it is finished.
 
     Args:
         images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'; or images themselves
@@ -71,7 +70,8 @@ def autolabel(
                 found.append(image)
             else:
                 save_png(to_pil(image), folder / "images" / name)
-                found.append(segment_image(model, image, name, folder / "masks" / name, precision)[1])
+                with autocast(model.device, precision):
+                    found.append(segment_image(model, image, name, folder / "masks" / name)[1])
         scores = FolderScores.of(found)
         order = scores.ranked()
         number = min(round(drop * len(order)), len(order) - 1)

@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffperception.data.masks import IGNORE_INDEX
-from diffperception.diffusion.noise import derive_seed
 from diffperception.models import Model
 from diffperception.models.convert.ddpm_segmentation import read_members
-from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps, rows_around, upsample_rows
 from diffperception.segmentation.mlp import PixelMLPs, hidden_widths
 
@@ -74,14 +72,11 @@ class PixelEnsemble(Model):
 
     Args:
         channels: D, the features of a pixel.
-        num_classes: K, at most 255.
-        members: M, at most 255.
+        num_classes: K, 2 to 255, else ValueError.
+        members: M, 1 to 255, else ValueError.
 
     Attributes:
         band_pixels: how many pixels go at once through the layers after the first; None for what suits the device.
-
-    Raises:
-        ValueError: if there are too many or too few classes or members.
     """
 
     def __init__(self, channels: int, num_classes: int, members: int = 10) -> None:
@@ -92,7 +87,7 @@ class PixelEnsemble(Model):
             raise ValueError(f"there must be 2 to {IGNORE_INDEX} classes, not {num_classes}")
         self.channels, self.num_classes, self.members = channels, num_classes, members
         self.band_pixels: int | None = None
-        self.mlps = PixelMLPs(members, channels, num_classes, [derive_seed(0, m) for m in range(members)]).eval()
+        self.mlps = PixelMLPs(members, channels, num_classes).eval()
 
     @classmethod
     def from_reference(
@@ -100,22 +95,21 @@ class PixelEnsemble(Model):
     ) -> "PixelEnsemble":
         """The ensemble of ddpm-segmentation's files ``model_0.pth``, ``model_1.pth``, ... in evaluation mode.
 
-        Sizes follow from the weights. Nothing in a file is run.
+        Nothing in a file is run.
 
         Args:
             paths: a file per member.
-            channels: D of the features it is meant for, to be told where they differ; ``args['dim'][-1]`` of the
-                reference.
-            num_classes: K likewise; ``args['number_class']`` of the reference.
+            channels: D of the features it is meant for, ``args['dim'][-1]`` of the reference; None for any.
+            num_classes: K, ``args['number_class']`` of the reference; None for any.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if a file holds something else, members differ, or a size is not the one given.
+            FileNotFoundError: there is no such file.
+            ValueError: a file holds something else, members differ, or a size is not the one given.
         """
         found_channels, found_classes, state = read_members(paths)
         sizes = (("channels", found_channels, channels), ("num_classes", found_classes, num_classes))
         for name, found, wanted in sizes:
-            if wanted is not None and wanted != found:
+            if wanted not in (None, found):
                 raise ValueError(f"{name} is {found} in {paths[0]}, not {wanted}")
         width, known = state["layers.0.weight"].shape[1], hidden_widths(found_classes)[0]
         if width != known:
@@ -127,11 +121,6 @@ class PixelEnsemble(Model):
             ensemble = cls(found_channels, found_classes, len(paths))
         ensemble.mlps.load_state_dict(state, assign=True)
         return ensemble.eval()
-
-    def predict(self, features: FeatureExtractor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels (H, W) int64 and their uncertainty (H, W) float32; :meth:`segment` tells more."""
-        segmentation = self.segment(features.maps(image))
-        return segmentation.labels, segmentation.uncertainty
 
     @torch.no_grad()
     def segment(self, maps: FeatureMaps, probabilities: bool = False) -> Segmentation:

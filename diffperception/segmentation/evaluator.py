@@ -20,15 +20,7 @@ class MeanIoU:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # rows are the mask's classes
 
     def update(self, labels: Tensor, mask: Tensor) -> None:
-        """Count an image.
-
-        Args:
-            labels: (H, W) or of any shape, predicted, 0..K-1.
-            mask: of the same shape, 0..K-1 or 255.
-
-        Raises:
-            ValueError: if shapes differ or a value is neither a class nor 255.
-        """
+        """Count labels, 0..K-1, and their mask of the same shape, 0..K-1 or 255; ValueError for others."""
         num_classes = len(self.confusion)
         if labels.shape != mask.shape:
             raise ValueError(f"the prediction is of shape {tuple(labels.shape)}, its mask of {tuple(mask.shape)}")

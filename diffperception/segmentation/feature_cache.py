@@ -30,10 +30,9 @@ def stored_bytes(features: FeatureExtractor, sizes: Iterable[Sequence[int]], dty
 def file_bytes(features: FeatureExtractor, size: tuple[int, int], dtype: torch.dtype) -> int:
     """What :func:`save_maps` writes for an image of this height and width, exactly: the header and the numbers."""
     header: dict[str, Any] = {"__metadata__": _metadata(features.info, size, 32 * "0")}
+    maps = zip(features.info, features.map_sizes(*size), strict=True)
     end = 0
-    for info, cells in sorted(
-        zip(features.info, features.map_sizes(*size), strict=True), key=lambda pair: pair[0].name
-    ):
+    for info, cells in sorted(maps, key=lambda pair: pair[0].name):
         shape = [info.channels, *cells]
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[info.name] = {"dtype": f"F{8 * dtype.itemsize}", "shape": shape, "data_offsets": [start, end]}

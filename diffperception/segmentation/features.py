@@ -1,7 +1,7 @@
 """Where pixels get their features from: a diffusion model, any timm model, or the colours themselves."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -24,20 +24,15 @@ class FeatureExtractor(Model, ABC):
     Args:
         info: the maps it gives.
         multiple: what it needs an image's sides to be multiples of; images are padded with their last pixels.
-        window: larger images are cut into windows of this side, a multiple of ``multiple``, the next of which overlaps
-            with a quarter; None takes them whole.
-
-    Raises:
-        ValueError: if the window is not a multiple.
+        window: larger images are cut into windows of this side, a multiple of ``multiple`` (else ValueError), which
+            overlap by a quarter; None takes them whole.
     """
 
     def __init__(self, info: Sequence[FeatureInfo], multiple: int = 1, window: int | None = None) -> None:
         super().__init__()
         if window is not None and (window % multiple or window < 2 * multiple):
             raise ValueError(f"the window must be a multiple of {multiple} pixels and at least two, not {window}")
-        self.info = list(info)
-        self.multiple = multiple
-        self.window = window
+        self.info, self.multiple, self.window = list(info), multiple, window
 
     @property
     def channels(self) -> int:
@@ -61,22 +56,16 @@ class FeatureExtractor(Model, ABC):
         height, width = padded.shape[1:]
         side = self.window or max(height, width)
         windows = Windows(height, width, side, overlap=side // 4 // self.multiple * self.multiple)
-        cut = [padded[:, rows, columns] for rows, columns in windows.places]  # all of one size
-        blended = windows.blend(self._encode_all(cut), self.strides)
-        return FeatureMaps(blended, self.strides, (image.shape[1], image.shape[2]))
+        cut = torch.stack([padded[:, rows, columns] for rows, columns in windows.places])  # all of one size
+        pixels = cut[0, 0].numel()
+        cpu, accelerator = min(CPU_WINDOW_PIXELS // pixels, CPU_WINDOWS), ACCELERATOR_WINDOW_PIXELS // pixels
+        together = max(1, cpu if cut.device.type == "cpu" else accelerator)
+        parts = (part for batch in cut.split(together) for part in zip(*self.encode(batch), strict=True))
+        return FeatureMaps(windows.blend(parts, self.strides), self.strides, (image.shape[1], image.shape[2]))
 
     def portable(self) -> "FeatureExtractor":
         """What computes the same maps anywhere: itself, but for extractors that keep maps of certain images."""
         return self
-
-    def _encode_all(self, windows: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """The maps of each window (3, h, w), all of one size; as many are encoded at once as suit the device."""
-        pixels, on_cpu = windows[0][0].numel(), windows[0].device.type == "cpu"
-        together = max(
-            1, min(CPU_WINDOW_PIXELS // pixels, CPU_WINDOWS) if on_cpu else ACCELERATOR_WINDOW_PIXELS // pixels
-        )
-        for first in range(0, len(windows), together):
-            yield from zip(*self.encode(torch.stack(list(windows[first : first + together]))), strict=True)
 
     def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Cells, down and across, of each map of an image of any size."""

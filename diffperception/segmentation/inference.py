@@ -75,10 +75,8 @@ def segment_folder(
 ) -> FolderScores:
     """Say of every pixel of an image, or of all images in a folder, which class it is.
 
-    Writes `output`/masks (PNG, in each pixel its class's number), overlays (the images with their classes in colours),
-    uncertainty (where the members of the ensemble disagree) and scores.csv: each image's uncertainty (in nats, the mean
-    of its most uncertain tenth) and the fractions of the classes. scores.csv is written once all images are done: a
-    folder without it is of a run that was interrupted. Several processes, started by torchrun, share the images.
+    Writes `output`/masks (PNG of class numbers), overlays, uncertainty and, once all images are done, scores.csv; see
+    `diffperception predict --help`. Several processes, started by torchrun, share the images.
 
     Args:
         images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'.
@@ -101,34 +99,31 @@ def segment_folder(
     files = png_names(path.relative_to(root) for path in paths)
     drawn = set(paths[:pictures])
     found: list[ImageScore | str] = []
-    mine = share(paths)
-    for (sample,) in tqdm(load_images(mine, workers=workers), "segment", len(mine), unit="image", disable=hide_bar()):
-        if sample.image is None:
-            found.append(sample.problem)
-            continue
-        name = sample.path.relative_to(root)
-        mask = folder.file("masks" / files[name])
-        segmentation, score = segment_image(model, sample.image, name, mask, precision)
-        if sample.path in drawn:
-            overlay = mask_overlay(sample.image, segmentation.labels.cpu())
-            save_png(to_pil(overlay), folder.file("overlays" / files[name]))
-            save_png(to_pil(uncertainty_map(segmentation.uncertainty)), folder.file("uncertainty" / files[name]))
-        found.append(score)
-    scores = FolderScores.of(gather(found))
+    samples = load_images(share(paths), workers=workers)
+    with autocast(model.device, precision):
+        for (sample,) in tqdm(samples, "segment", unit="image", disable=hide_bar()):
+            if sample.image is None:
+                found.append(sample.problem)
+                continue
+            name = sample.path.relative_to(root)
+            segmentation, score = segment_image(model, sample.image, name, folder.file("masks" / files[name]))
+            found.append(score)
+            if sample.path in drawn:
+                overlay = mask_overlay(sample.image, segmentation.labels.cpu())
+                save_png(to_pil(overlay), folder.file("overlays" / files[name]))
+                save_png(to_pil(uncertainty_map(segmentation.uncertainty)), folder.file("uncertainty" / files[name]))
+        scores = FolderScores.of(gather(found))
+        if rank and first_process():
+            _write_rank(model, scores.ranked(), root, folder)
     if first_process():
-        if rank:
-            _write_rank(model, scores.ranked(), root, folder, precision)
         rows = [[s.name, f"{s.uncertainty:.6f}", *(f"{f:.6f}" for f in s.fractions)] for s in scores.scores]
         _write_table(["image", "uncertainty", *model.classes], rows, folder.file("scores.csv"))
     return scores
 
 
-def segment_image(
-    model: PixelSegmenter, image: Tensor, name: Path, mask: Path, precision: Precision
-) -> tuple[Segmentation, ImageScore]:
+def segment_image(model: PixelSegmenter, image: Tensor, name: Path, mask: Path) -> tuple[Segmentation, ImageScore]:
     """What a segmenter makes of an image (3, H, W) of some name; writes its labels to `mask`."""
-    with autocast(model.device, precision):
-        found = model.segment(image)
+    found = model.segment(image)
     labels = found.labels.cpu()
     save_png(Image.fromarray(labels.byte().numpy()), mask)
     counts = torch.bincount(labels.flatten(), minlength=len(model.classes))
@@ -144,31 +139,26 @@ def evaluate_segmenter(
     precision: Precision = "32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Score a segmenter on images with masks: IoU per class, and their mean.
+    """Score a segmenter on images with masks: IoU per class, and their mean, as :meth:`MeanIoU.summary`.
 
-    Pixels are counted over all images, at the masks' own size. Several processes, which torchrun starts, share them.
+    Pixels are counted over all images, at the masks' own size. Several processes, started by torchrun, share them.
 
     Args:
         output: folder for metrics.json and pictures/; nothing is written without it.
         pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
         workers, overwrite: as of :func:`segment_folder`.
 
-    Returns: as :meth:`MeanIoU.summary`.
-
     Raises:
         ValueError: the output folder holds something.
     """
     results = None if output is None else OutputFolder(output, overwrite)
-
-    def labels(image: Tensor, size: tuple[int, int]) -> Tensor:
-        with autocast(model.device, precision):
-            return model.segment(image).labels
-
-    metrics = score_images(labels, len(model.classes), folder, workers).summary(model.classes)
-    if results is not None and first_process():
-        results.clear()
-        write_json(results.file("metrics.json"), {"metrics": metrics, "images": len(folder)})
-        draw_comparisons(model, folder, results, pictures, precision)
+    with autocast(model.device, precision):
+        counts = score_images(lambda image, size: model.segment(image).labels, len(model.classes), folder, workers)
+        metrics = counts.summary(model.classes)
+        if results is not None and first_process():
+            results.clear()
+            write_json(results.file("metrics.json"), {"metrics": metrics, "images": len(folder)})
+            draw_comparisons(model, folder, results, pictures)
     return metrics
 
 
@@ -181,23 +171,19 @@ def score_images(
         predict: an image (3, H, W) and the size of its mask to labels of that size.
     """
     counts = MeanIoU(num_classes)
-    mine = share(range(len(folder)))
-    loader = read_ahead(LazyMap(folder.__getitem__, mine), 1, workers)
-    for ((image, mask),) in tqdm(loader, "evaluate", len(mine), leave=False, unit="image", disable=hide_bar()):
+    loader = read_ahead(LazyMap(folder.__getitem__, share(range(len(folder)))), 1, workers)
+    for ((image, mask),) in tqdm(loader, "evaluate", leave=False, unit="image", disable=hide_bar()):
         counts.update(predict(image, (mask.shape[0], mask.shape[1])), mask)
     counts.gather()
     return counts
 
 
-def draw_comparisons(
-    model: PixelSegmenter, folder: MaskFolder, output: OutputFolder, count: int, precision: Precision = "32"
-) -> None:
+def draw_comparisons(model: PixelSegmenter, folder: MaskFolder, output: OutputFolder, count: int) -> None:
     """pictures/: image, truth, prediction and uncertainty of some images, spread over the folder, a PNG each."""
     count = min(count, len(folder))
     for index in (i * len(folder) // count for i in range(count)):
         image, mask = folder[index]
-        with autocast(model.device, precision):
-            found = model.segment(image)
+        found = model.segment(image)
         picture = segmentation_panels(image, found.labels, found.uncertainty, model.classes, mask)
         save_png(picture, output.file(Path("pictures", folder.names[index]).with_suffix(".png")))
 
@@ -220,17 +206,14 @@ def _without_mask(paths: list[Path], root: Path, labelled: Path | None) -> list[
     return left
 
 
-def _write_rank(
-    model: PixelSegmenter, ranked: Sequence[ImageScore], root: Path, folder: OutputFolder, precision: Precision
-) -> None:
+def _write_rank(model: PixelSegmenter, ranked: Sequence[ImageScore], root: Path, folder: OutputFolder) -> None:
     """rank.csv, and what the model makes of the first images."""
     rows = [[str(place), score.name, f"{score.uncertainty:.6f}"] for place, score in enumerate(ranked, 1)]
     _write_table(["rank", "image", "uncertainty"], rows, folder.file("rank.csv"))
     panels = []
     for score in ranked[:SHEET]:
         image = to_float(read_image(root / score.name))
-        with autocast(model.device, precision):
-            found = model.segment(image)
+        found = model.segment(image)
         strip = segmentation_panels(image, found.labels, found.uncertainty, model.classes, long_side=PANEL_SIDE)
         panels.append(titled(strip, f"{score.name}: {score.uncertainty:.2g}"))
     save_png(contact_sheet(panels), folder.file("rank.png"))

@@ -37,16 +37,7 @@ class FeatureMaps:
         return self.to(dtype)
 
     def at_points(self, points: Tensor) -> Tensor:
-        """Features of pixels, equal to those that :meth:`dense` has there.
-
-        Args:
-            points: (N, 2) int64 rows and columns.
-
-        Returns: (N, D).
-
-        Raises:
-            ValueError: a point lies outside the image.
-        """
+        """(N, D) features of pixels (N, 2), int64 rows and columns; ValueError if one lies outside the image."""
         height, width = self.size
         if bool(((points < 0) | (points >= points.new_tensor(self.size))).any()):
             raise ValueError(f"the points must be rows 0 to {height - 1} and columns 0 to {width - 1} of the image")
@@ -82,13 +73,11 @@ def upsample_rows(cells: Tensor, stride: int, first: int, last: int) -> Tensor:
 def taps(
     rows: Tensor, columns: Tensor, stride: int, height: Tensor | int, width: Tensor | int
 ) -> tuple[Tensor, Tensor]:
-    """The four cells whose weighted sum is a pixel's value.
+    """The four cells whose weighted sum is a pixel's value: (N, 4) int64, row by row, and weights (N, 4) float32.
 
     Args:
         rows, columns: (N,) int64 pixels.
         height, width: of the map in cells; numbers, or (N,) where pixels are of different images.
-
-    Returns: cells (N, 4) int64, counted row by row, and their weights (N, 4) float32.
     """
     top, below, down = _taps(rows, stride, height)
     left, right, across = _taps(columns, stride, width)
@@ -150,7 +139,7 @@ class Windows:
         return [slice(start, min(start + self.side, length)) for start in starts]
 
     def _empty(self, part: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What is added up of a map and of its weights; and the weights (h, w) of a window, which all are of one size.
+        """Zeros for the sums of a map and of its weights; and the weights (h, w) of a window; all are of one size.
 
         They rise over the overlap at all sides, so that those of neighbours sum to 1.
         """

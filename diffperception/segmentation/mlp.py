@@ -1,11 +1,11 @@
 """The members of an ensemble of pixel classifiers, computed together by batched matrix products."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffperception.diffusion.noise import derive_seed
 
 MANY_CLASSES = 30  # from here on the hidden layers are wider (arXiv 2112.03126)
 WEIGHT_STD = 0.02
@@ -63,10 +63,10 @@ class PixelMLPs(nn.Module):
         members: M.
         channels: D.
         num_classes: K.
-        seeds: of each member's weights, drawn on the CPU from N(0, 0.02).
+        seed: of the weights, which are drawn on the CPU from N(0, 0.02), each member's with a seed of its own.
     """
 
-    def __init__(self, members: int, channels: int, num_classes: int, seeds: Sequence[int]) -> None:
+    def __init__(self, members: int, channels: int, num_classes: int, seed: int = 0) -> None:
         super().__init__()
         first, second = hidden_widths(num_classes)
         self.layers = nn.Sequential(
@@ -78,8 +78,8 @@ class PixelMLPs(nn.Module):
             EnsembleBatchNorm(members, second),
             EnsembleLinear(members, second, num_classes),
         )
-        for member, seed in enumerate(seeds):
-            generator = torch.Generator().manual_seed(seed)
+        for member in range(members):
+            generator = torch.Generator().manual_seed(derive_seed(seed, member))
             for layer in self.linears:
                 drawn = torch.empty(layer.weight.shape[1:], device="cpu").normal_(0, WEIGHT_STD, generator=generator)
                 layer.weight.data[member] = drawn

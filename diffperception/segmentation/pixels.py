@@ -87,11 +87,12 @@ class LabelledPixels:
         features: where the maps come from.
         images: (3, H, W) each, 0..1.
         masks: (H, W) uint8 each, as :func:`checked_masks` gives them.
-        storage: of the tables.
+        storage: type of the numbers in the tables.
         names: of the images, for messages.
+        device: of the tables; by default the extractor's.
 
     Raises:
-        ValueError: if a mask is not of its image's size, or a feature is too large for the storage.
+        ValueError: a mask is not of its image's size, or a feature is too large for the storage.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class LabelledPixels:
         masks: Sequence[Tensor],
         storage: torch.dtype,
         names: Sequence[str],
+        device: torch.device | None = None,
     ) -> None:
-        device = features.device
+        device = device or features.device
         self.strides = sorted(set(features.strides))
         groups = [[i for i, s in enumerate(features.strides) if s == stride] for stride in self.strides]
         sizes = torch.tensor([features.map_sizes(*mask.shape) for mask in masks]).transpose(0, 1)  # (maps, images, 2)
@@ -121,9 +123,9 @@ class LabelledPixels:
             image = images[index]
             check_size(image, masks[index], name)
             maps = features.maps(image).stored(storage, name).maps
-            for table, group, starts in zip(self.tables, groups, self.starts, strict=True):
+            for table, group, start in zip(self.tables, groups, self.starts[:, index].tolist(), strict=True):
                 rows = torch.cat([maps[i].flatten(1) for i in group]).T
-                table[starts[index] : starts[index] + len(rows)] = rows
+                table[start : start + len(rows)] = rows
 
     def __len__(self) -> int:
         return len(self.places)
@@ -135,20 +137,10 @@ class LabelledPixels:
         by_stride = sorted(range(len(info)), key=lambda i: info[i].stride)
         return torch.cat([numbers[i] for i in by_stride])
 
-    def to(self, device: torch.device) -> "LabelledPixels":
-        """The same on a device."""
-        for name in ("places", "labels", "ends", "widths", "sizes", "starts"):
-            setattr(self, name, getattr(self, name).to(device))
-        self.tables = [table.to(device) for table in self.tables]
-        return self
-
     def gather(self, pixels: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features and labels of some pixels: (N,) numbers below len(self) -> (N, D), (N,) int64.
 
-        Channels lie by stride, see :meth:`channel_order`.
-
-        Args:
-            out: (N, D), to be written over; by default new, float32.
+        Channels lie as :meth:`channel_order` says. `out` (N, D) is written over; by default it is new, float32.
         """
         image = torch.searchsorted(self.ends, pixels, right=True)
         place, width = self.places[pixels].long(), self.widths[image]

@@ -33,6 +33,8 @@ class ProbeScore:
     timestep: float
     block: int
     miou: float
+    channels: int
+    stride: int
 
 
 def probe_features(
@@ -48,22 +50,20 @@ def probe_features(
 ) -> list[ProbeScore]:
     """Rank the timesteps x blocks of an extractor, best first.
 
-    Ridge regression of the classes on sampled pixels of half of the images, scored on the pixels of the other half,
-    and the other way round. Timesteps are tried in their order until another one would pass the time limit; the first
-    always is.
+    The classes of sampled pixels of half of the images are learned by ridge regression, which is scored on those of the
+    other half; and the other way round.
 
     Args:
         features: all candidates.
         images: (3, H, W) each, 0..1; at least two.
         masks: (H, W) each, 0..K-1 or 255.
-        seconds: the time limit.
+        seconds: no timestep is begun that would pass this limit; the first always is.
         pixels: sampled from each image, as many of one class as of another where there are enough.
         seed: of the sampling.
         names: of the images, for messages.
-        precision: of the extractor's products.
 
     Raises:
-        ValueError: with fewer than two labelled images, and for masks that do not fit.
+        ValueError: there are fewer than two labelled images, or masks do not fit.
     """
     names = names or [f"image {i}" for i in range(len(masks))]
     masks, _ = checked_masks(images, masks, num_classes, 1, names)
@@ -75,17 +75,19 @@ def probe_features(
     if len(used) < FOLDS:
         raise ValueError("probing needs at least 2 labelled images, for it tries on some what it learns on others")
     labels = [masks[i][tuple(points[i].T)].long() for i in used]
-    timesteps, start = features.reader.timesteps, time.monotonic()
-    scores: list[ProbeScore] = []
-    for number, timestep in enumerate(tqdm(timesteps, "probe", unit="timestep", leave=False, disable=None)):
+    scores, start = [], time.monotonic()
+    timesteps = tqdm(features.reader.timesteps, "probe", unit="timestep", leave=False, disable=None)
+    for number, timestep in enumerate(timesteps):
         spent = time.monotonic() - start
         if number and spent + spent / number > seconds:
             break
-        samples = [(images[i], points[i]) for i in used]
+        tried = features.at_timestep(number)
         with autocast(features.device, precision):
-            of_images = _features_at(features.at_timestep(number), samples)
-        for block, values in zip(features.reader.blocks, of_images, strict=True):
-            scores.append(ProbeScore(timestep, block, _probe(values, labels, num_classes)))
+            sampled = [tried.maps(images[i]).at_points(points[i].to(tried.device)).cpu() for i in used]
+        by_block = zip(*(values.split([info.channels for info in tried.info], 1) for values in sampled), strict=True)
+        for block, info, values in zip(tried.reader.blocks, tried.info, by_block, strict=True):
+            miou = _probe(values, labels, num_classes)
+            scores.append(ProbeScore(timestep, block, miou, info.channels, info.stride))
     return sorted(scores, key=lambda score: -score.miou)
 
 
@@ -108,21 +110,16 @@ def suggest(scores: Sequence[ProbeScore]) -> dict[str, list[float]]:
     return best
 
 
-def probe_table(scores: Sequence[ProbeScore], features: DiffusionFeatures) -> str:
+def probe_table(scores: Sequence[ProbeScore]) -> str:
     """The best ones, a line each."""
-    info = features.generator.block_info
-    rows = [
-        (f"{s.timestep:g}", s.block, info[s.block].channels, info[s.block].stride, f"{100 * s.miou:.1f}")
-        for s in scores[:SHOWN]
-    ]
+    rows = [(f"{s.timestep:g}", s.block, s.channels, s.stride, f"{100 * s.miou:.1f}") for s in scores[:SHOWN]]
     table = format_table(rows, ["timestep", "block", "channels", "stride", "mIoU"])
     return table + (f"\n... and {len(scores) - SHOWN} others" if len(scores) > SHOWN else "")
 
 
 def write_probe(scores: Sequence[ProbeScore], features: DiffusionFeatures, folder: OutputFolder) -> None:
     """probe.json (all scores and the suggested options; null where undefined) and probe.png (a heat map)."""
-    info = features.generator.block_info
-    rows = [{**asdict(s), "channels": info[s.block].channels, "stride": info[s.block].stride} for s in scores]
+    rows = [asdict(score) for score in scores]
     write_json(folder.file("probe.json"), {"suggested": suggest(scores), "scores": rows})
     found = {(score.timestep, score.block): score.miou for score in scores}
     blocks = features.reader.blocks
@@ -143,15 +140,8 @@ def _sample(mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.stack([flat // mask.shape[1], flat % mask.shape[1]], 1)
 
 
-def _features_at(features: DiffusionFeatures, samples: list[tuple[Tensor, Tensor]]) -> list[list[Tensor]]:
-    """For each block the (N, C) features of each image's points."""
-    widths = [info.channels for info in features.info]
-    of_images = [features.maps(image).at_points(points.to(features.device)).cpu() for image, points in samples]
-    return [list(column) for column in zip(*(x.split(widths, 1) for x in of_images), strict=True)]
-
-
-def _probe(features: list[Tensor], labels: list[Tensor], num_classes: int) -> float:
-    """mIoU over the images, each predicted by the ridge regression of the other fold."""
+def _probe(features: Sequence[Tensor], labels: Sequence[Tensor], num_classes: int) -> float:
+    """mIoU over images, features (N, C) and labels (N,), each predicted by the ridge regression of the other fold."""
     score = MeanIoU(num_classes)
     for fold in range(FOLDS):
         fitted = [i for i in range(len(labels)) if i % FOLDS != fold]

@@ -21,7 +21,7 @@ class PixelSegmenter(Model):
         short_side: images are resized to this short side, and what is found is brought back to theirs; null for not.
 
     Raises:
-        ValueError: if the ensemble is for other features or another number of classes, or two have one name.
+        ValueError: the ensemble is for other features or another number of classes, or two have one name.
     """
 
     kind = "segmenter"

@@ -60,7 +60,7 @@ def test_the_expected_time_grows_with_the_pixels(monkeypatch: pytest.MonkeyPatch
 
 def test_the_best_on_average_are_suggested() -> None:
     scores = {(50, 3): 0.9, (50, 4): 0.1, (250, 3): 0.2, (250, 4): 0.8, (600, 3): 0.1, (600, 4): 0.1, (20, 3): 0.5}
-    probes = [ProbeScore(t, block, miou) for (t, block), miou in scores.items()]
+    probes = [ProbeScore(t, block, miou, 64, 4) for (t, block), miou in scores.items()]
     assert suggest(probes) == {"blocks": [3, 4], "timesteps": [20, 50, 250]}
-    many = [ProbeScore(50, block, block / 10) for block in range(8)]
+    many = [ProbeScore(50, block, block / 10, 64, 4) for block in range(8)]
     assert suggest(many) == {"blocks": [4, 5, 6, 7], "timesteps": [50]}

@@ -147,7 +147,7 @@ def test_three_of_many_regions_are_named_and_the_others_counted():
 
 def test_other_faults_end_in_one_sentence():
     with pytest.raises(ValueError, match="takes 13 features a pixel, but the extractor gives 12"):
-        PixelEnsemble(13, 3, 1).predict(Pyramid(), scene()[0])
+        PixelEnsemble(13, 3, 1).segment(Pyramid().maps(scene()[0]))
     with pytest.raises(ValueError, match="2 to 255 classes"):
         PixelEnsemble(13, 1)
     with pytest.raises(ValueError, match="1 to 255 members, not 256"):

@@ -92,7 +92,7 @@ def test_pixel_classifiers_differ_by_the_seed_alone() -> None:
     learn = pixel_classifier(RGBFeatures(), 3, 2, options, CPU)
     found = [learn(labelled, seed)(image, (24, 32)) for seed in (0, 1)]
     ensemble = fit_ensemble(RGBFeatures(), labelled.images, labelled.masks, 3, 2, options, seed=1, trainer=CPU)
-    assert torch.equal(found[1], ensemble.predict(RGBFeatures(), image)[0])
+    assert torch.equal(found[1], ensemble.segment(RGBFeatures().maps(image)).labels)
     assert not torch.equal(*found)
 
 

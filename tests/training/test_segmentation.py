@@ -45,7 +45,7 @@ def test_the_ensemble_equals_members_trained_one_by_one_on_the_same_minibatches(
     module.model.classifier.double()
     pixels = LabelledPixels(Pyramid(), [image], [mask.to(torch.uint8)], torch.float32, ["a"])
     x, y = pixels.gather(torch.arange(len(pixels)))
-    start = PixelMLPs(3, 12, 3, [derive_seed(4, m) for m in range(3)]).double()
+    start = PixelMLPs(3, 12, 3, seed=4).double()
     first = start.linears[0].weight
     first.data = first.data[:, :, module.order]
     fit_quietly(module, batches, CPU)
@@ -68,7 +68,7 @@ def test_fit_keeps_the_extractors_order_of_channels():
     """Training gathers channels by stride; what it learned must lie where the maps have them."""
     image, mask = scene()
     ensemble = fit(Pyramid(), [image], [mask], FitOptions(max_minibatches=150))
-    assert (ensemble.predict(Pyramid(), image)[0] == mask).float().mean() > 0.95
+    assert (ensemble.segment(Pyramid().maps(image)).labels == mask).float().mean() > 0.95
 
 
 def test_a_member_is_the_same_in_an_ensemble_of_any_size():
@@ -85,9 +85,8 @@ def test_members_stop_each_after_its_patience_and_keep_the_weights_they_had(monk
     options = FitOptions(early_stopping_start=1, patience=5, epochs=50)
     together = fit(Pyramid(), [image], [mask], options)
     for index in range(3):
-        monkeypatch.setattr(
-            "diffperception.training.recipes.segmentation.derive_seed", lambda seed, _, i=index: derive_seed(seed, i)
-        )
+        for module in ("training.recipes.segmentation", "segmentation.mlp"):
+            monkeypatch.setattr(f"diffperception.{module}.derive_seed", lambda seed, _, i=index: derive_seed(seed, i))
         alone = fit(Pyramid(), [image], [mask], options, 1)
         torch.testing.assert_close(
             together.mlps.linears[2].weight[index], alone.mlps.linears[2].weight[0], rtol=1e-2, atol=1e-3
@@ -113,7 +112,7 @@ def test_the_recipe_is_the_references():
     assert (options.batch_size, options.lr, options.epochs) == (64, 1e-3, 100)
     assert (options.early_stopping_start, options.patience, options.max_minibatches) == (4, 50, None)
     assert [hidden_widths(k) for k in (2, 29, 30, 34)] == [(128, 32)] * 2 + [(256, 128)] * 2
-    mlps = PixelMLPs(2, 500, 3, [0, 1])
+    mlps = PixelMLPs(2, 500, 3)
     for layer in mlps.linears:
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.15)
         assert not layer.bias.any()
@@ -143,10 +142,10 @@ def test_it_learns_what_can_be_learned():
     images, masks = zip(scene(0), scene(1), strict=True)
     ensemble = fit(RGBFeatures(), images, masks, FitOptions(max_minibatches=150), 4)
     image, mask = scene(2, 33, 20)
-    labels, uncertainty = ensemble.predict(RGBFeatures(), image)
-    assert (labels == mask).float().mean() > 0.95
-    assert uncertainty.shape == mask.shape
-    assert float(uncertainty.min()) >= 0
+    found = ensemble.segment(RGBFeatures().maps(image))
+    assert (found.labels == mask).float().mean() > 0.95
+    assert found.uncertainty.shape == mask.shape
+    assert float(found.uncertainty.min()) >= 0
 
 
 def test_regions_too_small_are_ignored_and_named():

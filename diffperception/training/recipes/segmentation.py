@@ -152,8 +152,7 @@ class EnsembleModule(TrainingModule):
         self.max_steps = -(-options.most_minibatches(self.num_pixels) // STEP_MINIBATCHES)
         self.unwatched = options.early_stopping_start * options.minibatches_per_epoch(self.num_pixels)
         ensemble = model.classifier
-        seeds = [derive_seed(seed, member) for member in range(ensemble.members)]
-        self.members = PixelMLPs(ensemble.members, ensemble.channels, ensemble.num_classes, seeds)
+        self.members = PixelMLPs(ensemble.members, ensemble.channels, ensemble.num_classes, seed)
         self.order = LabelledPixels.channel_order(features.info)
         first = self.members.linears[0].weight
         first.data = first.data[:, :, self.order]
@@ -166,9 +165,9 @@ class EnsembleModule(TrainingModule):
         if self.trainer.precision == "16-mixed":
             raise ValueError("trainer.precision 16-mixed is not for pixel classifiers: take 32-true or bf16-mixed")
         features, images, masks, names = self.source
+        dtype = getattr(torch, self.options.feature_dtype)
         with self.trainer.precision_plugin.forward_context():
-            pixels = LabelledPixels(features, images, masks, getattr(torch, self.options.feature_dtype), names)
-        self.pixels = pixels.to(self.device)
+            self.pixels = LabelledPixels(features, images, masks, dtype, names, self.device)
         # Memory of this size costs more to ask for than to fill: it is kept from one minibatch to the next.
         weight = self.members.linears[0].weight
         self.gradient = torch.empty_like(weight, device=self.device)
