@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from diffperception.data.images import (
     listed_images,
@@ -68,3 +68,11 @@ def test_the_size_of_a_file_is_that_of_its_pixels(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png", 255, (7, 5))
     assert read_size(path) == read_image(path).shape[1:] == (5, 7)
     assert to_float(read_image(path)).unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+def test_the_size_of_a_photograph_on_its_side_is_that_of_what_is_seen(tmp_path: Path, ending: str) -> None:
+    path, exif = tmp_path / f"a.{ending}", Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (7, 5)).save(path, exif=exif)
+    assert read_size(path) == read_image(path).shape[1:] == (7, 5)
