@@ -9,7 +9,6 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
-from diffperception.cli.compare import compare
 from diffperception.configuration.base import given, spread_files
 from diffperception.configuration.parser import Options
 from diffperception.data.shapes import CLASSES
@@ -17,6 +16,7 @@ from diffperception.detection import Detector, SetWeights
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier
 from diffperception.segmentation import DiffusionFeatures
+from diffperception.training import compare_label_efficiency
 from diffperception.training.configured import options_for
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -31,7 +31,9 @@ def test_there_are_configurations() -> None:
 
 
 def parsed(path: Path) -> tuple[Options, Namespace]:
-    options = Options("compare", compare) if path.stem.endswith("_compare") else options_for([str(path)])
+    options = (
+        Options("compare", compare_label_efficiency) if path.stem.endswith("_compare") else options_for([str(path)])
+    )
     return options, options.parse([str(path)])
 
 

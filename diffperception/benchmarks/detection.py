@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from diffperception.benchmarks.timing import Row, best_seconds
+from diffperception.benchmarks.timing import Row, Say, best_seconds, ratio_table
 from diffperception.detection import BoxSampler, DiffusionDet
 from diffperception.detection.matcher import match
 from diffperception.detection.targets import PaddedTargets, image_sizes
@@ -17,35 +17,32 @@ OBJECTS = 10
 STAGES = 6
 
 
-def measure(repeats: int, say: Callable[[Row], None], device: torch.device | str = "cpu") -> tuple[Row, list[Row]]:
-    """The unit (one forward of torchvision's resnet50_fpn) and what our parts and calls take.
+def time_detector(repeats: int, say: Say, device: torch.device | str = "cpu") -> str:
+    """The table of what our parts and calls take; the unit is one forward pass of torchvision's resnet50_fpn.
 
     Args:
         repeats: the best of so many runs counts.
-        say: is told each row when it is measured.
-        device: where all compute.
     """
     torch.manual_seed(0)
     images = [torch.rand(3, HEIGHT, WIDTH).to(device) for _ in range(4)]
     rows: list[Row] = []
 
-    def record(name: str, function: Callable[[], object], target: float | None = None) -> Row:
-        rows.append(Row(name, best_seconds(function, repeats), target))
-        say(rows[-1])
-        return rows[-1]
+    def record(name: str, function: Callable[[], object], target: float | None = None) -> None:
+        say(name)
+        rows.append(Row(name, best_seconds([function], repeats)[0], target))
 
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=5).eval().to(device)
     batch = torch.stack(images[:1])
     with torch.no_grad():
-        unit = record("torchvision resnet50_fpn, one image (unit)", lambda: backbone(batch))
+        record("torchvision resnet50_fpn, one image (unit)", lambda: backbone(batch))
     detector = DiffusionDet([str(i) for i in range(NUM_CLASSES)], freeze_norm=True, min_size=None).eval().to(device)
     with torch.no_grad():
-        _measure_prediction(detector, images, record)
-    _measure_training(detector.train(), images[:2], record)
-    return unit, rows[1:]
+        _time_prediction(detector, images, record)
+    _time_training(detector.train(), images[:2], record)
+    return ratio_table(rows)
 
 
-def _measure_prediction(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
+def _time_prediction(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., None]) -> None:
     one, four = BoxSampler(1, NUM_BOXES), BoxSampler(4, NUM_BOXES)
     encoded = detector.encode(images[:1])
     boxes, t = _random_boxes(NUM_BOXES)[None].to(detector.device), torch.tensor([500]).to(detector.device)
@@ -58,7 +55,7 @@ def _measure_prediction(detector: DiffusionDet, images: list[torch.Tensor], reco
     record("prediction, four images, four steps", lambda: detector.predict(images, sampler=four), target=14)
 
 
-def _measure_training(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., Row]) -> None:
+def _time_training(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., None]) -> None:
     targets = [{"boxes": _random_boxes(OBJECTS), "labels": torch.arange(OBJECTS)} for _ in images]
     padded = PaddedTargets.collate(targets, image_sizes(images)).repeat(STAGES).to(detector.device)
     rows = len(padded.boxes)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.benchmarks.timing import Row, best_seconds_in_turn
+from diffperception.benchmarks.timing import Row, Say, best_seconds, ratio_table
 from diffperception.models import UNet
 
 SIZE, BATCH = 64, 8
@@ -17,18 +17,14 @@ TARGET = 0.8
 _Network = Callable[[], Tensor]
 
 
-def measure(
-    repeats: int, say: Callable[[str], None], device: torch.device | str = "cpu"
-) -> list[tuple[Row, list[Row]]]:
-    """A forward pass, then a training step: diffusers' time (the unit), diffusers' with channels last, ours.
+def time_unet(repeats: int, say: Say, device: torch.device | str = "cpu") -> str:
+    """Tables of a forward pass and of a training step: diffusers' (the unit), diffusers' with channels last, ours.
 
     Args:
         repeats: the best of so many runs counts, with the networks taking turns.
-        say: is told what is measured next.
-        device: where all compute.
 
     Raises:
-        ValueError: if diffusers is not installed.
+        ValueError: diffusers is not installed.
     """
     torch.manual_seed(0)
     ours = UNet(
@@ -50,15 +46,15 @@ def measure(
     ]
     say("forward passes")
     with torch.no_grad():
-        forward = best_seconds_in_turn([network for _, network in networks], repeats)
+        forward = best_seconds([network for _, network in networks], repeats)
     say("training steps")
-    steps = best_seconds_in_turn([_training_step(model, network, noise) for model, network in networks], repeats)
-    return [_compared("forward pass", forward), _compared("training step", steps)]
+    steps = best_seconds([_training_step(model, network, noise) for model, network in networks], repeats)
+    return f"{_table('forward pass', *forward)}\n{_table('training step', *steps)}"
 
 
-def _compared(what: str, seconds: list[float]) -> tuple[Row, list[Row]]:
-    unit = Row(f"diffusers' UNet2DModel, {what} (unit)", seconds[0])
-    return unit, [Row("the same, channels last", seconds[1]), Row(f"our UNet, {what}", seconds[2], TARGET)]
+def _table(what: str, theirs: float, channels_last: float, ours: float) -> str:
+    rows = [Row(f"diffusers' UNet2DModel, {what} (unit)", theirs), Row("the same, channels last", channels_last)]
+    return ratio_table([*rows, Row(f"our UNet, {what}", ours, TARGET)])
 
 
 def _training_step(model: nn.Module, network: _Network, noise: Tensor) -> Callable[[], None]:

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import resource
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import timer  # waits for the accelerator, where there is one
 
-from diffperception.benchmarks.timing import best_seconds
+from diffperception.benchmarks.timing import Say, best_seconds
 from diffperception.models import FeatureInfo
 from diffperception.segmentation import FeatureExtractor, FeatureMaps, PixelEnsemble
 from diffperception.segmentation.ensemble import combine_members
@@ -32,6 +31,7 @@ from diffperception.training.options import TrainerOptions
 SIDE = 256
 BLOCKS = [(1024, 8), (512, 8), (512, 8), (512, 4), (256, 2)]  # channels and stride; three timesteps have them
 MEMBERS, CLASSES, IMAGES = 10, 20, 50
+MINIBATCHES = 100  # that each member trains on, measured
 TRAINED = 1000  # minibatches a member in the comparison for all images
 GIB = 2**30
 
@@ -44,27 +44,6 @@ class Comparison:
     dense: float
     ours: float
     target: float | None = None
-
-
-@dataclass(frozen=True)
-class BenchmarkReport:
-    """What `measure` found: speeds, the largest difference of logits, and the peak memory in GiB."""
-
-    comparisons: list[Comparison]
-    difference: float
-    memory: float
-
-    def table(self) -> str:
-        rows = [
-            (c.name, f"{c.dense:.3f}", f"{c.ours:.3f}", f"{c.dense / c.ours:.1f}", c.target or "")
-            for c in self.comparisons
-        ]
-        return (
-            f"{format_table(rows, ['seconds', 'dense', 'ours', 'ratio', 'at least'])}\n"
-            f"largest difference of logits: {self.difference:.1e} (at most 1e-05)\n"
-            f"peak memory of preparing, training and predicting with {IMAGES} images: {self.memory:.2f} GiB"
-            " (at most 4 GB, 3.73 GiB)"
-        )
 
 
 class RandomMaps(FeatureExtractor):
@@ -81,29 +60,33 @@ class RandomMaps(FeatureExtractor):
         return list(self.buffers())
 
 
-def measure(
-    threads: int, repeats: int, minibatches: int, say: Callable[[str], None], device: torch.device | str = "cpu"
-) -> BenchmarkReport:
-    """Compare the two ways; minutes long.
+def time_pixel_classifiers(repeats: int, say: Say, device: torch.device | str = "cpu") -> str:
+    """The table of both ways, which takes minutes, and the peak memory of ours.
 
     Args:
-        threads: of the CPU.
-        repeats: of predicting, the best of which counts.
-        minibatches: that each member trains on, measured.
-        say: is told what is being measured.
-        device: of both ways.
+        repeats: the best of so many predictions counts.
     """
     say(f"memory: {IMAGES} images, in a process of its own")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        memory = pool.apply(peak_memory, (threads,))
-    torch.set_num_threads(threads)
-    return BenchmarkReport(*compare(repeats, minibatches, say, device), memory)
+        memory = pool.apply(peak_memory, (torch.get_num_threads(),))
+    return report(*compare_ways(repeats, MINIBATCHES, say, device), memory)
 
 
-def compare(
-    repeats: int, minibatches: int, say: Callable[[str], None], device: torch.device | str = "cpu"
+def report(comparisons: list[Comparison], difference: float, memory: float) -> str:
+    """Speeds, the largest difference of logits, and the peak memory in GiB, as text."""
+    rows = [(c.name, f"{c.dense:.3f}", f"{c.ours:.3f}", f"{c.dense / c.ours:.1f}", c.target or "") for c in comparisons]
+    return (
+        f"{format_table(rows, ['seconds', 'dense', 'ours', 'ratio', 'at least'])}\n"
+        f"largest difference of logits: {difference:.1e} (at most 1e-05)\n"
+        f"peak memory of preparing, training and predicting with {IMAGES} images: {memory:.2f} GiB"
+        " (at most 4 GB, 3.73 GiB)"
+    )
+
+
+def compare_ways(
+    repeats: int, minibatches: int, say: Say, device: torch.device | str = "cpu"
 ) -> tuple[list[Comparison], float]:
-    """Speeds, and the largest difference of logits."""
+    """Speeds, and the largest difference of logits; each member trains on so many minibatches."""
     features = RandomMaps().to(device)
     images = _images_that_fit(features.channels)
     masks = _masks(images)
@@ -122,8 +105,7 @@ def compare(
     maps = features.maps(torch.zeros(3, SIDE, SIDE))
     logits = _predict_densely(copied, maps)[1]
     difference = float((logits.view(MEMBERS, SIDE, SIDE, -1).permute(0, 3, 1, 2) - ensemble.logits(maps)).abs().max())
-    slow = best_seconds(lambda: _predict_densely(networks, maps), repeats, warm_up=False)
-    fast = best_seconds(lambda: ensemble.segment(maps), repeats, warm_up=False)
+    slow, fast = best_seconds([lambda: _predict_densely(networks, maps), lambda: ensemble.segment(maps)], repeats)
     return [*rows, Comparison("predict an image", slow, fast, target=10)], difference
 
 

@@ -1,33 +1,32 @@
 """`diffperception autolabel`."""
 
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-from diffperception.devices import Precision, pick_device
+from diffperception.configuration.parser import OptionsOf
+from diffperception.devices import pick_device
 from diffperception.echo import echo, echo_left_out, plural
 from diffperception.generation import SamplingOptions
 from diffperception.generation.inference import draw_samples
 from diffperception.models import DiffusionModel
-from diffperception.segmentation import PixelSegmenter
-from diffperception.segmentation import autolabel as label_images
+from diffperception.segmentation import PixelSegmenter, autolabel
+from diffperception.segmentation.autolabel import LabelledSet
 
 
-def autolabel(
+def command(
     model: Path,
-    output: Path,
+    label: Annotated[partial[LabelledSet], OptionsOf(autolabel, "model", "images", "source")],
     images: str | None = None,
     generator: Path | None = None,
     num_samples: PositiveInt = 1000,
-    drop: ClosedUnitInterval = 0.1,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (the defaults are not changed)
     batch_size: PositiveInt = 16,
     seed: NonNegativeInt = 0,
-    workers: NonNegativeInt = 2,
     device: str = "auto",
-    precision: Precision = "32",
-    trust: str | None = None,
 ) -> None:
     """Label images with a trained segmenter, and keep those that it is sure of: a data set to train any network on.
 
@@ -38,29 +37,24 @@ def autolabel(
     left out and named at the end. The folder appears once all of it is finished.
 
     Args:
-        model: the segmenter, a model.safetensors file.
-        output: folder for the data set; it must be empty.
         generator: a model.safetensors file to draw images from instead; the classes that it has take turns.
         num_samples: how many images to draw from the generator.
-        drop: fraction of the images to drop, the most uncertain.
         sampling: how images are drawn from the generator.
         batch_size: images drawn at once.
         seed: seed of the noise that the generator's images are drawn from.
     """
     if (images is None) == (generator is None):
         raise ValueError("give either --images or a --generator to draw them from")
-    place, allow = pick_device(device), (trust,) if trust else ()
-    segmenter = PixelSegmenter.load(model, place, allow=allow)
+    place = pick_device(device)
+    segmenter = PixelSegmenter.load(model, place)
     if generator is None:
-        result = label_images(segmenter, str(images), output, drop, workers, precision)
+        result = label(segmenter, str(images))
     else:
-        source = DiffusionModel.load(generator, place, allow=allow)
+        source = DiffusionModel.load(generator, place)
         batches = draw_samples(source, range(num_samples), sampling, seed, batch_size=batch_size)
         pool = (image.cpu().expand(3, -1, -1) for _, batch in batches for image in batch)
         shown = tqdm(pool, "autolabel", num_samples, unit="image", disable=None)
-        result = label_images(segmenter, shown, output, drop, 0, precision, str(generator))
-    echo(
-        f"{output}: {plural(len(result.kept), 'image')} with masks of {', '.join(segmenter.classes)}; dropped as the"
-        f" most uncertain: {len(result.dropped)}"
-    )
+        result = label(segmenter, shown, source=str(generator))
+    masks = f"{plural(len(result.kept), 'image')} with masks of {', '.join(segmenter.classes)}"
+    echo(f"{label.keywords['output']}: {masks}; dropped as the most uncertain: {len(result.dropped)}")
     echo_left_out(result.broken)

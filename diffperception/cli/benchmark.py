@@ -4,13 +4,16 @@ from typing import Literal
 
 import torch
 
-from diffperception.benchmarks import detection, generation, segmentation
-from diffperception.benchmarks.timing import ratio_table
+from diffperception.benchmarks.detection import time_detector
+from diffperception.benchmarks.generation import time_unet
+from diffperception.benchmarks.segmentation import time_pixel_classifiers
 from diffperception.devices import pick_device
 from diffperception.echo import echo
 
+SUITES = {"detection": time_detector, "segmentation": time_pixel_classifiers, "generation": time_unet}
 
-def benchmark(
+
+def command(
     suite: Literal["detection", "segmentation", "generation"],
     /,
     device: str = "cpu",
@@ -35,11 +38,4 @@ def benchmark(
         repeats: the best of so many runs counts.
     """
     torch.set_num_threads(threads)
-    where = pick_device(device)
-    if suite == "detection":
-        echo(ratio_table(*detection.measure(repeats, lambda row: echo(f"measured: {row.name}"), where)))
-    elif suite == "generation":
-        for unit, rows in generation.measure(repeats, lambda what: echo(f"measuring {what}"), where):
-            echo(ratio_table(unit, rows))
-    else:
-        echo(segmentation.measure(threads, repeats, 100, lambda what: echo(f"measuring {what}"), where).table())
+    echo(SUITES[suite](repeats, lambda what: echo(f"measuring {what}"), pick_device(device)))

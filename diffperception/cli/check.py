@@ -8,7 +8,7 @@ from diffperception.echo import echo
 from diffperception.files import write_json
 
 
-def check(
+def command(
     annotations: Path,
     images: Path | None = None,
     open_images: bool = True,

@@ -1,32 +1,42 @@
 """`diffperception evaluate`: scores of a model, or of its results; which function it is depends on what is given."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from torch import Tensor
 
-from diffperception.cli.evaluate_generation import evaluate_sample_folder
+from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import CocoDetection
-from diffperception.data.masks import IGNORE_INDEX, MaskFolder
+from diffperception.data.masks import MaskDataOptions
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
 from diffperception.detection.inference import draw_predictions, evaluate_detector, write_result
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
-from diffperception.devices import Precision, first_process, join_processes, pick_device
+from diffperception.devices import first_process, join_processes, pick_device
 from diffperception.echo import echo, plural
-from diffperception.files import OutputFolder
+from diffperception.files import OutputFolder, images_below, write_json
+from diffperception.generation.evaluator import ScoringOptions, evaluate_samples
 from diffperception.segmentation import PixelSegmenter, evaluate_segmenter
 from diffperception.segmentation.inference import iou_table
+
+VAL = ("val_images", "val_masks", "val_annotations")  # of a training
 
 
 def evaluate_detector_file(
     model: Path,
     annotations: Path,
     images: Path,
+    score: Annotated[
+        partial[CocoResult],
+        OptionsOf(evaluate_detector, "detector", "dataset", "num_images", "workers", "seed", "sampler"),
+    ],
     output: Path | None = None,
     device: str = "auto",
-    precision: Precision = "32",
     pad_together: bool = False,
     steps: PositiveInt | list[PositiveInt] | None = None,
     num_boxes: PositiveInt | list[PositiveInt] | None = None,
@@ -35,16 +45,12 @@ def evaluate_detector_file(
     ensemble: bool | list[bool] | None = None,
     eta: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     nms_threshold: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
-    protocol: Protocol = "coco",
     masks: bool = False,
-    max_dets: int | None = None,
-    batch_size: PositiveInt = 8,
     workers: NonNegativeInt = 2,
     seed: NonNegativeInt = 0,
     num_seeds: PositiveInt = 1,
     num_pictures: NonNegativeInt = 8,
     overwrite: bool = False,
-    trust: str | None = None,
 ) -> None:
     """Score a detector on a COCO data set.
 
@@ -55,37 +61,34 @@ def evaluate_detector_file(
     command with `torchrun --nproc_per_node=N -m diffperception evaluate ...`.
 
     Args:
-        model: the detector, a model.safetensors file.
         annotations: COCO JSON file with the ground truth.
         images: the folder that its file names are relative to.
         output: folder for metrics.json, detections.json and pictures, or for the sweep; nothing is written without it.
         mode: ddim; or a control, which shows what ddim is worth: fixed_time (the time is held) or fresh_boxes (every
             step starts from new noise).
-        protocol: coco, or lvis for annotation files of LVIS, which adds APr, APc and APf of rare, common and frequent
-            classes.
         masks: score the masks that the detector predicts too.
-        max_dets: how many detections count per image, the best first; by default the protocol's number: 100 of each
-            class (coco), 300 of all (lvis).
-        batch_size: images per prediction.
         pad_together: pad the images of a batch to one size: faster on a GPU, but AP then depends, a little, on the
             batch size.
         workers: processes that read images, for each process that predicts.
-        seed: of the noise; the noise of an image depends on this and on its id alone.
+        seed: seed of the noise; the noise of an image depends on this and on its id alone.
         num_seeds: score with so many seeds, from `seed` on.
         num_pictures: how many images are drawn with predictions beside ground truth.
     """
     folder, place = open_folder(output, overwrite), pick_device(device)
     settings = {"mode": mode, "num_boxes": num_boxes, "renewal_threshold": renewal_threshold, "ensemble": ensemble}
     settings |= {"eta": eta, "nms_threshold": nms_threshold, "steps": steps}
-    given = {name: value for name, value in settings.items() if value is not None}
-    choices = {name: list(dict.fromkeys(x if isinstance(x, list) else [x])) for name, x in given.items()}
+    choices = {
+        name: list(dict.fromkeys(value if isinstance(value, list) else [value]))
+        for name, value in settings.items()
+        if value is not None
+    }
     with join_processes():
-        detector = Detector.load(model, place, allow=(trust,) if trust else ())
+        detector = Detector.load(model, place)
         detector.pad_together = pad_together
         dataset = CocoDetection(annotations, images, masks=masks)
         if num_seeds > 1 or any(len(values) > 1 for values in choices.values()):
-            tried = (combine(detector, choices), range(seed, seed + num_seeds))
-            sweep = sweep_sampler(detector, dataset, *tried, batch_size, workers, max_dets, protocol, precision)
+            tried, seeds = combine(detector, choices), range(seed, seed + num_seeds)
+            sweep = sweep_sampler(detector, dataset, tried, seeds, workers=workers, **score.keywords)
             echo(sweep.table())
             if folder is not None and first_process():
                 write_sweep(sweep, folder)
@@ -93,12 +96,9 @@ def evaluate_detector_file(
                 echo(f"{folder.path / 'sweep.png'}: AP against passes and seconds")
             return
         sampler = detector.sampler_with(**{name: values[0] for name, values in choices.items()})
-        result = evaluate_detector(
-            detector, dataset, None, batch_size, workers, max_dets, seed, sampler, protocol, precision
-        )
-        finish(result, folder)
+        finish(score(detector, dataset, workers=workers, seed=seed, sampler=sampler), folder)
         if folder is not None and first_process():
-            draw_predictions(detector, dataset, folder, num_pictures, seed, sampler, precision)
+            draw_predictions(detector, dataset, folder, num_pictures, seed, sampler, score.keywords["precision"])
             echo(f"{folder.path / 'pictures'}: predictions beside ground truth")
 
 
@@ -140,21 +140,10 @@ def finish(result: CocoResult, folder: OutputFolder | None) -> None:
 
 def evaluate_segmenter_file(
     model: Path,
-    images: Path,
-    masks: Path,
-    annotations: Path | None = None,
-    max_images: PositiveInt | None = None,
-    unlabelled: Literal["stop", "skip"] = "stop",
-    ignore: int | None = IGNORE_INDEX,
-    mask_values: dict[int, int] | None = None,
-    output: Path | None = None,
-    pictures: NonNegativeInt = 4,
-    workers: NonNegativeInt = 2,
+    data: Annotated[partial[MaskDataOptions], OptionsOf(MaskDataOptions, "classes", "short_side", *VAL)],
+    score: Annotated[partial[dict[str, Any]], OptionsOf(evaluate_segmenter, "model", "folder")],
     device: str = "auto",
-    precision: Precision = "32",
     seed: NonNegativeInt = 0,
-    overwrite: bool = False,
-    trust: str | None = None,
 ) -> None:
     """Score a segmenter on images with masks: IoU per class, and their mean.
 
@@ -162,26 +151,54 @@ def evaluate_segmenter_file(
     neither the masks nor the predictions have is left out of the mean.
 
     Args:
-        model: the segmenter, a model.safetensors file.
-        images: folder with pictures.
-        masks: folder with their masks, of the same names: PNG of one channel or NPY, in each pixel its class's number.
-        annotations: only the images are used that this COCO JSON file lists, or this text file with a name per line.
-        max_images: use only so many of the images, chosen by the seed; by default all.
-        unlabelled: what to do at an image without a mask: stop, naming it, or leave it out.
-        ignore: the value in masks of pixels without a label; null for none.
-        mask_values: class numbers of the values in masks where they differ, such as '{0: 0, 255: 1}'.
-        output: folder for metrics.json and pictures/; nothing is written without it.
-        pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
         seed: seed of which images `max_images` chooses.
     """
-    segmenter = PixelSegmenter.load(model, pick_device(device), allow=(trust,) if trust else ())
-    number = len(segmenter.classes)
-    folder = MaskFolder(images, masks, number, ignore, mask_values, annotations, unlabelled, max_images, seed)
+    segmenter = PixelSegmenter.load(model, pick_device(device))
+    folder = data(classes=segmenter.classes).open(seed)
     with join_processes():
-        metrics = evaluate_segmenter(segmenter, folder, output, pictures, workers, precision, overwrite)
+        metrics = score(segmenter, folder)
     echo(f"{iou_table(metrics)}\non the labelled pixels of {plural(len(folder), 'image')}")
-    if output is not None:
-        echo(f"{output}: these numbers in metrics.json" + (", and pictures/" if pictures else ""))
+    if score.keywords["output"] is not None:
+        pictures = ", and pictures/" if score.keywords["pictures"] else ""
+        echo(f"{score.keywords['output']}: these numbers in metrics.json{pictures}")
+
+
+def evaluate_sample_folder(
+    samples: Path,
+    reference: Path,
+    scoring: Flat[ScoringOptions],
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Score generated images against real ones: FID, KID, precision and recall.
+
+    The images of both folders and their subfolders are resized, with antialiasing, to what the feature network takes.
+    Figures can be compared only within one feature network, one size and equal numbers of images; none of these
+    networks is the one of published FIDs.
+
+    Args:
+        samples: folder with the generated images.
+        reference: folder with real images, cropped as those that the generator learned from; or the YAML file of its
+            training, whose pictures are then cropped as they were there, as many crops as there are samples.
+        scoring: how.
+        output: folder for metrics.json; nothing is written without it.
+    """
+    folder = open_folder(output, overwrite)
+    real: Path | Sequence[Tensor] = reference
+    if reference.suffix in (".yaml", ".yml"):
+        from diffperception.training.recipes import generation  # Lightning, which nothing else needs here
+
+        real = generation.training_crops(reference, len(images_below(samples)), scoring.seed)
+    report = evaluate_samples(samples, real, scoring)
+    echo(report.table())
+    counts, channels = report.images, report.settings["channels"]
+    echo(f"{counts['samples']} samples, {counts['reference']} real images; {channels} features of {scoring.features}")
+    for note in report.notes:
+        echo(f"note: {note}")
+    if folder is not None:
+        path = folder.file("metrics.json")
+        write_json(path, asdict(report))
+        echo(f"{path}: these numbers")
 
 
 BY_KIND = {

@@ -1,5 +1,5 @@
 """`diffperception extract`."""
 
-from diffperception.segmentation import extract_features
+from diffperception.segmentation import extract_features as command
 
-extract = extract_features
+__all__ = ["command"]

@@ -1,8 +1,8 @@
 """The command runner: `diffperception NAME [FILE.yaml ...] [--option value ...]`.
 
-A command is a function of the same name in the module of the same name here. Its signature and docstring are its
-options and its help. A module is imported only once its command is called, so that `predict` does not wait for what
-only `train` needs.
+A command is the function `command` of the module of its name here: its signature and docstring are the options and the
+help. A module is imported only once its command is called, so that `predict` does not wait for what only `train` needs.
+The options of `train` are those of the recipe that `task` names.
 
 A module of a command that works on several kinds of things has a dictionary BY_KIND of functions in place of that: the
 function is chosen by what the file of `--model` says that it is, or by an option of that name, such as `--results`.
@@ -70,21 +70,26 @@ def run(name: str, arguments: Sequence[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise ValueError(f"there is no such command; {hint}")
-    from diffperception.configuration.parser import Options, call
-
     if name == "train":
-        from diffperception.cli.train import train
+        from diffperception.training.configured import train_by_arguments
 
-        return train(arguments)
+        stopped = train_by_arguments(arguments, require_output=True).signal
+        return 0 if stopped is None else 128 + stopped
+    from diffperception.configuration.base import given, spread_files
+    from diffperception.configuration.parser import Options, call
+    from diffperception.models.base import trusting
+
+    spread = spread_files(arguments)
     by_kind = functions(name)
-    kind = find_kind(arguments, by_kind)
+    kind = find_kind(spread, by_kind)
     if kind is not None:
-        return call(by_kind[kind], arguments, name)
+        with trusting(given(spread, "trust")):
+            return call(by_kind[kind], arguments, name)
     if not {"--help", "-h"} & set(arguments):
         models = [kind for kind in by_kind if kind in MODELS]
         ways = [f"--model, the file of a {' or '.join(models)}"] if models else []
         raise ValueError(f"give {', or '.join([*ways, *(f'--{kind}' for kind in by_kind if kind not in models)])}")
-    for command in dict.fromkeys(by_kind.values()):
+    for command in by_kind.values():
         Options(name, command).parser.print_help()
     return 0
 
@@ -92,25 +97,24 @@ def run(name: str, arguments: Sequence[str]) -> int:
 def functions(name: str) -> Mapping[str, Callable[..., int | None]]:
     """The functions of a command by the kind of thing that they work on; a single one by the command's name."""
     module = importlib.import_module(f"diffperception.cli.{name}")
-    return getattr(module, "BY_KIND", None) or {name: getattr(module, name)}
+    return getattr(module, "BY_KIND", None) or {name: module.command}
 
 
 def find_kind(arguments: Sequence[str], kinds: Collection[str]) -> str | None:
-    """Which of the kinds the arguments speak of; None if they do not say, or ask for help with all.
+    """Which of the kinds the arguments, with their files spread, speak of; None if they do not say.
 
     Raises:
         FileNotFoundError, ValueError: the model file is none, or of a kind that the command does not know.
     """
     if len(kinds) == 1:
         return next(iter(kinds))
-    from diffperception.configuration.base import given, spread_files
+    from diffperception.configuration.base import given
     from diffperception.models.base import file_kind
 
-    spread = spread_files(arguments)
     for kind in kinds:
-        if given(spread, kind) is not None:
+        if given(arguments, kind) is not None:
             return kind
-    file = given(spread, "model")
+    file = given(arguments, "model")
     if file is None:
         return None
     kind = file_kind(file)

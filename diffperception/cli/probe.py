@@ -13,7 +13,7 @@ from diffperception.segmentation import DiffusionFeatures
 from diffperception.segmentation.probe import expected_seconds, probe_features, probe_table, suggest, write_probe
 
 
-def probe(
+def command(
     model: Path,
     data: MaskDataOptions,
     output: Path,
@@ -39,7 +39,6 @@ def probe(
     --data.masks data/shapes/masks/train --data.classes "[background, ...]" --data.max_images 10 --output runs/probe`.
 
     Args:
-        model: the generator, a model.safetensors file.
         data: the labelled images; ten are a good number.
         timesteps: times to try, in this order while time is left.
         blocks: decoder blocks to try; null for all.
@@ -48,7 +47,6 @@ def probe(
         window: larger images are cut into windows of this side; null for what the generator was trained on.
         label: the class to tell a generator that has classes; null for none, if it has learned that.
         seed: seed of the noise, the choice of images that data.max_images asks for, and the choice of pixels.
-        overwrite: write into a folder that is not empty, replacing files of the same names.
     """
     results = OutputFolder(output, overwrite)  # refused before the work, not after it
     generator = load_generator(model)

@@ -9,7 +9,7 @@ from diffperception.data import ShapesSettings, write_shapes
 from diffperception.echo import echo
 
 
-def shapes(output: Path, settings: Flat[ShapesSettings], workers: int | None = None) -> None:
+def command(output: Path, settings: Flat[ShapesSettings], workers: int | None = None) -> None:
     """Draw a data set of ellipses, rectangles, triangles, stars, crosses and rings to try the other commands on.
 
     Writes images (train/, val/), COCO annotations (annotations/instances_train.json and instances_val.json) and

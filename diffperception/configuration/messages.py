@@ -1,6 +1,7 @@
 """From a parser's complaint to one sentence."""
 
 import re
+from collections.abc import Callable
 
 KINDS = {
     "PositiveInt": "a whole number above 0",
@@ -11,6 +12,7 @@ KINDS = {
     "int": "a whole number",
     "float": "a number",
 }
+UNREAD_GROUP = r"Unable to load config '(.*)' - .*Unable to load config \"\1\""
 
 
 def sentence(error: Exception) -> str:
@@ -25,31 +27,10 @@ def sentence(error: Exception) -> str:
 
 def _plain(message: str) -> str:
     """jsonargparse's nested complaint without its Python types: `option a.b: expected a number, got x`."""
-    message = re.sub(
-        r"Unable to load config '(.*)' - .*Unable to load config \"\1\"",
-        r"expected a group of options, got \1",
-        message,
-    )
+    message = re.sub(UNREAD_GROUP, r"expected a group of options, got \1", message)
     keys = re.findall(r'Parser key "([^"]+)":', message)
-    message = re.sub(r'Parser key "[^"]+":\s*', "", message)
-    message = re.sub(r"Type \S.*? expects a function or a callable class: ", "", message)
-    message = re.sub(
-        r"Expected an import path or a subclass spec, but got (.*)\. Got .*", r"expected a class, got \1", message
-    )
-    message = re.sub(r"\.* Got value: Namespace\(.*", "", message)
-    message = re.sub(r"Expected a dot import path string: (.*)", r"\1 is none of the classes that fit", message)
-    message = message.replace(" - Expected a <class 'NoneType'>", "")
-    message = re.sub(r"Problem with given class_path '([^']+)':\s*", r"\1: ", message)
-    message = re.sub(
-        r"Expected an? (?:<class '([\w.]+)'>|typing\.(\S.*?))\. Got value:", r"expected \1\2, got", message
-    )
-    message = re.sub(r"Does not validate against any of the Union subtypes .*", _alternatives, message)
-    message = re.sub(r"Not of type (\w+): (.*?) does not conform to restriction .*", r"expected \1, got \2", message)
-    message = re.sub(r"Not of type (\w+): (?:invalid|could not) [^:]*: '(.*)'", r"expected \1, got \2", message)
-    message = re.sub(r"invalid literal for (int)\(\) with base 10: '(.*)'", r"expected \1, got \2", message)
-    message = re.sub(r"Not of type (\w+): \w+\(\) argument must be .*, not '(\w+)'", r"expected \1, got \2", message)
-    message = re.sub(r"(?<=, got )None(?:Type)?$", "null", message)
-    message = re.sub(r"(?<=\bexpected )(.*?)(?=, got )", lambda found: _in_words(found[1]), message)
+    for pattern, plain in REWORDED:
+        message = re.sub(pattern, plain, message)
     return f"option {'.'.join(keys)}: {message}" if keys else message
 
 
@@ -72,3 +53,22 @@ def _in_words(kinds: str) -> str:
     kinds = kinds.replace("dict[int, int]", "pairs of whole numbers such as {0: 0, 255: 1}")
     kinds = re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", ""), kinds)
     return re.sub(r"\w+", lambda kind: KINDS.get(kind[0], kind[0]), kinds)
+
+
+REWORDED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [  # in this order
+    (r'Parser key "[^"]+":\s*', ""),
+    (r"Type \S.*? expects a function or a callable class: ", ""),
+    (r"Expected an import path or a subclass spec, but got (.*)\. Got .*", r"expected a class, got \1"),
+    (r"\.* Got value: Namespace\(.*", ""),
+    (r"Expected a dot import path string: (.*)", r"\1 is none of the classes that fit"),
+    (r" - Expected a <class 'NoneType'>", ""),
+    (r"Problem with given class_path '([^']+)':\s*", r"\1: "),
+    (r"Expected an? (?:<class '([\w.]+)'>|typing\.(\S.*?))\. Got value:", r"expected \1\2, got"),
+    (r"Does not validate against any of the Union subtypes .*", _alternatives),
+    (r"Not of type (\w+): (.*?) does not conform to restriction .*", r"expected \1, got \2"),
+    (r"Not of type (\w+): (?:invalid|could not) [^:]*: '(.*)'", r"expected \1, got \2"),
+    (r"invalid literal for (int)\(\) with base 10: '(.*)'", r"expected \1, got \2"),
+    (r"Not of type (\w+): \w+\(\) argument must be .*, not '(\w+)'", r"expected \1, got \2"),
+    (r"(?<=, got )None(?:Type)?$", "null"),
+    (r"(?<=\bexpected )(.*?)(?=, got )", lambda found: _in_words(found[1])),
+]

@@ -6,8 +6,9 @@ import inspect
 import pydoc
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import docstring_parser
@@ -17,11 +18,10 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from diffperception.configuration.base import spread_files
 from diffperception.configuration.messages import sentence
 
-Command = Callable[..., Any]
 T = TypeVar("T")
-Flat = Annotated[T, "flat"]  # of a parameter that is a dataclass: its fields are options without a prefix
 MODE = "yaml with None"  # of parsers
 HELP = {  # of options that several commands have, where a docstring says nothing of its own
+    "model": "a file that training or `diffperception convert` wrote, model.safetensors.",
     "images": "an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.",
     "output": "folder for the results.",
     "steps": "passes from noise to boxes; more are slower and a little better. By default the model's own number.",
@@ -35,8 +35,27 @@ HELP = {  # of options that several commands have, where a docstring says nothin
     "device": "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.",
     "precision": "bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.",
     "overwrite": "write into a folder that is not empty, in place of what an earlier run wrote there.",
-    "trust": "a Python package of your own whose classes the model file may name.",
 }
+
+
+class OptionsOf:
+    """Marks a parameter of a command: it is a function or class whose own parameters are options, without a prefix.
+
+    With `detect: Annotated[partial[Found], OptionsOf(detect_folder, "detector")]` every parameter of `detect_folder` is
+    an option of the command, with the default and the help that it has there; but for `detector`, which the command
+    gives: it gets the function with all others filled in.
+
+    Args:
+        part: the function or class; by default the type of the parameter.
+        given: what the command gives; if nothing, it gets what the function returns.
+    """
+
+    def __init__(self, part: Callable[..., Any] | None = None, *given: str) -> None:
+        self.part: Any = part
+        self.given = given
+
+
+Flat = Annotated[T, OptionsOf()]  # of a parameter that is a dataclass: its fields are options without a prefix
 
 
 class Options:
@@ -45,20 +64,24 @@ class Options:
     Args:
         name: of the command.
         parts: functions and classes, whose parameters have different names.
-        description: what stands above the options in the help; by default what the first part's docstring says.
+        description: what stands above the options in the help; by default what the first part's docstring says, or
+            that of the function that it calls if it has none.
         task: of a command that does several, which its configurations name as `task`.
     """
 
     def __init__(self, name: str, *parts: Callable[..., Any], description: str | None = None, task: str | None = None):
         set_loader(MODE, _load, (yaml.YAMLError,))
         set_parsing_settings(unset_sentinel=True)  # without it null passes for a value of any type
+        self.parts = parts
         own = [p for part in parts for p in inspect.signature(part).parameters.values()]
-        self.flat = {p.name: get_args(p.annotation)[0] for p in own if get_origin(p.annotation) is Annotated}
-        self.parts = (*parts, *self.flat.values())
-        self.parameters = [p for part in self.parts for p in inspect.signature(part).parameters.values()]
+        marked = [(p.name, *get_args(p.annotation)) for p in own if get_origin(p.annotation) is Annotated]
+        self.flat = {name: mark if mark.part else OptionsOf(kind) for name, kind, mark in marked}
+        self.of_part = {part: _parameters(part, self.flat) for part in parts}
+        self.of_part |= {mark.part: _parameters(mark.part, mark.given) for mark in self.flat.values()}
+        self.parameters = [p for parameters in self.of_part.values() for p in parameters.values()]
         self.parser = ArgumentParser(
             prog=f"diffperception {name}",
-            description=description or summary(parts[0]),
+            description=description or next(summary(part) for part in self.of_part if part.__doc__),
             exit_on_error=False,
             allow_abbrev=False,
             parser_mode=MODE,
@@ -72,22 +95,28 @@ class Options:
         self.parser.add_argument("--base", type=str | list[str] | None, help=argparse.SUPPRESS)  # of files; not dumped
         if task is not None:
             self.parser.add_argument("--task", default=task, help="what is trained; each task has options of its own")
+        trust = "a Python package of your own whose classes model files may name"
+        self.parser.add_argument("--trust", type=str | None, help=trust)
         self.parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
-        for part in self.parts:
+        for part in self.of_part:
             self._add(part)
+        self._explain()
         self._spell_for_humans()
 
     def _add(self, part: Callable[..., Any]) -> None:
-        parameters = inspect.signature(part).parameters.values()
-        positionals = {p.name: p.annotation for p in parameters if p.kind is p.POSITIONAL_ONLY}
-        explained = {p.arg_name: p.description for p in docstring_parser.parse(inspect.getdoc(part) or "").params}
-        for name, kind in positionals.items():
-            self.parser.add_argument(name, type=kind, help=explained.get(name))
+        positionals = {name for name, p in self.of_part[part].items() if p.kind is p.POSITIONAL_ONLY}
+        for name in positionals:
+            self.parser.add_argument(name, type=self.of_part[part][name].annotation)
+        others = inspect.signature(part).parameters.keys() - self.of_part[part].keys()
         add = self.parser.add_class_arguments if inspect.isclass(part) else self.parser.add_function_arguments
-        add(part, as_group=False, fail_untyped=True, skip={*positionals, *self.flat})
+        add(part, as_group=False, fail_untyped=True, skip={*positionals, *others})
+
+    def _explain(self) -> None:
+        """Options without help of their own have that of another part, or of all commands."""
+        docs = [docstring_parser.parse(inspect.getdoc(part) or "").params for part in self.of_part]
+        explained = HELP | {p.arg_name: p.description for params in docs for p in params}
         for action in self.parser._actions:
-            if action.dest in HELP and action.dest in {p.name for p in parameters} - set(explained):
-                action.help = HELP[action.dest]
+            action.help = action.help or explained.get(action.dest)
 
     def _spell_for_humans(self) -> None:
         switches = {p.name for p in self.parameters if p.annotation is bool}
@@ -126,8 +155,9 @@ class Options:
 
             torch.manual_seed(options.seed)
         values = vars(self.parser.instantiate(options))
-        for name, part in self.flat.items():
-            values[name] = part(**{field.name: values[field.name] for field in fields(part)})
+        for name, mark in self.flat.items():
+            filled = partial(mark.part, **{option: values[option] for option in self.of_part[mark.part]})
+            values[name] = filled if mark.given else filled()
         names = [inspect.signature(part).parameters for part in self.parts]
         return [{name: values[name] for name in of_part if name in values} for of_part in names]
 
@@ -136,7 +166,7 @@ class Options:
         return yaml.safe_load(self.parser.dump(options, skip_unset=False))
 
 
-def call(command: Command, arguments: Sequence[str], name: str | None = None) -> int:
+def call(command: Callable[..., Any], arguments: Sequence[str], name: str | None = None) -> int:
     """Call `command` with the options that the arguments give it; returns its exit code, 0 for anything but a number.
 
     Its help calls it by `name`, by default the function's.
@@ -145,11 +175,15 @@ def call(command: Command, arguments: Sequence[str], name: str | None = None) ->
         ArgumentError: an option is unknown, missing or of a wrong type.
     """
     options = Options(name or command.__name__, command)
-    values, *_ = options.instantiate(options.parse(arguments))
+    (values,) = options.instantiate(options.parse(arguments))
     parameters = inspect.signature(command).parameters
     positional = [values.pop(name) for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
     result = command(*positional, **values)
     return result if isinstance(result, int) else 0
+
+
+def _parameters(part: Callable[..., Any], without: Container[str]) -> dict[str, inspect.Parameter]:
+    return {name: p for name, p in inspect.signature(part).parameters.items() if name not in without}
 
 
 def summary(part: Callable[..., Any]) -> str:

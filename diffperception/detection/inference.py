@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -47,12 +48,12 @@ def detect_folder(
     images: str | Path,
     output: str | Path,
     sampler: BoxSampler | None = None,
-    seed: int = 0,
-    score_threshold: float = THRESHOLD,
-    num_pictures: int = 100,
-    num_trajectories: int = 3,
-    batch_size: int = 1,
-    workers: int = 2,
+    seed: NonNegativeInt = 0,
+    score_threshold: ClosedUnitInterval = THRESHOLD,
+    num_pictures: NonNegativeInt = 100,
+    num_trajectories: NonNegativeInt = 3,
+    batch_size: PositiveInt = 1,
+    workers: NonNegativeInt = 2,
     precision: Precision = "32",
     overwrite: bool = False,
 ) -> FolderResult:
@@ -60,21 +61,18 @@ def detect_folder(
 
     Writes OUTPUT/predictions.json, a COCO results file with all detections; OUTPUT/images.json, a COCO file with the
     images' ids, names and sizes and with the categories; OUTPUT/pictures, the images with their detections; and
-    OUTPUT/trajectories, where noise turns into boxes. Images that cannot be read are left out. Several processes share
-    the images.
+    OUTPUT/trajectories, where noise turns into boxes. Images that cannot be read are left out and named at the end.
+    Several processes, started by torchrun, share the images.
 
     Args:
-        detector: or its file; where it is, images go.
-        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'.
-        output: folder for the results.
+        detector: the detector, whose device computes, or its file.
+        images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
         sampler: instead of the detector's own, see `Detector.sampler_with`.
-        seed: of the noise; it and the name of an image decide the noise of that image.
-        score_threshold: boxes with a lower score are not drawn.
-        num_pictures, num_trajectories: at most so many are drawn, of an image each.
-        batch_size: images that are predicted together; the results do not depend on it.
-        workers: processes that read images.
-        precision: of the network's products.
-        overwrite: write into a folder that is not empty, replacing what an earlier run wrote.
+        seed: seed of the noise that boxes start from; it and the name of an image decide the noise of that image.
+        score_threshold: boxes with a lower score are not drawn; predictions.json has them all.
+        num_pictures: the detections of at most this many images are drawn.
+        num_trajectories: noise turning into boxes is drawn for at most this many images.
+        batch_size: images that are predicted together; the results do not depend on it, up to rounding.
 
     Raises:
         FileNotFoundError, ValueError: there is no such image or model, none can be read, or the folder is in use.
@@ -140,7 +138,7 @@ def evaluate_detector(
     detector: Detector,
     dataset: CocoDetection,
     num_images: int | None = None,
-    batch_size: int = 8,
+    batch_size: PositiveInt = 8,
     workers: int = 0,
     max_dets: int | None = None,
     seed: int = 0,
@@ -157,10 +155,11 @@ def evaluate_detector(
         num_images: use this many images, spread over the data set; all by default.
         batch_size: images per prediction.
         workers: processes that read images, for each process that predicts.
-        max_dets: how many detections count per image; the protocol's number by default.
+        max_dets: how many detections count per image, the best first; by default the protocol's number: 100 of each
+            class (coco), 300 of all (lvis).
         sampler: instead of the detector's own, see `Detector.sampler_with`.
-        protocol: whose rules the score follows.
-        precision: of the network's products.
+        protocol: coco, or lvis for annotation files of LVIS, which adds APr, APc and APf of rare, common and frequent
+            classes.
 
     Raises:
         ValueError: the detector has other classes than the data set or no masks where that has some, or the

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from diffperception.files import OutputFolder
 from diffperception.generation.sampling import SamplingOptions, sample
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.conditioners import labels_in_turn
+from diffperception.models.unet.encoder import both_sides
 from diffperception.visualization.draw import save_png, to_pil
 from diffperception.visualization.panels import image_grid
 
@@ -77,35 +79,44 @@ def draw_samples(
 def sample_folder(
     model: DiffusionModel | str | Path,
     output: Path,
-    number: int = 64,
+    number: PositiveInt = 64,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (not changed)
-    classes: Sequence[str] | None = None,
+    classes: list[str] | None = None,
     classifier: NoisyClassifier | str | Path | None = None,
-    classifier_scale: float = 1.0,
-    image_size: tuple[int, int] | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
+    classifier_scale: NonNegativeFloat | None = None,
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None,
+    batch_size: PositiveInt = 16,
+    seed: NonNegativeInt = 0,
     device: str = "auto",
     precision: Precision = "32",
     overwrite: bool = False,
 ) -> None:
-    """Draw images into OUTPUT/images: numbered PNG files, in folders of their classes; and OUTPUT/grid.png.
+    """Draw images from a trained generator: numbered PNG files in OUTPUT/images, and OUTPUT/grid.png.
 
-    The processes that torchrun started share the images.
+    Every image is a function of the seed and its number, up to rounding. Where there are classes, they take turns; the
+    files of class K are in OUTPUT/images/K. Several processes, started by torchrun, share the images.
 
     Args:
-        model: the generator, or its file.
-        output: the folder; what earlier calls wrote there is removed, other files are not.
-        number: how many images.
-        sampling, classes, classifier_scale, image_size, batch_size, seed: as for :func:`draw_samples`.
-        classifier: a noisy classifier, or its file.
-        device: where to compute, see :func:`~diffperception.devices.pick_device`.
-        precision: bf16 computes in bfloat16 where that is safe.
-        overwrite: write into a folder that is not empty.
+        model: the file of a generator, model.safetensors, or the generator itself.
+        output: folder for the images.
+        number: how many images to draw.
+        sampling: how noise becomes an image.
+        classes: names of the classes to draw; by default all that the generator has.
+        classifier: the file of a noisy classifier that pulls the images towards the classes, or the classifier itself.
+        classifier_scale: how hard the classifier pulls; by default 1.
+        image_size: side, or [height, width], of the images in pixels; by default that of the images the generator
+            learned from.
+        batch_size: images drawn at once.
+        seed: seed of the noise.
+        overwrite: write into a folder that is not empty; the images that an earlier call wrote are removed.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or as :func:`draw_samples`.
+        FileNotFoundError, ValueError: no such file, a scale without a classifier, or as :func:`draw_samples`.
     """
+    if classifier is None and classifier_scale is not None:
+        raise ValueError("classifier_scale is given without a classifier: name one with --classifier, or leave it out")
+    scale = 1.0 if classifier_scale is None else classifier_scale
+    size = None if image_size is None else both_sides(image_size)
     folder, place = OutputFolder(Path(output), overwrite), pick_device(device)
     model = (DiffusionModel.load(model) if isinstance(model, str | Path) else model).to(place)
     if classifier is not None:
@@ -116,9 +127,7 @@ def sample_folder(
     first: list[Tensor] = []
     with join_processes(), autocast(place, precision):
         numbers = share(range(number))
-        drawn = draw_samples(
-            model, numbers, sampling, seed, classes, batch_size, image_size, classifier, classifier_scale
-        )
+        drawn = draw_samples(model, numbers, sampling, seed, classes, batch_size, size, classifier, scale)
         batches = chain([next(drawn)] if numbers else [], drawn)
         first_does(folder.clear)  # all options have proved sound
         with tqdm(total=len(numbers), desc="sample", unit="image", disable=hide_bar()) as bar:

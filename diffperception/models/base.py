@@ -23,6 +23,7 @@ from diffperception.files import require_file_name, written_beside
 FORMAT = "diffperception-2"
 PACKAGE = "diffperception"
 _rebuilding: ContextVar[str | Path | None] = ContextVar("rebuilding", default=None)  # the file, while it is
+_trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
 
 class Model(nn.Module):
@@ -103,7 +104,7 @@ class Model(nn.Module):
         token = _rebuilding.set(path)
         try:
             with torch.random.fork_rng(devices=[]), _Undrawn():
-                model = rebuild(described, path, (PACKAGE, *allow))
+                model = rebuild(described, path, (PACKAGE, *allow, *_trusted.get()))
         finally:
             _rebuilding.reset(token)
         if not isinstance(model, cls):
@@ -117,6 +118,16 @@ class Model(nn.Module):
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} does not fit the {type(model).__name__} it describes: {reason}") from None
         return model.to(device=device, dtype=dtype).eval()
+
+
+@contextmanager
+def trusting(package: str | None) -> Iterator[None]:
+    """Within it every model file may name classes of this package too: `allow` for files that are named in options."""
+    token = _trusted.set((*_trusted.get(), *([package] if package else [])))
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
 
 
 def file_kind(path: str | Path) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,8 +29,8 @@ def autolabel(
     model: PixelSegmenter,
     images: str | Path | Iterable[Tensor],
     output: Path,
-    drop: float = 0.1,
-    workers: int = 2,
+    drop: ClosedUnitInterval = 0.1,
+    workers: NonNegativeInt = 2,
     precision: Precision = "32",
     source: str | None = None,
 ) -> LabelledSet:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import NonNegativeInt
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -68,23 +69,25 @@ def segment_folder(
     output: Path,
     rank: bool = False,
     labelled: Path | None = None,
-    pictures: int = 100,
-    workers: int = 2,
+    pictures: NonNegativeInt = 100,
+    workers: NonNegativeInt = 2,
     precision: Precision = "32",
     overwrite: bool = False,
 ) -> FolderScores:
     """Say of every pixel of an image, or of all images in a folder, which class it is.
 
-    Writes `output`/masks (PNG of class numbers), overlays, uncertainty and, once all images are done, scores.csv; see
-    `diffperception predict --help`. Several processes, started by torchrun, share the images.
+    Writes OUTPUT/masks (PNG, in each pixel its class's number), OUTPUT/overlays (the images with their classes in
+    colours), OUTPUT/uncertainty (where the members of the ensemble disagree) and OUTPUT/scores.csv: each image's
+    uncertainty (in nats, the mean of its most uncertain tenth) and the fractions of the classes. scores.csv is written
+    once all images are done: a folder without it is of a run that was interrupted. Images that cannot be read are left
+    out and named at the end. Several processes, started by torchrun, share the images.
 
     Args:
-        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'.
-        rank: order the images by their uncertainty, too: rank.csv, and rank.png, which shows the first of them.
+        images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
+        rank: order the images by their uncertainty: rank.csv has the most uncertain first, and rank.png shows the
+            first of them, those to label next.
         labelled: folder of masks; images that have one there are left out.
         pictures: draw the overlays and uncertainties of at most this many images.
-        workers: processes that read images.
-        overwrite: write into a folder that is not empty, in place of what an earlier run wrote there.
 
     Raises:
         FileNotFoundError: there is no such image or folder.
@@ -134,8 +137,8 @@ def evaluate_segmenter(
     model: PixelSegmenter,
     folder: MaskFolder,
     output: Path | None = None,
-    pictures: int = 4,
-    workers: int = 2,
+    pictures: NonNegativeInt = 4,
+    workers: NonNegativeInt = 2,
     precision: Precision = "32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -146,7 +149,6 @@ def evaluate_segmenter(
     Args:
         output: folder for metrics.json and pictures/; nothing is written without it.
         pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
-        workers, overwrite: as of :func:`segment_folder`.
 
     Raises:
         ValueError: the output folder holds something.

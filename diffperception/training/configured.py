@@ -11,6 +11,7 @@ import yaml
 
 from diffperception.configuration.base import given, spread_files
 from diffperception.configuration.parser import Options, summary
+from diffperception.models.base import trusting
 from diffperception.training.folder import FILES
 from diffperception.training.options import RunOptions
 from diffperception.training.recipe import Recipe
@@ -59,8 +60,9 @@ def train_by_arguments(arguments: Sequence[str], require_output: bool = False) -
     parsed = options.parse(arguments)
     if require_output and parsed.output is None:
         raise ValueError("give --output, the folder for everything that the run writes")
-    recipe, of_run = options.instantiate(parsed)
-    return run(options.parts[0](**recipe), RunOptions(**of_run), options.settings(parsed))
+    with trusting(parsed.trust):
+        recipe, of_run = options.instantiate(parsed)
+        return run(options.parts[0](**recipe), RunOptions(**of_run), options.settings(parsed))
 
 
 def options_for(arguments: Sequence[str]) -> Options:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffperception.cli.autolabel import autolabel
+from diffperception.cli.autolabel import command
 from diffperception.configuration.parser import call
 from diffperception.data.masks import MaskFolder
 from diffperception.generation import SamplingOptions
@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(root: Path, output: Path, *options: str) -> dict:
     arguments = ["--model", str(root / "segmenter.safetensors"), "--output", str(output), "--device", "cpu"]
-    assert call(autolabel, [*arguments, *options]) == 0
+    assert call(command, [*arguments, *options]) == 0
     return json.loads((output / "dataset.json").read_text())
 
 

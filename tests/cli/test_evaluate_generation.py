@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from diffperception.cli.evaluate_generation import evaluate_sample_folder
+from diffperception.cli.evaluate import evaluate_sample_folder
 from diffperception.cli.main import main
 from diffperception.configuration.parser import call
 from diffperception.generation.evaluator import ScoringOptions, evaluate_samples

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffperception.cli.extract import extract
 from diffperception.configuration.parser import call
 from diffperception.data.images import read_image, to_float
 from diffperception.models import Model
-from diffperception.segmentation import DiffusionFeatures, ExtractedFeatures, PixelSegmenter
+from diffperception.segmentation import DiffusionFeatures, ExtractedFeatures, PixelSegmenter, extract_features
 from diffperception.segmentation.feature_cache import load_maps
 from diffperception.training import FitOptions, fit_ensemble
 from diffperception.training.options import TrainerOptions
@@ -34,7 +33,9 @@ def run(root: Path, output: Path, *options: str) -> None:
     arguments = ["--features", "diffperception.segmentation.DiffusionFeatures", "--device", "cpu"]
     arguments += ["--features.generator", str(root / "unet.safetensors"), "--features.blocks", "[0, 4]"]
     arguments += ["--features.timesteps", "[50]", "--features.window", "32"]
-    assert call(extract, [*arguments, "--images", str(root / "images"), "--output", str(output), *options]) == 0
+    assert (
+        call(extract_features, [*arguments, "--images", str(root / "images"), "--output", str(output), *options]) == 0
+    )
 
 
 def features_of(root: Path) -> DiffusionFeatures:

@@ -279,7 +279,7 @@ def test_the_function_follows_from_the_kind_of_the_model_or_an_option(tmp_path: 
     Pixels().save(other)
     (tmp_path / "options.yaml").write_text(f"model: {model}\n")
     assert find_kind(["--model", str(model)], BY_KIND) == "detector"
-    assert find_kind([str(tmp_path / "options.yaml")], BY_KIND) == "detector"
+    assert find_kind(["--config", str(tmp_path / "options.yaml")], BY_KIND) == "detector"
     assert find_kind(["--results", "x.json", "--model", str(model)], BY_KIND) == "results"
     assert find_kind(["--help"], BY_KIND) is None
     assert find_kind([], {"only": by_results}) == "only"

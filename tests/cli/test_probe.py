@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffperception.cli.probe import probe
+from diffperception.cli.probe import command
 from diffperception.configuration.parser import call
 from diffperception.segmentation import ProbeScore
 from diffperception.segmentation.probe import expected_seconds, suggest
@@ -22,7 +22,7 @@ def test_blocks_and_timesteps_are_ranked(tmp_path: Path, capsys: pytest.CaptureF
     arguments = ["--model", str(tmp_path / "unet.safetensors"), "--output", str(tmp_path / "probe"), "--device", "cpu"]
     arguments += [f"--data.{kind}={tmp_path / 'data' / kind}" for kind in ("images", "masks")]
     arguments += ["--data.classes", "[red, green, blue]", "--timesteps", "800", "20", "--pixels", "200"]
-    assert call(probe, [*arguments, "--window", "32"]) == 0
+    assert call(command, [*arguments, "--window", "32"]) == 0
     content = json.loads((tmp_path / "probe" / "probe.json").read_text())
     scores = [probe["miou"] for probe in content["scores"]]
     assert scores == sorted(scores, reverse=True)
@@ -38,14 +38,14 @@ def test_blocks_and_timesteps_are_ranked(tmp_path: Path, capsys: pytest.CaptureF
     assert "2 timesteps, 6 blocks, 4 images: about" in said
     assert "will take more than" not in said
     with pytest.raises(ValueError, match="overwrite"):
-        call(probe, arguments)
+        call(command, arguments)
     with pytest.raises(ValueError, match=r"no decoder blocks \[\]"):
-        call(probe, [*arguments, "--overwrite", "--blocks", "[]"])
+        call(command, [*arguments, "--overwrite", "--blocks", "[]"])
     short = ["--seconds", "0", "--blocks", "4", "--window", "32", "--overwrite", "--data.max_images", "2"]
-    assert call(probe, [*arguments, *short]) == 0
+    assert call(command, [*arguments, *short]) == 0
     (tmp_path / "probe" / ".diffperception").unlink()  # then the files are somebody's
     with pytest.raises(ValueError, match=r"probe\.json would be replaced"):
-        call(probe, [*arguments, *short])
+        call(command, [*arguments, *short])
     said = capsys.readouterr().out
     assert "1 blocks, 2 images" in said
     assert "note: the first timestep alone will take more than --seconds 0" in said

@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffperception.cli.compare import compare
 from diffperception.configuration.parser import Options, call
 from diffperception.data.masks import MaskFolder
 from diffperception.segmentation import RGBFeatures
 from diffperception.segmentation.baseline import predict_labels, segmentation_unet
-from diffperception.training import BaselineOptions, FitOptions, fit_baseline, fit_ensemble
+from diffperception.training import BaselineOptions, FitOptions, compare_label_efficiency, fit_baseline, fit_ensemble
 from diffperception.training.label_efficiency import (
     LabelledImages,
     from_scratch,
@@ -46,7 +45,7 @@ def run(root: Path, output: Path, *options: str) -> dict:
         arguments += [f"--data.{prefix}{name}={root / kind / name}" for name in ("images", "masks")]
     arguments += ["--data.classes", "[red, green, blue]", "--members", "2", "--fit.max_minibatches", "80"]
     arguments += ["--baseline.steps", "2", "--baseline.crop", "16", "--baseline.batch_size", "2", "--device", "cpu"]
-    assert call(compare, [*arguments, *options]) == 0
+    assert call(compare_label_efficiency, [*arguments, *options]) == 0
     return json.loads((output / "compare.json").read_text())
 
 
@@ -205,6 +204,6 @@ def test_means_and_spreads() -> None:
 @pytest.mark.parametrize("name", ["bccd", "shapes"])
 def test_the_shipped_comparisons_are_accepted(name: str) -> None:
     path = Path(__file__).parents[2] / "configs" / "segmentation" / f"{name}_compare.yaml"
-    options = Options("compare", compare).parse([str(path), "--labels", "5", "--seeds", "1"])
+    options = Options("compare", compare_label_efficiency).parse([str(path), "--labels", "5", "--seeds", "1"])
     assert (options.labels, options.seeds) == ([5], 1)
     assert options.precision == "bf16"
