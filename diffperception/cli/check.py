@@ -1,18 +1,19 @@
 """`diffperception check`: name every problem of a data set."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+from diffperception.configuration.parser import OptionsOf
 from diffperception.data.check import check_coco
+from diffperception.data.check_report import Report
 from diffperception.echo import echo
 from diffperception.files import write_json
 
 
 def command(
-    annotations: Path,
-    images: Path | None = None,
-    open_images: bool = True,
-    num_boxes: int | None = None,
+    check: Annotated[partial[Report], OptionsOf(check_coco)],
     show: int = 10,
     report: Path | None = None,
 ) -> int:
@@ -24,16 +25,12 @@ def command(
     errors.
 
     Args:
-        annotations: COCO JSON file.
-        images: folder of its images; null: only the annotations are checked.
-        open_images: decode every image and compare its size; false only looks whether the files are there.
-        num_boxes: proposals of the detector to train; images with more objects are named.
         show: how many places of each problem are printed.
         report: JSON file to write, with every place of every problem.
     """
-    found = check_coco(annotations, images, open_images, num_boxes)
+    found = check()
     echo(found.text(show))
-    if images is None:
+    if check.keywords["images"] is None:
         echo("Only the annotations were checked; --images FOLDER checks the image files too.")
     if report is not None:
         write_json(report, asdict(found))

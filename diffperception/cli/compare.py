@@ -1,5 +1,5 @@
 """`diffperception compare`."""
 
-from diffperception.training.label_efficiency import compare_label_efficiency as command
+from diffperception.training.label_efficiency import compare_label_efficiency
 
-__all__ = ["command"]
+command = compare_label_efficiency

@@ -1,5 +1,5 @@
 """`diffperception extract`."""
 
-from diffperception.segmentation import extract_features as command
+from diffperception.segmentation import extract_features
 
-__all__ = ["command"]
+command = extract_features

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,16 @@ def spread_files(arguments: Sequence[str]) -> list[str]:
         ValueError: files build on each other in a circle, or one is no configuration; `--base` is none.
         FileNotFoundError: a base is missing.
     """
-    words = list(arguments)
-    first = next((i for i, word in enumerate(words) if word.startswith("-") or not word.endswith(SUFFIXES)), len(words))
-    words = [part for file in words[:first] for part in ("--config", file)] + words[first:]
+    files = list(takewhile(lambda word: not word.startswith("-") and word.endswith(SUFFIXES), arguments))
+    words = [*(f"--config={file}" for file in files), *arguments[len(files) :]]
     spread: list[str] = []
     while words:
         word = words.pop(0)
-        if word == "--config" and words:
-            spread += [part for file in with_bases(words.pop(0)) for part in (word, file)]
-        elif word.startswith("--config="):
-            spread += [part for file in with_bases(word.partition("=")[2]) for part in ("--config", file)]
-        elif word.partition("=")[0] == "--base":
+        name, equals, file = word.partition("=")
+        if name == "--base":
             raise ValueError("only a configuration file names its base: give --config, which may stand several times")
+        if name == "--config" and (equals or words):
+            spread += [part for each in with_bases(file or words.pop(0)) for part in ("--config", each)]
         else:
             spread.append(word)
     return spread
@@ -45,28 +44,34 @@ def with_bases(file: str, above: tuple[Path, ...] = ()) -> list[str]:
         raise ValueError(f"{file} builds on itself: base goes round in a circle over {', '.join(map(str, above))}")
     if above and not path.is_file():
         raise FileNotFoundError(f"there is no file {file}, which {above[-1]} names as its base")
-    bases = read_settings_file(path).get("base", [])
+    bases = read_settings_file(file).get("base", [])
+    if bases and not os.path.isfile(file):
+        raise ValueError(f"only a configuration file names its base, not the text {file}: give --config several times")
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(f"{file}: base must be the name of a file or a list of names, not {bases}")
     before = [with_bases(str(path.parent / base), (*above, path.resolve())) for base in bases]
-    return [*(name for names in before for name in names), file]
+    return [*chain.from_iterable(before), file]
 
 
-def read_settings_file(path: Path) -> dict[str, Any]:
-    """What a YAML file says; nothing for one that is missing, of which the parser complains.
+def read_settings_file(file: str) -> dict[str, Any]:
+    """What a YAML file, or a text in its place, says; nothing for one that is missing, of which the parser complains.
 
     Raises:
-        ValueError: it is not YAML, or not options.
+        ValueError: the file is not YAML, or not options.
     """
-    if not os.path.isfile(path):  # unlike Path.is_file, also of a text that is too long for a name
-        return {}
+    if not os.path.isfile(file):  # unlike Path.is_file, also of a text that is too long for a name
+        try:
+            settings = yaml.safe_load(file)
+        except yaml.YAMLError:
+            settings = None
+        return settings if isinstance(settings, dict) else {}
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not YAML: " + str(error).replace('"<unicode string>", ', "")) from None
+        raise ValueError(f"{file} is not YAML: " + str(error).replace('"<unicode string>", ', "")) from None
     if not isinstance(settings, dict | None):
-        raise ValueError(f"{path} must hold options such as `seed: 3`, not a {type(settings).__name__}")
+        raise ValueError(f"{file} must hold options such as `seed: 3`, not a {type(settings).__name__}")
     return settings or {}
 
 
@@ -79,7 +84,7 @@ def given(arguments: Sequence[str], name: str) -> str | None:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{name}")
-    parser.add_argument("--config", action="append", default=[], type=Path)
+    parser.add_argument("--config", action="append", default=[])
     known, _ = parser.parse_known_args([word for word in arguments if word != "--help"])
     if getattr(known, name) is not None:
         return str(getattr(known, name))

@@ -47,7 +47,7 @@ class OptionsOf:
 
     Args:
         part: the function or class; by default the type of the parameter.
-        given: what the command gives; if nothing, it gets what the function returns.
+        given: what the command gives; a class of which it gives nothing is handed over as an object.
     """
 
     def __init__(self, part: Callable[..., Any] | None = None, *given: str) -> None:
@@ -79,6 +79,7 @@ class Options:
         self.of_part = {part: _parameters(part, self.flat) for part in parts}
         self.of_part |= {mark.part: _parameters(mark.part, mark.given) for mark in self.flat.values()}
         self.parameters = [p for parameters in self.of_part.values() for p in parameters.values()]
+        self.lists = {f"--{p.name}": count for p in self.parameters if (count := _values_of_a_list(p.annotation))}
         self.parser = ArgumentParser(
             prog=f"diffperception {name}",
             description=description or next(summary(part) for part in self.of_part if part.__doc__),
@@ -120,11 +121,12 @@ class Options:
 
     def _spell_for_humans(self) -> None:
         switches = {p.name for p in self.parameters if p.annotation is bool}
-        lists = {p.name for p in self.parameters if _takes_list(p.annotation)}
         for action in self.parser._actions:
             if action.dest in switches:
                 action.nargs, action.const = "?", True  # `--overwrite` alone means `--overwrite true`
-            elif action.dest in lists:  # the help shows what `spell_out` makes of it, not jsonargparse's `--steps+ 1`
+            elif (
+                f"--{action.dest}" in self.lists
+            ):  # the help shows what `spell_out` makes of it, not jsonargparse's `--steps+ 1`
                 action.option_strings = [f"--{action.dest}"]
                 action.metavar = f"{action.dest.upper()} ..."
 
@@ -134,10 +136,8 @@ class Options:
         Raises:
             ArgumentError: an option is unknown, for which the nearest is named, or missing, or of a wrong type.
         """
-        several = {p.name: p.annotation for p in self.parameters if _takes_list(p.annotation)}
-        lists = {f"--{name}": 1 if _takes_only_lists(kind) else 2 for name, kind in several.items()}
         try:
-            options = self.parser.parse_args(spell_out(spread_files(arguments), lists))
+            options = self.parser.parse_args(spell_out(spread_files(arguments), self.lists))
         except ArgumentError as error:
             said = sentence(error)
             said += _suggestion(self.parser, str(error)) + _suggested_class(self.parameters, said)
@@ -157,7 +157,7 @@ class Options:
         values = vars(self.parser.instantiate(options))
         for name, mark in self.flat.items():
             filled = partial(mark.part, **{option: values[option] for option in self.of_part[mark.part]})
-            values[name] = filled if mark.given else filled()
+            values[name] = filled() if inspect.isclass(mark.part) and not mark.given else filled
         names = [inspect.signature(part).parameters for part in self.parts]
         return [{name: values[name] for name in of_part if name in values} for of_part in names]
 
@@ -200,8 +200,7 @@ def spell_out(arguments: Sequence[str], lists: Mapping[str, int]) -> list[str]:
     """Arguments as the parser takes them: `--num-boxes 100 300` is `--num_boxes=[100, 300]`.
 
     Args:
-        lists: the options, spelled with underscores, that may have several values, and from how many on they are a
-            list.
+        lists: the options that may have several values, and from how many on they are a list.
     """
     groups: list[list[str]] = [[]]  # an option with its values; the first has none
     for word in arguments:
@@ -213,20 +212,18 @@ def spell_out(arguments: Sequence[str], lists: Mapping[str, int]) -> list[str]:
     for group in groups:
         values = group[1:]
         whole = values == ["null"] or (values and values[0].startswith("["))  # written as none, or as a list, already
-        if group and len(group) > lists.get(group[0], len(group)) and not whole:
+        if group and len(values) >= lists.get(group[0], len(group)) and not whole:
             group[:] = [f"{group[0]}=[{', '.join(values)}]"]
     return [word for group in groups for word in group]
 
 
-def _takes_list(annotation: Any) -> bool:
-    """Whether values of this type may be lists: list[int], or int | list[int]."""
-    return any(get_origin(kind) is list for kind in (annotation, *get_args(annotation)))
-
-
-def _takes_only_lists(annotation: Any) -> bool:
-    """Whether one value of this type must be a list too: list[str], or list[str] | None, but not int | list[int]."""
+def _values_of_a_list(annotation: Any) -> int | None:
+    """From how many values on an option is a list: from 1 for list[str], from 2 for int | list[int], never for int."""
     kinds = [annotation] if get_origin(annotation) is list else get_args(annotation)
-    return all(get_origin(kind) is list or kind is type(None) for kind in kinds)
+    lists = [get_origin(kind) is list for kind in kinds if kind is not type(None)]
+    if not any(lists):
+        return None
+    return 1 if all(lists) else 2
 
 
 def _suggestion(parser: ArgumentParser, message: str) -> str:

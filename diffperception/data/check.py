@@ -27,9 +27,9 @@ def check_coco(
 
     Args:
         annotations: COCO JSON file.
-        images: the folder of its images; None: files are not looked at.
-        open_images: whether each image is decoded and its size compared; otherwise only that its file exists.
-        num_boxes: proposals of the detector that will be trained: images with more objects are named.
+        images: folder of its images; null: only the annotations are checked.
+        open_images: decode every image and compare its size; false only looks whether the files are there.
+        num_boxes: proposals of the detector to train; images with more objects are named.
     """
     try:
         content = read_coco(annotations)

@@ -56,7 +56,7 @@ def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, content: 
         spread_files([str(tmp_path / "wrong.yaml")])
 
 
-@pytest.mark.parametrize("words", [["--base", "x.yaml"], ["--base=x.yaml"]])
+@pytest.mark.parametrize("words", [["--base", "x.yaml"], ["--base=x.yaml"], ["--config", "{base: x.yaml, a: 1}"]])
 def test_a_base_is_refused_outside_files(words: list[str]) -> None:
     with pytest.raises(ValueError, match="give --config"):
         spread_files(words)
