@@ -54,7 +54,7 @@ def with_bases(file: str, above: tuple[Path, ...] = ()) -> list[str]:
     return [*chain.from_iterable(before), file]
 
 
-def read_settings_file(file: str) -> dict[str, Any]:
+def read_settings_file(file: str | Path) -> dict[str, Any]:
     """What a YAML file, or a text in its place, says; nothing for one that is missing, of which the parser complains.
 
     Raises:
@@ -62,7 +62,7 @@ def read_settings_file(file: str) -> dict[str, Any]:
     """
     if not os.path.isfile(file):  # unlike Path.is_file, also of a text that is too long for a name
         try:
-            settings = yaml.safe_load(file)
+            settings = yaml.safe_load(str(file))
         except yaml.YAMLError:
             settings = None
         return settings if isinstance(settings, dict) else {}
