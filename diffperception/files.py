@@ -76,12 +76,9 @@ def _is_in(folder: Path, other: Path | None) -> bool:
 
 def png_names(names: Iterable[Path]) -> dict[Path, Path]:
     """A PNG's name for each image: a/b.jpg gives a/b.png, or a/b.jpg.png where there is an a/b.png too."""
-    names = list(names)
-    number = Counter(name.with_suffix(".png") for name in names)
-    return {
-        name: name.with_suffix(".png") if number[name.with_suffix(".png")] == 1 else name.with_name(f"{name.name}.png")
-        for name in names
-    }
+    plain = {name: name.with_suffix(".png") for name in names}
+    number = Counter(plain.values())
+    return {name: png if number[png] == 1 else name.with_name(f"{name.name}.png") for name, png in plain.items()}
 
 
 @contextmanager

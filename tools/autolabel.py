@@ -1,7 +1,6 @@
 """`python tools/autolabel.py ...` is `diffperception autolabel ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["autolabel", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("autolabel")

@@ -1,7 +1,6 @@
 """`python tools/benchmark.py ...` is `diffperception benchmark ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["benchmark", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("benchmark")

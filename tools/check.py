@@ -1,7 +1,6 @@
 """`python tools/check.py ...` is `diffperception check ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["check", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("check")

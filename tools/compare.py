@@ -1,7 +1,6 @@
 """`python tools/compare.py ...` is `diffperception compare ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["compare", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("compare")

@@ -1,8 +1,6 @@
 """`python tools/convert.py ...` is `diffperception convert ...`."""
 
-import sys
-
-from diffperception.cli.main import main
+from diffperception.cli.main import tool
 
 if __name__ == "__main__":
-    sys.exit(main(["convert", *sys.argv[1:]]))
+    tool("convert")

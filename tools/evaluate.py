@@ -1,7 +1,6 @@
 """`python tools/evaluate.py ...` is `diffperception evaluate ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["evaluate", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("evaluate")

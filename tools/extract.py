@@ -1,7 +1,6 @@
 """`python tools/extract.py ...` is `diffperception extract ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["extract", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("extract")

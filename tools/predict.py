@@ -1,7 +1,6 @@
 """`python tools/predict.py ...` is `diffperception predict ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["predict", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("predict")

@@ -1,7 +1,6 @@
 """`python tools/probe.py ...` is `diffperception probe ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["probe", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("probe")

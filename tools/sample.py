@@ -1,7 +1,6 @@
 """`python tools/sample.py ...` is `diffperception sample ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["sample", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("sample")

@@ -1,7 +1,6 @@
 """`python tools/train.py ...` is `diffperception train ...`."""
 
-import sys
+from diffperception.cli.main import tool
 
-from diffperception.cli.main import main
-
-sys.exit(main(["train", *sys.argv[1:]]))
+if __name__ == "__main__":
+    tool("train")

@@ -1,11 +1,9 @@
 """`diffperception convert`: checkpoints of the reference programs as model files of ours."""
 
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
-from torch import Tensor
 
 from diffperception.data.annotations import labels_of, read_coco
 from diffperception.detection import DiffusionDet
@@ -25,7 +23,7 @@ USES = {
 }
 
 
-def convert(
+def convert_checkpoint(
     checkpoint: Path,
     output: Path,
     ema: bool = False,
@@ -81,9 +79,13 @@ def convert(
             )
         elif adm.is_classifier(weights):
             model = NoisyClassifier.from_reference(weights, classes, schedule, num_timesteps, *heads, num_res_blocks)
-        else:
-            require_detector(checkpoint, weights)
+        elif any("head.head_series." in name for name in weights):
             model = DiffusionDet.from_reference(weights, classes)
+        else:
+            raise ValueError(
+                f"{checkpoint} is no checkpoint of the reference DiffusionDet, nor of guided-diffusion's or"
+                f" improved-diffusion's UNet or classifier: its weights are named {', '.join(list(weights)[:3])}, ..."
+            )
     model.save(output)
     for remark in remarks:
         echo(str(remark.message))
@@ -109,18 +111,8 @@ def read_names(path: Path) -> list[str]:
     return labels_of(read_coco(path)["categories"])[1]
 
 
-def require_detector(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """ValueError if the names of the weights are not even like DiffusionDet's."""
-    if not any("head.head_series." in name for name in weights):
-        raise ValueError(
-            f"{path} is no checkpoint of the reference DiffusionDet, nor of guided-diffusion's or improved-diffusion's"
-            f" UNet or classifier: its weights are named {', '.join(list(weights)[:3])}, ..."
-        )
-
-
 def in_one_line(model: Reference) -> str:
     """What a converted model is."""
-    parameters = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
     if isinstance(model, DiffusionDet):
         kind = f"DiffusionDet with backbone {model.arguments['backbone']}, {model.head.arguments['stages']} stages"
     else:
@@ -132,14 +124,11 @@ def in_one_line(model: Reference) -> str:
             f" {layout['num_res_blocks']} residual blocks per level, {model.arguments['schedule']} path of"
             f" {model.arguments['num_timesteps']} steps"
         )
-    return f"{kind}, {some(model.classes)}, {parameters}"
-
-
-def some(classes: Sequence[str] | None) -> str:
-    """How many classes, and the first."""
-    if classes is None:
-        return "no classes"
-    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
+    names = model.classes or []
+    some = (
+        f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "no classes"
+    )
+    return f"{kind}, {some}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
 
 
 def convert_ensemble(
@@ -175,4 +164,4 @@ def convert_ensemble(
     )
 
 
-BY_KIND = {"checkpoint": convert, "checkpoints": convert_ensemble}
+BY_KIND = {"checkpoint": convert_checkpoint, "checkpoints": convert_ensemble}

@@ -13,7 +13,7 @@ from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import CocoDetection
 from diffperception.data.masks import MaskDataOptions
 from diffperception.detection import Detector
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, iou_types
 from diffperception.detection.inference import draw_predictions, evaluate_detector, write_result
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
@@ -102,28 +102,22 @@ def evaluate_detector_file(
             echo(f"{folder.path / 'pictures'}: predictions beside ground truth")
 
 
-def score_results(
+def evaluate_results(
     results: Path,
-    annotations: Path,
+    evaluator: Annotated[partial[CocoEvaluator], OptionsOf(CocoEvaluator, "iou_types", "image_ids")],
     output: Path | None = None,
-    protocol: Protocol = "coco",
     masks: bool = False,
-    max_dets: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Score a COCO results file: print the COCO table and the AP of each class.
 
     Args:
         results: the COCO results file.
-        annotations: COCO JSON file with the ground truth.
         output: folder for metrics.json and detections.json; nothing is written without it.
-        protocol: coco, or lvis for annotation files of LVIS.
         masks: score the masks in the results too.
-        max_dets: how many detections count per image, the best first; by default the protocol's number.
     """
     folder = open_folder(output, overwrite)
-    evaluator = CocoEvaluator(annotations, iou_types(masks), max_dets, None, protocol)
-    finish(evaluator.score_results(results), folder)
+    finish(evaluator(iou_types=iou_types(masks)).score_results(results), folder)
 
 
 def open_folder(output: Path | None, overwrite: bool) -> OutputFolder | None:
@@ -203,7 +197,7 @@ def evaluate_sample_folder(
 
 BY_KIND = {
     "samples": evaluate_sample_folder,
-    "results": score_results,
+    "results": evaluate_results,
     "detector": evaluate_detector_file,
     "segmenter": evaluate_segmenter_file,
 }

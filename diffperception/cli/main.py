@@ -15,6 +15,7 @@ import signal
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NoReturn
 
 COMMANDS = {
     "shapes": "draw the shapes data set (images, COCO annotations, masks)",
@@ -62,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"diffperception {name}: {sentence(error)}\n")
         return 2
+
+
+def tool(name: str) -> NoReturn:
+    """What tools/NAME.py does, but not where it is imported by processes that cannot be forked."""
+    sys.exit(main([name, *sys.argv[1:]]))
 
 
 def run(name: str, arguments: Sequence[str]) -> int:

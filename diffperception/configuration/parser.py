@@ -227,10 +227,14 @@ def _values_of_a_list(annotation: Any) -> int | None:
 
 
 def _suggestion(parser: ArgumentParser, message: str) -> str:
+    """The nearest to an unknown option: of all options, their last words, and parameters of the class spoken of."""
     unknown = re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: --([\w.]+)", message)
     if not unknown:
         return ""
-    known = dict(_known(parser, message))
+    names = list(parser.get_defaults().keys(branches=True))
+    of_class = re.search(r"class_path[ =]'(\w[\w.]*)'", message)  # a class, or a method of one that makes it
+    inside = inspect.signature(pydoc.locate(of_class[1])).parameters if of_class else {}  # type: ignore[arg-type]
+    known = {name.rpartition(".")[2]: name for name in names} | {name: name for name in (*names, *inside)}
     near = difflib.get_close_matches(unknown[1] or unknown[2], known, n=1)
     return f"; did you mean {known[near[0]] if unknown[2] else near[0]}?" if near else ""
 
@@ -259,14 +263,3 @@ def _classes(annotation: Any) -> Iterator[type]:
             yield annotation
         for kind in annotation.__subclasses__():
             yield from _classes(kind)
-
-
-def _known(parser: ArgumentParser, message: str) -> Iterator[tuple[str, str]]:
-    """What may be meant, with its full name: options, their last words, and parameters of the class spoken of."""
-    names = list(parser.get_defaults().keys(branches=True))
-    yield from ((name.rpartition(".")[2], name) for name in names)
-    yield from ((name, name) for name in names)
-    found = re.search(r"class_path[ =]'(\w[\w.]*)'", message)
-    if found:  # a class, or a method of one that makes it
-        parameters = inspect.signature(pydoc.locate(found[1])).parameters  # type: ignore[arg-type]
-        yield from ((name, name) for name in parameters)

@@ -2,10 +2,11 @@
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
-from functools import reduce
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+ABSENT = object()
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -19,25 +20,16 @@ def read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> list[str]:
-    """The names, as `fit.epochs`, of what differs between nested settings."""
-    names = []
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> dict[str, tuple[Any, Any]]:
+    """Both values of what differs between nested settings, by names such as `fit.epochs`; of one alone, ABSENT."""
+    found: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            names += differences(a, b, f"{above}{key}.")
+            found |= differences(a, b, f"{above}{key}.")
         elif a != b:
-            names.append(f"{above}{key}")
-    return names
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of what nested settings both have, but other values of."""
-    for name in differences(old, new):
-        *above, last = name.split(".")
-        before, after = (reduce(lambda part, key: part[key], above, settings) for settings in (old, new))
-        if last in before and last in after:
-            yield name, before[last], after[last]
+            found[f"{above}{key}"] = old.get(key, ABSENT), new.get(key, ABSENT)
+    return found
 
 
 def format_value(value: Any) -> str:

@@ -79,12 +79,12 @@ class CocoEvaluator:
     not to be there, and unmatched ones not where its objects were not all annotated.
 
     Args:
-        annotations: COCO JSON file, or LVIS's.
+        annotations: COCO JSON file, or LVIS's, with the ground truth.
         iou_types: what is compared: `bbox`, `segm` or both.
         max_dets: how many detections count per image, the best scores first: of each class, by default 100 (COCO), or
             of all classes, by default 300 (LVIS).
         image_ids: evaluate these images of the file only.
-        protocol: whose rules.
+        protocol: coco, or lvis for annotation files of LVIS.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or is not what the protocol needs, masks are asked for and it

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from diffperception.configuration.base import read_settings_file
-from diffperception.configuration.settings import changes, format_value
+from diffperception.configuration.settings import ABSENT, differences, format_value
 from diffperception.files import CHECKPOINT, OutputFolder, write_text
 from diffperception.models.base import describe
 from diffperception.training.loggers import BOARD, METRICS
@@ -139,8 +139,8 @@ def read_to_resume(
     then = read_settings_file(folder.path / CONFIG) if settings else {}
     then["model"] = saved.arguments  # config.yaml may name files that have moved, and leaves classes out
     now = {**settings, "model": json.loads(json.dumps(describe(model)["arguments"]))}
-    for name, old, new in changes(then, now):
-        if _lasts(name, old, new, lasting):
+    for name, (old, new) in differences(then, now).items():
+        if old is not ABSENT and new is not ABSENT and _lasts(name, old, new, lasting):
             raise ValueError(
                 f"{name.replace('.arguments.', '.')} is {format_value(new)}, but the run in {folder.path} was begun"
                 f" with {format_value(old)}: go on with that, or begin another run in another --output"

@@ -303,4 +303,4 @@ def test_a_command_that_is_not_told_of_what_says_so_and_its_help_explains_all_ki
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "tools").glob("*.py")), ids=lambda path: path.stem)
 def test_tools_are_commands(path: Path) -> None:
     assert path.stem in COMMANDS
-    assert f'main(["{path.stem}", *sys.argv[1:]])' in path.read_text()
+    assert f'if __name__ == "__main__":\n    tool("{path.stem}")' in path.read_text()
