@@ -1,13 +1,15 @@
 """`diffperception convert`: checkpoints of the reference programs as model files of ours."""
 
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from jsonargparse.typing import PositiveInt
 
+from diffperception.configuration.parser import OptionsOf
 from diffperception.data.annotations import labels_of, read_coco
 from diffperception.detection import DiffusionDet
-from diffperception.diffusion import Prediction, ScheduleName
 from diffperception.echo import echo, plural
 from diffperception.files import require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
@@ -26,24 +28,18 @@ USES = {
 def convert_checkpoint(
     checkpoint: Path,
     output: Path,
+    generator: Annotated[partial[DiffusionModel], OptionsOf(DiffusionModel.from_reference, "state", "classes")],
     ema: bool = False,
     annotations: Path | None = None,
-    num_heads: int | None = None,
-    num_head_channels: int | None = None,
-    new_attention_order: bool = False,
     num_res_blocks: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    schedule: ScheduleName = "linear",
-    num_timesteps: int = 1000,
-    prediction: Prediction = "eps",
     overwrite: bool = False,
 ) -> None:
     """Turn a checkpoint of a reference program into a model file.
 
     Three kinds are known by their weights' names: detectors of DiffusionDet (ResNet-50/101, Swin-T/S/B), diffusion
     models of guided-diffusion and improved-diffusion, and noisy classifiers of guided-diffusion. Widths, classes and
-    layouts are read off names and shapes; what those cannot tell of the last two kinds are the options from --num-heads
-    to --prediction. Only weights and numbers are read: a checkpoint that would run code is refused. The pixel
+    layouts are read off names and shapes; what those cannot tell of the last two kinds are the options from
+    --num-res-blocks on. Only weights and numbers are read: a checkpoint that would run code is refused. The pixel
     classifiers of ddpm-segmentation are turned into a segmenter by `--checkpoints`, with options of their own.
 
     For example: `diffperception convert --checkpoint lsun_cat.pt --output cat.safetensors --num-head-channels 64
@@ -56,29 +52,20 @@ def convert_checkpoint(
         ema: take the averaged weights, under ema_state.
         annotations: a COCO JSON file whose categories name the classes, or a .txt file with one name per line. Without
             it a detector's 80 classes get COCO's names, any others are numbered.
-        num_heads: attention heads at every width.
-        num_head_channels: channels of a head (64 in ADM's models); this or num_heads.
-        new_attention_order: q, k and v come before heads in the attention's weights (use_new_attention_order).
         num_res_blocks: residual blocks per level, for a classifier whose names fit several numbers.
-        image_size: side, or [height, width], of the images that a diffusion model was trained on.
-        schedule: the path it was trained on (noise_schedule).
-        num_timesteps: steps of the path (diffusion_steps).
-        prediction: what the model predicts.
         overwrite: replace the output file.
     """
     require_new_file(output, overwrite)
     weights, part, parts = read_weights(checkpoint, ema)
     classes = None if annotations is None else read_names(annotations)
-    heads = (num_heads, num_head_channels, new_attention_order)
+    of_both = {name: value for name, value in generator.keywords.items() if name not in ("image_size", "prediction")}
     model: Reference
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always", UserWarning)
         if adm.is_unet(weights):
-            model = DiffusionModel.from_reference(
-                weights, image_size, classes, schedule, num_timesteps, prediction, *heads
-            )
+            model = generator(weights, classes=classes)
         elif adm.is_classifier(weights):
-            model = NoisyClassifier.from_reference(weights, classes, schedule, num_timesteps, *heads, num_res_blocks)
+            model = NoisyClassifier.from_reference(weights, classes, num_res_blocks=num_res_blocks, **of_both)
         elif any("head.head_series." in name for name in weights):
             model = DiffusionDet.from_reference(weights, classes)
         else:
@@ -125,10 +112,9 @@ def in_one_line(model: Reference) -> str:
             f" {model.arguments['num_timesteps']} steps"
         )
     names = model.classes or []
-    some = (
-        f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "no classes"
-    )
-    return f"{kind}, {some}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
+    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    classes = f"{len(names)} classes ({first})" if names else "no classes"
+    return f"{kind}, {classes}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
 
 
 def convert_ensemble(

@@ -74,7 +74,7 @@ def evaluate_detector_file(
         num_seeds: score with so many seeds, from `seed` on.
         num_pictures: how many images are drawn with predictions beside ground truth.
     """
-    folder, place = open_folder(output, overwrite), pick_device(device)
+    folder, place = OutputFolder(output, overwrite) if output else None, pick_device(device)
     settings = {"mode": mode, "num_boxes": num_boxes, "renewal_threshold": renewal_threshold, "ensemble": ensemble}
     settings |= {"eta": eta, "nms_threshold": nms_threshold, "steps": steps}
     choices = {
@@ -116,12 +116,8 @@ def evaluate_results(
         output: folder for metrics.json and detections.json; nothing is written without it.
         masks: score the masks in the results too.
     """
-    folder = open_folder(output, overwrite)
+    folder = OutputFolder(output, overwrite) if output else None
     finish(evaluator(iou_types=iou_types(masks)).score_results(results), folder)
-
-
-def open_folder(output: Path | None, overwrite: bool) -> OutputFolder | None:
-    return None if output is None else OutputFolder(output, overwrite)
 
 
 def finish(result: CocoResult, folder: OutputFolder | None) -> None:
@@ -177,7 +173,7 @@ def evaluate_sample_folder(
         scoring: how.
         output: folder for metrics.json; nothing is written without it.
     """
-    folder = open_folder(output, overwrite)
+    folder = OutputFolder(output, overwrite) if output else None
     real: Path | Sequence[Tensor] = reference
     if reference.suffix in (".yaml", ".yml"):
         from diffperception.training.recipes import generation  # Lightning, which nothing else needs here

@@ -97,10 +97,14 @@ class DiffusionModel(Model):
 
         Args:
             state: the checkpoint's state dict; its tensors become the model's.
-            image_size: side, or height and width, of the images it was trained on; it must be given.
+            image_size: side, or [height, width], of the images that a diffusion model was trained on.
             classes: names of its labels; numbers by default.
-            schedule, num_timesteps, prediction: what it was trained with, which a checkpoint does not tell.
-            num_heads, num_head_channels, new_attention_order: as for :meth:`UNet.from_reference`.
+            schedule: the path it was trained on (noise_schedule).
+            num_timesteps: steps of the path (diffusion_steps).
+            prediction: what the model predicts.
+            num_heads: attention heads at every width.
+            num_head_channels: channels of a head (64 in ADM's models); this or num_heads.
+            new_attention_order: q, k and v come before heads in the attention's weights (use_new_attention_order).
 
         Raises:
             ValueError: as :meth:`UNet.from_reference`; without ``image_size``; for another number of classes; or if it

@@ -20,13 +20,10 @@ MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")
 
 
 def training_curves(csv_path: str | Path) -> Image.Image:
-    """Losses and metrics over the steps of a run, from its `metrics.csv`.
+    """Losses and metrics over the steps of a run, from its `metrics.csv`; ValueError where nothing was logged yet.
 
     The first panel has the training losses: the columns that begin with `train/loss`. Columns that begin with `val/`
     are drawn beside them, those whose names begin with the same word in one panel: AP and AP50, but not AR100.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, or no number in it.
     """
     panels: dict[str, dict[str, Points]] = {}
     for column, points in read_metrics(csv_path).items():
@@ -46,8 +43,7 @@ def training_curves(csv_path: str | Path) -> Image.Image:
                 axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
             else:
                 axes.plot(steps, values, label=f"{name} {values[-1]:.3f}", marker="o", markersize=3)
-        axes.set(title=title, xlabel="step")
-        axes.set_ylim(bottom=0)
+        axes.set(title=title, xlabel="step", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return _render(figure)

@@ -1,7 +1,4 @@
-"""Detections drawn on images.
-
-Images come in as float32 (3, H, W), RGB, 0..1, and boxes as xyxy in their pixels; PIL images come out.
-"""
+"""Detections drawn on images: float32 (3, H, W), RGB, 0..1, and boxes as xyxy in their pixels become PIL images."""
 
 import colorsys
 import math
@@ -67,13 +64,12 @@ def draw_detections(
 
 def best_last(detections: Mapping[str, Any], threshold: float) -> dict[str, Any]:
     """The detections with at least this score, the best last; all of them where there are no scores."""
-    order = torch.arange(len(detections["labels"]))
-    if "scores" in detections:
-        order = detections["scores"].argsort().cpu()
-        order = order[detections["scores"].cpu()[order] >= threshold]
-    return {
-        name: detections[name].cpu()[order] for name in ("boxes", "scores", "labels", "masks") if name in detections
-    }
+    shown = {name: detections[name].cpu() for name in ("boxes", "scores", "labels", "masks") if name in detections}
+    order = torch.arange(len(shown["labels"]))
+    if "scores" in shown:
+        order = shown["scores"].argsort()
+        order = order[shown["scores"][order] >= threshold]
+    return {name: values[order] for name, values in shown.items()}
 
 
 def captions(detections: Mapping[str, Any], classes: Sequence[str]) -> list[str]:

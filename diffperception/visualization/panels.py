@@ -1,6 +1,6 @@
 """Images beside each other: predictions and ground truth, noise turning into boxes, labels and their uncertainty.
 
-Images come in as float32 (3, H, W), RGB, 0..1, and boxes as xyxy in their pixels; PIL images come out.
+What comes in and out is as in `draw`.
 """
 
 import math
