@@ -38,9 +38,9 @@ def convert_checkpoint(
 
     Three kinds are known by their weights' names: detectors of DiffusionDet (ResNet-50/101, Swin-T/S/B), diffusion
     models of guided-diffusion and improved-diffusion, and noisy classifiers of guided-diffusion. Widths, classes and
-    layouts are read off names and shapes; what those cannot tell of the last two kinds are the options from
-    --num-res-blocks on. Only weights and numbers are read: a checkpoint that would run code is refused. The pixel
-    classifiers of ddpm-segmentation are turned into a segmenter by `--checkpoints`, with options of their own.
+    layouts are read off names and shapes; what those cannot tell of the last two kinds is said by --num-res-blocks and
+    the options from --image-size on. Only weights and numbers are read: a checkpoint that would run code is refused.
+    The pixel classifiers of ddpm-segmentation become a segmenter by `--checkpoints`, with options of their own.
 
     For example: `diffperception convert --checkpoint lsun_cat.pt --output cat.safetensors --num-head-channels 64
     --image-size 256`.

@@ -1,11 +1,9 @@
 """The command runner: `diffperception NAME [FILE.yaml ...] [--option value ...]`.
 
-A command is the function `command` of the module of its name here: its signature and docstring are the options and the
-help. A module is imported only once its command is called, so that `predict` does not wait for what only `train` needs.
-The options of `train` are those of the recipe that `task` names.
-
-A module of a command that works on several kinds of things has a dictionary BY_KIND of functions in place of that: the
-function is chosen by what the file of `--model` says that it is, or by an option of that name, such as `--results`.
+A command is the function `command` in the module of its name, imported only once it is called. Its signature and
+docstring are its options and its help; those of `train` are the recipe's that `task` names. Where a command works on
+several kinds of things, the module has a dictionary BY_KIND of functions: one is chosen by what the file of `--model`
+says that it is, or by an option of that name, such as `--results`.
 """
 
 import difflib

@@ -124,9 +124,7 @@ class Options:
         for action in self.parser._actions:
             if action.dest in switches:
                 action.nargs, action.const = "?", True  # `--overwrite` alone means `--overwrite true`
-            elif (
-                f"--{action.dest}" in self.lists
-            ):  # the help shows what `spell_out` makes of it, not jsonargparse's `--steps+ 1`
+            elif f"--{action.dest}" in self.lists:  # not as jsonargparse's `--steps+ 1`, but as `spell_out` takes it
                 action.option_strings = [f"--{action.dest}"]
                 action.metavar = f"{action.dest.upper()} ..."
 
@@ -193,7 +191,10 @@ def summary(part: Callable[..., Any]) -> str:
 
 def _load(text: str) -> Any:
     """YAML; jsonargparse hands a null on to the options of a class as the text None."""
-    return None if text == "None" else get_loader("yaml")(text)
+    settings = None if text == "None" else get_loader("yaml")(text)
+    if isinstance(settings, dict) and settings.get("precision") == 32:
+        settings["precision"] = "32"  # as on the command line: it is a name beside bf16, not a number
+    return settings
 
 
 def spell_out(arguments: Sequence[str], lists: Mapping[str, int]) -> list[str]:

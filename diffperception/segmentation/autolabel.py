@@ -44,7 +44,6 @@ def autolabel(
             (3, H, W; RGB, 0..1), such as samples of a generator, which are named by their numbers.
         output: folder for the data set; it must be empty.
         drop: fraction of the images to drop, the most uncertain.
-        workers: processes that read images.
         source: where the images are from, for dataset.json; by default `images`.
 
     Raises:

@@ -101,15 +101,11 @@ def extract_features(
 
     Args:
         features: what gives the maps: DiffusionFeatures, TimmFeatures, RGBFeatures, or a class of your own.
-        images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
         output: folder for the files, named as the images, settings.json, which says what they hold, and the extractor,
             so that ExtractedFeatures knows other images.
         short_side: resize the images to this short side first.
         dtype: type of the numbers.
         max_bytes: refuse to start if all files would take more than this, such as 2GB.
-        workers: processes that read images.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
-        precision: bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.
 
     Returns: what is wrong with images that cannot be read, a sentence each.
 

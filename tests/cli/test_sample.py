@@ -166,6 +166,25 @@ def test_a_mistake_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+class OwnUNet(UNet):
+    """As a user may write one."""
+
+
+def test_a_package_is_trusted_in_files_of_models_and_of_options(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DiffusionModel(None, OwnUNet(**TINY), image_size=8).save(tmp_path / "model.safetensors")
+    options = ["--number", "1", "--sampling.steps", "1"]
+    assert run(tmp_path, "model", tmp_path / "out", *options) == 2
+    assert "or --trust tests, if you trust it" in capsys.readouterr().err
+    assert run(tmp_path, "model", tmp_path / "out", *options, "--trust", "tests") == 0
+    extract = ["extract", "--features", "DiffusionFeatures", "--features.blocks", "[0]", "--features.timesteps", "[5]"]
+    extract += ["--features.generator", str(tmp_path / "model.safetensors"), "--output", str(tmp_path / "features")]
+    extract += ["--images", str(tmp_path / "out/images"), "--device", "cpu", "--workers", "0"]
+    assert main(extract) == 2
+    assert main([*extract, "--trust", "tests"]) == 0
+
+
 def test_sizes_that_would_do_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unet = UNet(**TINY | {"channel_mult": (1, 1)})
     DiffusionModel(None, unet, image_size=8).save(tmp_path / "model.safetensors")

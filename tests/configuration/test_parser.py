@@ -2,14 +2,15 @@
 
 from argparse import ArgumentError
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from diffperception.configuration.messages import sentence
-from diffperception.configuration.parser import call
+from diffperception.configuration.parser import OptionsOf, call
 
 
 @dataclass
@@ -84,6 +85,41 @@ def test_lists_in_a_file(tmp_path: Path, yaml: str, value: object) -> None:
     (tmp_path / "options.yaml").write_text(yaml)
     call(measure, ["--config", str(tmp_path / "options.yaml")])
     assert received["num_boxes"] == value
+
+
+def say(word: str, times: PositiveInt = 1, precision: Literal["32", "bf16"] = "bf16") -> tuple[str, int, str]:
+    """Say it.
+
+    Args:
+        word: what.
+        times: how often.
+        precision: how exactly.
+    """
+    return word, times, precision
+
+
+def listen(sayer: Annotated[partial[tuple[str, int, str]], OptionsOf(say, "word")], word_too: str = "a") -> None:
+    received.update(heard=sayer(word_too), keywords=sayer.keywords)
+
+
+def test_options_of_a_function_keep_their_defaults_help_and_types(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(listen, ["--times", "3"])
+    assert received["heard"] == ("a", 3, "bf16")
+    (tmp_path / "options.yaml").write_text("precision: 32")  # without quotes
+    call(listen, [str(tmp_path / "options.yaml"), "--word-too", "b"])
+    assert received["heard"] == ("b", 1, "32")
+    assert received["keywords"] == {"times": 1, "precision": "32"}
+    with pytest.raises(ArgumentError, match="option times: "):
+        call(listen, ["--times", "0"])
+    with pytest.raises(ArgumentError, match="unrecognized arguments: --word"):
+        call(listen, ["--word", "a"])
+    with pytest.raises(SystemExit):
+        call(listen, ["--help"])
+    text = capsys.readouterr().out
+    assert "Say it." in text
+    assert "how often" in text
 
 
 @pytest.mark.parametrize(
