@@ -137,14 +137,14 @@ def summarize(table: CocoTable) -> Summary:
 def _count_classes(table: CocoTable, rows: np.ndarray, image: np.ndarray) -> list[ClassCount]:
     """Objects and images of each class; `rows` are annotations and `image` the row of each one's image."""
     order = np.argsort(table.category_ids, kind="stable")
-    names = [table.category_names[k] for k in order]
-    ids = table.category_ids[order]
-    known = np.isin(table.annotation_categories[rows], ids)
-    label = np.searchsorted(ids, table.annotation_categories[rows][known])
+    ids, categories = table.category_ids[order], table.annotation_categories[rows]
+    known = np.isin(categories, ids)
+    label = np.searchsorted(ids, categories[known])
     objects = np.bincount(label, minlength=len(ids))
     pairs = np.unique(label * len(table.image_ids) + image[known])
     images = np.bincount(pairs // max(1, len(table.image_ids)), minlength=len(ids))
-    return [ClassCount(name, int(n), int(m)) for name, n, m in zip(names, objects, images, strict=True)]
+    counts = zip(order, objects.tolist(), images.tolist(), strict=True)
+    return [ClassCount(table.category_names[k], n, m) for k, n, m in counts]
 
 
 def _three(values: np.ndarray, quantiles: tuple[float, float, float]) -> tuple[float, float, float]:

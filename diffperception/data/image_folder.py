@@ -17,7 +17,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
     """Random crops of the images in a folder.
 
     Sample i is (image, target): float32 (C, height, width), 0..1; ``label`` (its folder's place among the classes, or
-    None), ``image_id`` (i) and ``path``. All draws come from torch's global generator (see `SeededSamples`).
+    None), ``image_id`` and ``path``. All draws come from torch's global generator (see `SeededSamples`).
 
     Args:
         folder: searched with all folders in it.

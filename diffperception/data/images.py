@@ -69,10 +69,7 @@ def ignore_interrupts(worker: int = 0) -> None:
 
 
 def listed_images(folder: Path, listing: Path | None = None) -> list[Path]:
-    """The images below a folder, or those of them that a file lists, sorted.
-
-    Args:
-        listing: a COCO JSON file; or a text file, with the name of an image per line.
+    """The images below a folder, sorted: all, or those listed in a COCO JSON file or in a text file, a name per line.
 
     Raises:
         FileNotFoundError: there is no such folder or file, no image in the folder, or one that is listed is missing.
@@ -91,8 +88,7 @@ def listed_images(folder: Path, listing: Path | None = None) -> list[Path]:
     paths = sorted({folder / name for name in names if name})
     if not paths:
         raise ValueError(f"{listing} lists no image: it must have a file name per line, or be a COCO file")
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{listing} lists {missing[0]}, which is missing, among {len(missing)} in all")
     return paths
 
@@ -132,9 +128,8 @@ def read_size(path: Path) -> tuple[int, int]:
 def read_image(path: str | Path) -> Tensor:
     """Decode any image that Pillow knows to uint8 (3, H, W) RGB, turned upright as its EXIF orientation says.
 
-    Grey images are repeated over the channels, 16-bit grey is scaled to 8 bits, an alpha channel is left out. Pillow
-    is preferred to torchvision.io because it refuses a file that is cut off instead of filling the rest with grey.
-    Raises BrokenImageError where the file is missing or cannot be decoded.
+    Grey images are repeated over the channels, 16-bit grey is scaled to 8 bits, an alpha channel is left out. Raises
+    BrokenImageError where the file is missing, cut off (which torchvision.io would fill with grey) or broken.
     """
     if not Path(path).is_file():
         raise BrokenImageError(f"the image {path} is missing")

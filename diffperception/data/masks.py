@@ -37,8 +37,7 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
 
     Raises:
         FileNotFoundError: there is no such folder, no image in it, or one that is listed is missing.
-        ValueError: there are more than 255 classes, an image has no mask, a mask is broken, of another size than its
-            image or has unknown values, or no pixel has a label.
+        ValueError: there are more than 255 classes, an image has no mask or a wrong one, or no pixel has a label.
     """
 
     def __init__(
@@ -185,14 +184,13 @@ def find_pairs(
 
 def find_mask(image: Path, masks: Path) -> Path | None:
     """The mask of an image whose name below its folder is given, if there is one."""
-    candidates = [masks / image.with_suffix(ending) for ending in FORMATS]
-    return next((path for path in candidates if path.is_file()), None)
+    candidates = (masks / image.with_suffix(ending) for ending in FORMATS)
+    return next(filter(Path.is_file, candidates), None)
 
 
 def check_names(classes: Sequence[str]) -> list[str]:
     """The names of classes; ValueError if two are alike, for scores are told by name."""
-    doubled = [name for i, name in enumerate(classes) if name in classes[:i]]
-    if doubled:
+    if doubled := [name for i, name in enumerate(classes) if name in classes[:i]]:
         raise ValueError(f"two classes are named {doubled[0]}: give every class a name of its own")
     return list(classes)
 

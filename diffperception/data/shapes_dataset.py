@@ -36,8 +36,7 @@ def write_shapes(
         workers: processes that draw; as many as there are cores where not given.
         on_image: called after each image, to show progress.
 
-    Returns:
-        Whether anything was drawn: False where `output` holds this data set already.
+    Returns: whether anything was drawn: False where `output` holds this data set already.
 
     Raises:
         ValueError: `output` holds something else, which is left as it is.

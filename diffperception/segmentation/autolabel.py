@@ -1,6 +1,6 @@
 """Labelled data sets that a segmenter makes of images without labels (as DatasetDDPM, arXiv 2112.03126)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from diffperception.visualization.draw import save_png, to_pil
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """The images of a data set, by name; those left out for being the most uncertain, in that order; broken ones."""
+    """The images that were kept, by name; those dropped, the most uncertain first; and what is wrong with others."""
 
     kept: list[ImageScore]
     dropped: list[ImageScore]
@@ -44,7 +44,7 @@ def autolabel(
             (3, H, W; RGB, 0..1), such as samples of a generator, which are named by their numbers.
         output: folder for the data set; it must be empty.
         drop: fraction of the images to drop, the most uncertain.
-        source: where the images are from, for dataset.json; by default `images`.
+        source: where the images are from, for dataset.json; by default the folder or pattern.
 
     Raises:
         FileNotFoundError: there is no such image or folder.
@@ -59,8 +59,13 @@ def autolabel(
             "a segmenter with a single member agrees with itself, so no image is more uncertain than another: train it"
             " with several, or keep all images with --drop 0"
         )
+    pool: Iterable[tuple[Path, Tensor | str]]  # names, and images or what is wrong with them
     if isinstance(images, str | Path):
-        pool, source = _read(images, output, workers), source or str(images)
+        source = source or str(images)
+        root, paths = list_images(images, output)
+        names = png_names(path.relative_to(root) for path in paths)
+        samples = tqdm(load_images(paths, workers=workers), "autolabel", unit="image", disable=hide_bar())
+        pool = ((names[s.path.relative_to(root)], s.problem if s.image is None else s.image) for (s,) in samples)
     else:
         pool = ((Path(f"{number:06}.png"), image) for number, image in enumerate(images))
     with folder_beside(output) as folder:
@@ -82,11 +87,3 @@ def autolabel(
         lists = {"images": [asdict(score) for score in kept], "dropped": [asdict(score) for score in dropped]}
         write_json(folder / "dataset.json", {"classes": model.classes, "source": source, **lists})
     return LabelledSet(kept, dropped, scores.broken)
-
-
-def _read(images: str | Path, output: Path, workers: int) -> Iterator[tuple[Path, Tensor | str]]:
-    """The images of files with the names of their PNGs, or what is wrong with them."""
-    root, paths = list_images(images, output)
-    names = png_names(path.relative_to(root) for path in paths)
-    for (sample,) in tqdm(load_images(paths, workers=workers), "autolabel", unit="image", disable=hide_bar()):
-        yield names[sample.path.relative_to(root)], sample.problem if sample.image is None else sample.image

@@ -16,11 +16,7 @@ def segmentation_unet(unet: UNet, num_classes: int) -> UNet:
 
 @torch.no_grad()
 def predict_labels(unet: UNet, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """(H, W) int64 classes of an image (3, H, W) of any size, which is padded with its last pixels.
-
-    Args:
-        size: height and width that the logits are interpolated to, if others than the image's.
-    """
+    """(H, W) int64 classes of an image (3, H, W) of any size; of another `size`, to which logits are interpolated."""
     height, width = image.shape[1:]
     padded = pad(image.to(unet.device), unet.stride)
     logits = unet(2 * padded - 1, torch.zeros(1, device=padded.device)).float()[:, :, :height, :width]

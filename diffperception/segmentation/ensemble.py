@@ -23,23 +23,16 @@ FINE_STRIDE = 2  # maps up to this stride go through the first layer in bands, n
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What the members make of an image.
+    """What the members make of an image; h and w are the size that the classifiers worked at."""
 
-    Args:
-        labels: (H, W) int64, the class with most votes, the lowest of several.
-        uncertainty: (H, W) float32, entropy of the mean minus mean entropy of the members' probabilities, in nats.
-        votes: (K, h, w) uint8, members for each class, at the size that the classifiers worked at.
-        probabilities: (K, h, w) float32, mean over the members, at that size; None where not asked for.
-    """
-
-    labels: Tensor
-    uncertainty: Tensor
-    votes: Tensor
-    probabilities: Tensor | None = None
+    labels: Tensor  # (H, W) int64, the class with most votes, the lowest of several
+    uncertainty: Tensor  # (H, W) float32, entropy of the mean minus mean entropy of the probabilities, in nats
+    votes: Tensor  # (K, h, w) uint8, members for each class
+    probabilities: Tensor | None = None  # (K, h, w) float32, mean over the members; None where not asked for
 
     @property
     def score(self) -> float:
-        """How uncertain the image is: the mean of the most uncertain tenth of its pixels, of at least one."""
+        """How uncertain the image is: the mean of the most uncertain tenth of its pixels, of one at least."""
         values = self.uncertainty.flatten()
         return float(values.topk(max(1, len(values) // 10)).values.mean())
 
@@ -148,8 +141,8 @@ class PixelEnsemble(Model):
         """The members' logits (M, rows, W, K) of one band of the image after the other."""
         if (channels := sum(len(m) for m in maps.maps)) != self.channels:
             raise ValueError(
-                f"this classifier takes {self.channels} features a pixel, but the extractor gives {channels}: "
-                "use the blocks and timesteps that it was built for"
+                f"this classifier takes {self.channels} features a pixel, but the extractor gives {channels}: use the"
+                " blocks and timesteps that it was built for"
             )
         height, width = maps.size
         (weight, bias), (weight2, bias2), (weight3, bias3) = self.mlps.folded()

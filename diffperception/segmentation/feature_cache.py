@@ -28,7 +28,7 @@ def stored_bytes(features: FeatureExtractor, sizes: Iterable[Sequence[int]], dty
 
 
 def file_bytes(features: FeatureExtractor, size: tuple[int, int], dtype: torch.dtype) -> int:
-    """What :func:`save_maps` writes for an image of this height and width, exactly: the header and the numbers."""
+    """What :func:`save_maps` writes for an image of this height and width, exactly."""
     header: dict[str, Any] = {"__metadata__": _metadata(features.info, size, 32 * "0")}
     maps = zip(features.info, features.map_sizes(*size), strict=True)
     end = 0

@@ -180,7 +180,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _require_same(path: Path, settings: dict[str, Any]) -> None:
-    """ValueError if the folder of a settings file holds maps of other settings, or other things."""
+    """ValueError if the folder of a settings file holds maps of other settings or other things."""
     if path.exists():
         if changed := differences(read_settings(path), settings):
             raise ValueError(

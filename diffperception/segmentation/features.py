@@ -84,7 +84,7 @@ class DiffusionFeatures(FeatureExtractor):
         blocks: decoder blocks, indices among the generator's `block_info`.
         timesteps: times of the schedule.
         window: larger images are cut into windows of this side; null for what the generator was trained on.
-        seed: of the noise.
+        seed: seed of the noise.
         label: the class to tell a generator that has classes; null for none, if it has learned that.
 
     Raises:
@@ -133,7 +133,7 @@ class TimmFeatures(FeatureExtractor):
         window: larger images are cut into windows of this side; null takes images whole.
 
     Raises:
-        ValueError: if there is no such model, it has no map at one of the strides, or takes images of one size alone.
+        ValueError: there is no such model, it has no map at one of the strides, or takes images of one size alone.
     """
 
     mean: Tensor

@@ -53,10 +53,10 @@ class FolderScores:
     @classmethod
     def of(cls, found: Sequence[ImageScore | str]) -> "FolderScores":
         """ValueError if no image can be read."""
-        scores = cls([f for f in found if isinstance(f, ImageScore)], [f for f in found if isinstance(f, str)])
-        if not scores.scores:
-            raise ValueError(f"no image can be read: {scores.broken[0]}")
-        return scores
+        scores, broken = [f for f in found if isinstance(f, ImageScore)], [f for f in found if isinstance(f, str)]
+        if not scores:
+            raise ValueError(f"no image can be read: {broken[0]}")
+        return cls(scores, broken)
 
     def ranked(self) -> list[ImageScore]:
         """The most uncertain first, and of equals the first."""
@@ -147,11 +147,8 @@ def evaluate_segmenter(
     Pixels are counted over all images, at the masks' own size. Several processes, started by torchrun, share them.
 
     Args:
-        output: folder for metrics.json and pictures/; nothing is written without it.
+        output: folder for metrics.json and pictures/, ValueError if it holds something; None: nothing is written.
         pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
-
-    Raises:
-        ValueError: the output folder holds something.
     """
     results = None if output is None else OutputFolder(output, overwrite)
     with autocast(model.device, precision):
@@ -167,11 +164,7 @@ def evaluate_segmenter(
 def score_images(
     predict: Callable[[Tensor, tuple[int, int]], Tensor], num_classes: int, folder: MaskFolder, workers: int = 2
 ) -> MeanIoU:
-    """The counts of predictions on all images of a folder; shows the time left.
-
-    Args:
-        predict: an image (3, H, W) and the size of its mask to labels of that size.
-    """
+    """The counts of predictions on all images of a folder: of an image (3, H, W), labels of its mask's size."""
     counts = MeanIoU(num_classes)
     loader = read_ahead(LazyMap(folder.__getitem__, share(range(len(folder)))), 1, workers)
     for ((image, mask),) in tqdm(loader, "evaluate", leave=False, unit="image", disable=hide_bar()):

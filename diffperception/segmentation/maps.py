@@ -15,16 +15,11 @@ class FeatureMaps:
     """The features of one image, kept small: upsampled, they would be ``D x H x W`` numbers.
 
     A pixel's feature is what bilinear upsampling (align_corners=False) of each map has there, all maps in turn.
-
-    Args:
-        maps: (C_i, h_i, w_i) each; h_i * strides[i] >= H, for the image was padded right and below.
-        strides: pixels a cell of each map.
-        size: (H, W) of the image.
     """
 
-    maps: list[Tensor]
-    strides: list[int]
-    size: tuple[int, int]
+    maps: list[Tensor]  # (C_i, h_i, w_i) each; h_i * strides[i] >= H, for the image was padded right and below
+    strides: list[int]  # of each map, in pixels
+    size: tuple[int, int]  # H and W of the image
 
     def to(self, target: torch.device | torch.dtype) -> "FeatureMaps":
         return replace(self, maps=[m.to(target) for m in self.maps])
@@ -98,15 +93,12 @@ def _taps(pixels: Tensor, stride: int, cells: Tensor | int) -> tuple[Tensor, Ten
 class Windows:
     """Overlapping windows that cover an image, and the blending of what was computed in each.
 
-    Args:
-        height, width: of the image, multiples of every map's stride.
-        side: of a window; an image that is smaller is one window.
-        overlap: of neighbours, a multiple of every map's stride.
+    Height and width of the image and the overlap of neighbours are multiples of every map's stride.
     """
 
     height: int
     width: int
-    side: int
+    side: int  # of a window; an image that is smaller is one window
     overlap: int
 
     @property

@@ -57,13 +57,8 @@ class EnsembleBatchNorm(nn.Module):
 class PixelMLPs(nn.Module):
     """M classifiers of pixels: D -> hidden -> hidden -> K, with ReLU and then batch norm after the hidden layers.
 
-    Layers are numbered as the reference's.
-
-    Args:
-        members: M.
-        channels: D.
-        num_classes: K.
-        seed: of the weights, which are drawn on the CPU from N(0, 0.02), each member's with a seed of its own.
+    Layers are numbered as the reference's. Weights are drawn on the CPU from N(0, 0.02), each member's with a seed of
+    its own that follows from `seed`.
     """
 
     def __init__(self, members: int, channels: int, num_classes: int, seed: int = 0) -> None:

@@ -17,54 +17,44 @@ NAMED = 3  # in a message; the others are counted
 
 
 def checked_masks(
-    images: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    num_classes: int,
-    min_pixels: int,
-    names: Sequence[str],
-    classes: Sequence[str] | None = None,
+    images: Sequence[Tensor], masks: Sequence[Tensor], classes: Sequence[str], min_pixels: int, names: Sequence[str]
 ) -> tuple[list[Tensor], list[str]]:
     """The masks without classes that have too few pixels, as uint8, and sentences that say what was left out.
 
     Args:
         images: whose masks they are; none is fetched.
         masks: (H, W) whole numbers, 0..K-1 or 255.
-        names: of the images, for messages.
-        classes: names of 0..K-1, for messages; by default their numbers.
+        classes: names of 0..K-1, for messages as are those of the images.
 
     Raises:
-        ValueError: if a mask has other values or another shape, or nothing at all is labelled.
+        ValueError: a mask has other values or another shape, or nothing at all is labelled.
     """
     if not len(images) == len(masks) == len(names):
         raise ValueError(f"there are {len(images)} images and {len(masks)} masks: every image needs its mask")
-    classes = classes or [str(label) for label in range(num_classes)]
     small: list[str] = []
     checked = [_checked_mask(*pair, classes, min_pixels, small) for pair in zip(masks, names, strict=True)]
     present = {label for mask in checked for label in mask.unique().tolist()} - {IGNORE_INDEX}
-    more = f"likewise in {len(small) - NAMED} more cases."
-    notes = [*small[:NAMED], *([more] if len(small) > NAMED else [])]
+    notes = small[:NAMED]
+    if len(small) > NAMED:
+        notes.append(f"likewise in {len(small) - NAMED} more cases.")
     if not present:
         raise ValueError(" ".join(["all pixels of the masks are ignored: label some.", *notes]))
-    absent = [classes[label] for label in range(num_classes) if label not in present]
-    if absent:
+    if absent := [name for label, name in enumerate(classes) if label not in present]:
         others = f" and {len(absent) - NAMED} other classes" if len(absent) > NAMED else ""
-        named = ", ".join(absent[:NAMED])
-        notes.append(f"no image has pixels of class {named}{others}, which will hardly be predicted.")
+        named = ", ".join(absent[:NAMED]) + others
+        notes.append(f"no image has pixels of class {named}, which will hardly be predicted.")
     return checked, notes
 
 
 def _checked_mask(mask: Tensor, name: str, classes: Sequence[str], min_pixels: int, notes: list[str]) -> Tensor:
     if mask.dim() != 2 or mask.is_floating_point():
         raise ValueError(f"the mask of {name} must be whole numbers of shape (height, width), not {tuple(mask.shape)}")
-    values, counts = mask.unique(return_counts=True)
-    unknown = [v for v in values.tolist() if v != IGNORE_INDEX and not 0 <= v < len(classes)]
-    if unknown:
-        raise ValueError(
-            f"the mask of {name} has the values {unknown}; the classes are 0 to {len(classes) - 1}, ignored is"
-            f" {IGNORE_INDEX}"
-        )
+    values, counts = (found.tolist() for found in mask.unique(return_counts=True))
+    if unknown := [value for value in values if value not in (*range(len(classes)), IGNORE_INDEX)]:
+        known = f"the classes are 0 to {len(classes) - 1}, ignored is {IGNORE_INDEX}"
+        raise ValueError(f"the mask of {name} has the values {unknown}; {known}")
     mask = mask.to(torch.uint8, copy=True)
-    for label, count in zip(values.tolist(), counts.tolist(), strict=True):
+    for label, count in zip(values, counts, strict=True):
         if label != IGNORE_INDEX and count < min_pixels:
             mask[mask == label] = IGNORE_INDEX
             notes.append(f"{name} has only {plural(count, 'pixel')} of class {classes[label]}; they are ignored.")
@@ -72,10 +62,10 @@ def _checked_mask(mask: Tensor, name: str, classes: Sequence[str], min_pixels: i
 
 
 def check_size(image: Tensor, mask: Tensor, name: str) -> None:
-    """Raise a ValueError if a mask is not of its image's size."""
+    """ValueError if a mask is not of its image's size."""
     if image.shape[1:] != mask.shape:
-        sizes = [f"{height} x {width}" for height, width in (mask.shape, image.shape[1:])]
-        raise ValueError(f"the mask of {name} has {sizes[0]} pixels, the image {sizes[1]}: they must be alike")
+        size, wanted = (f"{height} x {width}" for height, width in (mask.shape, image.shape[1:]))
+        raise ValueError(f"the mask of {name} has {size} pixels, the image {wanted}: they must be alike")
 
 
 class LabelledPixels:

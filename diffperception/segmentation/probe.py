@@ -66,7 +66,7 @@ def probe_features(
         ValueError: there are fewer than two labelled images, or masks do not fit.
     """
     names = names or [f"image {i}" for i in range(len(masks))]
-    masks, _ = checked_masks(images, masks, num_classes, 1, names)
+    masks, _ = checked_masks(images, masks, [str(k) for k in range(num_classes)], 1, names)
     for image, mask, name in zip(images, masks, names, strict=True):
         check_size(image, mask, name)
     generator = torch.Generator().manual_seed(seed)

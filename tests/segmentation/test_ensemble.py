@@ -123,7 +123,7 @@ def test_gathered_pixels_are_those_of_the_maps_and_masks():
 def test_twenty_pixels_of_a_class_are_enough_and_nineteen_are_not():
     mask = torch.zeros(10, 10, dtype=torch.int64)
     mask.view(-1)[:20], mask.view(-1)[20:39] = 1, 2
-    (checked,), notes = checked_masks([torch.zeros(3, 10, 10)], [mask], 3, 20, ["a"])
+    (checked,), notes = checked_masks([torch.zeros(3, 10, 10)], [mask], "012", 20, ["a"])
     assert torch.equal(checked == 1, mask == 1)
     assert torch.equal(checked == 255, mask == 2)
     assert notes[0].startswith("a has only 19 pixels of class 2")
@@ -134,7 +134,8 @@ def test_three_of_many_regions_are_named_and_the_others_counted():
     mask[:5] = 100
     images, masks, names = [torch.zeros(3, 10, 20)] * 2, [mask, mask], ["a.png", "b.png"]
     few = "a.png has only 1 pixel of class {}; they are ignored."
-    checked, notes = checked_masks(images, masks, 110, 2, names)
+    classes = [str(label) for label in range(110)]
+    checked, notes = checked_masks(images, masks, classes, 2, names)
     assert [m.unique().tolist() for m in checked] == [[100, 255]] * 2
     assert notes == [
         *(few.format(label) for label in (0, 1, 2)),
@@ -142,7 +143,7 @@ def test_three_of_many_regions_are_named_and_the_others_counted():
         "no image has pixels of class 0, 1, 2 and 106 other classes, which will hardly be predicted.",
     ]
     with pytest.raises(ValueError, match=r"label some\. (a.png .*){3} likewise in 199 more cases\.$"):
-        checked_masks(images, masks, 110, 999, names)
+        checked_masks(images, masks, classes, 999, names)
 
 
 def test_other_faults_end_in_one_sentence():

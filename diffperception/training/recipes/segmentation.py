@@ -145,7 +145,7 @@ class EnsembleModule(TrainingModule):
         super().__init__(model, options, seed)  # type: ignore[arg-type]
         self.automatic_optimization = False
         names = names or [f"image {i}" for i in range(len(masks))]
-        masks, notes = checked_masks(images, masks, len(model.classes), options.min_pixels, names, model.classes)
+        masks, notes = checked_masks(images, masks, model.classes, options.min_pixels, names)
         self.notes = " ".join(notes)
         self.source = (features, images, masks, names)  # in a tuple: it is no part of what is trained
         self.num_pixels = sum(int((mask != IGNORE_INDEX).sum()) for mask in masks)
