@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from diffperception.configuration.parser import Flat
 from diffperception.data import ShapesSettings, write_shapes
 from diffperception.echo import echo
@@ -20,9 +18,7 @@ def command(output: Path, settings: Flat[ShapesSettings], workers: int | None = 
         settings: what the images are a function of.
         workers: processes that draw; null: one per core.
     """
-    with tqdm(total=settings.train + settings.val, desc="draw", unit="image", leave=False, disable=None) as bar:
-        drawn = write_shapes(output, settings, workers, on_image=bar.update)
-    if drawn:
+    if write_shapes(output, settings, workers):
         echo(f"{settings.train} images to train on and {settings.val} to measure with are in {output}")
     else:
         echo(f"{output} already holds these images: nothing to draw")

@@ -23,21 +23,15 @@ class StepBatchSampler(Sampler[list[Seeded]]):
     Args:
         samples: how many samples there are, or a weight for each: sample i comes weights[i] times per epoch on average,
             rounded up or down at random each epoch (repeat-factor sampling, LVIS, arXiv 1908.03195); 0 leaves it out.
-        batch_size: samples per step and process.
-        total_steps: the last step is total_steps - 1.
-        seed: another seed gives another stream.
-        rank: number of this process, 0..world_size-1.
-        world_size: number of processes.
-        start_step: the first step that is yielded.
     """
 
     samples: InitVar[int | Sequence[float] | np.ndarray]
-    batch_size: int
-    total_steps: int
+    batch_size: int  # per process
+    total_steps: int  # the last step is total_steps - 1
     seed: int = 0
-    rank: int = 0
+    rank: int = 0  # of this process, 0..world_size-1
     world_size: int = 1
-    start_step: int = 0
+    start_step: int = 0  # the first that is yielded
 
     def __post_init__(self, samples: int | Sequence[float] | np.ndarray) -> None:
         weights = np.ones(samples) if isinstance(samples, int) else np.asarray(samples, dtype=np.float64)

@@ -1,11 +1,12 @@
 """What a check of a data set found: its problems, and what it holds in figures."""
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from diffperception.data.annotations import CocoTable
+from diffperception.echo import plural
 from diffperception.table import format_table
 
 Level = Literal[
@@ -15,18 +16,12 @@ Level = Literal[
 
 @dataclass(frozen=True)
 class Problem:
-    """One kind of problem and every place where it was found.
-
-    Attributes:
-        kind: a short name, the same for the same kind of problem in every data set.
-        message: what is wrong and what follows from it.
-        places: a text for each entry, image or file concerned; none where it concerns the data set as a whole.
-    """
+    """One kind of problem and every place where it was found."""
 
     level: Level
-    kind: str
-    message: str
-    places: list[str] = field(default_factory=list)
+    kind: str  # a short name, the same in every data set
+    message: str  # what is wrong and what follows from it
+    places: list[str] = field(default_factory=list)  # entries, images or files; none where it concerns the whole
 
     def text(self, shown: int) -> str:
         """A headline and the first `shown` places."""
@@ -48,32 +43,23 @@ class ClassCount:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a data set holds; crowd regions count as objects.
-
-    Attributes:
-        images, objects, crowds, images_without_objects: their numbers.
-        classes: in the order of the labels.
-        objects_per_image: smallest, median and largest number.
-        box_width, box_height: 5 %, 50 % and 95 % quantiles in pixels, of the boxes with an area.
-        box_sizes: numbers of boxes that COCO calls small (below 32x32 pixels), medium and large (from 96x96).
-        image_sizes: smallest and largest "WxH", by area.
-    """
+    """What a data set holds; crowd regions count as objects."""
 
     images: int
     objects: int
     crowds: int
     images_without_objects: int
-    classes: list[ClassCount]
-    objects_per_image: tuple[float, float, float]
-    box_width: tuple[float, float, float]
+    classes: list[ClassCount]  # in the order of the labels
+    objects_per_image: tuple[float, float, float]  # smallest, median and largest number
+    box_width: tuple[float, float, float]  # 5 %, 50 % and 95 % quantiles in pixels, of the boxes with an area
     box_height: tuple[float, float, float]
-    box_sizes: tuple[int, int, int]
-    image_sizes: tuple[str, str]
+    box_sizes: tuple[int, int, int]  # numbers that COCO calls small (below 32x32 pixels), medium and large (from 96x96)
+    image_sizes: tuple[str, str]  # smallest and largest "WxH", by area
 
     def text(self) -> str:
         few, middle, many = (f"{number:g}" for number in self.objects_per_image)
         small, medium, large = self.box_sizes
-        rows = [(entry.name, entry.objects, entry.images) for entry in self.classes]
+        rows = [*(astuple(entry) for entry in self.classes), ("all", self.objects, self.images)]
         figures = {
             "image sizes": f"{self.image_sizes[0]} to {self.image_sizes[1]}",
             "objects per image": f"{few} to {many}, median {middle}; {self.images_without_objects} images have none",
@@ -82,8 +68,8 @@ class Summary:
             "box heights": _quantiles(self.box_height),
             "boxes by area": f"{small} below 32x32, {medium} medium, {large} from 96x96 pixels",
         }
-        classes = format_table([*rows, ("all", self.objects, self.images)], ("class", "objects", "images"))
-        return "\n".join([classes, "", *(f"{name:<18} {figure}" for name, figure in figures.items())])
+        lines = (f"{name:<18} {figure}" for name, figure in figures.items())
+        return "\n".join([format_table(rows, ("class", "objects", "images")), "", *lines])
 
 
 @dataclass(frozen=True)
@@ -105,12 +91,9 @@ class Report:
         """The summary, the problems with at most `shown` places each, and a verdict, as lines."""
         blocks = [self.summary.text()] if self.summary else []
         blocks += [problem.text(shown) for problem in self.problems]
-        blocks.append(f"{_plural(len(self.errors), 'error')} and {_plural(len(self.warnings), 'warning')}")
-        return "\n\n".join(blocks)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} kind{'' if count == 1 else 's'} of {noun}" if count else f"no {noun}s"
+        found = {"error": len(self.errors), "warning": len(self.warnings)}
+        counts = (f"{plural(n, 'kind')} of {level}" if n else f"no {level}s" for level, n in found.items())
+        return "\n\n".join([*blocks, " and ".join(counts)])
 
 
 def summarize(table: CocoTable) -> Summary:

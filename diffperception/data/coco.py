@@ -32,8 +32,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     - masks (n, H, W) uint8, 1 inside, where they are asked for.
 
     Boxes without area inside the image are left out and counted in `boxes_dropped`. Crowd regions (one box around many
-    objects) stay in the target because pictures and evaluation need them; `TrainingTransforms` removes them, as a
-    detector must not learn a crowd as one object.
+    objects) stay for pictures and evaluation; `TrainingTransforms` removes them, as they must not be learned as one.
 
     Args:
         annotations: the COCO JSON file.
@@ -149,7 +148,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
 
 class _Outlines:
-    """Outlines of many objects as one piece of memory, which worker processes do not copy by reading it."""
+    """Outlines of many objects in one piece of memory, which worker processes do not copy by reading it."""
 
     def __init__(self, annotations: list[dict[str, Any]], source: str):
         texts = [json.dumps(outline_of(annotation, source)).encode() for annotation in annotations]

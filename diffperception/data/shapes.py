@@ -64,14 +64,10 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, settings: ShapesSettings) -> Scene:
-    """Draw one scene of max_objects / 2 to max_objects shapes; later shapes cover earlier ones.
+    """Draw one scene of max_objects / 2 to max_objects shapes, or fewer without room; later ones cover earlier ones.
 
     A shape that would leave an earlier one with less than MIN_VISIBLE of its area, or itself be cut so far by the
     border, is placed anew: every object in the image is thus annotated and can be recognised.
-
-    Args:
-        rng: the only source of randomness.
-        settings: how large and how many; there are fewer objects where there is no room.
     """
     height, width = rng.integers(settings.min_side, settings.max_side + 1, size=2)
     image = _background(rng, height, width)

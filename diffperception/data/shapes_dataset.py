@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from diffperception.data.images import ignore_interrupts
 from diffperception.data.shapes import CLASSES, ShapesSettings, draw_scene
@@ -19,12 +19,7 @@ from diffperception.files import folder_beside, write_json
 SETTINGS_FILE = "shapes.json"
 
 
-def write_shapes(
-    output: str | Path,
-    settings: ShapesSettings | None = None,
-    workers: int | None = None,
-    on_image: Callable[[], object] | None = None,
-) -> bool:
+def write_shapes(output: str | Path, settings: ShapesSettings | None = None, workers: int | None = None) -> bool:
     """Draw the data set into a new folder; the same settings give the same images on every machine.
 
     Writes `OUTPUT/{train,val}/*.png`, `OUTPUT/annotations/instances_{train,val}.json` (COCO: category id = label + 1)
@@ -34,7 +29,6 @@ def write_shapes(
         output: a folder that does not exist, is empty, or holds the same data set already.
         settings: what to draw; the defaults of ShapesSettings where not given.
         workers: processes that draw; as many as there are cores where not given.
-        on_image: called after each image, to show progress.
 
     Returns: whether anything was drawn: False where `output` holds this data set already.
 
@@ -52,11 +46,10 @@ def write_shapes(
             for part in (folder / split, folder / "masks" / split):
                 part.mkdir(parents=True)
             images, annotations = [], []
-            for image, objects in pool.map(partial(_write_scene, folder, split, settings), range(count), chunksize=16):
+            scenes = pool.map(partial(_write_scene, folder, split, settings), range(count), chunksize=16)
+            for image, objects in tqdm(scenes, f"draw {split}", count, unit="image", leave=False, disable=None):
                 images.append(image)
                 annotations += objects
-                if on_image is not None:
-                    on_image()
             content = {
                 "info": {"description": f"diffperception shapes, {split}, seed {settings.seed}"},
                 "images": images,

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffperception.data.masks import IGNORE_INDEX
 from diffperception.models import Model
 from diffperception.models.convert.ddpm_segmentation import read_members
-from diffperception.segmentation.maps import FeatureMaps, rows_around, upsample_rows
+from diffperception.segmentation.maps import FeatureMaps, by_stride, rows_around, upsample_rows
 from diffperception.segmentation.mlp import PixelMLPs, hidden_widths
 
 CPU_BAND_PIXELS = 2**13  # at once through the layers after the first: small enough for the processor's cache
@@ -23,12 +23,19 @@ FINE_STRIDE = 2  # maps up to this stride go through the first layer in bands, n
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What the members make of an image; h and w are the size that the classifiers worked at."""
+    """What the members make of an image (H, W); (h, w) is the size that the classifiers worked at.
 
-    labels: Tensor  # (H, W) int64, the class with most votes, the lowest of several
-    uncertainty: Tensor  # (H, W) float32, entropy of the mean minus mean entropy of the probabilities, in nats
-    votes: Tensor  # (K, h, w) uint8, members for each class
-    probabilities: Tensor | None = None  # (K, h, w) float32, mean over the members; None where not asked for
+    Args:
+        labels: (H, W) int64, the class with most votes, the lowest of several.
+        uncertainty: (H, W) float32, entropy of the mean minus mean entropy of the members' probabilities, in nats.
+        votes: (K, h, w) uint8, members for each class.
+        probabilities: (K, h, w) float32, mean over the members; None where not asked for.
+    """
+
+    labels: Tensor
+    uncertainty: Tensor
+    votes: Tensor
+    probabilities: Tensor | None = None
 
     @property
     def score(self) -> float:
@@ -146,7 +153,7 @@ class PixelEnsemble(Model):
             )
         height, width = maps.size
         (weight, bias), (weight2, bias2), (weight3, bias3) = self.mlps.folded()
-        grouped = _by_stride(maps.to(weight.dtype).to(weight.device), weight)
+        grouped = _joined(maps.to(weight.dtype).to(weight.device), weight)
         whole = {s: _first_layer(cells, w) for s, (cells, w) in grouped.items() if s > FINE_STRIDE}
         step = math.lcm(*maps.strides)
         pixels = self.band_pixels or (CPU_BAND_PIXELS if weight.device.type == "cpu" else ACCELERATOR_BAND_PIXELS)
@@ -167,13 +174,13 @@ class PixelEnsemble(Model):
             yield torch.stack(logits)[:, : height - top, :width]
 
 
-def _by_stride(maps: FeatureMaps, weight: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+def _joined(maps: FeatureMaps, weight: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """Maps of equal stride joined, (C, h, w), with their part of the first layer, (M, hidden, C)."""
-    parts, joined = weight.split([len(m) for m in maps.maps], 2), {}
-    for stride in sorted(set(maps.strides)):
-        chosen = [i for i, s in enumerate(maps.strides) if s == stride]
-        joined[stride] = torch.cat([maps.maps[i] for i in chosen]), torch.cat([parts[i] for i in chosen], 2)
-    return joined
+    parts = weight.split([len(m) for m in maps.maps], 2)
+    return {
+        stride: (torch.cat([maps.maps[i] for i in group]), torch.cat([parts[i] for i in group], 2))
+        for stride, group in by_stride(maps.strides).items()
+    }
 
 
 def _first_layer(cells: Tensor, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class FeatureExtractor(Model, ABC):
 
     Args:
         info: the maps it gives.
-        multiple: what it needs an image's sides to be multiples of; images are padded with their last pixels.
+        multiple: of which a window's sides must be; images are padded with their last pixels.
         window: larger images are cut into windows of this side, a multiple of ``multiple`` (else ValueError), which
             overlap by a quarter; None takes them whole.
     """
@@ -37,11 +37,11 @@ class FeatureExtractor(Model, ABC):
     @property
     def channels(self) -> int:
         """D, the features a pixel has."""
-        return sum(map_info.channels for map_info in self.info)
+        return sum(info.channels for info in self.info)
 
     @property
     def strides(self) -> list[int]:
-        return [map_info.stride for map_info in self.info]
+        return [info.stride for info in self.info]
 
     @abstractmethod
     def encode(self, images: Tensor) -> list[Tensor]:

@@ -14,12 +14,13 @@ from torch import Tensor
 class FeatureMaps:
     """The features of one image, kept small: upsampled, they would be ``D x H x W`` numbers.
 
-    A pixel's feature is what bilinear upsampling (align_corners=False) of each map has there, all maps in turn.
+    A pixel's feature is what bilinear upsampling (align_corners=False) of each map has there, all maps in turn. They
+    are (C_i, h_i, w_i) with h_i * strides[i] >= H, for the image of `size` (H, W) was padded right and below.
     """
 
-    maps: list[Tensor]  # (C_i, h_i, w_i) each; h_i * strides[i] >= H, for the image was padded right and below
-    strides: list[int]  # of each map, in pixels
-    size: tuple[int, int]  # H and W of the image
+    maps: list[Tensor]
+    strides: list[int]  # in pixels
+    size: tuple[int, int]
 
     def to(self, target: torch.device | torch.dtype) -> "FeatureMaps":
         return replace(self, maps=[m.to(target) for m in self.maps])
@@ -47,6 +48,11 @@ class FeatureMaps:
         height, width = self.size
         upsampled = [upsample(m[None], s)[0] for m, s in zip(self.maps, self.strides, strict=True)]
         return torch.cat([m[:, :height, :width] for m in upsampled])
+
+
+def by_stride(strides: Sequence[int]) -> dict[int, list[int]]:
+    """Which of some maps have each stride, in ascending order."""
+    return {stride: [i for i, other in enumerate(strides) if other == stride] for stride in sorted(set(strides))}
 
 
 def upsample(maps: Tensor, stride: int) -> Tensor:

@@ -11,7 +11,7 @@ from diffperception.data.masks import IGNORE_INDEX
 from diffperception.echo import plural
 from diffperception.models import FeatureInfo
 from diffperception.segmentation.features import FeatureExtractor
-from diffperception.segmentation.maps import taps
+from diffperception.segmentation.maps import by_stride, taps
 
 NAMED = 3  # in a message; the others are counted
 
@@ -74,7 +74,6 @@ class LabelledPixels:
     Maps of equal stride lie in one table with a row a cell, so that a minibatch costs one gather a stride.
 
     Args:
-        features: where the maps come from.
         images: (3, H, W) each, 0..1.
         masks: (H, W) uint8 each, as :func:`checked_masks` gives them.
         storage: type of the numbers in the tables.
@@ -95,8 +94,7 @@ class LabelledPixels:
         device: torch.device | None = None,
     ) -> None:
         device = device or features.device
-        self.strides = sorted(set(features.strides))
-        groups = [[i for i, s in enumerate(features.strides) if s == stride] for stride in self.strides]
+        self.strides, groups = zip(*by_stride(features.strides).items(), strict=True)
         sizes = torch.tensor([features.map_sizes(*mask.shape) for mask in masks]).transpose(0, 1)  # (maps, images, 2)
         self.sizes = sizes[[group[0] for group in groups]].to(device)  # (strides, images, 2)
         cells = self.sizes.prod(-1)
@@ -123,9 +121,10 @@ class LabelledPixels:
     @staticmethod
     def channel_order(info: Sequence[FeatureInfo]) -> Tensor:
         """(D,) the extractor's channel that each gathered one is, for these maps."""
-        numbers = torch.arange(sum(about.channels for about in info)).split([about.channels for about in info])
-        by_stride = sorted(range(len(info)), key=lambda i: info[i].stride)
-        return torch.cat([numbers[i] for i in by_stride])
+        widths = [about.channels for about in info]
+        numbers = torch.arange(sum(widths)).split(widths)
+        groups = by_stride([about.stride for about in info]).values()
+        return torch.cat([numbers[i] for group in groups for i in group])
 
     def gather(self, pixels: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features and labels of some pixels: (N,) numbers below len(self) -> (N, D), (N,) int64.

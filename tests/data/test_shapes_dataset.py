@@ -75,20 +75,20 @@ def test_a_folder_with_something_else_is_refused_and_kept(drawn, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "important"
 
 
-def test_an_empty_folder_is_filled_and_progress_is_told(tmp_path):
-    told: list[int] = []
+def test_an_empty_folder_is_filled(drawn, tmp_path):
     (tmp_path / "empty").mkdir()
-    write_shapes(tmp_path / "empty", SMALL, workers=1, on_image=lambda: told.append(1))
-    assert len(told) == 8
+    write_shapes(tmp_path / "empty", SMALL, workers=1)
+    assert files(tmp_path / "empty") == files(drawn)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_stopping_midway_leaves_nothing(tmp_path):
-    def stop() -> None:
+def test_stopping_midway_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("diffperception.data.shapes_dataset.write_json", stop)  # once the images are drawn
     with pytest.raises(KeyboardInterrupt):
-        write_shapes(tmp_path / "shapes", SMALL, workers=1, on_image=stop)
+        write_shapes(tmp_path / "shapes", SMALL, workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
