@@ -147,7 +147,7 @@ def evaluate_segmenter(
     Pixels are counted over all images, at the masks' own size. Several processes, started by torchrun, share them.
 
     Args:
-        output: folder for metrics.json and pictures/, ValueError if it holds something; None: nothing is written.
+        output: folder for metrics.json and pictures/; nothing is written without it.
         pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
     """
     results = None if output is None else OutputFolder(output, overwrite)
