@@ -142,8 +142,7 @@ def convert_ensemble(
         overwrite: replace the output file.
     """
     require_new_file(output, overwrite)
-    ensemble = PixelEnsemble.from_reference(checkpoints, features.channels, len(classes))
-    PixelSegmenter(features, ensemble, classes, short_side).save(output)
+    PixelSegmenter(features, PixelEnsemble.from_reference(checkpoints), classes, short_side).save(output)
     echo(
         f"{plural(len(checkpoints), 'classifier')} of {features.channels} features and {len(classes)} classes\n"
         f"{output}: for `diffperception predict`, `autolabel` and `evaluate`"

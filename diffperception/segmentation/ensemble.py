@@ -90,35 +90,22 @@ class PixelEnsemble(Model):
         self.mlps = PixelMLPs(members, channels, num_classes).eval()
 
     @classmethod
-    def from_reference(
-        cls, paths: Sequence[str | Path], channels: int | None = None, num_classes: int | None = None
-    ) -> "PixelEnsemble":
-        """The ensemble of ddpm-segmentation's files ``model_0.pth``, ``model_1.pth``, ... in evaluation mode.
-
-        Nothing in a file is run.
-
-        Args:
-            paths: a file per member.
-            channels: D of the features it is meant for, ``args['dim'][-1]`` of the reference; None for any.
-            num_classes: K, ``args['number_class']`` of the reference; None for any.
+    def from_reference(cls, paths: Sequence[str | Path]) -> "PixelEnsemble":
+        """The ensemble of ddpm-segmentation's files, one per member, in evaluation mode. Nothing in a file is run.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a file holds something else, members differ, or a size is not the one given.
+            ValueError: a file holds something else, or members differ.
         """
-        found_channels, found_classes, state = read_members(paths)
-        sizes = (("channels", found_channels, channels), ("num_classes", found_classes, num_classes))
-        for name, found, wanted in sizes:
-            if wanted not in (None, found):
-                raise ValueError(f"{name} is {found} in {paths[0]}, not {wanted}")
-        width, known = state["layers.0.weight"].shape[1], hidden_widths(found_classes)[0]
+        channels, num_classes, state = read_members(paths)
+        width, known = state["layers.0.weight"].shape[1], hidden_widths(num_classes)[0]
         if width != known:
             raise ValueError(
-                f"{paths[0]} has {found_classes} classes and a first layer {width} wide; the reference makes it {known}"
-                " wide: num_classes is wrong"
+                f"{paths[0]} has {num_classes} classes and a first layer {width} wide; the reference makes it {known}"
+                " wide for so many classes"
             )
         with torch.device("meta"):
-            ensemble = cls(found_channels, found_classes, len(paths))
+            ensemble = cls(channels, num_classes, len(paths))
         ensemble.mlps.load_state_dict(state, assign=True)
         return ensemble.eval()
 

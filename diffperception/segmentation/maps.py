@@ -142,9 +142,9 @@ class Windows:
         They rise over the overlap at all sides, so that those of neighbours sum to 1.
         """
         total = part.new_zeros(len(part), self.height // stride, self.width // stride)
-        rises = [torch.arange(cells, device=part.device).add(0.5) for cells in part.shape[1:]]
-        rises = [rise.div(max(self.overlap // stride, 0.5)).clamp(max=1) for rise in rises]
-        down, across = (torch.minimum(rise, rise.flip(0)).to(part.dtype) for rise in rises)
+        step = max(self.overlap // stride, 0.5)
+        rises = [(torch.arange(cells, device=part.device) + 0.5) / step for cells in part.shape[1:]]
+        down, across = (torch.minimum(rise, rise.flip(0)).clamp(max=1).to(part.dtype) for rise in rises)
         return total, torch.zeros_like(total[:1]), down[:, None] * across
 
 

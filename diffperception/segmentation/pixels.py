@@ -129,7 +129,7 @@ class LabelledPixels:
     def gather(self, pixels: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features and labels of some pixels: (N,) numbers below len(self) -> (N, D), (N,) int64.
 
-        Channels lie as :meth:`channel_order` says. `out` (N, D) is written over; by default it is new, float32.
+        Channels lie as :meth:`channel_order` says. `out` (N, D) is written over; by default it is new and float32.
         """
         image = torch.searchsorted(self.ends, pixels, right=True)
         place, width = self.places[pixels].long(), self.widths[image]

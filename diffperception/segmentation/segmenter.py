@@ -36,13 +36,11 @@ class PixelSegmenter(Model):
         super().__init__()
         self.features = features.portable()
         self.record(features=self.features)
-        self.classifier = classifier
-        self.classes = check_names(classes)
-        self.short_side = short_side
-        if self.classifier.channels != self.features.channels or self.classifier.num_classes != len(self.classes):
+        self.classifier, self.classes, self.short_side = classifier, check_names(classes), short_side
+        if (classifier.channels, classifier.num_classes) != (features.channels, len(classes)):
             raise ValueError(
-                f"the classifier takes {self.classifier.channels} features and has {self.classifier.num_classes} "
-                f"classes; the extractor gives {self.features.channels}, and {len(self.classes)} classes are named"
+                f"the classifier takes {classifier.channels} features and has {classifier.num_classes} classes; the"
+                f" extractor gives {features.channels}, and {len(classes)} classes are named"
             )
 
     def segment(self, image: Tensor, probabilities: bool = False) -> Segmentation:

@@ -322,5 +322,5 @@ def test_classifiers_of_the_reference_become_a_segmenter(
     assert convert(tmp_path / "segmenter.safetensors", files, *more) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert convert(tmp_path / "other.safetensors", files, *more, "--features.blocks=[0]") == 2
-    assert "channels is 64" in capsys.readouterr().err
+    assert "the classifier takes 64 features" in capsys.readouterr().err
     assert not (tmp_path / "other.safetensors").exists()

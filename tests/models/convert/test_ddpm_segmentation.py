@@ -11,19 +11,11 @@ def test_the_members_of_the_files_give_the_logits(tmp_path, widths):
     torch.manual_seed(0)
     members = [Classifier(25, *widths).eval() for _ in range(3)]
     files = [write_classifier(tmp_path / f"model_{i}.pth", member) for i, member in enumerate(members)]
-    ensemble = PixelEnsemble.from_reference(files, 25, widths[0])
+    ensemble = PixelEnsemble.from_reference(files)
     maps = random_maps(11, 20)
     rows = maps.dense().flatten(1).T
     expected = torch.stack([member(rows) for member in members]).detach()
     torch.testing.assert_close(ensemble.logits(maps).flatten(2).mT, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_wrong_argument_is_named(tmp_path):
-    file = write_classifier(tmp_path / "model_0.pth", Classifier())
-    with pytest.raises(ValueError, match=r"^channels is 25 .* not 8448"):
-        PixelEnsemble.from_reference([file], channels=8448)
-    with pytest.raises(ValueError, match=r"^num_classes is 5 .* not 28"):
-        PixelEnsemble.from_reference([file], num_classes=28)
 
 
 def test_files_that_are_no_classifiers_are_refused(tmp_path):
@@ -32,7 +24,7 @@ def test_files_that_are_no_classifiers_are_refused(tmp_path):
         ValueError, match=r"model_1.pth does not fit the first .* layers.0.weight is \(128, 24\) instead"
     ):
         PixelEnsemble.from_reference([file, write_classifier(tmp_path / "model_1.pth", Classifier(24))])
-    with pytest.raises(ValueError, match="num_classes is wrong"):
+    with pytest.raises(ValueError, match="5 classes and a first layer 256 wide; the reference makes it 128"):
         PixelEnsemble.from_reference([write_classifier(tmp_path / "wide.pth", Classifier(first=256))])
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         PixelEnsemble.from_reference([tmp_path / "none.pth"])
