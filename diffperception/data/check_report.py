@@ -6,7 +6,6 @@ from typing import Literal
 import numpy as np
 
 from diffperception.data.annotations import CocoTable
-from diffperception.echo import plural
 from diffperception.table import format_table
 
 Level = Literal[
@@ -91,9 +90,12 @@ class Report:
         """The summary, the problems with at most `shown` places each, and a verdict, as lines."""
         blocks = [self.summary.text()] if self.summary else []
         blocks += [problem.text(shown) for problem in self.problems]
-        found = {"error": len(self.errors), "warning": len(self.warnings)}
-        counts = (f"{plural(n, 'kind')} of {level}" if n else f"no {level}s" for level, n in found.items())
-        return "\n\n".join([*blocks, " and ".join(counts)])
+        blocks.append(f"{_kinds(len(self.errors), 'error')} and {_kinds(len(self.warnings), 'warning')}")
+        return "\n\n".join(blocks)
+
+
+def _kinds(count: int, noun: str) -> str:
+    return f"{count} kind{'' if count == 1 else 's'} of {noun}" if count else f"no {noun}s"
 
 
 def summarize(table: CocoTable) -> Summary:
