@@ -1,15 +1,16 @@
 """The diffusion core: schedules, parameterisations, sampling, losses and guidance for any tensor with a batch axis."""
 
-from diffperception.diffusion.denoiser import Denoiser, DenoiserOutput, Network, NetworkDenoiser, clip
-from diffperception.diffusion.guidance import classifier_free_guidance, classifier_guidance
-from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed
-from diffperception.diffusion.objective import LossSecondMoment, Objective, TimeSampler, UniformTimes, variational_bound
-from diffperception.diffusion.posterior import (
-    learned_log_variance,
-    posterior_log_variance,
-    posterior_mean,
-    posterior_std,
+from diffperception.diffusion.denoiser import (
+    Denoiser,
+    DenoiserOutput,
+    Network,
+    NetworkDenoiser,
+    classifier_free_guidance,
+    classifier_guidance,
+    clip,
 )
+from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed
+from diffperception.diffusion.objective import LossSecondMoment, Objective, UniformTimes, variational_bound
 from diffperception.diffusion.prediction import Prediction, target, to_eps, to_x0
 from diffperception.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun
 from diffperception.diffusion.schedule import (
@@ -23,6 +24,14 @@ from diffperception.diffusion.schedule import (
     cosine_schedule,
     linear_schedule,
     named_schedule,
-    timestep_grid,
 )
-from diffperception.diffusion.steps import add_noise, ddim_step, heun_step, second_order_x0
+from diffperception.diffusion.steps import (
+    add_noise,
+    ddim_step,
+    heun_step,
+    learned_log_variance,
+    posterior_log_variance,
+    posterior_mean,
+    posterior_std,
+    second_order_x0,
+)

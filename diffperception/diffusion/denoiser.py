@@ -1,12 +1,13 @@
-"""Denoisers: what samplers and guidance work on, and the adapter that makes one of a network."""
+"""Denoisers, what samplers work on: made of a network, or of other denoisers by clipping and guidance."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from diffperception.diffusion.prediction import Prediction, to_x0
+from diffperception.diffusion.prediction import Prediction, broadcast_mul, to_x0
 from diffperception.diffusion.schedule import Schedule
 
 
@@ -60,3 +61,44 @@ def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
         return output._replace(x0=output.x0.clamp(low, high))
 
     return clipped
+
+
+def classifier_free_guidance(conditional: Denoiser, unconditional: Denoiser, weight: float) -> Denoiser:
+    """``unconditional + weight * (conditional - unconditional)`` (arXiv 2207.12598); more than 1 exaggerates.
+
+    Signals mix as noises do: at a given x_t each is linear in the other. A learned variance is the conditional one.
+    """
+
+    def guided(x_t: Tensor, t: Tensor) -> DenoiserOutput:
+        with_condition, without = conditional(x_t, t), unconditional(x_t, t)
+        return with_condition._replace(x0=torch.lerp(without.x0, with_condition.x0, weight))
+
+    return guided
+
+
+def classifier_guidance(
+    denoiser: Denoiser, log_probability: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, weight: float
+) -> Denoiser:
+    """The denoiser of p(x) p(y | x_t)^weight (ADM, arXiv 2105.05233, algorithm 2, on any Gaussian path).
+
+    Args:
+        denoiser: of p(x), or of p(x | y).
+        log_probability: (x_t (B, ...), t (B,)) -> (B,) log p(y | x_t) of the classes wanted, differentiable in x_t.
+        schedule: the path of both.
+        weight: how hard to pull; 0 leaves the denoiser as it is.
+    """
+
+    def guided(x_t: Tensor, t: Tensor) -> DenoiserOutput:
+        # Samplers run without gradients; the classifier's is needed here alone.
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_t.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_probability(x, t).sum(), x)
+        output = denoiser(x_t, t)
+        # Tweedie: x0 = (x_t + sigma^2 score) / alpha, and the scores of p(x_t) and p(y | x_t) add up.
+        # Where x_t is noise alone it tells nothing of the class: no shift, and not infinity times zero.
+        alpha = schedule.alpha(t)
+        strength = torch.where(alpha > 0, weight * schedule.sigma(t).square() / alpha, 0)
+        shift = broadcast_mul(strength, gradient)
+        return output._replace(x0=output.x0 + shift)
+
+    return guided

@@ -15,7 +15,7 @@ NoiseFn = Callable[[Tensor], Tensor]  # standard normal noise of a tensor's shap
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed that is a function of these numbers, from 0 on, alone."""
+    """A seed that is a function of these non-negative numbers alone."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -30,12 +30,7 @@ def name_seed(seed: int, name: str) -> int:
 
 
 class SampleNoise:
-    """Standard normal draws for a batch, each sample's from a generator of its own.
-
-    Args:
-        seeds: one per sample.
-        device: where numbers are drawn; those of a GPU are others than the CPU's.
-    """
+    """Standard normal draws for a batch, each sample's from a generator of its own seed, on ``device``."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]

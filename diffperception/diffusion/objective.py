@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffperception.diffusion.denoiser import DenoiserOutput, Network, split_range
-from diffperception.diffusion.posterior import learned_log_variance, posterior_log_variance, posterior_mean
-from diffperception.diffusion.prediction import Prediction, broadcast_mul, target, to_x0, x0_gain
+from diffperception.diffusion.prediction import Prediction, broadcast_mul, target, to_x0, x0_derivative
 from diffperception.diffusion.schedule import Schedule
-from diffperception.diffusion.steps import add_noise
+from diffperception.diffusion.steps import add_noise, learned_log_variance, posterior_log_variance, posterior_mean
 
 
 @dataclass(eq=False)
@@ -23,11 +21,9 @@ class Objective:
         prediction: what the network predicts.
         learned_range: the network's output has twice the channels, the second half placing the log variance between
             its bounds; the variational bound trains that half alone (the hybrid of arXiv 2102.09672, eq. 16).
+            ValueError on a path without discrete steps.
         min_snr: weigh the loss of x0 by the signal-to-noise ratio, at most this (arXiv 2303.09556; 5 there), instead
             of weighing the loss of the prediction by 1.
-
-    Raises:
-        ValueError: if a learned range is asked for on a path without discrete steps.
     """
 
     schedule: Schedule
@@ -40,9 +36,7 @@ class Objective:
             self.schedule.require_discrete("A learned range")
 
     def __call__(self, network: Network, x0: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Terms whose sum is the loss of each sample: ``mse`` (B,) and, with a learned range, ``vlb`` (B,).
-
-        The latter is the bound in bits a dimension times T / 1000.
+        """Terms whose sum is each sample's loss: ``mse`` (B,) and, with a learned range, ``vlb``, bound * T / 1000.
 
         Args:
             network: (x_t (B, C, ...), time (B,)) -> (B, C, ...), or (B, 2C, ...) with a learned range.
@@ -58,8 +52,8 @@ class Objective:
         goal = target(self.prediction, x0, noise, alpha, sigma)
         mse = (prediction - goal).square().flatten(1).mean(1)
         if self.min_snr is not None:
-            weight = (alpha / sigma).square().clamp(max=self.min_snr) * x0_gain(self.prediction, alpha, sigma).square()
-            mse = broadcast_mul(weight, mse)
+            snr = (alpha / sigma).square().clamp(max=self.min_snr)
+            mse = broadcast_mul(snr * x0_derivative(self.prediction, alpha, sigma).square(), mse)
         losses = {"mse": mse}
         if variance_range is not None:
             found = to_x0(self.prediction, prediction.detach(), x_t, alpha, sigma)
@@ -69,12 +63,10 @@ class Objective:
 
 
 def variational_bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, output: DenoiserOutput) -> Tensor:
-    """The term of the variational bound at ``t``, in bits a dimension, (B,) (Improved DDPM, arXiv 2102.09672, eq. 4-7).
+    """The variational bound's term at ``t`` in bits per dimension, (B,) (Improved DDPM, arXiv 2102.09672, eq. 4-7).
 
     Args:
-        x0: (B, C, ...) signal of 8 bits, -1..1.
-        x_t: (B, C, ...) its noised sample.
-        t: (B,) times.
+        x0, x_t: (B, C, ...) signal of 8 bits, -1..1, and its noised sample at times ``t`` (B,).
         output: what the denoiser makes of ``x_t``, with a variance range.
     """
     assert output.variance_range is not None
@@ -112,16 +104,6 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-class TimeSampler(Protocol):
-    """Chooses the times at which a batch is noised."""
-
-    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Times (batch,) and the weights (batch,) that keep the loss's mean as if times were uniform."""
-
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        """Learn from the losses (N,) found at times (N,); give those of every process."""
-
-
 class UniformTimes:
     """All times of a path, each as likely."""
 
@@ -129,21 +111,18 @@ class UniformTimes:
         self.schedule = schedule
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Times (batch,) and their weights (batch,) in the loss: 1."""
         t = self.schedule.uniform(batch, generator)
         return t, torch.ones_like(t, dtype=torch.float32)
-
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        pass
 
 
 class LossSecondMoment(nn.Module):
     """Timesteps in proportion to the root of their mean squared loss (Improved DDPM, arXiv 2102.09672, section 3.3).
 
-    Until every timestep has been seen ``history`` times they are uniform. A module, so that a checkpoint holds what
-    it has learned.
+    Until every one of the ``num_timesteps`` has been seen ``history`` times they are uniform. A module, so that a
+    checkpoint holds what it has learned.
 
     Args:
-        num_timesteps: T.
         history: how many losses of each timestep are remembered.
         uniform: share of the probability that stays uniform.
     """
@@ -165,12 +144,14 @@ class LossSecondMoment(nn.Module):
         return torch.where((self.seen >= self.losses.shape[1]).all(), learned, flat)
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Times (batch,) and the weights (batch,) that keep the loss's mean as if times were uniform."""
         probabilities = self.probabilities()
         uniform = torch.rand(batch, generator=generator, device=generator.device).to(probabilities.device)
         t = torch.searchsorted(probabilities.cumsum(0), uniform).clamp(max=len(probabilities) - 1)
         return t, 1 / (len(probabilities) * probabilities[t])
 
     def update(self, t: Tensor, losses: Tensor) -> None:
+        """Learn from the losses (N,) found at times (N,); give those of every process."""
         # A timestep that comes more than once in the batch fills as many places of its ring.
         earlier = (t[:, None] == t[None, :]).tril(-1).sum(1)
         self.losses[t, (self.seen[t] + earlier) % self.losses.shape[1]] = losses.detach().to(self.losses.dtype)

@@ -25,10 +25,8 @@ def target(kind: Prediction, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tens
     """The value a denoiser of this kind should predict.
 
     Args:
-        x0: (B, ...) signal.
-        eps: (B, ...) standard normal noise.
-        alpha: () or (B,) factor of the signal.
-        sigma: () or (B,) standard deviation of the noise.
+        x0, eps: (B, ...) signal and standard normal noise.
+        alpha, sigma: () or (B,) factor of the signal and standard deviation of the noise.
     """
     a, b, _ = _mixture(kind, alpha, sigma)
     return broadcast_mul(a, x0) + broadcast_mul(b, eps)
@@ -50,8 +48,8 @@ def to_eps(kind: Prediction, prediction: Tensor, x_t: Tensor, alpha: Tensor, sig
     return broadcast_mul(alpha / determinant, prediction) - broadcast_mul(a / determinant, x_t)
 
 
-def x0_gain(kind: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """How much the implied x0 moves with the prediction: d x0 / d prediction, of alpha's shape."""
+def x0_derivative(kind: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The derivative of :func:`to_x0` by the prediction, of alpha's shape."""
     if kind == "x0":
         return torch.ones_like(alpha)
     return -sigma / _mixture(kind, alpha, sigma)[2]

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from diffperception.diffusion.denoiser import Denoiser, DenoiserOutput
 from diffperception.diffusion.noise import NoiseFn
-from diffperception.diffusion.posterior import learned_log_variance, posterior_mean
 from diffperception.diffusion.schedule import Schedule, precise
-from diffperception.diffusion.steps import ddim_step, heun_step, second_order_x0
+from diffperception.diffusion.steps import ddim_step, heun_step, learned_log_variance, posterior_mean, second_order_x0
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def sample_ddpm(
 @torch.no_grad()
 def sample_dpm_solver(denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: Tensor) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, one call of the denoiser a step."""
-    before: tuple[Tensor, Tensor] | None = None
+    before: tuple[Tensor, Tensor] | None = None  # the last step's time and signal
     for t, s in pairwise(grid):
         x0 = _denoise(denoiser, x, t).x0
         ahead = x0 if before is None else second_order_x0(schedule, x0, before[1], before[0], t, s)

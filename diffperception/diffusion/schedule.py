@@ -20,15 +20,16 @@ NOISIEST = 160.0
 class Schedule(ABC):
     """How much signal and how much noise there is at time ``t``.
 
-    ``alpha`` and ``sigma`` take a tensor of any shape, or a Python number, and return float64 of the same shape on the
-    same device (float32 on devices that do not know float64). A schedule is not a module: casting a model to another
-    dtype leaves it alone.
+    ``alpha`` and ``sigma`` take a tensor of any shape, or a number, and return float64 (float32 where a device has no
+    float64) of this shape and device. A schedule is not a module: casting a model to another dtype leaves it alone.
 
     Attributes:
         num_timesteps: T of a path of discrete steps, whose times are 0..T-1 and -1, the clean end; None of others.
+        times_in_words: which times there are, for messages.
     """
 
     num_timesteps: int | None = None
+    times_in_words: str = "0 or more"
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:
@@ -44,7 +45,7 @@ class Schedule(ABC):
 
         Args:
             steps: how many; ValueError for fewer than one, or more than there are.
-            spacing: which times of a path of discrete steps, see :func:`timestep_grid`.
+            spacing: which times of a path of discrete steps, see :meth:`DiscreteSchedule.grid`.
 
         Returns: (steps + 1,) descending, on the CPU.
         """
@@ -66,10 +67,10 @@ class Schedule(ABC):
         return self.grid(steps)
 
     def levels(self, timesteps: Sequence[float]) -> list[tuple[float, float, float]]:
-        """Signal, noise and the time as a network is told it, at times that a user names; ValueError if one is none."""
+        """(alpha, sigma, conditioning) at each time that a user names; ValueError if the path has no such time."""
         outside = [t for t in timesteps if not self.has_time(t)]
         if outside:
-            raise ValueError(f"the timesteps {outside} lie outside of this path: {self.times_in_words()}")
+            raise ValueError(f"the timesteps {outside} lie outside of this path: its times are {self.times_in_words}")
         t = torch.tensor(timesteps, dtype=torch.float32 if self.num_timesteps is None else torch.int64)
         values = self.alpha(t), self.sigma(t), self.conditioning(t).float()
         return list(zip(*(value.tolist() for value in values), strict=True))
@@ -84,10 +85,6 @@ class Schedule(ABC):
             raise ValueError(f"{what} needs a schedule of discrete steps, such as linear or cosine.")
         return self.num_timesteps
 
-    def times_in_words(self) -> str:
-        """Which times there are, for messages."""
-        return "its times are 0 or more"
-
 
 class DiscreteSchedule(Schedule):
     """A variance-preserving path on integers 0..T-1 (DDPM, arXiv 2006.11239); ``t = -1`` is the clean end.
@@ -101,11 +98,10 @@ class DiscreteSchedule(Schedule):
     def __init__(self, betas: Tensor) -> None:
         betas = betas.to("cpu", torch.float64)
         if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(
-                "Every beta of a schedule must lie strictly between 0 and 1; change the schedule's bounds."
-            )
+            raise ValueError("Every beta of a schedule must lie strictly between 0 and 1; change its bounds.")
         alpha_bar = torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
         self.num_timesteps = len(betas)
+        self.times_in_words = f"whole, 0 to {self.num_timesteps - 1}"
         # Row 0 is t = -1. A table lives once on each device, so that looking it up never waits for the device.
         self._tables = {torch.device("cpu"): torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])}
 
@@ -116,7 +112,27 @@ class DiscreteSchedule(Schedule):
         return self._look_up(1, t)
 
     def grid(self, steps: int, spacing: Spacing = "trailing") -> Tensor:
-        return timestep_grid(self.num_timesteps, steps, spacing)
+        """As :meth:`Schedule.grid`: (steps + 1,) int64; ValueError for an unknown spacing too.
+
+        ``leading``, ``trailing`` and ``linspace`` are named as in diffusers (arXiv 2305.08891, table 2);
+        ``diffusiondet`` is the integers of linspace(-1, T-1, steps + 1) (arXiv 2211.09788). guided-diffusion's
+        respacing "25" is 25 steps of ``linspace``, its "ddim25" 25 of ``leading``. A single step of these two starts
+        at 0.
+        """
+        T = self.num_timesteps
+        if not 1 <= steps <= T:
+            raise ValueError(f"Take between 1 and {T} steps on this schedule, not {steps}.")
+        if spacing == "leading":
+            times = np.arange(steps) * (T // steps)
+        elif spacing == "trailing":
+            times = np.round(np.arange(1, steps + 1) * (T / steps)) - 1
+        elif spacing == "linspace":
+            times = np.round(np.linspace(0, T - 1, steps))
+        elif spacing == "diffusiondet":
+            times = torch.linspace(-1, T - 1, steps + 1)[1:].numpy()
+        else:
+            raise ValueError(f"A spacing is one of {', '.join(get_args(Spacing))}, not {spacing!r}.")
+        return torch.tensor([*times[::-1].astype(int), -1])
 
     def even_grid(self, steps: int) -> Tensor:
         grid = self.grid(steps)
@@ -127,13 +143,11 @@ class DiscreteSchedule(Schedule):
         return torch.cat([grid[:1], times[1:]])
 
     def timesteps(self, levels: Tensor) -> Tensor:
-        """Different times whose sigma / alpha come near to each noise level, and -1 for level 0.
+        """Different times whose sigma / alpha come near to each noise level, and -1 for level 0: int64, on the CPU.
 
         Args:
             levels: (steps + 1,) descending, the last one 0. Where they are closer than the schedule's own, the times
                 that come next are taken, so that there are always as many; ValueError if they are more than the times.
-
-        Returns: (steps + 1,) int64, descending, on the CPU.
         """
         steps = len(levels) - 1
         if steps > self.num_timesteps:
@@ -154,9 +168,6 @@ class DiscreteSchedule(Schedule):
 
     def has_time(self, t: float) -> bool:
         return t in range(self.num_timesteps)
-
-    def times_in_words(self) -> str:
-        return f"its times are whole, 0 to {self.num_timesteps - 1}"
 
     def _look_up(self, row: int, t: Time) -> Tensor:
         t = torch.as_tensor(t)
@@ -201,6 +212,8 @@ class VarianceExploding(Schedule):
 class FlowSchedule(Schedule):
     """``alpha = 1 - t``, ``sigma = t`` for t in 0..1: the straight path of flow matching (arXiv 2210.02747)."""
 
+    times_in_words = "from 0 to 1, such as 0.05 and 0.15"
+
     def alpha(self, t: Time) -> Tensor:
         return 1 - _real(t)
 
@@ -216,37 +229,6 @@ class FlowSchedule(Schedule):
 
     def conditioning(self, t: Tensor) -> Tensor:
         return 1000 * t
-
-    def times_in_words(self) -> str:
-        return "its times are from 0 to 1, such as 0.05 and 0.15"
-
-
-def timestep_grid(num_timesteps: int, steps: int, spacing: Spacing) -> Tensor:
-    """Times from the noisiest to -1, the clean end; consecutive pairs are the steps.
-
-    ``leading``, ``trailing`` and ``linspace`` are named as in diffusers (arXiv 2305.08891, table 2); ``diffusiondet``
-    is the integers of linspace(-1, T-1, steps + 1) (arXiv 2211.09788). guided-diffusion's respacing "25" is 25 steps of
-    ``linspace``, its "ddim25" 25 of ``leading``. A single step of ``leading`` or ``linspace`` starts at 0.
-
-    Returns: (steps + 1,) int64, descending, on the CPU.
-
-    Raises:
-        ValueError: if ``steps`` is not in 1..``num_timesteps`` or the spacing is unknown.
-    """
-    if not 1 <= steps <= num_timesteps:
-        raise ValueError(f"Take between 1 and {num_timesteps} steps on this schedule, not {steps}.")
-    last = num_timesteps - 1
-    if spacing == "leading":
-        times = np.arange(steps) * (num_timesteps // steps)
-    elif spacing == "trailing":
-        times = np.round(np.arange(1, steps + 1) * (num_timesteps / steps)) - 1
-    elif spacing == "linspace":
-        times = np.round(np.linspace(0, last, steps))
-    elif spacing == "diffusiondet":
-        times = torch.linspace(-1, last, steps + 1)[1:].numpy()
-    else:
-        raise ValueError(f"A spacing is one of {', '.join(get_args(Spacing))}, not {spacing!r}.")
-    return torch.tensor([*times[::-1].astype(int), -1])
 
 
 def linear_schedule(T: int = 1000) -> DiscreteSchedule:
@@ -270,7 +252,7 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
 
 
 def named_schedule(name: ScheduleName, num_timesteps: int) -> Schedule:
-    """The path of a name, with so many steps where it is of discrete steps, which ``flow`` is not."""
+    """The path of this name; ``flow`` has no discrete steps and ignores their number."""
     if name == "flow":
         return FlowSchedule()
     return linear_schedule(num_timesteps) if name == "linear" else cosine_schedule(num_timesteps)

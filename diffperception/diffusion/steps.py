@@ -1,9 +1,8 @@
-"""The steps between two times: pure functions, stateless, for any Gaussian path."""
+"""The steps between two times and the Gaussian q(x_s | x_t, x0) behind them: pure functions, for any Gaussian path."""
 
 import torch
 from torch import Tensor
 
-from diffperception.diffusion.posterior import posterior_std
 from diffperception.diffusion.prediction import broadcast_mul
 from diffperception.diffusion.schedule import Schedule, Time
 
@@ -19,16 +18,13 @@ def ddim_step(
     """From time ``t`` to the cleaner time ``s`` (DDIM, arXiv 2010.02502, eq. 12, on any Gaussian path).
 
     The noise in ``x_t`` is recomputed from ``x0``, which may therefore have been clipped. ``eta = 1`` draws from the
-    ancestral posterior q(x_s | x_t, x0), DDPM's step; ``eta = 0`` is deterministic.
+    ancestral posterior q(x_s | x_t, x0), DDPM's step; ``eta = 0`` is deterministic. Returns x_s in x_t's dtype.
 
     Args:
-        x_t: (B, ...) sample at ``t``.
-        x0: (B, ...) predicted signal.
+        x_t, x0: (B, ...) sample at ``t``, and the signal predicted from it.
         t, s: times, one or one per sample: () or (B,).
         eta: fraction of the posterior's standard deviation that is drawn anew, in 0..1.
         noise: standard normal, of x_t's shape; ValueError if it is missing where ``eta`` is above 0.
-
-    Returns: (B, ...) sample at ``s``, in x_t's dtype.
     """
     alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
     alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
@@ -46,8 +42,7 @@ def second_order_x0(schedule: Schedule, x0: Tensor, x0_before: Tensor, before: T
     """The signal that makes a DDIM step from ``t`` to ``s`` one of DPM-Solver++(2M) (arXiv 2211.01095, eq. 21).
 
     Args:
-        x0: (B, ...) signal predicted at ``t``.
-        x0_before: (B, ...) signal predicted at ``before``, where the last step began.
+        x0, x0_before: (B, ...) signals predicted at ``t`` and at ``before``, where the last step began.
         before, t, s: times, () or (B,), ever cleaner. A step to the clean end stays first order.
     """
     ratio = (_log_snr(schedule, s) - _log_snr(schedule, t)) / (_log_snr(schedule, t) - _log_snr(schedule, before))
@@ -62,10 +57,8 @@ def heun_step(schedule: Schedule, x_t: Tensor, x0_t: Tensor, x_s: Tensor, x0_s: 
     pure noise included; there the two slopes are averaged.
 
     Args:
-        x_t: (B, ...) sample at ``t``.
-        x0_t: (B, ...) signal predicted from it.
-        x_s: (B, ...) sample at ``s`` after a DDIM step.
-        x0_s: (B, ...) signal predicted from that one.
+        x_t, x0_t: (B, ...) sample at ``t``, and the signal predicted from it.
+        x_s, x0_s: (B, ...) sample at ``s`` after a DDIM step, and the signal predicted from it.
         t, s: times, () or (B,); ``s`` is cleaner, but not the clean end.
     """
     sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
@@ -74,6 +67,51 @@ def heun_step(schedule: Schedule, x_t: Tensor, x0_t: Tensor, x_s: Tensor, x0_s: 
     slopes = broadcast_mul(1 / sigma_t, x_t) - broadcast_mul(total_t / sigma_t, x0_t)
     slopes = slopes + broadcast_mul(1 / sigma_s, x_s) - broadcast_mul(total_s / sigma_s, x0_s)
     return (broadcast_mul(total_s / total_t, x_t) + broadcast_mul(total_s * half, slopes)).to(x_t.dtype)
+
+
+def posterior_mean(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, s: Time) -> Tensor:
+    """Mean of q(x_s | x_t, x0) (DDPM, arXiv 2006.11239, eq. 7, between any two times of any Gaussian path).
+
+    ``x_t`` (B, ...) is the sample at ``t``, ``x0`` the signal; times are () or (B,), ``s`` the cleaner.
+    """
+    alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(s)
+    kept = alpha_t / alpha_s * (schedule.sigma(s) / schedule.sigma(t)).square()
+    return broadcast_mul(alpha_s - kept * alpha_t, x0) + broadcast_mul(kept, x_t)
+
+
+def posterior_std(schedule: Schedule, t: Time, s: Time) -> Tensor:
+    """Standard deviation of q(x_s | x_t, x0), of the shape of ``t``; 0 where ``s`` is the clean end."""
+    return schedule.sigma(s) / schedule.sigma(t) * _added_variance(schedule, t, s).sqrt()
+
+
+def posterior_log_variance(schedule: Schedule, t: Time, s: Time) -> Tensor:
+    """Log variance of q(x_s | x_t, x0), of the shape of ``t``.
+
+    Where ``s`` is the clean end the variance is 0; that of the step before, of equal length, stands in for it (Improved
+    DDPM, arXiv 2102.09672, section 3.1).
+    """
+    t, s = torch.as_tensor(t), torch.as_tensor(s)
+    before = (2 * t - s).clamp(max=schedule.require_discrete("a learned variance") - 1)
+    return 2 * posterior_std(schedule, torch.where(s < 0, before, t), torch.where(s < 0, t, s)).log()
+
+
+def learned_log_variance(schedule: Schedule, variance_range: Tensor, t: Time, s: Time) -> Tensor:
+    """Log variance (B, ...) between the posterior's (-1) and that of the noise added from ``s`` to ``t`` (1).
+
+    Args:
+        variance_range: (B, ...) what the network learned, -1..1 (Improved DDPM, arXiv 2102.09672, eq. 15).
+        t, s: times, () or (B,), ``s`` the cleaner.
+    """
+    lowest = posterior_log_variance(schedule, t, s)
+    highest = _added_variance(schedule, t, s).log()
+    fraction = (variance_range + 1) / 2
+    return broadcast_mul(highest, fraction) + broadcast_mul(lowest, 1 - fraction)
+
+
+def _added_variance(schedule: Schedule, t: Time, s: Time) -> Tensor:
+    """Variance of q(x_t | x_s): beta_t where ``s`` is t - 1 on a variance-preserving path."""
+    kept = schedule.alpha(t) / schedule.alpha(s) * schedule.sigma(s)
+    return (schedule.sigma(t).square() - kept.square()).clamp(min=0)
 
 
 def _log_snr(schedule: Schedule, t: Time) -> Tensor:

@@ -29,12 +29,12 @@ _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 class Model(nn.Module):
     """A network that can be saved and loaded, and what users' own networks derive from.
 
-    The arguments of the outermost constructor are recorded in :attr:`arguments`, defaults included; nothing has to be
-    said for that. They must be JSON-able, or other models, dataclasses, or lists and dictionaries of these. A
-    constructor that replaces an argument by what it stands for says so with :meth:`record`.
+    The arguments of the outermost constructor are recorded by themselves, defaults included. They must be JSON-able, or
+    other models, dataclasses, or lists and dictionaries of these. A constructor that replaces an argument by what it
+    stands for says so with :meth:`record`.
 
     Attributes:
-        kind: what the file of such a model says that it is: a detector, a segmenter, a generator, ...
+        kind: what its file says that it is: a detector, a segmenter, a generator, ...
         arguments: of the constructor, by name.
     """
 
@@ -58,8 +58,7 @@ class Model(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write weights and constructor's arguments to one safetensors file; an interruption leaves the old one.
 
-        Raises:
-            ValueError: there is a folder of that name, or an argument cannot be kept in a file.
+        ValueError if there is a folder of that name, or an argument cannot be kept in a file.
         """
         path = Path(path)
         require_file_name(path)
@@ -94,8 +93,8 @@ class Model(nn.Module):
         """
         if (outer := _rebuilding.get()) is not None:
             raise ValueError(f"{outer} names the file {path}, but a model file holds all of its parts: export it again")
-        with _opened(Path(path)) as file:
-            header, state = _header(file, path), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with _opened(Path(path)) as (file, header):
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         try:
             described = {"class": header["class"], "arguments": json.loads(header["arguments"])}
         except (KeyError, ValueError, RecursionError):
@@ -131,21 +130,13 @@ def trusting(package: str | None) -> Iterator[None]:
 
 
 def file_kind(path: str | Path) -> str:
-    """What a model file says that it is (:attr:`Model.kind`), read from its header alone.
-
-    Raises:
-        FileNotFoundError, ValueError: as :meth:`Model.load`.
-    """
-    with _opened(Path(path)) as file:
-        return _header(file, path).get("kind", Model.kind)
+    """The :attr:`Model.kind` that a file names in its header; errors as for :meth:`Model.load`."""
+    with _opened(Path(path)) as (_, header):
+        return header.get("kind", Model.kind)
 
 
 def describe(value: Any) -> Any:
-    """A model's class and its constructor's arguments, as JSON can hold them; so for all that lies within.
-
-    Raises:
-        ValueError: an argument is nothing that a file can keep.
-    """
+    """Models within as their class and arguments, for JSON; ValueError for what no file can keep."""
     if isinstance(value, Model):
         return {"class": class_name(type(value)), "arguments": describe(value.arguments)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -171,11 +162,7 @@ def class_name(kind: type) -> str:
 
 
 def rebuild(described: Any, path: str | Path, allow: tuple[str, ...]) -> Any:
-    """What :func:`describe` made JSON of, in the file ``path``; ``allow`` are the packages whose classes may be named.
-
-    Raises:
-        ValueError: a class lies outside of ``allow``, or is none of a model.
-    """
+    """What :func:`describe` described in the file ``path``; ValueError for a class outside of the packages allowed."""
     if isinstance(described, list):
         return [rebuild(item, path, allow) for item in described]
     if not isinstance(described, dict):
@@ -228,34 +215,29 @@ class _Undrawn(TorchFunctionMode):
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; ValueError, which says what to do, if it is none."""
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A model file and its header; an error that says what to do if it is none."""
     if not path.is_file():
         hint = ": name the model.safetensors in that folder" if path.is_dir() else ""
         raise FileNotFoundError(f"there is no model file {path}{hint}")
     try:
         with safe_open(path, "pt") as file:
-            yield file
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} was not written by this version of diffperception: `diffperception convert` reads foreign"
+                    " checkpoints"
+                )
+            yield file, header
     except SafetensorError as error:
         advice = "take the model.safetensors beside it" if path.suffix == ".ckpt" else "copy or export it again"
         raise ValueError(f"{path} is not a whole safetensors file ({error}): {advice}") from None
 
 
-def _header(file: Any, path: str | Path) -> dict[str, str]:
-    header = file.metadata() or {}
-    if header.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by this version of diffperception: `diffperception convert` reads foreign"
-            " checkpoints"
-        )
-    return header
-
-
 def _resolve(name: str, path: str | Path, allow: tuple[str, ...]) -> type:
     """The class that a file names; ValueError unless it is a model's, or a dataclass, of an allowed package."""
     module, _, attribute = str(name).partition(":")
-    if module.split(".")[0] not in allow:
-        package = module.split(".")[0]
+    if (package := module.split(".")[0]) not in allow:
         raise ValueError(
             f"{path} names the class {name}: pass allow=({package!r},), or --trust {package}, if you trust it"
         )

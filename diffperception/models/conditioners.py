@@ -1,23 +1,45 @@
-"""From what is said of an image (its class, later its caption) to the condition that a denoiser is told."""
+"""What a denoiser is told beside the noisy sample and its time, and what makes that of an image's class or caption."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffperception.models.base import Model
-from diffperception.models.condition import Condition
 
 Said = Any  # of a batch, as one kind of conditioner reads it: labels (B,), or a list of texts
+
+
+@dataclass
+class Condition:
+    """What a denoiser is told: four slots, any of them empty; a network says which it reads.
+
+    Attributes:
+        vector: (B, E) added to the time's embedding, such as a class's.
+        tokens: (B, L, D) a sequence to attend to, such as a text's.
+        mask: (B, L) bool, which of the tokens count; all by default.
+        maps: (B, C, h, w) beside the sample, such as a small image that is to be enlarged.
+    """
+
+    vector: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    maps: Tensor | None = None
+
+    def expand(self, batch: int) -> "Condition":
+        """The condition of a single sample for each of a batch; one of the batch's size stays as it is."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return Condition(**{name: value.expand(batch, *value.shape[1:]) for name, value in given.items()})
 
 
 class Conditioner(Model, ABC):
     """Makes a :class:`Condition`; its weights are trained with the denoiser.
 
     Attributes:
-        has_absent: whether it has a value for nothing being said, which classifier-free guidance needs.
+        has_absent: whether it has a value for nothing being said, as classifier-free guidance needs.
     """
 
     has_absent: bool = False
@@ -28,11 +50,7 @@ class Conditioner(Model, ABC):
 
     @abstractmethod
     def read(self, targets: Sequence[Mapping[str, Any]]) -> Said:
-        """What the targets of a batch say.
-
-        Raises:
-            ValueError: they do not say what it needs.
-        """
+        """What the targets of a batch say; ValueError if they lack it."""
 
     @abstractmethod
     def absent(self, batch: int) -> Said:
@@ -44,23 +62,19 @@ class Conditioner(Model, ABC):
 
     @abstractmethod
     def choose(self, names: Sequence[str] | None, numbers: Sequence[int]) -> Said:
-        """What is said of the samples of these numbers where a user wants these names; they take turns.
+        """What is said of the samples of these numbers where a user wants these names (classes or texts) in turn.
 
-        Args:
-            names: classes, or texts; all that there are by default.
-
-        Raises:
-            ValueError: it knows none of that name.
+        None stands for all the names there are; ValueError for a name that it does not know.
         """
 
 
 class ClassLabels(Conditioner):
-    """An embedding per class, as in ADM (arXiv 2105.05233); said are labels (B,) int64, 0..K-1.
+    """An embedding (E,) per class, as in ADM (arXiv 2105.05233), found by labels (B,) int64, 0..K-1.
 
     Args:
         classes: names of the K labels.
-        channels: E, of the embeddings.
-        null_class: there is one more, K, that stands for none, as classifier-free guidance needs.
+        channels: E.
+        null_class: there is one more label, K, that stands for none, as classifier-free guidance needs.
     """
 
     def __init__(self, classes: Sequence[str], channels: int, null_class: bool = False) -> None:
@@ -89,7 +103,7 @@ class ClassLabels(Conditioner):
 
 
 def labels_in_turn(classes: Sequence[str], names: Sequence[str] | None, numbers: Sequence[int]) -> Tensor:
-    """The labels (B,) of samples of these numbers where classes of these names, as :meth:`Conditioner.choose` says."""
+    """The labels (B,) of samples of these numbers, as :meth:`Conditioner.choose` says."""
     unknown = [name for name in names or [] if name not in classes]
     if unknown:
         raise ValueError(f"there is no class {unknown[0]}: the generator knows {', '.join(classes)}")

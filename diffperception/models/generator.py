@@ -1,6 +1,7 @@
-"""A generator of images: a denoising network with its path, its space and what it is told, in one file."""
+"""A generator of images: a denoising network with its schedule, its space and what it is told, in one file."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from diffperception.diffusion import (
     Denoiser,
+    Network,
     NetworkDenoiser,
     Objective,
     Prediction,
@@ -17,9 +19,9 @@ from diffperception.diffusion import (
     named_schedule,
 )
 from diffperception.models.base import Model
-from diffperception.models.condition import Condition
-from diffperception.models.conditioners import ClassLabels, Conditioner, Said
+from diffperception.models.conditioners import ClassLabels, Condition, Conditioner, Said
 from diffperception.models.convert import adm
+from diffperception.models.convert.checkpoints import class_names
 from diffperception.models.feature_info import FeatureInfo
 from diffperception.models.space import Pixels, Space
 from diffperception.models.unet.encoder import both_sides
@@ -31,15 +33,15 @@ class DiffusionModel(Model):
 
     Args:
         classes: names of the labels, None for a model without.
-        network: the denoiser; with ``learned_range`` it has twice as many channels of output as of input.
+        network: the denoiser; with ``learned_range`` it has twice as many output as input channels.
         conditioner: makes what the network is told; by default an embedding per class, if there are classes.
-        space: of the signal that is noised; by default the pixels.
+        space: where the signal that is noised lives; by default the pixels.
         schedule: linear (DDPM), cosine (Improved DDPM) or flow (the straight path of flow matching; its ``prediction``
             is ``flow``).
         num_timesteps: T of the discrete schedules.
         prediction: what the network predicts.
-        learned_range: it learns the variance too (Improved DDPM, arXiv 2102.09672).
-        image_size: side, or height and width, of the images it learned from; what is sampled by default.
+        learned_range: the network learns the variance too (Improved DDPM, arXiv 2102.09672).
+        image_size: side, or height and width, of the images it learns from; samples have it by default.
         null_class: there is a label that stands for none, as classifier-free guidance needs.
 
     Raises:
@@ -75,12 +77,6 @@ class DiffusionModel(Model):
         self._require_fit(schedule, null_class)
 
     @classmethod
-    def of_network(cls, network: UNet) -> "DiffusionModel":
-        """A network that was saved alone, which learned on the linear schedule of 1000 steps."""
-        learned_range = network.out_channels == 2 * network.in_channels
-        return cls(None, network, learned_range=learned_range, image_size=max(256, 2 * network.stride)).eval()
-
-    @classmethod
     def from_reference(
         cls,
         state: Mapping[str, Tensor],
@@ -107,7 +103,7 @@ class DiffusionModel(Model):
             new_attention_order: q, k and v come before heads in the attention's weights (use_new_attention_order).
 
         Raises:
-            ValueError: as :meth:`UNet.from_reference`; without ``image_size``; for another number of classes; or if it
+            ValueError: as :meth:`UNet.from_reference`; without image_size; for another number of classes; or if it
                 enlarges images.
         """
         labels = state.get(adm.LABELS)
@@ -125,12 +121,8 @@ class DiffusionModel(Model):
         if labels is not None and (labels.ndim != 2 or labels.shape[1] != network.embedding or not len(labels)):
             wanted = f"a row of {network.embedding} numbers per class"
             raise ValueError(f"{adm.LABELS} is {tuple(labels.shape)}, which does not fit this UNet: it takes {wanted}")
-        count = 0 if labels is None else len(labels)
-        names = [str(label) for label in range(count)] if classes is None else list(classes)
-        if len(names) != count:
-            raise ValueError(f"{len(names)} class names are given for a UNet of {count or 'no'} classes")
         model = cls(
-            names if count else None,
+            class_names(classes, 0 if labels is None else len(labels)) or None,
             network,
             schedule=schedule,
             num_timesteps=num_timesteps,
@@ -155,8 +147,7 @@ class DiffusionModel(Model):
     @property
     def block_info(self) -> list[FeatureInfo]:
         """The network's blocks that can be read, with their strides in pixels of the image."""
-        stride = self.space.stride
-        return [FeatureInfo(info.name, info.channels, info.stride * stride) for info in self.network.block_info]
+        return [replace(info, stride=info.stride * self.space.stride) for info in self.network.block_info]
 
     @property
     def has_absent(self) -> bool:
@@ -178,14 +169,13 @@ class DiffusionModel(Model):
     def activations(
         self, x: Tensor, t: Tensor, blocks: Sequence[int], condition: Condition | None = None
     ) -> list[Tensor]:
-        """What blocks of the network give, see :attr:`block_info`; what follows the last of them is not computed."""
+        """What blocks among :attr:`block_info` give; what follows the last of them is not computed."""
         return self.network.activations(x, t, blocks, condition)
 
     def condition(self, said: Said | None) -> Condition | None:
-        """What the network is told where this is said; nothing is said of images where ``said`` is None.
+        """What the network is told where this is said of images, or nothing is: ``said`` is None.
 
-        Raises:
-            ValueError: if it has not learned images of which nothing is said, or is told nothing at all.
+        ValueError if the model has not learned this.
         """
         if self.conditioner is None:
             if said is not None:
@@ -208,41 +198,36 @@ class DiffusionModel(Model):
     def losses(
         self, objective: Objective, x0: Tensor, t: Tensor, noise: Tensor, said: Said | None = None
     ) -> dict[str, Tensor]:
-        """The terms of each sample's loss, (B,): the arguments are as for :class:`Objective`.
+        """The terms of each sample's loss, (B,), by an :meth:`objective`, whose arguments the others are.
 
-        Args:
-            objective: from :meth:`objective`.
-            x0: (B, C, h, w) signals, as the space encodes images.
-            said: of each sample.
+        ``x0`` (B, C, h, w) are signals, as the space encodes images; ``said`` is what is said of each.
         """
-        condition = self.condition(said)
-        return objective(lambda x, time: self(x, time, condition), x0, t, noise)
+        return objective(self._told(said), x0, t, noise)
 
     def denoiser(self, said: Said | None = None, guidance: float = 1.0) -> Denoiser:
         """What samplers work on; ValueError if this is asked of a model that has not learned it.
 
         Args:
-            said: what is wanted of B samples, such as labels (B,); None where the model is told nothing, or for
-                nothing in particular.
+            said: what is wanted of B samples, such as labels (B,); None for nothing in particular.
             guidance: weight of classifier-free guidance; 1 is none.
         """
         if guidance == 1.0:
-            return self._denoiser(self.condition(said))
+            return self._denoiser(said)
         if self.conditioner is None or not self.conditioner.has_absent:
             raise ValueError(
                 "This model has not learned images without a label, which guidance needs: give guidance 1, or train it"
                 " with classes and null_class."
             )
-        absent = self._denoiser(self.condition(None))
-        if said is None:
-            return absent
-        return classifier_free_guidance(self._denoiser(self.condition(said)), absent, guidance)
+        absent = self._denoiser(None)
+        return absent if said is None else classifier_free_guidance(self._denoiser(said), absent, guidance)
 
-    def _denoiser(self, condition: Condition | None) -> Denoiser:
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            return self(x, t, None if condition is None else condition.expand(len(x)))
+    def _denoiser(self, said: Said | None) -> Denoiser:
+        return NetworkDenoiser(self._told(said), self.schedule, self.prediction, self.learned_range)
 
-        return NetworkDenoiser(network, self.schedule, self.prediction, self.learned_range)
+    def _told(self, said: Said | None) -> Network:
+        """The network as a function of noisy signals and times, told what is said of them."""
+        condition = self.condition(said)
+        return lambda x, t: self(x, t, None if condition is None else condition.expand(len(x)))
 
     def _require_fit(self, schedule: ScheduleName, null_class: bool) -> None:
         channels, outputs = self.network.in_channels, self.network.out_channels
@@ -260,11 +245,16 @@ class DiffusionModel(Model):
         self.signal_shape(*self.image_size)
 
 
-def load_generator(source: DiffusionModel | UNet | str | Path) -> DiffusionModel:
-    """The generator in a file, or of a network; ValueError where there is another model."""
-    model = Model.load(source) if isinstance(source, str | Path) else source
+def load_generator(source: DiffusionModel | UNet | str | Path, allow: tuple[str, ...] = ()) -> DiffusionModel:
+    """The generator in a file, or of a UNet alone, which is taken for one of the linear schedule of 1000 steps.
+
+    ``allow`` and the errors are as for :meth:`Model.load`; ValueError too where there is another model.
+    """
+    model = Model.load(source, allow=allow) if isinstance(source, str | Path) else source
     if isinstance(model, UNet):
-        return DiffusionModel.of_network(model)
+        learned_range = model.out_channels == 2 * model.in_channels
+        size = max(256, 2 * model.stride)
+        return DiffusionModel(None, model, learned_range=learned_range, image_size=size).eval()
     if not isinstance(model, DiffusionModel):
         place = "this" if model is source else source
         raise ValueError(f"{place} holds a {type(model).__name__}: give the file of a generator or a UNet")

@@ -1,6 +1,7 @@
 """What a diffusion model's network sees in an image: its activations at blocks and times (arXiv 2112.03126)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -16,15 +17,15 @@ from diffperception.models.unet.unet import UNet
 class ActivationReader(Model):
     """Reads activations of images noised to a few times, in strides of the image, whatever the model's space.
 
-    All images and times share one noise, a tile of a fixed seed that is repeated from the upper left corner: so a
-    pixel's noise depends neither on its batch nor on the image's size. Each time is one pass of the network, which
-    stops after the last block. Maps come time by time, and for each in the order of the blocks.
+    All images and times share one noise, a tile repeated from the upper left corner: so a pixel's noise depends neither
+    on its batch nor on the image's size. Each time is one pass of the network, which stops after the last block. Maps
+    come time by time, and for each in the order of the blocks.
 
     Args:
         generator: the model, or the file of a generator or a UNet.
         blocks: indices among ``generator.block_info``.
         timesteps: times of the generator's schedule.
-        label: of a generator with classes, the class to tell it; None for nothing, if it has learned that.
+        label: the class to tell a generator with classes; None for nothing, if it has learned that.
         noise_side: side of the tile of noise in pixels.
         seed: of the noise.
 
@@ -66,15 +67,15 @@ class ActivationReader(Model):
             raise ValueError("name at least one timestep")
         self.levels = model.schedule.levels(timesteps)
         _require_label(model, label)
-        self.record(generator=model, blocks=list(blocks), timesteps=list(timesteps))
-        self.generator = model
+        self.generator, self.multiple = model, model.stride
         self.blocks, self.timesteps, self.label = list(blocks), list(timesteps), label
-        named = [(f"t{t:g} block {block}", model.block_info[block]) for t in timesteps for block in blocks]
-        self.info = [FeatureInfo(name, info.channels, info.stride) for name, info in named]
-        self.multiple = model.stride
+        self.record(generator=model, blocks=self.blocks, timesteps=self.timesteps)
+        self.info = [
+            replace(model.block_info[block], name=f"t{t:g} block {block}") for t in timesteps for block in blocks
+        ]
         side = -(-noise_side // model.space.stride)
-        generator_of_noise = torch.Generator().manual_seed(seed)
-        noise = torch.randn(model.space.channels, side, side, generator=generator_of_noise, device="cpu")
+        drawn = torch.Generator().manual_seed(seed)
+        noise = torch.randn(model.space.channels, side, side, generator=drawn, device="cpu")
         self.register_buffer("noise", noise.to(model.device))
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -83,7 +84,9 @@ class ActivationReader(Model):
 
     def read(self, signal: Tensor) -> list[Tensor]:
         """As :meth:`forward`, of the signal (B, C, h, w) that the generator's space makes of images."""
-        noise = self._noise(*signal.shape[2:])
+        repeats = [-(-length // self.noise.shape[-1]) for length in signal.shape[2:]]
+        tiled = self.noise if repeats == [1, 1] else self.noise.repeat(1, *repeats)
+        noise = tiled[:, : signal.shape[2], : signal.shape[3]]
         condition = self.generator.condition(None if self.label is None else torch.tensor([self.label]))
         told = None if condition is None else condition.expand(len(signal))
         maps: list[Tensor] = []
@@ -98,13 +101,6 @@ class ActivationReader(Model):
         network = self.generator.network
         return [*network.decoder[max(self.blocks) + 1 :], network.out_norm, network.out_conv]
 
-    def _noise(self, height: int, width: int) -> Tensor:
-        """(C, height, width)."""
-        side = self.noise.shape[-1]
-        repeats = [-(-length // side) for length in (height, width)]
-        tiled = self.noise if repeats == [1, 1] else self.noise.repeat(1, *repeats)
-        return tiled[:, :height, :width]
-
 
 def strides_in_words(info: Sequence[FeatureInfo]) -> str:
     """Which blocks there are of each stride, for messages."""
@@ -113,7 +109,7 @@ def strides_in_words(info: Sequence[FeatureInfo]) -> str:
 
 
 def _require_different(kind: str, names: Sequence[str]) -> None:
-    """A map is known by its time and block, times written with six digits."""
+    """A map is known by its block and time, with six digits."""
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ValueError(f"the {kind} {doubled[0]} is named more than once: name each {kind} once")

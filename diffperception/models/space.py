@@ -11,8 +11,7 @@ class Space(Model, ABC):
     """From images to the signal that is noised, and back.
 
     Attributes:
-        channels: of the signal.
-        image_channels: of the images, 3 for colour, 1 for grey.
+        channels, image_channels: of the signal, and of the images, 3 for colour, 1 for grey.
         stride: how many pixels of the image wide one cell of the signal is.
         bounded: whether a signal lies in -1..1, so that predictions of it may be clipped.
     """
@@ -40,11 +39,7 @@ class Space(Model, ABC):
 
 
 class Pixels(Space):
-    """The pixels themselves, -1..1.
-
-    Args:
-        channels: 3 for colour, 1 for grey.
-    """
+    """The pixels themselves, -1..1, of 3 ``channels`` for colour or 1 for grey."""
 
     stride = 1
     bounded = True

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffperception.cli.main import main
 from diffperception.detection import DiffusionDet
-from diffperception.diffusion import clip, sample_ddim, timestep_grid
+from diffperception.diffusion import clip, linear_schedule, sample_ddim
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier
 from tests.parity import FOLDER, arrays, distance, fill_state
@@ -178,7 +178,7 @@ def test_a_converted_generator_samples_what_the_reference_samples(tmp_path, caps
     )
     model, parity = DiffusionModel.load(output), arrays("adm_layouts")
     assert (model.learned_range, model.classes, model.conditioner) == (True, None, None)
-    grid = timestep_grid(1000, 10, "leading")
+    grid = linear_schedule().grid(10, "leading")
     samples = sample_ddim(clip(model.denoiser()), model.schedule, parity["noise"], grid)
     assert distance(samples, parity["ddim_cosine"]) < 1e-4
 
@@ -248,8 +248,11 @@ def test_what_the_model_predicts_is_an_option(tmp_path):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"out.2.weight": None}, "UNetModel: it has no out.2.weight"),
-        ({"middle_block.0.in_layers.2.bias": torch.zeros(3)}, "middle_block.0.in_layers.2.bias is 3, but"),
+        ({"out.2.weight": None}, "whole checkpoint of guided-diffusion's: it has no out.2.weight"),
+        (
+            {"middle_block.0.in_layers.2.bias": torch.zeros(3)},
+            "1 name is of another shape: middle_block.0.in_layers.2.bias (3,) instead of (64,).",
+        ),
     ],
 )
 def test_a_unet_that_is_not_whole_is_known_as_one(tmp_path, capsys, change, complaint):
@@ -264,7 +267,7 @@ def test_upsamplers_and_wrong_numbers_of_names_are_refused(tmp_path, capsys):
     (tmp_path / "names.txt").write_text("ant\nbee\n")
     options = ["--num-heads", "2", "--image-size", "8"]
     assert run(path, tmp_path / "model.safetensors", *options, "--annotations", str(tmp_path / "names.txt")) == 2
-    assert "2 class names are given for a UNet of no classes" in capsys.readouterr().err
+    assert "2 class names are given for a checkpoint with no classes" in capsys.readouterr().err
     state["input_blocks.0.0.weight"] = torch.cat([state["input_blocks.0.0.weight"]] * 2, dim=1)
     torch.save(state, path)
     assert run(path, tmp_path / "model.safetensors", *options) == 2

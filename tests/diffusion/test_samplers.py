@@ -20,7 +20,6 @@ from diffperception.diffusion import (
     sample_ddpm,
     sample_dpm_solver,
     sample_heun,
-    timestep_grid,
     to_x0,
 )
 from tests.diffusion.gaussian_mixture import Mixture
@@ -125,7 +124,7 @@ def test_learned_variance_is_what_ancestral_sampling_draws_with(place: float) ->
 @pytest.mark.parametrize("steps", [1, 2])
 def test_samplers_keep_no_graph_and_take_few_steps(loop: Loop, steps: int) -> None:
     weight = torch.ones(1, requires_grad=True)
-    grid = timestep_grid(1000, steps, "trailing")
+    grid = linear_schedule().grid(steps, "trailing")
     x = loop(lambda x, t: DenoiserOutput(weight.expand_as(x)), cosine_schedule(), torch.randn(2, 3), grid)
     assert not x.requires_grad
     assert torch.equal(x, torch.ones(2, 3))
@@ -133,7 +132,7 @@ def test_samplers_keep_no_graph_and_take_few_steps(loop: Loop, steps: int) -> No
 
 @pytest.mark.parametrize("loop", [partial(sample_ddim, eta=1.0), sample_ddpm])
 def test_samples_of_own_noise_do_not_depend_on_the_batch(mixture: Mixture, loop: Callable[..., Tensor]) -> None:
-    schedule, grid = cosine_schedule(), timestep_grid(1000, 5, "trailing")
+    schedule, grid = cosine_schedule(), linear_schedule().grid(5, "trailing")
     denoiser, start = partial(mixture.denoise, schedule), mixture.start(schedule, torch.tensor(999), 3)
 
     def draw_from(seeds: list[int]) -> Callable[[Tensor], Tensor]:

@@ -15,15 +15,14 @@ from diffperception.diffusion import (
     ddim_step,
     linear_schedule,
     posterior_std,
-    timestep_grid,
     to_eps,
     to_x0,
 )
 
 SPACINGS: list[Spacing] = ["leading", "trailing", "linspace", "diffusiondet"]
 PATHS = [
-    (linear_schedule(), timestep_grid(1000, 7, "trailing")),
-    (cosine_schedule(), timestep_grid(1000, 7, "trailing")),
+    (linear_schedule(), linear_schedule().grid(7, "trailing")),
+    (cosine_schedule(), linear_schedule().grid(7, "trailing")),
     (VarianceExploding(), torch.tensor([80.0, 10.0, 1.0, 0.1, 0.0])),
     (FlowSchedule(), torch.linspace(1, 0, 8, dtype=torch.float64)),
 ]
@@ -37,16 +36,16 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_grids_of_known_steps() -> None:
-    assert timestep_grid(1000, 4, "diffusiondet").tolist() == [999, 749, 499, 249, -1]
-    assert timestep_grid(1000, 3, "diffusiondet").tolist() == [999, 665, 332, -1]
-    assert timestep_grid(1000, 1, "diffusiondet").tolist() == [999, -1]
-    assert timestep_grid(1000, 4, "leading").tolist() == [750, 500, 250, 0, -1]
+    assert linear_schedule().grid(4, "diffusiondet").tolist() == [999, 749, 499, 249, -1]
+    assert linear_schedule().grid(3, "diffusiondet").tolist() == [999, 665, 332, -1]
+    assert linear_schedule().grid(1, "diffusiondet").tolist() == [999, -1]
+    assert linear_schedule().grid(4, "leading").tolist() == [750, 500, 250, 0, -1]
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 333, 999, 1000])
 def test_grids_descend_to_the_clean_end(spacing: Spacing, steps: int) -> None:
-    grid = timestep_grid(1000, steps, spacing)
+    grid = linear_schedule().grid(steps, spacing)
     assert grid.dtype == torch.int64
     assert len(grid) == steps + 1
     assert (grid.diff() < 0).all()
@@ -59,18 +58,18 @@ def test_grids_descend_to_the_clean_end(spacing: Spacing, steps: int) -> None:
 def test_grids_are_diffusers(spacing: Spacing, steps: int) -> None:
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    assert timestep_grid(1000, steps, spacing)[:-1].tolist() == scheduler.timesteps.tolist()
+    assert linear_schedule().grid(steps, spacing)[:-1].tolist() == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("steps", [0, 11])
 def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
     with pytest.raises(ValueError, match="between 1 and 10 steps"):
-        timestep_grid(10, steps, "trailing")
+        cosine_schedule(10).grid(steps, "trailing")
 
 
 def test_unknown_spacings_are_named() -> None:
     with pytest.raises(ValueError, match="'even'"):
-        timestep_grid(10, 2, "even")  # type: ignore[arg-type]
+        cosine_schedule(10).grid(2, "even")  # type: ignore[arg-type]
 
 
 # Steps
@@ -120,7 +119,7 @@ def test_noisy_steps_keep_the_paths_distribution(schedule: Schedule, grid: Tenso
 def test_paths_agree_on_the_same_oracle() -> None:
     """Two paths are one process rescaled: equal sigma/alpha means equal steps of x / alpha."""
     preserving, exploding, straight = cosine_schedule(), VarianceExploding(), FlowSchedule()
-    discrete = timestep_grid(1000, 5, "trailing")
+    discrete = linear_schedule().grid(5, "trailing")
     ratio = preserving.sigma(discrete) / preserving.alpha(discrete)
     x0, noise = random(2, 3, 4)
     guesses = [x0 + 0.3 * random(3, 4, seed=10 + step) for step in range(5)]
@@ -197,7 +196,7 @@ def test_ddim_is_diffusers(spacing: Spacing, betas: str, eta: float, clip: bool)
         x = scheduler.step(
             denoiser(x, t), t, x, eta=eta, use_clipped_model_output=True, variance_noise=noise if eta else None
         ).prev_sample
-    ours = sample(schedule, start, timestep_grid(1000, 10, spacing), eta, clip, noises)
+    ours = sample(schedule, start, linear_schedule().grid(10, spacing), eta, clip, noises)
     assert torch.allclose(ours, x, rtol=2e-3, atol=2e-3 * float(x.std()))
 
 
@@ -212,5 +211,5 @@ def test_ancestral_sampling_is_diffusers_ddpm(spacing: Spacing, steps: int) -> N
         x = scheduler.step(denoiser(x, t), t, x, generator=generator).prev_sample
     generator = torch.Generator().manual_seed(0)
     noises = torch.stack([torch.randn(2, 3, generator=generator) for _ in range(steps - 1)] + [torch.zeros(2, 3)])
-    ours = sample(linear_schedule(), start, timestep_grid(1000, steps, spacing), 1.0, True, noises)
+    ours = sample(linear_schedule(), start, linear_schedule().grid(steps, spacing), 1.0, True, noises)
     assert torch.allclose(ours, x, rtol=1e-3, atol=1e-3)

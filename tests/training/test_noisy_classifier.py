@@ -17,7 +17,6 @@ from diffperception.diffusion import (
     classifier_guidance,
     linear_schedule,
     sample_ddim,
-    timestep_grid,
 )
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier, UNet
@@ -114,7 +113,7 @@ def test_the_accuracy_is_the_same_in_every_call_and_batch(run: Path) -> None:
 def test_a_trained_classifier_guides_samples_to_the_class(run: Path) -> None:
     """The denoiser is that of both classes, in closed form; half of its samples are of either."""
     classifier, schedule = NoisyClassifier.load(run / "model.safetensors"), linear_schedule()
-    grid, noise = timestep_grid(1000, 25, "trailing"), torch.randn(40, 3, SIDE, SIDE)
+    grid, noise = linear_schedule().grid(25, "trailing"), torch.randn(40, 3, SIDE, SIDE)
 
     def denoiser(x: Tensor, t: Tensor) -> DenoiserOutput:
         return DenoiserOutput(both_classes(schedule, x, t))

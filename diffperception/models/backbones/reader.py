@@ -21,11 +21,10 @@ class UNetBackbone(Backbone):
     The noise is the same for every image, in training too, see :class:`ActivationReader`.
 
     Args:
-        unet: file of a saved UNet or DiffusionModel, or such a model. A UNet alone was trained on the linear schedule
-            of 1000 steps; a DiffusionModel knows its own.
+        unet: a UNet, trained on the linear schedule of 1000 steps, a DiffusionModel, which knows its own, or a file.
         blocks: decoder blocks to read, as `block_info` counts them: one per stride, each stride twice the next.
-        timestep: of the schedule: the noise level that images are brought to, from 0.
-        frozen: leave the UNet as it is: in evaluation mode, without gradients; else it is fine-tuned.
+        timestep: of the schedule, from 0: the noise level that images are brought to.
+        frozen: the UNet stays as it is, in evaluation mode and without gradients; else it is fine-tuned.
         label: the class that a UNet with classes is told; by default none, if it has learned that.
 
     Raises:
@@ -66,7 +65,7 @@ class UNetBackbone(Backbone):
         self.train()
 
     def train(self, mode: bool = True) -> "UNetBackbone":
-        """As of every module, but a frozen UNet stays in evaluation mode."""
+        """As every module's, but a frozen UNet stays in evaluation mode."""
         super().train(mode)
         self.reader.train(mode and not self.frozen)
         return self

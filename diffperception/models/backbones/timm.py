@@ -23,7 +23,7 @@ class TimmBackbone(Backbone):
 
     Args:
         name: timm model name, for example `resnet50` or `swin_base_patch4_window7_224`.
-        strides: strides of the maps to return, finest first; the model must offer them.
+        strides: of the maps to return, finest first; the model must offer them.
         pretrained: load timm's weights (needs the network once).
         freeze_norm: use batch norm with fixed statistics and weights, as fine-tuning with small batches does.
 
@@ -34,7 +34,9 @@ class TimmBackbone(Backbone):
     def __init__(self, name: str, strides: Sequence[int], pretrained: bool = False, freeze_norm: bool = False):
         super().__init__()
         if not timm.is_model(name):
-            raise ValueError(f"timm has no model {name!r}: {_suggest(name)}")
+            near = difflib.get_close_matches(name, timm.list_models(), n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`timm.list_models()` names all"
+            raise ValueError(f"timm has no model {name!r}: {hint}")
         # Swins are built for one image size unless told otherwise, and do not shift windows as large as its maps.
         swin = name.startswith("swin")
         any_size: dict[str, Any] = {"strict_img_size": False, "always_partition": True} if swin else {}
@@ -95,11 +97,7 @@ class FusedFrozenBatchNorm2d(FrozenBatchNorm2d):
 def build_backbone(
     backbone: str | Backbone, strides: Sequence[int], pretrained: bool = False, freeze_norm: bool = False
 ) -> Backbone:
-    """The backbone that a detector's arguments describe: a timm model by its name, or one already built.
-
-    Raises:
-        ValueError: as :class:`TimmBackbone`, or if one already built has other strides.
-    """
+    """A timm model by its name, or the backbone already built; ValueError if that has other strides."""
     if isinstance(backbone, str):
         return TimmBackbone(backbone, strides, pretrained, freeze_norm)
     if backbone.strides != list(strides):
@@ -108,8 +106,3 @@ def build_backbone(
             f" detector's strides to {backbone.strides}"
         )
     return backbone
-
-
-def _suggest(name: str) -> str:
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f"did you mean {' or '.join(near)}?" if near else "`timm.list_models()` names all"

@@ -1,12 +1,14 @@
 """Checkpoints of guided-diffusion and improved-diffusion: the model they hold, and their weights under our names."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import isqrt
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from diffperception.models.convert.checkpoints import complaints
 
 State = Mapping[str, Tensor]
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -35,8 +37,6 @@ _NAMES = [
     (r"^out\.(2\.c_proj|3)\.", "pool.out."),
     (r"^out\.2\.", "out_conv."),
 ]
-
-
 # (pattern of our names, argument that decides on these weights); the first that fits.
 _DECIDING = [
     (r"\.time\.", "scale_shift"),
@@ -66,12 +66,9 @@ def build(
     num_head_channels: int | None,
     new_attention_order: bool,
 ) -> AnyModel:
-    """The model of a checkpoint, with its weights.
+    """The model of a checkpoint, with its weights; ``layout`` are the constructor's arguments, all but the heads'.
 
-    Args:
-        make: the model's constructor.
-        layout: its arguments, all but those of its heads.
-        state, num_heads, num_head_channels, new_attention_order: as for :meth:`UNet.from_reference`, as are the errors.
+    The others, and the errors, are as for :meth:`UNet.from_reference`.
     """
     if (num_heads is None) == (num_head_channels is None):
         raise ValueError(
@@ -80,24 +77,12 @@ def build(
     num_head_channels = 64 if num_head_channels is None else num_head_channels
     with torch.device("meta"):
         model = make(num_heads=num_heads, num_head_channels=num_head_channels, **layout)
-    renamed = {_ours(name): _flat(name, value) for name, value in state.items()}
     expected = {name: value.shape for name, value in model.state_dict().items()}
-    listed = ", ".join(f"{name} {value}" for name, value in layout.items())
-    read = f"The checkpoint does not fit the {type(model).__name__} that its other weights describe ({listed})"
-    for name in state:
-        ours = _ours(name)
-        if expected.get(ours) != renamed[ours].shape:
-            wanted = f"would be {_size(expected[ours])}" if ours in expected else "would not be there"
-            raise ValueError(
-                f"{read}: {name} is {_size(renamed[ours].shape)}, but by those it {wanted}. Check what it was built"
-                f" with: {_deciding(ours)}."
-            )
-    missing = [name for name in expected if name not in renamed]
-    if missing:
-        raise ValueError(
-            f"{read}: {len(missing)} weights are missing, such as those of our {missing[0]}. It is not whole, or check"
-            f" what it was built with: {_deciding(missing[0])}."
-        )
+    renamed = {}
+    for name, value in state.items():
+        linear = len(expected.get(_ours(name), ())) == 2 < value.ndim  # in the reference a convolution of one position
+        renamed[_ours(name)] = value.flatten(1) if linear else value
+    _require_fit(type(model).__name__, layout, expected, renamed, {_ours(name): name for name in state})
     if not new_attention_order:
         for name in (_ours(name) for name in state if ".qkv." in name):  # by heads and then by q, k, v; ours by these
             rows = renamed[name].unflatten(0, (num_heads or len(renamed[name]) // 3 // num_head_channels, 3, -1))
@@ -106,25 +91,31 @@ def build(
     return model
 
 
-def _size(shape: torch.Size) -> str:
-    return " x ".join(map(str, shape)) or "a number"
-
-
-def _deciding(name: str) -> str:
-    return next(argument for pattern, argument in _DECIDING if re.search(pattern, name))
+def _require_fit(
+    kind: str, layout: Mapping[str, Any], expected: Mapping[str, torch.Size], renamed: State, theirs: Mapping[str, str]
+) -> None:
+    """ValueError unless the renamed weights are those expected: names them as ``theirs``, and what decides on them."""
+    wrong = [n for n in {**expected, **renamed} if n not in renamed or renamed[n].shape != expected.get(n)]
+    if wrong:
+        listed = ", ".join(f"{name} {value}" for name, value in layout.items())
+        given = {theirs[ours]: value for ours, value in renamed.items()}
+        wanted = {theirs.get(ours, f"our {ours}"): shape for ours, shape in expected.items()}
+        deciding = dict.fromkeys(next(what for pattern, what in _DECIDING if re.search(pattern, n)) for n in wrong)
+        raise ValueError(
+            f"The checkpoint does not fit the {kind} that most of its weights describe ({listed})."
+            f" {complaints(given, wanted)} It is not whole, or check what it was built with: {'; '.join(deciding)}."
+        )
 
 
 def unet_arguments(state: State) -> dict[str, Any]:
     """What shapes tell of a UNet's arguments: all but its heads, dropout and checkpointing.
 
-    Raises:
-        ValueError: if the names are not those of the reference's ``UNetModel``.
+    ValueError if the names are not those of the reference's ``UNetModel``.
     """
     if LABELS in state:
-        raise ValueError(
-            "This UNet has an embedding of labels: take the whole generator, which keeps it beside the UNet."
-        )
-    _require_whole(state, _UNET, "UNetModel")
+        raise ValueError("This UNet has an embedding of labels: take the whole generator, which keeps it beside.")
+    for name in _UNET:
+        _length(state, name, 0)
     num_res_blocks, resampling = _decoder_rhythm(state)
     outputs = _length(state, "out.2.weight", 0)
     return _encoder_arguments(state, num_res_blocks) | {"out_channels": outputs, "resampling": resampling}
@@ -133,16 +124,13 @@ def unet_arguments(state: State) -> dict[str, Any]:
 def classifier_arguments(state: State, num_res_blocks: int | None) -> tuple[dict[str, Any], int]:
     """What shapes tell of a noisy classifier's arguments, all but its heads, dropout and checkpointing; its classes.
 
-    Args:
-        num_res_blocks: residual blocks a level, where the names fit more than one number.
-
-    Raises:
-        ValueError: if the names are not those of the reference's ``EncoderUNetModel``, if it pools by another layer
-            than attention or averages, or if their number must be given or does not fit.
+    ValueError if the names are not those of the reference's ``EncoderUNetModel``, if it pools by another layer than
+    attention or averages, or if ``num_res_blocks``, residual blocks per level, must be given or does not fit.
     """
     if is_unet(state):
         raise ValueError("This is a checkpoint of guided-diffusion's UNetModel, not of a classifier.")
-    _require_whole(state, _CLASSIFIER, "EncoderUNetModel")
+    for name in _CLASSIFIER:
+        _length(state, name, 0)
     num_res_blocks, resampling = _encoder_rhythm(state, num_res_blocks)
     layout = _encoder_arguments(state, num_res_blocks) | {"resampling": resampling}
     if "out.3.weight" in state:
@@ -153,12 +141,6 @@ def classifier_arguments(state: State, num_res_blocks: int | None) -> tuple[dict
     side = isqrt(_length(state, "out.2.positional_embedding", 1) - 1)
     image_size = side * 2 ** (len(layout["channel_mult"]) - 1)
     return layout | {"pool": "attention", "image_size": image_size}, _length(state, "out.2.c_proj.weight", 0)
-
-
-def _require_whole(state: State, names: Sequence[str], kind: str) -> None:
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise ValueError(f"This is not a whole checkpoint of guided-diffusion's {kind}: it has no {missing[0]}.")
 
 
 def _encoder_arguments(state: State, num_res_blocks: int) -> dict[str, Any]:
@@ -176,12 +158,11 @@ def _encoder_arguments(state: State, num_res_blocks: int) -> dict[str, Any]:
 
 
 def _length(state: State, name: str, axis: int) -> int:
+    """Of a weight along an axis; ValueError if there is no such weight or axis."""
     if name not in state:
-        raise ValueError(f"The checkpoint has no {name}: it is not whole, or not guided-diffusion's.")
+        raise ValueError(f"This is not a whole checkpoint of guided-diffusion's: it has no {name}.")
     if state[name].ndim <= axis or not state[name].numel():
-        raise ValueError(
-            f"The checkpoint's {name} is {_size(state[name].shape)}: that is no layer of guided-diffusion's."
-        )
+        raise ValueError(f"The checkpoint's {name} {tuple(state[name].shape)} is no layer of guided-diffusion's.")
     return state[name].shape[axis]
 
 
@@ -234,12 +215,6 @@ def _encoder_blocks(state: State) -> int:
 
 def _block(name: str) -> int:
     return int(name.split(".")[1]) if re.match(r"(in|out)put_blocks\.\d", name) else -1
-
-
-def _flat(name: str, value: Tensor) -> Tensor:
-    """A convolution of one position as the linear layer that it is with us."""
-    linear = name.endswith((".qkv.weight", ".proj_out.weight", ".qkv_proj.weight", ".c_proj.weight", "out.3.weight"))
-    return value.flatten(1) if linear and value.ndim > 1 else value
 
 
 def _ours(name: str) -> str:

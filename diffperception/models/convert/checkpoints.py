@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -33,15 +33,12 @@ def read_weights(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str,
         path: the file; its weights may lie under model, state_dict or ema_state.
         ema: take those under ema_state.
 
-    Returns: the weights; what they were found under, empty if they are the file itself; all that there was of such.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_untrusted`; or there are no weights at that place.
+    Returns: the weights; the key they were under, empty if they are the file itself; and all such keys there are.
+    Errors are those of :func:`load_untrusted`, and ValueError if there are no weights at that place.
     """
     content = load_untrusted(path)
-    parts = [
-        key for key in (*WEIGHT_KEYS, EMA) if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
-    ]
+    keys = (*WEIGHT_KEYS, EMA) if isinstance(content, Mapping) else ()
+    parts = [key for key in keys if isinstance(content.get(key), Mapping)]
     if ema and EMA not in parts:
         raise ValueError(f"{path} has no averaged weights ({EMA}): leave out --ema")
     part = EMA if ema else next(iter(parts), "")
@@ -56,6 +53,31 @@ def read_weights(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str,
             f" hold them alone, or under {', '.join(WEIGHT_KEYS)} or {EMA}"
         )
     return weights, part, parts
+
+
+def complaints(given: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> str:
+    """Sentences naming all weights that are missing, left over or of another shape; empty if there are none."""
+    shapes = {name: (tuple(given[name].shape), tuple(expected[name])) for name in expected if name in given}
+    found = {
+        "missing": [name for name in expected if name not in given],
+        "left over": [name for name in given if name not in expected],
+        "of another shape": [
+            f"{name} {has} instead of {needs}" for name, (has, needs) in shapes.items() if has != needs
+        ],
+    }
+    return " ".join(
+        f"{len(names)} {'name is' if len(names) == 1 else 'names are'} {kind}: {', '.join(names)}."
+        for kind, names in found.items()
+        if names
+    )
+
+
+def class_names(given: Sequence[str] | None, count: int) -> list[str]:
+    """The names given for a checkpoint's classes, else their numbers; ValueError if there are not as many."""
+    names = [str(label) for label in range(count)] if given is None else list(given)
+    if len(names) != count:
+        raise ValueError(f"{len(names)} class names are given for a checkpoint with {count or 'no'} classes")
+    return names
 
 
 def load_untrusted(path: Path) -> Any:

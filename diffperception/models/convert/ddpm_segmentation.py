@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffperception.models.convert.checkpoints import load_untrusted
 
+COUNTER = "num_batches_tracked"  # of batch norm; prediction does not need it
+
 
 def read_members(paths: Sequence[str | Path]) -> tuple[int, int, dict[str, Tensor]]:
-    """The members that are in files ``model_0.pth``, ``model_1.pth``, ... Nothing in a file is run.
-
-    Args:
-        paths: a file per member.
+    """The members in ``paths``, a file ``model_0.pth``, ``model_1.pth``, ... each. Nothing in a file is run.
 
     Returns: channels D, classes K, and the weights by their names in the reference, members stacked: (M, ...) float32.
 
@@ -33,7 +32,7 @@ def read_members(paths: Sequence[str | Path]) -> tuple[int, int, dict[str, Tenso
             if name not in state or name not in expected:
                 raise ValueError(f"{path} {'lacks' if name in expected else 'has an unknown'} {name}")
             if state[name].shape != expected[name]:
-                shapes = f"{tuple(state[name].shape)} instead of {expected[name]}"
+                shapes = f"{tuple(state[name].shape)} instead of {tuple(expected[name])}"
                 raise ValueError(f"{path} does not fit the first member's file: {name} is {shapes}")
     stacked = {name: torch.stack([state[name].float() for state in states]) for name in expected}
     return expected["layers.0.weight"][1], expected["layers.6.weight"][0], stacked
@@ -44,20 +43,18 @@ def _read(path: Path) -> dict[str, Tensor]:
     state = content.get("model_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} is not a classifier of ddpm-segmentation: it has no model_state_dict")
-    needed = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    return {name.removeprefix("module."): value for name, value in needed.items()}
+    return {name.removeprefix("module."): value for name, value in state.items() if not name.endswith(COUNTER)}
 
 
-def _shapes(state: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[int, ...]]:
-    """What a classifier with the first and last layer of this one has: linear layers 0, 3 and 6, norms 2 and 5."""
-    missing = [name for name in ("layers.0.weight", "layers.3.weight", "layers.6.weight") if name not in state]
-    if missing:
-        raise ValueError(f"{path} is not a classifier of ddpm-segmentation: it has no {missing[0]}")
-    first, channels = state["layers.0.weight"].shape
-    num_classes, second = state["layers.6.weight"].shape
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer, size in ((0, (first, channels)), (3, (second, first)), (6, (num_classes, second))):
-        shapes |= {f"layers.{layer}.weight": size, f"layers.{layer}.bias": size[:1]}
-    for layer, width in ((2, first), (5, second)):
-        shapes |= {f"layers.{layer}.{name}": (width,) for name in ("weight", "bias", "running_mean", "running_var")}
-    return shapes
+def _shapes(state: Mapping[str, Tensor], path: str | Path) -> dict[str, torch.Size]:
+    """Of the weights of a classifier whose first and last layer are this one's."""
+    for name in ("layers.0.weight", "layers.6.weight"):
+        if name not in state:
+            raise ValueError(f"{path} is not a classifier of ddpm-segmentation: it has no {name}")
+    width, channels = state["layers.0.weight"].shape
+    classes, width2 = state["layers.6.weight"].shape
+    with torch.device("meta"):
+        hidden = nn.Linear(channels, width), nn.ReLU(), nn.BatchNorm1d(width)
+        hidden2 = nn.Linear(width, width2), nn.ReLU(), nn.BatchNorm1d(width2)
+        layers = nn.Sequential(*hidden, *hidden2, nn.Linear(width2, classes)).state_dict()
+    return {f"layers.{name}": value.shape for name, value in layers.items() if not name.endswith(COUNTER)}

@@ -5,7 +5,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from math import isqrt
 from typing import Any
 
@@ -16,16 +15,18 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from diffperception.diffusion import cosine_schedule
+from diffperception.models.convert.checkpoints import class_names, complaints
 
 _COCO_CATEGORIES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 COCO_CLASSES = [name for name in _COCO_CATEGORIES if name not in ("__background__", "N/A")]
 
-RESNETS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # by blocks a stage
-SWINS: dict[tuple[int, ...], str] = {  # by channels of the patches, side of a window, blocks a stage
-    (96, 7, 2, 2, 6, 2): "swin_tiny_patch4_window7_224",
-    (96, 7, 2, 2, 18, 2): "swin_small_patch4_window7_224",
-    (128, 7, 2, 2, 18, 2): "swin_base_patch4_window7_224",
-    (128, 12, 2, 2, 18, 2): "swin_base_patch4_window12_384",
+# Blocks of each of the four stages; of a Swin first the channels of the patches and the side of a window.
+RESNETS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+SWINS = {
+    "swin_tiny_patch4_window7_224": (96, 7, 2, 2, 6, 2),
+    "swin_small_patch4_window7_224": (96, 7, 2, 2, 18, 2),
+    "swin_base_patch4_window7_224": (128, 7, 2, 2, 18, 2),
+    "swin_base_patch4_window12_384": (128, 12, 2, 2, 18, 2),
 }
 
 # Beginnings of names: ours, then the reference's; {} is a number that both have. Names are detectron2's.
@@ -85,10 +86,9 @@ _HEAD = "head.head_series."
 def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> dict[str, Any]:
     """The arguments of `DiffusionDet` that a checkpoint's names and shapes tell; those of its head under `head`.
 
-    Each size is what most of the tensors that show it say, so that single wrong, missing or needless ones are found out
-    later by their names; a size that none shows is the reference's own. Heads of the attention (8), the signal scale
-    and the number of boxes leave no trace and keep their defaults. A head of five stages is taken for one of five, not
-    for one of six that lacks its last.
+    Each size is what most of the tensors that show it say, so that :func:`rename` can name single ones that are wrong,
+    missing or left over; a size that none shows is the reference's own. Attention heads (8), the signal scale and the
+    number of boxes leave no trace and keep their defaults.
 
     Args:
         state: tensors by the reference's names.
@@ -100,12 +100,11 @@ def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | 
     _require_weights(state)
     width = _size(state, f"{_HEAD}?.norm?.*", 0, 256)
     num_classes = _size(state, f"{_HEAD}?.class_logits.*", 0, len(classes or COCO_CLASSES))
-    if classes is not None and len(classes) != num_classes:
-        raise ValueError(f"{len(classes)} class names are given for a checkpoint with {num_classes} classes")
-    names = COCO_CLASSES if num_classes == len(COCO_CLASSES) else [str(label) for label in range(num_classes)]
+    if classes is None and num_classes == len(COCO_CLASSES):
+        classes = COCO_CLASSES
     table = state.get("alphas_cumprod")
     return {
-        "classes": names if classes is None else list(classes),
+        "classes": class_names(classes, num_classes),
         "backbone": _backbone(state),
         "freeze_norm": True,
         "head": {
@@ -122,37 +121,16 @@ def constructor_arguments(state: Mapping[str, Tensor], classes: Sequence[str] | 
 
 
 def rename(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights of `model` that a checkpoint holds, under the model's names.
+    """The weights in `state`, a checkpoint, under the names of `model`, a `DiffusionDet` of its sizes.
 
-    Warns where the checkpoint's noise schedule or image normalisation is not the model's.
-
-    Args:
-        state: tensors by the reference's names.
-        model: a `DiffusionDet` of the checkpoint's sizes.
-
-    Raises:
-        ValueError: a weight is missing, left over or of another shape; it is named as the checkpoint would.
+    Warns where the checkpoint's noise schedule or image normalisation is not the model's. ValueError if weights are
+    missing, left over or of another shape; they are named as the checkpoint would.
     """
     _warn_of_other_constants(state)
     given = {name: value for name, value in state.items() if not _NOT_WEIGHTS.fullmatch(name)}
     shapes = {reference_name(name): value.shape for name, value in model.state_dict().items()}
-    both = shapes.keys() & given.keys()
-    complaints = {
-        "missing": [name for name in shapes if name not in both],
-        "left over": [name for name in given if name not in both],
-        "of another shape": [
-            f"{name} {tuple(given[name].shape)} instead of {tuple(shape)}"
-            for name, shape in shapes.items()
-            if name in both and given[name].shape != shape
-        ],
-    }
-    if any(complaints.values()):
-        sentences = [
-            f"{len(names)} {'name is' if len(names) == 1 else 'names are'} {kind}: {', '.join(names)}."
-            for kind, names in complaints.items()
-            if names
-        ]
-        raise ValueError(f"the checkpoint does not fit the model that most of its shapes tell. {' '.join(sentences)}")
+    if wrong := complaints(given, shapes):
+        raise ValueError(f"the checkpoint does not fit the model that most of its shapes tell. {wrong}")
     return {name: given[reference_name(name)] for name in model.state_dict()}
 
 
@@ -188,53 +166,44 @@ def _require_weights(state: Mapping[str, Any]) -> None:
 
 def _backbone(state: Mapping[str, Tensor]) -> str:
     """timm's name of the backbone."""
-    depths = _depths(state, r"backbone\.bottom_up\.res(\d)\.(\d+)\.", range(2, 6))
-    if any(depths):
-        return _known("ResNet with blocks", (), depths, RESNETS)
-    depths = _depths(state, r"backbone\.bottom_up\.layers\.(\d)\.blocks\.(\d+)\.", range(4))
-    if any(depths):
+    blocks = [_count(state, rf"backbone\.bottom_up\.res{stage}\.(\d+)\.") for stage in range(2, 6)]
+    if any(blocks):
+        return _nearest("ResNet with blocks", blocks, RESNETS)
+    blocks = [_count(state, rf"backbone\.bottom_up\.layers\.{stage}\.blocks\.(\d+)\.") for stage in range(4)]
+    if any(blocks):
         channels = _size(state, "backbone.bottom_up.layers.0.blocks.?.norm?.*", 0, 96)
         offsets = _size(state, "*.relative_position_bias_table", 0, 13**2)  # (2 * window - 1) ** 2
-        sizes = channels, (isqrt(offsets) + 1) // 2
-        return _known("Swin with channels, window, blocks", sizes, depths, SWINS)
+        window = (isqrt(offsets) + 1) // 2
+        return _nearest("Swin with channels, window, blocks", [channels, window, *blocks], SWINS)
     raise ValueError(
         "the checkpoint has neither a ResNet (backbone.bottom_up.res2 ...) nor a Swin (backbone.bottom_up.layers ...):"
         " other backbones are not read"
     )
 
 
-def _known(kind: str, sizes: tuple[int, ...], depths: Sequence[int], models: Mapping[tuple[int, ...], str]) -> str:
-    """The model of these sizes with most nearly these blocks a stage, so that blocks that are missing can be named."""
-    blocks = {name: known[len(sizes) :] for known, name in models.items() if known[: len(sizes)] == sizes}
-    for name in sorted(blocks, key=lambda name: _difference(blocks[name], depths)):
-        if 4 * _difference(blocks[name], depths) <= sum(blocks[name]):
-            return name
-    choice = "; ".join(f"{', '.join(map(str, known))} ({name})" for known, name in models.items())
-    found = ", ".join(map(str, (*sizes, *depths)))
-    raise ValueError(f"the checkpoint's backbone is a {kind} {found}; known are {choice}")
+def _nearest(kind: str, found: list[int], models: Mapping[str, tuple[int, ...]]) -> str:
+    """The model most like what was found: a quarter of its blocks may differ, so that missing ones can be named."""
 
-
-def _difference(one: Sequence[int], other: Sequence[int]) -> int:
-    return sum(abs(a - b) for a, b in zip_longest(one, other, fillvalue=0))
-
-
-def _depths(state: Mapping[str, Tensor], pattern: str, stages: Sequence[int]) -> list[int]:
-    """Blocks in each of the stages, where `pattern` captures a stage and a block."""
-    blocks: dict[int, Counter[int]] = {stage: Counter() for stage in stages}
-    for found in _matches(state, pattern):
-        blocks.setdefault(int(found[1]), Counter())[int(found[2])] += 1
-    return [_length(numbers) for numbers in blocks.values()]
+    differences = {
+        name: sum(abs(a - b) for a, b in zip(known[-4:], found[-4:], strict=True))
+        for name, known in models.items()
+        if list(known[:-4]) == found[:-4]
+    }
+    near = [name for name in differences if 4 * differences[name] <= sum(models[name][-4:])]
+    if near:
+        return min(near, key=differences.__getitem__)
+    choice = "; ".join(f"{', '.join(map(str, known))} ({name})" for name, known in models.items())
+    raise ValueError(f"the checkpoint's backbone is a {kind} {', '.join(map(str, found))}; known are {choice}")
 
 
 def _count(state: Mapping[str, Tensor], pattern: str, otherwise: int = 0) -> int:
-    """How many numbers from 0 on names have where `pattern` captures one; `otherwise` if none has."""
-    return _length(Counter(int(found[1]) for found in _matches(state, pattern))) or otherwise
+    """One more than the largest number that the pattern captures in names; ``otherwise`` if it captures none.
 
-
-def _length(numbers: Counter[int]) -> int:
-    """One more than the largest number, but for those that are rare: a single name does not make a stage or a block."""
+    Rare numbers do not count: a single wrong name does not make a stage or a block.
+    """
+    numbers = Counter(int(found[1]) for name in state if (found := re.match(pattern, name)))
     usual = max(numbers.values(), default=0)
-    return 1 + max((number for number, times in numbers.items() if 2 * times >= usual), default=-1)
+    return 1 + max((number for number, times in numbers.items() if 2 * times >= usual), default=otherwise - 1)
 
 
 def _size(state: Mapping[str, Tensor], names: str, axis: int, otherwise: int) -> int:
@@ -244,12 +213,8 @@ def _size(state: Mapping[str, Tensor], names: str, axis: int, otherwise: int) ->
     return lengths.most_common(1)[0][0] if lengths else otherwise
 
 
-def _matches(state: Mapping[str, Tensor], pattern: str) -> list[re.Match[str]]:
-    return [found for name in state if (found := re.match(pattern, name))]
-
-
 def _warn_of_other_constants(state: Mapping[str, Tensor]) -> None:
-    """Detections of a model that was trained with other constants than ours may be worse than it could do."""
+    """A model that was trained with other constants than ours may detect worse than it could."""
     expected = {
         "pixel_mean": ("image normalisation", 255 * torch.tensor(IMAGENET_DEFAULT_MEAN)),
         "pixel_std": ("image normalisation", 255 * torch.tensor(IMAGENET_DEFAULT_STD)),

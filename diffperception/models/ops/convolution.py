@@ -1,7 +1,4 @@
-"""Convolutions that compute what ``nn.Conv2d`` does, from the same weights, quicker on the CPU where channels are last.
-
-What is quicker there is done there alone: :func:`is_eager_cpu` is the only place that asks.
-"""
+"""Convolutions that compute what ``nn.Conv2d`` does, from the same weights, quicker on the CPU with channels last."""
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +64,7 @@ def double_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def is_eager_cpu(x: Tensor) -> bool:
-    """Whether what is quicker on a CPU may be done: the program is neither compiled, exported nor transformed."""
+    """Whether to do what is quicker on a CPU: where the program is neither compiled, exported nor transformed."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()

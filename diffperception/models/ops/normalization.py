@@ -19,7 +19,6 @@ def group_norm(
     sums (with a mean of three standard deviations its error is 1e-4) and its gradient takes three times as long.
 
     Args:
-        norm: weights and number of groups.
         x: (B, C, H, W).
         scale, shift: (B, C), or None for the norm alone.
         activate: apply SiLU.

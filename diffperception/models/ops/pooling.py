@@ -14,11 +14,10 @@ CANONICAL_SIZE = 224
 
 
 class FeaturePyramid:
-    """Feature maps of all levels and images, laid out as one table with a row per position, to gather from many times.
+    """Feature maps of all levels and images as one table with a row per position; images may differ in size.
 
     Bilinear interpolation and averaging are linear, so a pooled bin is a weighted sum of rows: `embedding_bag`. On a
     CPU this is an order of magnitude faster than torchvision's `roi_align`, forward and backward, with equal results.
-    Images may differ in size: each has its own place in the table.
 
     Args:
         rows: (R, C), the table.
@@ -35,8 +34,7 @@ class FeaturePyramid:
     ) -> "FeaturePyramid":
         """From one (B, C, H_l, W_l) tensor per level, finest first, of each of several batches.
 
-        Args:
-            order: image i of the result is image order[i] of all batches' one after another; by default as they are.
+        Image i is the ``order[i]``-th of all batches' images one after another; by default they stay as they are.
         """
         places, offset = [], 0
         for maps in batches:
@@ -51,7 +49,7 @@ class FeaturePyramid:
         return cls(rows, to_device(joined if order is None else joined[:, list(order)], rows.device), strides)
 
     def split(self, size: int) -> "list[FeaturePyramid]":
-        """Pyramids of so many images each (fewer in the last), over the same table."""
+        """Pyramids of this many images each (fewer in the last), over the same table."""
         return [FeaturePyramid(self.rows, places, self.strides) for places in self.places.split(size, 1)]
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
@@ -62,14 +60,12 @@ class FeaturePyramid:
         return (level - math.log2(self.strides[0])).clamp(0, len(self.strides) - 1).nan_to_num(0).long()
 
     def pool(self, boxes: Tensor, size: int, samples: int = 2) -> Tensor:
-        """RoIAlign (arXiv 1703.06870), aligned to the centres of cells.
+        """RoIAlign (arXiv 1703.06870), aligned to the centres of cells -> (B, N, size * size, C), bins row by row.
 
         Args:
             boxes: (B, N, 4) xyxy in pixels.
             size: bins per side.
             samples: points per bin and axis; cost grows with their square.
-
-        Returns: (B, N, size * size, C), bins row by row.
         """
         batch, count = boxes.shape[:2]
         boxes = boxes.detach().float()
@@ -98,13 +94,11 @@ def _weighted_sums(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 def _bilinear_taps(start: Tensor, end: Tensor, bins: int, samples: int, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Cells and weights that interpolate and average one axis.
+    """Cells (int64) and their weights that interpolate and average one axis, both (B, N, bins, 2 * samples).
 
     Args:
         start, end: (B, N) of each box, in cells.
         cells: (B, N) length of the axis; points beyond it by more than a cell count as zero.
-
-    Returns: cell indices (int64) and weights, both (B, N, bins, 2 * samples).
     """
     index = torch.arange(bins * samples, device=start.device)
     bin_size = ((end - start) / bins)[..., None]

@@ -5,10 +5,7 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device.
-
-    A copy from pageable memory to a GPU waits until the GPU has done all it was given; one from pinned memory does not.
-    """
+    """The tensor on a device; a copy to a GPU from memory that is not pinned would wait for all the GPU's work."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

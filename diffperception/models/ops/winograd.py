@@ -21,13 +21,8 @@ SQUARES_AT_ONCE = 128
 def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.conv2d(x, weight, bias, padding=1)`` with errors of about 1e-5 of the output's spread.
 
-    Args:
-        x: (B, C, H, W) float32 on the CPU; height and width are multiples of 4.
-        weight: (C', C, 3, 3).
-        bias: (C',).
-
-    Returns:
-        (B, C', H, W) with channels last.
+    x (B, C, H, W), weight (C', C, 3, 3), bias (C',) -> (B, C', H, W) with channels last; float32 on the CPU, height and
+    width multiples of 4.
     """
     out: Tensor = _Winograd.apply(x, weight, bias)
     return out

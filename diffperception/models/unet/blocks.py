@@ -35,8 +35,7 @@ class ResBlock(nn.Module):
     """Norm, SiLU, conv, then norm modulated by time, SiLU, dropout, conv, added to the (projected) input.
 
     Args:
-        channels_in: C of the input.
-        channels: C' of the output.
+        channels_in, channels: C of the input and C' of the output.
         embedding: E of the time embedding.
         dropout: share dropped before the second convolution.
         scale_shift: time scales and shifts the second norm's output; else it is added before that norm.
@@ -102,9 +101,9 @@ class Attention(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half the height and width: a strided convolution, or the mean of 2 x 2 pixels where nothing is learned.
+    """Half the height and width, by a strided convolution, or twice, by repeating pixels and a convolution.
 
-    Or (``up``) twice the height and width by repeating pixels, then a convolution if it is learned.
+    Where nothing is learned, by the mean of 2 x 2 pixels, or by repeating them alone.
     """
 
     def __init__(self, channels: int, direction: Direction, learned: bool) -> None:

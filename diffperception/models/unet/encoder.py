@@ -26,14 +26,10 @@ Resampling = Literal["block", "conv", "pool"]
 class Encoder(Model):
     """What the UNet and the noisy classifier share.
 
-    Args:
-        layers: makes the layers.
-        checkpointing: recompute activations in the backward pass instead of keeping them.
-
     Attributes:
         stride: how many input pixels wide a pixel of the innermost level is.
         embedding: E, channels of the time's embedding.
-        skip_widths: channels of the stem's map and of each stage's.
+        skip_widths: channels of the maps that the stem and each stage hand to a decoder.
     """
 
     def __init__(self, layers: "Layers", checkpointing: bool) -> None:
@@ -45,7 +41,7 @@ class Encoder(Model):
         self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.stem = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)
         self.encoder, self.skip_widths = layers.encoder()
-        self.middle = layers.middle(widths[-1])
+        self.middle = layers.middle()
 
     def embed(self, x: Tensor, t: Tensor) -> Tensor:
         """The embedding (B, E) of times (B,), in the dtype of ``x``, before its activation."""
@@ -54,8 +50,7 @@ class Encoder(Model):
     def encode(self, x: Tensor, emb: Tensor) -> Iterator[Tensor]:
         """The maps of the stem, of each stage and of the middle, from (B, C, H, W) and the activated embedding (B, E).
 
-        Raises:
-            ValueError: for a size that does not halve evenly, or another number of channels.
+        ValueError for a size that does not halve evenly, or another number of channels.
         """
         self._check_image(x)
         # Convolutions of the CPU are fastest on pixels whose channels lie together; group norm of the GPU is not.
@@ -91,11 +86,7 @@ class Encoder(Model):
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes the layers of a UNet or classifier, all of one kind, from the arguments that these have in common.
-
-    Raises:
-        ValueError: as :class:`~diffperception.models.UNet`.
-    """
+    """Makes the layers of a UNet or noisy classifier from the arguments that they have in common."""
 
     in_channels: int
     channels: int
@@ -117,9 +108,7 @@ class Layers:
             )
         factors = [2**level for level in range(len(widths))]
         if not set(self.attention) <= set(factors):
-            raise ValueError(
-                f"The levels' downsampling factors are {factors}; `attention` names {list(self.attention)}."
-            )
+            raise ValueError(f"Downsampling factors are {factors}; `attention` names {list(self.attention)}.")
         counts = ("in_channels", "channels", "num_res_blocks", "num_heads", "num_head_channels")
         require_positive({name: getattr(self, name) for name in counts})
 
@@ -133,7 +122,7 @@ class Layers:
         return 4 * self.channels
 
     def encoder(self) -> tuple[nn.ModuleList, list[int]]:
-        """The encoder's stages, and the widths that the stem and they hand to the decoder."""
+        """The encoder's stages, and the widths of the maps that the stem and they hand to the decoder."""
         width = self.widths[0]
         stages, skips = nn.ModuleList(), [width]
         for level, level_width in enumerate(self.widths):
@@ -158,7 +147,8 @@ class Layers:
                 stages.append(Stage([*stage, self.resample(width, "up")] if rises else stage))
         return stages, info
 
-    def middle(self, width: int) -> Stage:
+    def middle(self) -> Stage:
+        width = self.widths[-1]
         return Stage([self.residual(width, width), self.attend(width), self.residual(width, width)])
 
     def stage(self, width_in: int, width: int, factor: int) -> list[nn.Module]:
@@ -177,11 +167,11 @@ class Layers:
         return Attention(width, self.heads_of(width))
 
     def heads_of(self, width: int) -> int:
-        per_head = self.num_head_channels if self.num_heads is None else self.num_heads
-        if width % per_head:
-            name = "num_head_channels" if self.num_heads is None else "num_heads"
-            raise ValueError(f"A level {width} channels wide cannot be split evenly by {name} = {per_head}.")
-        return width // per_head if self.num_heads is None else per_head
+        name = "num_head_channels" if self.num_heads is None else "num_heads"
+        divisor = getattr(self, name)
+        if width % divisor:
+            raise ValueError(f"A level {width} channels wide cannot be split evenly by {name} = {divisor}.")
+        return width // divisor if self.num_heads is None else divisor
 
 
 def both_sides(size: int | Sequence[int]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffperception.diffusion import ScheduleName, named_schedule
 from diffperception.models.convert import adm
+from diffperception.models.convert.checkpoints import class_names
 from diffperception.models.ops.normalization import group_norm
 from diffperception.models.unet.blocks import NORM_GROUPS, zeroed
 from diffperception.models.unet.encoder import Encoder, Layers, Resampling, both_sides
@@ -24,13 +25,11 @@ class NoisyClassifier(Encoder):
     Args:
         classes: names of the labels 0..K-1.
         schedule, num_timesteps: the path its images are noised on, that of the diffusion model it is to guide.
-        image_size: height and width of the images, or one number for both. Attention pooling takes this size alone.
-        in_channels, channels, channel_mult, num_res_blocks, attention, num_heads, num_head_channels, dropout,
-            scale_shift, resampling, checkpointing: as for :class:`~diffperception.models.UNet`.
+        image_size: height and width of the images, or one number for both; ValueError if they do not halve evenly
+            between levels. Attention pooling takes this size alone.
         pool: one query of attention, made of the mean, over all positions of the last map; or the mean alone.
-
-    Raises:
-        ValueError: as for the UNet, or if the image size does not halve evenly between levels.
+        in_channels, channels, channel_mult, num_res_blocks, attention, num_heads, num_head_channels, dropout,
+            scale_shift, resampling, checkpointing: as for :class:`~diffperception.models.UNet`, as are the errors.
     """
 
     kind = "classifier"
@@ -88,27 +87,20 @@ class NoisyClassifier(Encoder):
 
         Args:
             state, num_heads, num_head_channels, new_attention_order, dropout, checkpointing: as for
-                :meth:`UNet.from_reference`; published classifiers have 64 channels per head too.
-            classes: names of the classes; numbers if None.
+                :meth:`UNet.from_reference`, as are the errors; published classifiers have 64 channels per head too.
+            classes: names of the classes; numbers by default.
             schedule, num_timesteps: of the path it was trained on, which a checkpoint does not tell.
             num_res_blocks: residual blocks per level; needed where the names fit several numbers.
-
-        Raises:
-            ValueError: as for the UNet; if num_res_blocks must be given or does not fit, if there are not as many
-                classes, or if the classifier pools in another way.
         """
         layout, number = adm.classifier_arguments(state, num_res_blocks)
-        if classes is not None and len(classes) != number:
-            raise ValueError(f"{len(classes)} class names are given for a classifier of {number} classes.")
-        make = partial(cls, classes or [str(label) for label in range(number)], schedule, num_timesteps)
+        make = partial(cls, class_names(classes, number), schedule, num_timesteps)
         layout |= {"dropout": dropout, "checkpointing": checkpointing}
         return adm.build(make, layout, state, num_heads, num_head_channels, new_attention_order)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Noisy images (B, C, H, W), -1..1, and times (B,), 0..1000, whole or not -> (B, K) logits.
 
-        Raises:
-            ValueError: for another number of channels or a size that the classifier does not take.
+        ValueError for another number of channels or a size that the classifier does not take.
         """
         *_, h = self.encode(x, F.silu(self.embed(x, t)))
         return self.pool(F.silu(group_norm(self.out_norm, h)))
@@ -125,7 +117,7 @@ class NoisyClassifier(Encoder):
     def log_probability(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """What :func:`~diffperception.diffusion.classifier_guidance` needs: (x (B, C, H, W), t (B,)) -> (B,) log p.
 
-        ``labels`` (B,) int64 are the classes wanted; the times are those of :attr:`schedule`.
+        ``labels`` (B,) int64 are the classes wanted; times are those of :attr:`schedule`.
         """
 
         def log_probability(x: Tensor, t: Tensor) -> Tensor:
@@ -136,10 +128,7 @@ class NoisyClassifier(Encoder):
 
 
 class AttentionPool(nn.Module):
-    """What the mean of all positions, as a query, finds among them and itself (as in CLIP, arXiv 2103.00020).
-
-    ``positions`` is height x width of the map, whose channels are a multiple of ``num_heads``.
-    """
+    """Attention of the mean, as a query, to itself and all positions, height x width (as in CLIP, arXiv 2103.00020)."""
 
     def __init__(self, positions: int, channels: int, num_heads: int, out_channels: int) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.models.condition import Condition
+from diffperception.models.conditioners import Condition
 from diffperception.models.convert import adm
 from diffperception.models.ops.normalization import group_norm
 from diffperception.models.unet.blocks import NORM_GROUPS, zeroed
@@ -19,10 +19,9 @@ class UNet(Encoder):
 
     Args:
         in_channels: channels of the image.
-        out_channels: channels of the prediction; those of the image if None, twice as many for a learned variance.
-        channels: width that ``channel_mult`` multiplies.
-        channel_mult: width of each level, in ``channels``; between levels height and width halve.
-        num_res_blocks: residual blocks a level of the encoder; the decoder has one more.
+        out_channels: channels of the prediction; as many by default, twice as many for a learned variance.
+        channels, channel_mult: their product is the width of each level; between levels height and width halve.
+        num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
         attention: downsampling factors, 1, 2, 4, ..., whose blocks are followed by attention.
         num_heads: attention heads, the same at every width; if None, one for every ``num_head_channels``.
         num_head_channels: channels of a head where ``num_heads`` is None.
@@ -32,8 +31,8 @@ class UNet(Encoder):
         checkpointing: recompute activations in the backward pass instead of keeping them.
 
     Attributes:
-        block_info: the decoder blocks there are, counted from the innermost as the reference's ``output_blocks``;
-            strides are in cells of the input.
+        block_info: the decoder blocks, from the innermost as the reference's ``output_blocks``; strides are in cells of
+            the input.
         embedding: E, channels of the time's embedding, to which a condition's vector is added.
 
     Raises:
@@ -77,8 +76,6 @@ class UNet(Encoder):
     ) -> "UNet":
         """The UNet of a guided-diffusion or improved-diffusion checkpoint, with its weights.
 
-        The arguments are what shapes cannot tell.
-
         Args:
             state: the checkpoint's state dict; its tensors become the model's.
             num_heads, num_head_channels: attention heads at every width, or channels of a head (64 in ADM's models).
@@ -96,14 +93,12 @@ class UNet(Encoder):
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The prediction (B, out_channels, H, W).
 
+        ValueError for a size that does not halve evenly, another number of channels, or a condition in other slots.
+
         Args:
             x: (B, C, H, W) noisy images, -1..1.
             t: (B,) times, 0..1000, whole or not.
-            condition: whose vector (B, E) is added to the time's embedding; no other slot is read.
-
-        Raises:
-            ValueError: for a size that does not halve evenly, another number of channels, or a condition with slots
-                that it does not read.
+            condition: its vector (B, E) is added to the time's embedding; no other slot is read.
         """
         *_, h = self._decoder_outputs(x, t, condition)
         return self.out_conv(group_norm(self.out_norm, h, activate=True)).contiguous()
@@ -127,7 +122,7 @@ class UNet(Encoder):
     def _decoder_outputs(self, x: Tensor, t: Tensor, condition: Condition | None) -> Iterator[Tensor]:
         emb = self.embed(x, t)
         if condition is not None:
-            if not (condition.tokens is None and condition.maps is None):
+            if condition.tokens is not None or condition.maps is not None:
                 raise ValueError("This UNet is told a condition's vector alone: it has no layers for tokens or maps.")
             emb = emb if condition.vector is None else emb + condition.vector
         emb = F.silu(emb)

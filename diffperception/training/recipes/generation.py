@@ -16,7 +16,7 @@ from diffperception.data.batches import SeededSamples
 from diffperception.data.image_folder import ImageFolder, class_folders
 from diffperception.data.images import LazyMap
 from diffperception.devices import first_process, gather, share
-from diffperception.diffusion import LossSecondMoment, TimeSampler, UniformTimes, sample_seed
+from diffperception.diffusion import LossSecondMoment, UniformTimes, sample_seed
 from diffperception.files import OutputFolder
 from diffperception.generation.inference import draw_samples
 from diffperception.generation.sampling import SamplingOptions, sampling_grid
@@ -150,9 +150,8 @@ class GenerationModule(TrainingModule):
         super().__init__(model, options, seed)
         if objective.label_dropout and (model.conditioner is None or not model.conditioner.has_absent):
             raise ValueError("objective.label_dropout needs classes and model.null_class: true")
-        self.learns_times = objective.times != "uniform"
-        self.times: TimeSampler = UniformTimes(model.schedule)
-        if self.learns_times:
+        self.times: UniformTimes | LossSecondMoment = UniformTimes(model.schedule)
+        if objective.times == "loss_second_moment":
             self.times = LossSecondMoment(model.schedule.require_discrete(f"objective.times {objective.times}"))
         self.objective = model.objective(objective.min_snr)
         self.label_dropout = objective.label_dropout
@@ -175,7 +174,7 @@ class GenerationModule(TrainingModule):
     @torch.no_grad()
     def _learn_times(self, t: Tensor, losses: dict[str, Tensor]) -> None:
         """Tell the sampler of times what all processes have found."""
-        if not self.learns_times:
+        if not isinstance(self.times, LossSecondMoment):
             return
         total = torch.stack(list(losses.values())).sum(0)
         if dist.is_initialized():

@@ -130,7 +130,7 @@ def test_checkpoints_that_do_not_fit_are_explained() -> None:
         NoisyClassifier.from_reference(state)
     with pytest.raises(ValueError, match="num_heads = 3"):
         NoisyClassifier.from_reference(state, num_heads=3)
-    with pytest.raises(ValueError, match="2 class names are given for a classifier of 3 classes"):
+    with pytest.raises(ValueError, match="2 class names are given for a checkpoint with 3 classes"):
         NoisyClassifier.from_reference(state, ["a", "b"], num_heads=4)
     unet = json.loads((FOLDER / "adm_layouts_keys.json").read_text())["conv"]
     with pytest.raises(ValueError, match="UNetModel, not of a classifier"):
