@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffperception.diffusion.denoiser import DenoiserOutput, Network, split_range
-from diffperception.diffusion.prediction import Prediction, broadcast_mul, target, to_x0, x0_derivative
+from diffperception.diffusion.prediction import Prediction, broadcast_mul, target, to_x0
 from diffperception.diffusion.schedule import Schedule
 from diffperception.diffusion.steps import add_noise, learned_log_variance, posterior_log_variance, posterior_mean
 
@@ -52,8 +52,9 @@ class Objective:
         goal = target(self.prediction, x0, noise, alpha, sigma)
         mse = (prediction - goal).square().flatten(1).mean(1)
         if self.min_snr is not None:
-            snr = (alpha / sigma).square().clamp(max=self.min_snr)
-            mse = broadcast_mul(snr * x0_derivative(self.prediction, alpha, sigma).square(), mse)
+            # The error of x0 is that of the prediction times its slope, what a prediction of 1 makes of a sample of 0.
+            slope = to_x0(self.prediction, torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma)
+            mse = broadcast_mul((alpha / sigma).square().clamp(max=self.min_snr) * slope.square(), mse)
         losses = {"mse": mse}
         if variance_range is not None:
             found = to_x0(self.prediction, prediction.detach(), x_t, alpha, sigma)
@@ -88,10 +89,7 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_lo
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log probability that a Gaussian falls in the bin of ``x``, one of 256 in -1..1, elementwise, in nats.
-
-    The outermost bins reach to infinity (DDPM, arXiv 2006.11239, eq. 13).
-    """
+    """Log probability of the bin of ``x``, one of 256 in -1..1, the outer ones infinite (arXiv 2006.11239, eq. 13)."""
     upper = _normal_cdf((x - mean + 1 / 255) * (-log_std).exp())
     lower = _normal_cdf((x - mean - 1 / 255) * (-log_std).exp())
     upper = torch.where(x > 0.999, 1, upper)

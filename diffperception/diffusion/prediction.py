@@ -48,13 +48,6 @@ def to_eps(kind: Prediction, prediction: Tensor, x_t: Tensor, alpha: Tensor, sig
     return broadcast_mul(alpha / determinant, prediction) - broadcast_mul(a / determinant, x_t)
 
 
-def x0_derivative(kind: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The derivative of :func:`to_x0` by the prediction, of alpha's shape."""
-    if kind == "x0":
-        return torch.ones_like(alpha)
-    return -sigma / _mixture(kind, alpha, sigma)[2]
-
-
 def broadcast_mul(coefficient: Tensor, x: Tensor) -> Tensor:
     """``coefficient * x`` with one coefficient, or one per sample: () or (B,) times (B, ...), at least in float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)

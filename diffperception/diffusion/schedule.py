@@ -89,8 +89,7 @@ class Schedule(ABC):
 class DiscreteSchedule(Schedule):
     """A variance-preserving path on integers 0..T-1 (DDPM, arXiv 2006.11239); ``t = -1`` is the clean end.
 
-    Args:
-        betas: (T,) variance added at each step; ValueError if one lies outside (0, 1).
+    ``betas`` (T,) are the variances added at each step; ValueError if one lies outside (0, 1).
     """
 
     num_timesteps: int

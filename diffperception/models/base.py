@@ -56,10 +56,7 @@ class Model(nn.Module):
         return next((tensor.device for tensor in self.state_dict().values()), torch.device("cpu"))
 
     def save(self, path: str | Path) -> None:
-        """Write weights and constructor's arguments to one safetensors file; an interruption leaves the old one.
-
-        ValueError if there is a folder of that name, or an argument cannot be kept in a file.
-        """
+        """Write one safetensors file, whole or not at all; ValueError for a folder, or an argument no file can keep."""
         path = Path(path)
         require_file_name(path)
         described = describe(self)
@@ -88,8 +85,8 @@ class Model(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is not a model file, is cut short, holds another model than this class, or names a class
-                outside of ``allow``, or another file: then whoever made it, not you, would choose what is loaded.
+            ValueError: it is no whole model file, or holds another model than this class, or names a class outside of
+                ``allow``, or another file: then whoever made it, not you, would choose what is loaded.
         """
         if (outer := _rebuilding.get()) is not None:
             raise ValueError(f"{outer} names the file {path}, but a model file holds all of its parts: export it again")
@@ -151,8 +148,7 @@ def describe(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(
-        f"a {type(value).__name__} cannot be kept in a model file: give numbers, texts, models derived from"
-        " diffperception.models.Model, or dataclasses"
+        f"a {type(value).__name__} cannot be kept in a model file: give numbers, texts, Models or dataclasses"
     )
 
 

@@ -15,19 +15,12 @@ Said = Any  # of a batch, as one kind of conditioner reads it: labels (B,), or a
 
 @dataclass
 class Condition:
-    """What a denoiser is told: four slots, any of them empty; a network says which it reads.
+    """What a denoiser is told: four slots, any of them empty; a network says which it reads."""
 
-    Attributes:
-        vector: (B, E) added to the time's embedding, such as a class's.
-        tokens: (B, L, D) a sequence to attend to, such as a text's.
-        mask: (B, L) bool, which of the tokens count; all by default.
-        maps: (B, C, h, w) beside the sample, such as a small image that is to be enlarged.
-    """
-
-    vector: Tensor | None = None
-    tokens: Tensor | None = None
-    mask: Tensor | None = None
-    maps: Tensor | None = None
+    vector: Tensor | None = None  # (B, E) added to the time's embedding, such as a class's
+    tokens: Tensor | None = None  # (B, L, D) a sequence to attend to, such as a text's
+    mask: Tensor | None = None  # (B, L) bool, which of the tokens count; all by default
+    maps: Tensor | None = None  # (B, C, h, w) beside the sample, such as a small image that is to be enlarged
 
     def expand(self, batch: int) -> "Condition":
         """The condition of a single sample for each of a batch; one of the batch's size stays as it is."""
@@ -36,13 +29,9 @@ class Condition:
 
 
 class Conditioner(Model, ABC):
-    """Makes a :class:`Condition`; its weights are trained with the denoiser.
+    """Makes a :class:`Condition`; its weights are trained with the denoiser."""
 
-    Attributes:
-        has_absent: whether it has a value for nothing being said, as classifier-free guidance needs.
-    """
-
-    has_absent: bool = False
+    has_absent: bool = False  # whether there is a value for nothing being said, as classifier-free guidance needs
 
     @abstractmethod
     def forward(self, said: Said) -> Condition:
@@ -62,19 +51,16 @@ class Conditioner(Model, ABC):
 
     @abstractmethod
     def choose(self, names: Sequence[str] | None, numbers: Sequence[int]) -> Said:
-        """What is said of the samples of these numbers where a user wants these names (classes or texts) in turn.
+        """What is said of samples of these numbers if a user wants these classes or texts, by default all, in turn.
 
-        None stands for all the names there are; ValueError for a name that it does not know.
+        ValueError for one that it does not know.
         """
 
 
 class ClassLabels(Conditioner):
-    """An embedding (E,) per class, as in ADM (arXiv 2105.05233), found by labels (B,) int64, 0..K-1.
+    """A class's embedding of E ``channels``, as in ADM (arXiv 2105.05233); what is said are labels (B,) int64, 0..K-1.
 
-    Args:
-        classes: names of the K labels.
-        channels: E.
-        null_class: there is one more label, K, that stands for none, as classifier-free guidance needs.
+    With ``null_class`` there is one more label, K, that stands for none, as classifier-free guidance needs.
     """
 
     def __init__(self, classes: Sequence[str], channels: int, null_class: bool = False) -> None:

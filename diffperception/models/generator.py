@@ -31,6 +31,8 @@ from diffperception.models.unet.unet import UNet
 class DiffusionModel(Model):
     """The only door to a denoising network: all that training, sampling and reading activations need to know.
 
+    ValueError if the parts do not fit each other.
+
     Args:
         classes: names of the labels, None for a model without.
         network: the denoiser; with ``learned_range`` it has twice as many output as input channels.
@@ -43,9 +45,6 @@ class DiffusionModel(Model):
         learned_range: the network learns the variance too (Improved DDPM, arXiv 2102.09672).
         image_size: side, or height and width, of the images it learns from; samples have it by default.
         null_class: there is a label that stands for none, as classifier-free guidance needs.
-
-    Raises:
-        ValueError: if the parts do not fit each other.
     """
 
     kind = "generator"
@@ -107,14 +106,13 @@ class DiffusionModel(Model):
                 enlarges images.
         """
         labels = state.get(adm.LABELS)
-        state = {name: value for name, value in state.items() if name != adm.LABELS}
-        network = UNet.from_reference(state, num_heads, num_head_channels, new_attention_order)
+        unlabelled = {name: value for name, value in state.items() if name != adm.LABELS}
+        network = UNet.from_reference(unlabelled, num_heads, num_head_channels, new_attention_order)
         channels, outputs = network.in_channels, network.out_channels
         # The upsamplers of guided-diffusion see a small image beside the noisy one.
         if outputs not in (channels, 2 * channels) or channels == 6:
             raise ValueError(
-                f"the UNet takes {channels} channels and gives {outputs}: it enlarges images, or is conditioned on"
-                " another one, which is not supported"
+                f"the UNet takes {channels} channels and gives {outputs}: it enlarges images, which is not supported"
             )
         if image_size is None:
             raise ValueError("give image_size, the side of the images it was trained on: a checkpoint does not tell it")
@@ -173,18 +171,13 @@ class DiffusionModel(Model):
         return self.network.activations(x, t, blocks, condition)
 
     def condition(self, said: Said | None) -> Condition | None:
-        """What the network is told where this is said of images, or nothing is: ``said`` is None.
-
-        ValueError if the model has not learned this.
-        """
+        """What the network is told where this is said of images, or nothing; ValueError if it has not learned that."""
         if self.conditioner is None:
             if said is not None:
                 raise ValueError("This model was trained without classes: leave labels out.")
             return None
         if said is None and not self.conditioner.has_absent:
-            raise ValueError(
-                "This model has not learned images without a label: give labels, or train it with null_class."
-            )
+            raise ValueError("This model has not learned images without a label: give one, or train with null_class.")
         return self.conditioner(self.conditioner.absent(1) if said is None else said)
 
     def objective(self, min_snr: float | None = None) -> Objective:
@@ -198,10 +191,7 @@ class DiffusionModel(Model):
     def losses(
         self, objective: Objective, x0: Tensor, t: Tensor, noise: Tensor, said: Said | None = None
     ) -> dict[str, Tensor]:
-        """The terms of each sample's loss, (B,), by an :meth:`objective`, whose arguments the others are.
-
-        ``x0`` (B, C, h, w) are signals, as the space encodes images; ``said`` is what is said of each.
-        """
+        """The terms of each sample's loss (B,) by an :meth:`objective`, of signals ``x0`` (B, C, h, w) of its space."""
         return objective(self._told(said), x0, t, noise)
 
     def denoiser(self, said: Said | None = None, guidance: float = 1.0) -> Denoiser:
@@ -214,10 +204,7 @@ class DiffusionModel(Model):
         if guidance == 1.0:
             return self._denoiser(said)
         if self.conditioner is None or not self.conditioner.has_absent:
-            raise ValueError(
-                "This model has not learned images without a label, which guidance needs: give guidance 1, or train it"
-                " with classes and null_class."
-            )
+            raise ValueError("Guidance needs another model: train it with classes and null_class, or give guidance 1.")
         absent = self._denoiser(None)
         return absent if said is None else classifier_free_guidance(self._denoiser(said), absent, guidance)
 

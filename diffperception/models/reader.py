@@ -31,13 +31,11 @@ class ActivationReader(Model):
 
     Attributes:
         info: what maps :meth:`forward` gives; strides are in pixels of the image.
-        multiple: of which images' sides must be.
+        multiple: images' sides must be multiples of this.
         noise: (C, side, side), the tile.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no generator of colour images, or a block, a time or the label does not suit it; the message
-            says what would.
+        FileNotFoundError, ValueError: no such file, no generator of colour images, or no such block, time or label.
     """
 
     noise: Tensor
@@ -54,25 +52,25 @@ class ActivationReader(Model):
         super().__init__()
         model = load_generator(generator)
         if model.space.image_channels != 3:
-            raise ValueError(
-                f"this UNet takes images of {model.space.image_channels} channels: features need colour images, of 3"
-            )
+            raise ValueError(f"features need colour images, but this UNet takes {model.space.image_channels} channels")
         unknown = [block for block in blocks if block not in range(len(model.block_info))]
         if unknown or not blocks:
             choice = strides_in_words(model.block_info)
             raise ValueError(f"this UNet has no decoder blocks {unknown or list(blocks)}; it has {choice}")
-        _require_different("block", [str(block) for block in blocks])
-        _require_different("timestep", [f"{t:g}" for t in timesteps])
         if not timesteps:
             raise ValueError("name at least one timestep")
         self.levels = model.schedule.levels(timesteps)
-        _require_label(model, label)
+        if label is not None and model.classes and label not in range(len(model.classes) + model.has_absent):
+            raise ValueError(f"this UNet has classes: give it a label from 0 to {len(model.classes) - 1}, not {label}")
+        self.said = None if label is None else torch.tensor([label], device="cpu")
+        model.condition(self.said)  # ValueError if this is nothing that the model has learned
         self.generator, self.multiple = model, model.stride
-        self.blocks, self.timesteps, self.label = list(blocks), list(timesteps), label
+        self.blocks, self.timesteps = list(blocks), list(timesteps)
         self.record(generator=model, blocks=self.blocks, timesteps=self.timesteps)
-        self.info = [
-            replace(model.block_info[block], name=f"t{t:g} block {block}") for t in timesteps for block in blocks
-        ]
+        names = {f"t{t:g} block {block}": block for t in timesteps for block in blocks}
+        if len(names) < len(timesteps) * len(blocks):
+            raise ValueError(f"name each block and each timestep once, not {list(blocks)} and {list(timesteps)}")
+        self.info = [replace(model.block_info[block], name=name) for name, block in names.items()]
         side = -(-noise_side // model.space.stride)
         drawn = torch.Generator().manual_seed(seed)
         noise = torch.randn(model.space.channels, side, side, generator=drawn, device="cpu")
@@ -87,7 +85,7 @@ class ActivationReader(Model):
         repeats = [-(-length // self.noise.shape[-1]) for length in signal.shape[2:]]
         tiled = self.noise if repeats == [1, 1] else self.noise.repeat(1, *repeats)
         noise = tiled[:, : signal.shape[2], : signal.shape[3]]
-        condition = self.generator.condition(None if self.label is None else torch.tensor([self.label]))
+        condition = self.generator.condition(self.said)
         told = None if condition is None else condition.expand(len(signal))
         maps: list[Tensor] = []
         for alpha, sigma, time in self.levels:
@@ -106,23 +104,3 @@ def strides_in_words(info: Sequence[FeatureInfo]) -> str:
     """Which blocks there are of each stride, for messages."""
     numbered = groupby(enumerate(info), lambda pair: pair[1].stride)
     return "; ".join(f"stride {stride}: {', '.join(str(i) for i, _ in members)}" for stride, members in numbered)
-
-
-def _require_different(kind: str, names: Sequence[str]) -> None:
-    """A map is known by its block and time, with six digits."""
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"the {kind} {doubled[0]} is named more than once: name each {kind} once")
-
-
-def _require_label(model: DiffusionModel, label: int | None) -> None:
-    """ValueError unless the model can be told this label, or nothing."""
-    count = len(model.classes or ())
-    if label is None and not model.has_absent:
-        raise ValueError(
-            f"this UNet has classes, and none that stands for nothing: give it a label from 0 to {count - 1}"
-        )
-    if label is not None and not count:
-        raise ValueError("this UNet has no classes: leave the label out")
-    if label is not None and label not in range(count + model.has_absent):
-        raise ValueError(f"this UNet has classes: give it a label from 0 to {count - 1}, not {label}")

@@ -8,18 +8,12 @@ from diffperception.models.base import Model
 
 
 class Space(Model, ABC):
-    """From images to the signal that is noised, and back.
+    """From images to the signal that is noised, and back."""
 
-    Attributes:
-        channels, image_channels: of the signal, and of the images, 3 for colour, 1 for grey.
-        stride: how many pixels of the image wide one cell of the signal is.
-        bounded: whether a signal lies in -1..1, so that predictions of it may be clipped.
-    """
-
-    channels: int
-    image_channels: int = 3
-    stride: int
-    bounded: bool
+    channels: int  # of the signal
+    image_channels: int = 3  # 3 for colour, 1 for grey
+    stride: int  # how many pixels of the image wide one cell of the signal is
+    bounded: bool  # whether a signal lies in -1..1, so that predictions of it may be clipped
 
     @abstractmethod
     def compress(self, pixels: Tensor) -> Tensor:

@@ -251,7 +251,7 @@ def test_what_the_model_predicts_is_an_option(tmp_path):
         ({"out.2.weight": None}, "whole checkpoint of guided-diffusion's: it has no out.2.weight"),
         (
             {"middle_block.0.in_layers.2.bias": torch.zeros(3)},
-            "1 name is of another shape: middle_block.0.in_layers.2.bias (3,) instead of (64,).",
+            "middle_block.0.in_layers.2.bias (3,) instead of (64,).",
         ),
     ],
 )

@@ -221,7 +221,7 @@ def test_a_class_with_too_few_pixels_is_told(folder: Path, tmp_path: Path, capsy
         ([f"--features={GENERATOR}", "--features.generator=nowhere"], "there is no model file nowhere"),
         (
             [f"--features={GENERATOR}", "--features.generator=GREY", "--features.blocks=[0]"],
-            "images of 1 channels: features need",
+            "features need colour images, but this UNet takes 1",
         ),
         (["--fit.feature_dtype=float8"], "float16"),
     ],

@@ -237,7 +237,7 @@ def test_classes_need_a_label_and_it_counts():
         ({"blocks": (0, 3, 0)}, "the block 0 is named more than once"),
         ({"timesteps": (50, 250, 50.0)}, "the timestep 50 is named more than once"),
         ({"window": 30}, "multiple of 4"),
-        ({"label": 1}, "leave the label out"),
+        ({"label": 1}, "leave labels out"),
     ],
 )
 def test_what_does_not_exist_is_named(change, message):

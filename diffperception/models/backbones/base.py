@@ -16,8 +16,8 @@ class Backbone(Model):
 
     Attributes:
         info: of the maps, finest first, each stride twice the one before.
-        multiple: of which the images' height and width are.
-        mean, std: that images are normalised with, of pixels in 0..1.
+        multiple: the images' height and width must be multiples of it.
+        mean, std: of pixels in 0..1, with which images are normalised.
         is_pyramid: its maps are a pyramid already, all of one width: a detector whose head has this width builds no
             other on them.
     """
@@ -63,10 +63,8 @@ def build_pyramid(backbone: Backbone, width: int, norm: bool = False) -> nn.Modu
 def pad_images(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int) -> Tensor:
     """Normalise images (3, H, W; 0..1) of any sizes and pad them with zeros, right and below, into one batch.
 
-    Args:
-        mean, std: (3, 1, 1) of pixels in 0..255, the reference's scale: rounding on it agrees to the last bit.
-
-    Returns: (B, 3, H, W) in channels-last memory, H and W multiples of `multiple`.
+    It is (B, 3, H, W) in channels-last memory, H and W multiples of `multiple`. ``mean`` and ``std`` (3, 1, 1) are of
+    pixels in 0..255, the reference's scale: rounding on it agrees to the last bit.
     """
     height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
     height, width = (-(-side // multiple) * multiple for side in (height, width))

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from diffperception.models.backbones.base import Backbone
-from diffperception.models.feature_info import FeatureInfo
 from diffperception.models.generator import DiffusionModel
 from diffperception.models.ops.normalization import group_norm
 from diffperception.models.reader import ActivationReader, strides_in_words
@@ -18,7 +17,7 @@ from diffperception.models.unet.unet import UNet
 class UNetBackbone(Backbone):
     """The normalised activations of a diffusion UNet's decoder, which sees images at one noise level.
 
-    The noise is the same for every image, in training too, see :class:`ActivationReader`.
+    The noise is the same for every image, in training too (:class:`ActivationReader`).
 
     Args:
         unet: a UNet, trained on the linear schedule of 1000 steps, a DiffusionModel, which knows its own, or a file.
@@ -28,8 +27,7 @@ class UNetBackbone(Backbone):
         label: the class that a UNet with classes is told; by default none, if it has learned that.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no such model, or the other arguments do not fit it; the message says what would.
+        FileNotFoundError, ValueError: as the reader, or strides that are no pyramid's.
     """
 
     mean = (0.5, 0.5, 0.5)  # the generator's pixels are -1..1
@@ -48,9 +46,7 @@ class UNetBackbone(Backbone):
         self.reader = ActivationReader(unet, ordered, [timestep], label)
         generator = self.reader.generator
         self.record(unet=generator, blocks=ordered)
-        self.info = [
-            FeatureInfo(f"block {b}", i.channels, i.stride) for b, i in zip(ordered, self.reader.info, strict=True)
-        ]
+        self.info = self.reader.info
         if self.strides != [self.strides[0] * 2**level for level in range(len(ordered))]:
             raise ValueError(
                 f"blocks {ordered} have strides {self.strides}, but a pyramid needs one per stride, each twice the one"

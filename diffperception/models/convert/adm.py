@@ -108,30 +108,27 @@ def _require_fit(
 
 
 def unet_arguments(state: State) -> dict[str, Any]:
-    """What shapes tell of a UNet's arguments: all but its heads, dropout and checkpointing.
-
-    ValueError if the names are not those of the reference's ``UNetModel``.
-    """
+    """A UNet's arguments, all but heads, dropout and checkpointing; ValueError for other names than ``UNetModel``'s."""
     if LABELS in state:
         raise ValueError("This UNet has an embedding of labels: take the whole generator, which keeps it beside.")
     for name in _UNET:
         _length(state, name, 0)
-    num_res_blocks, resampling = _decoder_rhythm(state)
+    num_res_blocks, resampling = _decoder_depth(state)
     outputs = _length(state, "out.2.weight", 0)
     return _encoder_arguments(state, num_res_blocks) | {"out_channels": outputs, "resampling": resampling}
 
 
 def classifier_arguments(state: State, num_res_blocks: int | None) -> tuple[dict[str, Any], int]:
-    """What shapes tell of a noisy classifier's arguments, all but its heads, dropout and checkpointing; its classes.
+    """A noisy classifier's arguments, as :func:`unet_arguments`, and its number of classes.
 
-    ValueError if the names are not those of the reference's ``EncoderUNetModel``, if it pools by another layer than
-    attention or averages, or if ``num_res_blocks``, residual blocks per level, must be given or does not fit.
+    ValueError for other names than ``EncoderUNetModel``'s, if it pools neither by attention nor by averages, or if
+    ``num_res_blocks``, residual blocks per level, must be given or does not fit.
     """
     if is_unet(state):
         raise ValueError("This is a checkpoint of guided-diffusion's UNetModel, not of a classifier.")
     for name in _CLASSIFIER:
         _length(state, name, 0)
-    num_res_blocks, resampling = _encoder_rhythm(state, num_res_blocks)
+    num_res_blocks, resampling = _encoder_depth(state, num_res_blocks)
     layout = _encoder_arguments(state, num_res_blocks) | {"resampling": resampling}
     if "out.3.weight" in state:
         return layout | {"pool": "adaptive"}, _length(state, "out.3.weight", 0)
@@ -166,7 +163,7 @@ def _length(state: State, name: str, axis: int) -> int:
     return state[name].shape[axis]
 
 
-def _decoder_rhythm(state: State) -> tuple[int, str]:
+def _decoder_depth(state: State) -> tuple[int, str]:
     """Residual blocks a level, and what resamples between levels, from where the first level of the decoder ends."""
     for name in sorted(state, key=_block):
         match = re.match(r"output_blocks\.(\d+)\.[12]\.(in_layers\.0|conv)\.weight", name)
@@ -178,7 +175,7 @@ def _decoder_rhythm(state: State) -> tuple[int, str]:
     return first_gap - 1, "pool"
 
 
-def _encoder_rhythm(state: State, num_res_blocks: int | None) -> tuple[int, str]:
+def _encoder_depth(state: State, num_res_blocks: int | None) -> tuple[int, str]:
     """The same from the encoder alone, whose downsampling residual blocks are named as the others."""
     blocks = _encoder_blocks(state)
     for i in range(1, blocks):

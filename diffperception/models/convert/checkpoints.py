@@ -49,8 +49,8 @@ def read_weights(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str,
     others = [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(
-            f"{path} has something else than tensors beside its weights ({', '.join(others[:8])}): it is expected to"
-            f" hold them alone, or under {', '.join(WEIGHT_KEYS)} or {EMA}"
+            f"{path} has something else than tensors beside its weights ({', '.join(others[:8])}): they must be alone,"
+            f" or under {', '.join(WEIGHT_KEYS)} or {EMA}"
         )
     return weights, part, parts
 
@@ -81,11 +81,9 @@ def class_names(given: Sequence[str] | None, count: int) -> list[str]:
 
 
 def load_untrusted(path: Path) -> Any:
-    """What a file of PyTorch or safetensors holds, if that is tensors, arrays, numbers, texts and collections of them.
+    """The tensors, arrays, numbers, texts and collections of them in a file of PyTorch or safetensors.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, or holds anything else, which could run code.
+    FileNotFoundError without it; ValueError if it is damaged, or holds anything else, which could run code.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")

@@ -18,10 +18,7 @@ def read_members(paths: Sequence[str | Path]) -> tuple[int, int, dict[str, Tenso
     """The members in ``paths``, a file ``model_0.pth``, ``model_1.pth``, ... each. Nothing in a file is run.
 
     Returns: channels D, classes K, and the weights by their names in the reference, members stacked: (M, ...) float32.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a file holds something else, or members differ in size.
+    FileNotFoundError without a file; ValueError if it holds something else, or members differ in size.
     """
     if not paths:
         raise ValueError("name the file of at least one member of the ensemble")

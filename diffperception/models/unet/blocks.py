@@ -101,10 +101,7 @@ class Attention(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half the height and width, by a strided convolution, or twice, by repeating pixels and a convolution.
-
-    Where nothing is learned, by the mean of 2 x 2 pixels, or by repeating them alone.
-    """
+    """Half or twice the height and width: by means or copies of pixels, or by a convolution (of copies) if learned."""
 
     def __init__(self, channels: int, direction: Direction, learned: bool) -> None:
         super().__init__()

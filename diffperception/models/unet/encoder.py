@@ -48,10 +48,7 @@ class Encoder(Model):
         return self.time_embed(time_embedding(t, self.channels).to(x.dtype))
 
     def encode(self, x: Tensor, emb: Tensor) -> Iterator[Tensor]:
-        """The maps of the stem, of each stage and of the middle, from (B, C, H, W) and the activated embedding (B, E).
-
-        ValueError for a size that does not halve evenly, or another number of channels.
-        """
+        """Maps of the stem, of each stage and of the middle, from images (B, C, H, W) and the activated embedding."""
         self._check_image(x)
         # Convolutions of the CPU are fastest on pixels whose channels lie together; group norm of the GPU is not.
         h = self.stem(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)

@@ -140,8 +140,8 @@ def test_bfloat16() -> None:
         ({}, {"blocks": [1, 2]}, r"blocks \[2, 1\] have strides \[2, 2\], but .* stride 2: 1, 2"),
         ({}, {"blocks": [5, 0]}, r"blocks \[5, 0\] have strides \[1, 4\], but"),
         ({}, {"blocks": [0], "timestep": 1000}, r"timesteps \[1000\] lie outside of this path: .* 0 to 999"),
-        ({}, {"blocks": [0], "label": 1}, "no classes: leave the label out"),
-        ({"in_channels": 1}, {"blocks": [0]}, "images of 1 channels: features need colour images"),
+        ({}, {"blocks": [0], "label": 1}, "trained without classes: leave labels out"),
+        ({"in_channels": 1}, {"blocks": [0]}, "features need colour images, but this UNet takes 1 channels"),
     ],
 )
 def test_a_mistake_is_one_sentence(unet: dict, options: dict, complaint: str) -> None:
@@ -150,7 +150,7 @@ def test_a_mistake_is_one_sentence(unet: dict, options: dict, complaint: str) ->
 
 
 def test_a_label_that_means_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="none that stands for nothing: give it a label from 0 to 2"):
+    with pytest.raises(ValueError, match="not learned images without a label: give one"):
         UNetBackbone(labelled(), blocks=[0])
     with pytest.raises(ValueError, match="label from 0 to 2, not 3"):
         UNetBackbone(labelled(), blocks=[0], label=3)
@@ -186,8 +186,8 @@ def test_the_reader_gives_maps_time_by_time_in_strides_of_the_image() -> None:
 @pytest.mark.parametrize(
     ("blocks", "timesteps", "complaint"),
     [
-        ([0, 0], [50], "the block 0 is named more than once"),
-        ([0], [50, 50], "the timestep 50 is named more than once"),
+        ([0, 0], [50], r"each timestep once, not \[0, 0\] and"),
+        ([0], [50, 50], r"each timestep once, not \[0\] and \[50, 50\]"),
         ([0], [], "name at least one timestep"),
         ([0], [0.5], "its times are whole"),
     ],
