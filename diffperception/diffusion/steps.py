@@ -45,7 +45,9 @@ def second_order_x0(schedule: Schedule, x0: Tensor, x0_before: Tensor, before: T
         x0, x0_before: (B, ...) signals predicted at ``t`` and at ``before``, where the last step began.
         before, t, s: times, () or (B,), ever cleaner. A step to the clean end stays first order.
     """
-    ratio = (_log_snr(schedule, s) - _log_snr(schedule, t)) / (_log_snr(schedule, t) - _log_snr(schedule, before))
+    # Half the log signal-to-noise ratio, the time of that paper.
+    at_before, at_t, at_s = ((schedule.alpha(time) / schedule.sigma(time)).log() for time in (before, t, s))
+    ratio = (at_s - at_t) / (at_t - at_before)
     ahead = torch.where(ratio.isfinite(), ratio / 2, 0)
     return broadcast_mul(1 + ahead, x0) - broadcast_mul(ahead, x0_before)
 
@@ -112,8 +114,3 @@ def _added_variance(schedule: Schedule, t: Time, s: Time) -> Tensor:
     """Variance of q(x_t | x_s): beta_t where ``s`` is t - 1 on a variance-preserving path."""
     kept = schedule.alpha(t) / schedule.alpha(s) * schedule.sigma(s)
     return (schedule.sigma(t).square() - kept.square()).clamp(min=0)
-
-
-def _log_snr(schedule: Schedule, t: Time) -> Tensor:
-    """log(alpha / sigma): half the log signal-to-noise ratio, the time of arXiv 2211.01095."""
-    return (schedule.alpha(t) / schedule.sigma(t)).log()

@@ -58,9 +58,12 @@ class Conditioner(Model, ABC):
 
 
 class ClassLabels(Conditioner):
-    """A class's embedding of E ``channels``, as in ADM (arXiv 2105.05233); what is said are labels (B,) int64, 0..K-1.
+    """An embedding per class, as in ADM (arXiv 2105.05233); what is said are labels (B,) int64, 0..K-1.
 
-    With ``null_class`` there is one more label, K, that stands for none, as classifier-free guidance needs.
+    Args:
+        classes: names of the K labels.
+        channels: E, the length of an embedding, which is the network's.
+        null_class: there is one more label, K, that stands for none, as classifier-free guidance needs.
     """
 
     def __init__(self, classes: Sequence[str], channels: int, null_class: bool = False) -> None:

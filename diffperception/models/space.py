@@ -33,7 +33,11 @@ class Space(Model, ABC):
 
 
 class Pixels(Space):
-    """The pixels themselves, -1..1, of 3 ``channels`` for colour or 1 for grey."""
+    """The pixels themselves, -1..1.
+
+    Args:
+        channels: 3 for colour, 1 for grey.
+    """
 
     stride = 1
     bounded = True

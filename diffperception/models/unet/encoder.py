@@ -24,20 +24,14 @@ Resampling = Literal["block", "conv", "pool"]
 
 
 class Encoder(Model):
-    """What the UNet and the noisy classifier share.
-
-    Attributes:
-        stride: how many input pixels wide a pixel of the innermost level is.
-        embedding: E, channels of the time's embedding.
-        skip_widths: channels of the maps that the stem and each stage hand to a decoder.
-    """
+    """What the UNet and the noisy classifier share."""
 
     def __init__(self, layers: "Layers", checkpointing: bool) -> None:
         super().__init__()
         channels, embedding, widths = layers.channels, layers.embedding, layers.widths
         self.in_channels, self.channels, self.embedding = layers.in_channels, channels, embedding
         self.checkpointing = checkpointing
-        self.stride = 2 ** (len(widths) - 1)
+        self.stride = 2 ** (len(widths) - 1)  # how many input pixels wide a pixel of the innermost level is
         self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.stem = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)
         self.encoder, self.skip_widths = layers.encoder()

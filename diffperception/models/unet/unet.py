@@ -20,7 +20,8 @@ class UNet(Encoder):
     Args:
         in_channels: channels of the image.
         out_channels: channels of the prediction; as many by default, twice as many for a learned variance.
-        channels, channel_mult: their product is the width of each level; between levels height and width halve.
+        channels: width that ``channel_mult`` multiplies.
+        channel_mult: width of each level, in ``channels``; between levels height and width halve.
         num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
         attention: downsampling factors, 1, 2, 4, ..., whose blocks are followed by attention.
         num_heads: attention heads, the same at every width; if None, one for every ``num_head_channels``.
