@@ -133,7 +133,7 @@ def file_kind(path: str | Path) -> str:
 
 
 def describe(value: Any) -> Any:
-    """Models within as their class and arguments, for JSON; ValueError for what no file can keep."""
+    """The value as JSON can hold it, models and dataclasses by their class and arguments; ValueError if it cannot."""
     if isinstance(value, Model):
         return {"class": class_name(type(value)), "arguments": describe(value.arguments)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -144,7 +144,7 @@ def reference_name(name: str) -> str:
 
 
 def _require_weights(state: Mapping[str, Any]) -> None:
-    """ValueError unless there are tensors alone, and some of DiffusionDet's."""
+    """ValueError unless there are tensors alone, and some under the names of DiffusionDet's."""
     others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"give the weights alone, by their names: there are no tensors under {', '.join(others)}")
@@ -171,7 +171,6 @@ def _backbone(state: Mapping[str, Tensor]) -> str:
 
 def _nearest(kind: str, found: list[int], models: Mapping[str, tuple[int, ...]]) -> str:
     """The model most like what was found: a quarter of its blocks may differ, so that missing ones can be named."""
-
     differences = {
         name: sum(abs(a - b) for a, b in zip(known[-4:], found[-4:], strict=True))
         for name, known in models.items()
