@@ -69,7 +69,9 @@ class ActivationReader(Model):
         self.record(generator=model, blocks=self.blocks, timesteps=self.timesteps)
         names = {f"t{t:g} block {block}": block for t in timesteps for block in blocks}
         if len(names) < len(timesteps) * len(blocks):
-            raise ValueError(f"name each block and each timestep once, not {list(blocks)} and {list(timesteps)}")
+            raise ValueError(
+                f"name each block and each timestep once, to six digits, not {self.blocks} and {self.timesteps}"
+            )
         self.info = [replace(model.block_info[block], name=name) for name, block in names.items()]
         side = -(-noise_side // model.space.stride)
         drawn = torch.Generator().manual_seed(seed)

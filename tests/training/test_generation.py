@@ -360,7 +360,7 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
         (["--preview.sampling.steps", "4"], "option preview.sampling: "),
         (["--preview.sampling.steps", "0"], "option preview.sampling: "),
         ([*STRAIGHT, "--preview.sampling.sampler", "ddpm"], "option preview.sampling: The sampler ddpm needs"),
-        ([*NO_NULL_CLASS, "--preview.sampling.guidance", "3"], "option preview.sampling: This model has not learned"),
+        ([*NO_NULL_CLASS, "--preview.sampling.guidance", "3"], "option preview.sampling: Guidance needs another model"),
         (["--preview.num_samples", "0"], "option preview.num_samples: expected a whole number above 0, got 0"),
         (["--preview.num_held_out", "0"], "option preview.num_held_out: expected a whole number above 0, got 0"),
         (["--preview.batch_size", "0"], "option preview.batch_size: expected a whole number above 0, got 0"),

@@ -186,8 +186,8 @@ def test_the_reader_gives_maps_time_by_time_in_strides_of_the_image() -> None:
 @pytest.mark.parametrize(
     ("blocks", "timesteps", "complaint"),
     [
-        ([0, 0], [50], r"each timestep once, not \[0, 0\] and"),
-        ([0], [50, 50], r"each timestep once, not \[0\] and \[50, 50\]"),
+        ([0, 0], [50], r"each timestep once, to six digits, not \[0, 0\] and"),
+        ([0], [50, 50], r"each timestep once, to six digits, not \[0\] and \[50, 50\]"),
         ([0], [], "name at least one timestep"),
         ([0], [0.5], "its times are whole"),
     ],
