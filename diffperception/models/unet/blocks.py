@@ -101,7 +101,10 @@ class Attention(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half or twice the height and width: by means or copies of pixels, or by a convolution (of copies) if learned."""
+    """Halves height and width by the mean of 2 x 2 pixels, or by a strided convolution if that is learned.
+
+    ``up`` doubles them by repeating pixels, and convolves these if that is learned.
+    """
 
     def __init__(self, channels: int, direction: Direction, learned: bool) -> None:
         super().__init__()
