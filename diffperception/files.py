@@ -204,16 +204,14 @@ class OutputFolder:
             keep: names of files, or of subfolders with all in them, that stay.
         """
         kept = [self.path / name for name in keep]
-        stay = []
-        for path in self.written():
-            if any(path.is_relative_to(name) for name in kept):
-                stay.append(path.relative_to(self.path))
-            else:
-                path.unlink()
-                self._remove_empty(path.parent)
+        written = self.written()
+        stay = [path for path in written if any(path.is_relative_to(name) for name in kept)]
+        for path in set(written) - set(stay):
+            path.unlink()
+            self._remove_empty(path.parent)
         (self.path / RECORD).unlink(missing_ok=True)
         self._known = set()
-        self.record(stay)
+        self.record(path.relative_to(self.path) for path in stay)
 
     @cached_property
     def _known(self) -> set[Path]:

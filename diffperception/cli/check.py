@@ -13,9 +13,7 @@ from diffperception.files import write_json
 
 
 def command(
-    check: Annotated[partial[Report], OptionsOf(check_coco)],
-    show: int = 10,
-    report: Path | None = None,
+    check: Annotated[partial[Report], OptionsOf(check_coco)], show: int = 10, report: Path | None = None
 ) -> int:
     """Read a COCO data set, say what it holds and name every problem of it.
 

@@ -38,9 +38,7 @@ def predict_detector(
 
 
 def predict_segmenter(
-    model: Path,
-    segment: Annotated[partial[FolderScores], OptionsOf(segment_folder, "model")],
-    device: str = "auto",
+    model: Path, segment: Annotated[partial[FolderScores], OptionsOf(segment_folder, "model")], device: str = "auto"
 ) -> None:
     segmenter = PixelSegmenter.load(model, pick_device(device))
     with join_processes():

@@ -60,19 +60,16 @@ def read_settings_file(file: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is not YAML, or not options.
     """
-    if not os.path.isfile(file):  # unlike Path.is_file, also of a text that is too long for a name
-        try:
-            settings = yaml.safe_load(str(file))
-        except yaml.YAMLError:
-            settings = None
-        return settings if isinstance(settings, dict) else {}
+    is_file = os.path.isfile(file)  # unlike Path.is_file, False too of a text that is too long for a name
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8") if is_file else str(file))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
+        if not is_file:
+            return {}
         raise ValueError(f"{file} is not YAML: " + str(error).replace('"<unicode string>", ', "")) from None
-    if not isinstance(settings, dict | None):
+    if is_file and not isinstance(settings, dict | None):
         raise ValueError(f"{file} must hold options such as `seed: 3`, not a {type(settings).__name__}")
-    return settings or {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def given(arguments: Sequence[str], name: str) -> str | None:

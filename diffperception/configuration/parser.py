@@ -101,7 +101,6 @@ class Options:
         self.parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
         for part in self.of_part:
             self._add(part)
-        self._explain()
         self._spell_for_humans()
 
     def _add(self, part: Callable[..., Any]) -> None:
@@ -112,16 +111,13 @@ class Options:
         add = self.parser.add_class_arguments if inspect.isclass(part) else self.parser.add_function_arguments
         add(part, as_group=False, fail_untyped=True, skip={*positionals, *others})
 
-    def _explain(self) -> None:
-        """Options without help of their own have that of another part, or of all commands."""
+    def _spell_for_humans(self) -> None:
+        """Options without help of their own get that of another part, or of all commands."""
         docs = [docstring_parser.parse(inspect.getdoc(part) or "").params for part in self.of_part]
         explained = HELP | {p.arg_name: p.description for params in docs for p in params}
-        for action in self.parser._actions:
-            action.help = action.help or explained.get(action.dest)
-
-    def _spell_for_humans(self) -> None:
         switches = {p.name for p in self.parameters if p.annotation is bool}
         for action in self.parser._actions:
+            action.help = action.help or explained.get(action.dest)
             if action.dest in switches:
                 action.nargs, action.const = "?", True  # `--overwrite` alone means `--overwrite true`
             elif f"--{action.dest}" in self.lists:  # not as jsonargparse's `--steps+ 1`, but as `spell_out` takes it

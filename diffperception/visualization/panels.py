@@ -31,6 +31,7 @@ from diffperception.visualization.draw import (
 )
 
 PANEL_SIDE = 360  # long side in pixels of images of which many are beside each other
+TRAJECTORY_PANELS = 6  # at most
 MATCH_IOU = 0.5
 MAX_UNCERTAINTY = math.log(2)  # half of the members are sure of one class, and half of another
 LEGEND_COLUMNS = 10
@@ -89,7 +90,6 @@ def trajectory(
     detections: Mapping[str, Any],
     classes: Sequence[str],
     threshold: float = THRESHOLD,
-    columns: int = 6,
 ) -> Image.Image:
     """The sampler's trajectory: noisy boxes before some of the steps, the boxes after the last, the detections.
 
@@ -99,9 +99,8 @@ def trajectory(
             `labels` (N,). A box has the color of the class it becomes in that step, and is the fainter the
             lower its score.
         detections: `boxes`, `labels` and `scores` after the last step.
-        columns: at most this many panels, at least 3.
     """
-    count = min(len(trace), columns - 2)
+    count = min(len(trace), TRAJECTORY_PANELS - 2)
     steps = [trace[round(i)] for i in np.linspace(0, len(trace) - 1, count)] if count > 1 else [trace[0]]
     titles = [f"t = {step['t']}{': noise' if step is steps[0] else ''}" for step in steps]
     panels = [titled(_by_score(image, s["boxes"], s), title) for s, title in zip(steps, titles, strict=True)]
@@ -118,9 +117,9 @@ def _by_score(image: Tensor, boxes: Tensor, step: Mapping[str, Any]) -> Image.Im
     return draw_boxes(dark, boxes.cpu()[order], [tuple(color) for color in faint.int().tolist()], long_side=PANEL_SIDE)
 
 
-def image_grid(images: Sequence[Tensor], columns: int | None = None) -> Image.Image:
+def image_grid(images: Sequence[Tensor]) -> Image.Image:
     """Images of one size, float (C, H, W) in 0..1 with 1 or 3 channels, in rows; about as many rows as columns."""
-    return to_pil(make_grid(list(images), columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=1.0))
+    return to_pil(make_grid(list(images), math.ceil(math.sqrt(len(images))), padding=2, pad_value=1.0))
 
 
 def mask_overlay(image: Tensor, labels: Tensor) -> Tensor:
