@@ -88,7 +88,7 @@ def repeat_factors(labels: Sequence[np.ndarray], num_classes: int, threshold: fl
     of its classes asks for, and once if it has none.
 
     Args:
-        labels: of each image's objects, in 0..num_classes-1.
+        labels: labels of each image's objects, in 0..num_classes-1.
         threshold: classes in a smaller fraction of the images than this are repeated; in 0..1, else ValueError.
 
     Returns: (images,) weights for `StepBatchSampler`.

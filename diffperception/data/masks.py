@@ -26,14 +26,14 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     beginning, and read again when they are asked for.
 
     Args:
+        images, masks, ignore, mask_values, annotations, unlabelled: as in :class:`MaskDataOptions`.
         num_classes: K; masks hold 0..K-1, or the keys of `mask_values`, and `ignore`.
-        max_images: as in :class:`MaskDataOptions`, as all others; a larger number chooses the same images and more.
-        seed: of the choice.
+        max_images: use only so many of the images, chosen by the seed; a larger number chooses the same and others.
         short_side: resize images to this short side with antialiasing, and masks with them by nearest neighbours.
 
     Attributes:
-        names: of the images, below their folder.
-        images, masks: of the samples, each read when it is asked for.
+        names: the images' paths below their folder.
+        images, masks: those of the samples, each read when it is asked for.
 
     Raises:
         FileNotFoundError: there is no such folder, no image in it, or one that is listed is missing.

@@ -23,7 +23,7 @@ class FeatureExtractor(Model, ABC):
 
     Args:
         info: the maps it gives.
-        multiple: of which a window's sides must be; images are padded with their last pixels.
+        multiple: images are padded, with their last pixels, until their sides are multiples of this.
         window: larger images are cut into windows of this side, a multiple of ``multiple`` (else ValueError), which
             overlap by a quarter; None takes them whole.
     """
@@ -128,7 +128,7 @@ class TimmFeatures(FeatureExtractor):
 
     Args:
         name: timm model name.
-        strides: of the maps to take; where a model has several of a stride, as transformers have, the last is taken.
+        strides: strides of the maps to take; where a model has several of a stride, as transformers have, the last is taken.
         pretrained: start from timm's weights (needs the network once).
         window: larger images are cut into windows of this side; null takes images whole.
 

@@ -164,7 +164,7 @@ def evaluate_segmenter(
 def score_images(
     predict: Callable[[Tensor, tuple[int, int]], Tensor], num_classes: int, folder: MaskFolder, workers: int = 2
 ) -> MeanIoU:
-    """The counts of predictions on all images of a folder: of an image (3, H, W), labels of its mask's size."""
+    """Count predictions on all images of a folder; `predict` makes labels of an image (3, H, W) at its mask's size."""
     counts = MeanIoU(num_classes)
     loader = read_ahead(LazyMap(folder.__getitem__, share(range(len(folder)))), 1, workers)
     for ((image, mask),) in tqdm(loader, "evaluate", leave=False, unit="image", disable=hide_bar()):

@@ -78,7 +78,7 @@ def taps(
 
     Args:
         rows, columns: (N,) int64 pixels.
-        height, width: of the map in cells; numbers, or (N,) where pixels are of different images.
+        height, width: sides of the map in cells; numbers, or (N,) where pixels are of different images.
     """
     top, below, down = _taps(rows, stride, height)
     left, right, across = _taps(columns, stride, width)

@@ -77,8 +77,8 @@ class LabelledPixels:
         images: (3, H, W) each, 0..1.
         masks: (H, W) uint8 each, as :func:`checked_masks` gives them.
         storage: type of the numbers in the tables.
-        names: of the images, for messages.
-        device: of the tables; by default the extractor's.
+        names: names of the images, for messages.
+        device: where the tables are; by default the extractor's.
 
     Raises:
         ValueError: a mask is not of its image's size, or a feature is too large for the storage.

@@ -59,8 +59,8 @@ def probe_features(
         masks: (H, W) each, 0..K-1 or 255.
         seconds: no timestep is begun that would pass this limit; the first always is.
         pixels: sampled from each image, as many of one class as of another where there are enough.
-        seed: of the sampling.
-        names: of the images, for messages.
+        seed: seed of the sampling.
+        names: names of the images, for messages.
 
     Raises:
         ValueError: there are fewer than two labelled images, or masks do not fit.
