@@ -128,7 +128,7 @@ class TimmFeatures(FeatureExtractor):
 
     Args:
         name: timm model name.
-        strides: strides of the maps to take; where a model has several of a stride, as transformers have, the last is taken.
+        strides: strides of the maps to take; of several maps of a stride, as transformers have, the last is taken.
         pretrained: start from timm's weights (needs the network once).
         window: larger images are cut into windows of this side; null takes images whole.
 
