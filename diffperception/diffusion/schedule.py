@@ -22,14 +22,10 @@ class Schedule(ABC):
 
     ``alpha`` and ``sigma`` take a tensor of any shape, or a number, and return float64 (float32 where a device has no
     float64) of this shape and device. A schedule is not a module: casting a model to another dtype leaves it alone.
-
-    Attributes:
-        num_timesteps: T of a path of discrete steps, whose times are 0..T-1 and -1, the clean end; None of others.
-        times_in_words: which times there are, for messages.
     """
 
-    num_timesteps: int | None = None
-    times_in_words: str = "0 or more"
+    num_timesteps: int | None = None  # T of a path of discrete steps, whose times are 0..T-1 and -1, the clean end
+    times_in_words: str = "0 or more"  # which times there are, for messages
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:

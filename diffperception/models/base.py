@@ -32,14 +32,10 @@ class Model(nn.Module):
     The arguments of the outermost constructor are recorded by themselves, defaults included. They must be JSON-able, or
     other models, dataclasses, or lists and dictionaries of these. A constructor that replaces an argument by what it
     stands for says so with :meth:`record`.
-
-    Attributes:
-        kind: what its file says that it is: a detector, a segmenter, a generator, ...
-        arguments: of the constructor, by name.
     """
 
-    kind: str = "model"
-    arguments: dict[str, Any]
+    kind: str = "model"  # what its file says that it is: a detector, a segmenter, a generator, ...
+    arguments: dict[str, Any]  # of the constructor, by name
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

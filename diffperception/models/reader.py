@@ -29,16 +29,13 @@ class ActivationReader(Model):
         noise_side: side of the tile of noise in pixels.
         seed: of the noise.
 
-    Attributes:
-        info: what maps :meth:`forward` gives; strides are in pixels of the image.
-        multiple: images' sides must be multiples of this.
-        noise: (C, side, side), the tile.
-
     Raises:
         FileNotFoundError, ValueError: no such file, no generator of colour images, or no such block, time or label.
     """
 
-    noise: Tensor
+    info: list[FeatureInfo]  # of the maps that it gives, with strides in pixels of the image
+    multiple: int  # images' sides must be multiples of it
+    noise: Tensor  # (C, side, side), the tile
 
     def __init__(
         self,

@@ -12,21 +12,13 @@ from diffperception.models.feature_info import FeatureInfo
 
 
 class Backbone(Model):
-    """Images (B, 3, H, W), normalised, to one (B, C, H / stride, W / stride) per level; yours may derive from it.
+    """Images (B, 3, H, W), normalised, to one (B, C, H / stride, W / stride) per level; yours may derive from it."""
 
-    Attributes:
-        info: of the maps, finest first, each stride twice the one before.
-        multiple: the images' height and width must be multiples of it.
-        mean, std: of pixels in 0..1, with which images are normalised.
-        is_pyramid: its maps are a pyramid already, all of one width: a detector whose head has this width builds no
-            other on them.
-    """
-
-    info: list[FeatureInfo]
-    multiple: int = 32
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    info: list[FeatureInfo]  # of the maps, finest first, each stride twice the one before
+    multiple: int = 32  # images' height and width must be multiples of it
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN  # images are normalised with it; of pixels in 0..1, as std
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-    is_pyramid: bool = False
+    is_pyramid: bool = False  # whether its maps are a pyramid of one width: a head of that width builds no other on it
 
     @property
     def channels(self) -> list[int]:

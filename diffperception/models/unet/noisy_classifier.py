@@ -80,21 +80,18 @@ class NoisyClassifier(Encoder):
         num_head_channels: int | None = None,
         new_attention_order: bool = False,
         num_res_blocks: int | None = None,
-        dropout: float = 0.0,
-        checkpointing: bool = False,
     ) -> "NoisyClassifier":
         """The classifier of a guided-diffusion checkpoint, with its weights.
 
         Args:
-            state, num_heads, num_head_channels, new_attention_order, dropout, checkpointing: as for
-                :meth:`UNet.from_reference`, as are the errors; published classifiers have 64 channels per head too.
+            state, num_heads, num_head_channels, new_attention_order: as for :meth:`UNet.from_reference`, as are the
+                errors; published classifiers have 64 channels per head too.
             classes: names of the classes; numbers by default.
             schedule, num_timesteps: of the path it was trained on, which a checkpoint does not tell.
             num_res_blocks: residual blocks per level; needed where the names fit several numbers.
         """
         layout, number = adm.classifier_arguments(state, num_res_blocks)
         make = partial(cls, class_names(classes, number), schedule, num_timesteps)
-        layout |= {"dropout": dropout, "checkpointing": checkpointing}
         return adm.build(make, layout, state, num_heads, num_head_channels, new_attention_order)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
