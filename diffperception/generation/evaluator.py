@@ -29,7 +29,7 @@ SUBSET_SIZE = 1000  # as KID is usually measured
 
 @dataclass(frozen=True)
 class ImageScores:
-    """What `score_features` found; lower is better for the distances, higher (up to 1) for precision and recall."""
+    """Lower is better for the distances FID and KID, higher (up to 1) for precision and recall."""
 
     fid: float
     kid: float
@@ -40,19 +40,12 @@ class ImageScores:
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What `evaluate_samples` found.
-
-    Attributes:
-        metrics: the scores.
-        images: how many samples, and how many real images, there were.
-        settings: what figures depend on; only those of equal settings and numbers of images can be compared.
-        notes: what makes these doubtful.
-    """
+    """What `evaluate_samples` found; only figures of equal settings and numbers of images can be compared."""
 
     metrics: ImageScores
-    images: dict[str, int]
-    settings: dict[str, Any]
-    notes: list[str]
+    images: dict[str, int]  # how many samples, and how many real images, there were
+    settings: dict[str, Any]  # what figures depend on
+    notes: list[str]  # what makes these doubtful
 
     def table(self) -> str:
         """The scores as lines of text."""
@@ -102,9 +95,7 @@ class ScoringOptions:
 
 
 def evaluate_samples(
-    samples: str | Path,
-    reference: str | Path | Sequence[Tensor],
-    options: ScoringOptions = ScoringOptions(),
+    samples: str | Path, reference: str | Path | Sequence[Tensor], options: ScoringOptions = ScoringOptions()
 ) -> SampleReport:
     """Score generated images against real ones; nothing is written.
 
@@ -127,24 +118,24 @@ def evaluate_samples(
     for name, count in counts.items():
         if count < least:
             raise ValueError(f"the scores need {least} images or more, and there are {count} in the folder of {name}")
-    place, reading = pick_device(options.device), (options.batch_size, options.workers)
+    place = pick_device(options.device)
     weights = None if options.weights is None else read_weights(Path(options.weights))[0]
     network = feature_network(options.features, weights, options.size).to(place)
     with autocast(place, options.precision):
-        found = {name: read_features(network, each, name, *reading, place) for name, each in images.items()}
+        found = {name: read_features(network, each, name, options, place) for name, each in images.items()}
+    real, fake = found["reference"].rows, found["samples"].rows
     subset_size = options.subset_size or max(2, min(SUBSET_SIZE, min(counts.values()) // 2))
-    subsets, generator = (options.subsets, subset_size), torch.Generator().manual_seed(options.seed)
-    scores = score_features(found["reference"].rows, found["samples"].rows, *subsets, options.neighbours, generator)
+    generator = torch.Generator().manual_seed(options.seed)
+    kid = kernel_distance(real, fake, options.subsets, subset_size, generator)
+    within = precision_recall(real, fake, options.neighbours)
     settings = {
-        "features": options.features,
+        **{name: getattr(options, name) for name in ("features", "subsets", "neighbours", "seed")},
+        "subset_size": subset_size,
         "weights": None if weights is None else str(options.weights),
         "size": list(network.size),
         "channels": network.channels,
-        "subsets": options.subsets,
-        "subset_size": subset_size,
-        "neighbours": options.neighbours,
-        "seed": options.seed,
     }
+    scores = ImageScores(frechet_distance(real, fake), *kid, *within)
     return SampleReport(scores, counts, settings, _doubts(found, network.channels))
 
 
@@ -156,23 +147,14 @@ class ImageFeatures(NamedTuple):
 
 
 def read_features(
-    network: FeatureNetwork,
-    images: Sequence[Tensor],
-    name: str,
-    batch_size: int = 32,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
+    network: FeatureNetwork, images: Sequence[Tensor], name: str, options: ScoringOptions, place: torch.device
 ) -> ImageFeatures:
-    """The features of images, on the CPU. Shows the time left; BrokenImageError names a file without an image.
-
-    Args:
-        name: of the images, for the bar.
-    """
+    """The features of images, on the CPU. Shows the time left; BrokenImageError names a file without an image."""
     rows, sizes = [], Counter[tuple[int, int]]()
     prepared = LazyMap(partial(_prepare, network.transform), images)
     with tqdm(total=len(images), desc=name, unit="image", leave=False, disable=hide_bar()) as bar:
-        for batch in read_ahead(prepared, batch_size, workers):
-            rows.append(network(torch.stack([image for image, _ in batch]).to(device)).float().cpu())
+        for batch in read_ahead(prepared, options.batch_size, options.workers):
+            rows.append(network(torch.stack([image for image, _ in batch]).to(place)).float().cpu())
             sizes.update(size for _, size in batch)
             bar.update(len(batch))
     return ImageFeatures(torch.cat(rows), sizes)
@@ -204,20 +186,6 @@ def _most_common(sizes: Counter[tuple[int, int]]) -> str:
     return listed + (", ..." if len(sizes) > 3 else "")
 
 
-def score_features(
-    real: Tensor,
-    fake: Tensor,
-    subsets: int = 100,
-    subset_size: int = 1000,
-    k: int = 3,
-    generator: torch.Generator | None = None,
-) -> ImageScores:
-    """All scores of `fake` (M, D) against `real` (N, D); the arguments are those of the functions below."""
-    kid, kid_std = kernel_distance(real, fake, subsets, subset_size, generator)
-    precision, recall = precision_recall(real, fake, k)
-    return ImageScores(frechet_distance(real, fake), kid, kid_std, precision, recall)
-
-
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """The Frechet distance between the Gaussians of the two sets' means and covariances (FID, arXiv 1706.08500).
 
@@ -238,19 +206,15 @@ def kernel_distance(
     real: Tensor,
     fake: Tensor,
     subsets: int = 100,
-    subset_size: int = 1000,
+    subset_size: int = SUBSET_SIZE,
     generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
     """The squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (KID, arXiv 1801.01401).
 
     Unbiased: its mean is zero for equal distributions, however few the images are, and it may fall below.
 
-    Args:
-        subsets: how often it is measured.
-        subset_size: rows drawn, without replacement, from either set each time.
-        generator: of these draws, on the CPU; torch's global one by default.
-
-    Returns: mean and standard deviation over the subsets.
+    Returns: mean and standard deviation over the subsets, each of `subset_size` rows of either set, drawn without
+        replacement by the generator on the CPU.
     """
     real, fake = _pair(real, fake, least=max(2, subset_size))
     if subsets < 1 or subset_size < 2:

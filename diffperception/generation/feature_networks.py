@@ -20,7 +20,7 @@ BACKBONE_SIDE = 224
 
 
 class FeatureNetwork(nn.Module):
-    """A network that turns images into rows of features.
+    """A network that turns images into rows of features; ValueError if it cannot take images of that size.
 
     Args:
         body: normalised images (B, 3, H, W) -> features (B, D).
@@ -28,12 +28,8 @@ class FeatureNetwork(nn.Module):
         mean, std: of the channels, for the normalisation of pixels in 0..1.
 
     Attributes:
-        size: as given.
         transform: uint8 or 0..1 float image (3, H', W') of any size -> resized, normalised (3, H, W), for `forward`.
         channels: D.
-
-    Raises:
-        ValueError: the network cannot take images of that size.
     """
 
     def __init__(
@@ -64,19 +60,15 @@ class FeatureNetwork(nn.Module):
 def feature_network(name: str, weights: Mapping[str, Tensor] | None = None, side: int | None = None) -> FeatureNetwork:
     """The feature network of that name, in evaluation mode on the CPU.
 
-    Scores can be compared only within one feature network and one side. None of timm's is the Inception of published
-    FIDs (`pt_inception-2015-12-05`); `inception_v3.tf_in1k` is its nearest relative.
+    None of timm's is the Inception of published FIDs (`pt_inception-2015-12-05`); `inception_v3.tf_in1k` is its nearest
+    relative.
 
     Args:
-        name: one of
-            a timm model, whose pooled features are taken, with timm's weights (needs the network once);
-            `random:` and a timm model: untrained, always with the same weights; a weak measure, which sees noise far
-            better than blur, but needs no network. Take a shallow one, `random:resnet18`: without training the features
-            of deep ones explode or vanish;
-            a model file of ours that holds a detector: the coarsest map of its backbone, averaged over space.
+        name: a timm model, whose pooled features are taken; or `random:` and a timm model, always of the same weights,
+            which sees noise far better than blur (take a shallow one: without training the features of deep ones
+            explode or vanish); or a detector's file, for the coarsest map of its backbone, averaged over space.
         weights: of the timm model, instead of those from the network, under timm's names.
-        side: images are resized to this many pixels in height and width; by default what the timm model was trained
-            with, and BACKBONE_SIDE for a detector.
+        side: as `ScoringOptions.size`.
 
     Raises:
         ValueError: there is no such network; its weights cannot be fetched; or `weights` or `side` do not fit it.
@@ -84,43 +76,38 @@ def feature_network(name: str, weights: Mapping[str, Tensor] | None = None, side
     if Path(name).suffix == ".safetensors":
         if weights is not None:
             raise ValueError(f"{name} has weights of its own: leave out the others, or name a timm model")
-        return FeatureNetwork(BackboneFeatures(load_backbone(name)), (side or BACKBONE_SIDE,) * 2)
-    if name.startswith(RANDOM) and weights is not None:
-        raise ValueError(f"{name} has random weights: leave out the others, or name {name.removeprefix(RANDOM)}")
-    body = _timm_body(name, weights)
+        return FeatureNetwork(BackboneFeatures(name), (side or BACKBONE_SIDE,) * 2)
+    model = name.removeprefix(RANDOM)
+    if not timm.is_model(model):
+        raise ValueError(f"there is no feature network {name}: name a timm model, or a detector's .safetensors file")
+    if model == name:
+        body = _fetched(model) if weights is None else _with_weights(model, weights)
+    elif weights is None:
+        body = _random(model)
+    else:
+        raise ValueError(f"{name} has random weights: leave out the others, or name {model}")
     data = resolve_model_data_config(body)
     size = (side, side) if side else data["input_size"][1:]
     return FeatureNetwork(body, size, data["mean"], data["std"])
 
 
 class BackboneFeatures(nn.Module):
-    """The coarsest map of a backbone, averaged over space."""
+    """The coarsest map of the timm backbone in a model file of ours, averaged over space; ValueError if it has none."""
 
-    def __init__(self, backbone: TimmBackbone):
+    def __init__(self, path: str):
         super().__init__()
-        self.backbone = backbone
+        model = Model.load(path)
+        found = [module for module in model.modules() if isinstance(module, TimmBackbone)]
+        if not found:
+            kind = type(model).__name__
+            raise ValueError(f"{path} holds a {kind}: features come from a detector with a timm backbone")
+        self.backbone = found[0]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.backbone(images)[-1].mean((-2, -1))
 
 
-def load_backbone(path: str) -> TimmBackbone:
-    """The timm backbone in a model file of ours; ValueError if it has none."""
-    model = Model.load(path)
-    found = [module for module in model.modules() if isinstance(module, TimmBackbone)]
-    if not found:
-        raise ValueError(f"{path} holds a {type(model).__name__}: features come from a detector with a timm backbone")
-    return found[0]
-
-
-def _timm_body(name: str, weights: Mapping[str, Tensor] | None) -> nn.Module:
-    model = name.removeprefix(RANDOM)
-    if not timm.is_model(model):
-        raise ValueError(f"there is no feature network {name}: name a timm model, or a detector's .safetensors file")
-    if name.startswith(RANDOM):
-        return _random(model)
-    if weights is not None:
-        return _with_weights(model, weights)
+def _fetched(model: str) -> nn.Module:
     try:
         return timm.create_model(model, pretrained=True, num_classes=0)
     except (OSError, RuntimeError) as error:  # no network, or timm has no weights or no such variant of the model

@@ -46,16 +46,11 @@ def draw_samples(
     """Draw images in batches, each image a function of the seed and its number.
 
     Args:
-        model: the generator.
         numbers: of the images.
-        sampling: how noise becomes an image.
-        seed: of the noise.
         said: names of the classes to draw, or texts, which take turns over the numbers; by default all there are.
-        batch_size: images drawn at once.
         image_size: height and width; by default those of the images that the model learned from.
         classifier: pulls the images towards the classes (ADM, arXiv 2105.05233), which a model without any may then
-            be asked for.
-        classifier_scale: how hard it pulls.
+            be asked for, as hard as `classifier_scale` says.
 
     Yields: the numbers of a batch, and its images (B, C, height, width), float32 in 0..1, on the model's device.
 

@@ -16,17 +16,11 @@ Sampler = Literal["dpm_solver", "ddim", "ddpm", "heun"]
 
 
 class SamplerKind(NamedTuple):
-    """A sampler and the grid that it wants.
+    """A sampler and the grid that it wants."""
 
-    Attributes:
-        loop: (denoiser, schedule, x, grid, eta, noise) -> signal.
-        even: its steps are even in the logarithm of the noise level, as those of second order want.
-        discrete: it needs a path of discrete steps.
-    """
-
-    loop: Callable[[Denoiser, Schedule, Tensor, Tensor, float, NoiseFn], Tensor]
-    even: bool = False
-    discrete: bool = False
+    loop: Callable[[Denoiser, Schedule, Tensor, Tensor, float, NoiseFn], Tensor]  # the last two: eta, noise of a step
+    even: bool = False  # its steps are even in the logarithm of the noise level, as those of second order want
+    discrete: bool = False  # it needs a path of discrete steps
 
 
 SAMPLERS: dict[Sampler, SamplerKind] = {
@@ -68,9 +62,7 @@ class SamplingOptions:
 def sampling_grid(schedule: Schedule, sampler: Sampler, steps: int) -> Tensor:
     """Times for a sampler, descending to the clean end.
 
-    Raises:
-        ValueError: for fewer steps than one, or more than the schedule has, or ancestral sampling on a path without
-            discrete steps.
+    ValueError for fewer steps than one or more than the schedule has, or for ddpm on a path without discrete steps.
     """
     kind = SAMPLERS[sampler]
     if kind.discrete:
@@ -88,29 +80,23 @@ def sample(
     image_size: tuple[int, int] | None = None,
     denoiser: Denoiser | None = None,
 ) -> Tensor:
-    """Images, each a function of the seed and its own index (up to rounding, which may depend on the batch).
+    """Images (B, C, height, width), 0..1, each a function of the seed and its own index, up to rounding.
 
     Args:
         indices: B numbers of images; the same number gives the same image in whatever batch.
-        options: how.
-        seed: of all images.
         said: of each image, as the model's conditioner reads it: labels (B,) of the classes wanted, for example.
         image_size: height and width; those the model learned by default.
         denoiser: to use instead of the model's own, such as one that a classifier guides.
 
-    Returns:
-        (B, C, height, width), 0..1.
-
     Raises:
         ValueError: for a size or labels that the model does not take, or as :func:`sampling_grid`.
     """
-    schedule = model.schedule
     denoiser = denoiser or model.denoiser(said, options.guidance)
     denoiser = clip(denoiser) if options.clip and model.space.bounded else denoiser
-    grid = sampling_grid(schedule, options.sampler, options.steps)
+    grid = sampling_grid(model.schedule, options.sampler, options.steps)
     device = model.device if options.noise == "device" else "cpu"
     noise = SampleNoise([sample_seed(seed, index) for index in indices], device)
     shape = model.signal_shape(*(image_size or model.image_size))
     x = noise(torch.empty((len(indices), *shape), device=model.device))
-    loop = SAMPLERS[options.sampler].loop
-    return model.space.decode(loop(denoiser, schedule, x, grid, options.eta, noise))
+    signal = SAMPLERS[options.sampler].loop(denoiser, model.schedule, x, grid, options.eta, noise)
+    return model.space.decode(signal)
