@@ -49,7 +49,7 @@ def _time_prediction(detector: DiffusionDet, images: list[torch.Tensor], record:
     sampled = detector.sample(encoded, [0], four)
     record("backbone, one image", lambda: detector.features(images[:1]))
     record("head, one pass", lambda: detector.head(encoded.pyramid, boxes, t, last_only=True))
-    record("post-processing of four steps", lambda: four.select(sampled).in_images(encoded.seen, encoded.sizes))
+    record("post-processing of four steps", lambda: four.select(sampled, encoded.seen, encoded.sizes))
     record("prediction, one step", lambda: detector.predict(images[:1], sampler=one), target=1.8)
     record("prediction, four steps", lambda: detector.predict(images[:1], sampler=four), target=4.5)
     record("prediction, four images, four steps", lambda: detector.predict(images, sampler=four), target=14)

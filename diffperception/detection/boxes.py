@@ -11,11 +11,9 @@ MAX_LOG_SCALE = math.log(100_000 / 16)  # one refinement enlarges a box at most 
 
 
 def encode_boxes(boxes: Tensor, image_sizes: Tensor, scale: float) -> Tensor:
-    """Boxes to diffusion space: cxcywh in 0..1 of the image, then (2b - 1) * scale.
+    """Boxes (B, N, 4; xyxy pixels) to diffusion space: cxcywh in 0..1 of the image, then (2b - 1) * scale.
 
-    Args:
-        boxes: (B, N, 4) xyxy in pixels.
-        image_sizes: (B, 4) width, height, width, height of the unpadded images in pixels.
+    Image sizes are (B, 4): width, height, width, height of the unpadded images in pixels.
     """
     normalised = box_convert(boxes, "xyxy", "cxcywh") / image_sizes[:, None]
     return (2 * normalised - 1) * scale
@@ -43,16 +41,9 @@ def apply_deltas(deltas: Tensor, boxes: Tensor) -> Tensor:
     boxes = boxes.to(deltas.dtype)
     dx, dy, dw, dh = deltas.unbind(-1)
     cx, cy, w, h = box_convert(boxes, "xyxy", "cxcywh").unbind(-1)
-    refined = torch.stack(
-        [
-            cx + dx / CENTRE_WEIGHT * w,
-            cy + dy / CENTRE_WEIGHT * h,
-            w * dw.clamp(max=MAX_LOG_SCALE).exp(),
-            h * dh.clamp(max=MAX_LOG_SCALE).exp(),
-        ],
-        dim=-1,
-    )
-    return box_convert(refined, "cxcywh", "xyxy")
+    cx, cy = cx + dx / CENTRE_WEIGHT * w, cy + dy / CENTRE_WEIGHT * h
+    w, h = w * dw.clamp(max=MAX_LOG_SCALE).exp(), h * dh.clamp(max=MAX_LOG_SCALE).exp()
+    return box_convert(torch.stack([cx, cy, w, h], dim=-1), "cxcywh", "xyxy")
 
 
 def paired_giou(a: Tensor, b: Tensor, eps: float = 1e-7) -> tuple[Tensor, Tensor]:

@@ -39,13 +39,9 @@ class Matches:
 
 @dataclass
 class Term(ABC):
-    """A term of the training loss; yours derives from it, as a dataclass, and has arguments that a file can keep.
+    """A term of the training loss; yours derives from it, as a dataclass, and has arguments that a file can keep."""
 
-    Args:
-        weight: of the term in the sum.
-    """
-
-    weight: float = 1.0
+    weight: float = 1.0  # of the term in the sum
 
     @abstractmethod
     def __call__(self, output: HeadOutput, targets: PaddedTargets, matches: Matches) -> Tensor:
@@ -61,11 +57,8 @@ class Criterion(Model, ABC):
     ) -> dict[str, Tensor]:
         """Weighted terms by name, 0-d each; their sum is what to minimise.
 
-        Args:
-            output: of all stages.
-            targets: of the B images, on the device of the output.
-            frequencies: (K,) number of training images with each class.
-            generator: of whatever is drawn, on the CPU; torch's global one by default.
+        The output is that of all stages, and the targets are on its device. Frequencies (K,) are the numbers of
+        training images with each class. The generator, of whatever is drawn, is on the CPU, by default torch's global.
         """
 
 
@@ -143,18 +136,15 @@ def giou_loss(output: HeadOutput, targets: PaddedTargets, matches: Matches) -> T
 def draw_federated_classes(
     labels: Tensor, frequencies: Tensor, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The classes that a batch's classification loss counts where annotations are not exhaustive (arXiv 2103.07461).
+    """(K,) bool: which classes a batch's loss counts where annotations are not exhaustive (arXiv 2103.07461).
 
     Those present are kept, and others are drawn without replacement, with probability proportional to the root of
-    their frequency, until there are `count`.
+    their frequency, until there are `count`, or all K.
 
     Args:
         labels: (n,) int64, of all objects of the batch; K stands for no object.
         frequencies: (K,) number of training images with each class; only their ratios matter.
-        count: classes to keep; more if more are present, and at most K.
         generator: on the CPU.
-
-    Returns: (K,) bool.
     """
     # Exponential clocks of rates p ring in the order of a draw without replacement with probabilities p.
     clocks = torch.empty(len(frequencies)).exponential_(generator=generator)

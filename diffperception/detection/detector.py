@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ class Detector(Model, ABC):
         max_size: but the long side is at most this.
 
     Attributes:
+        sampler: how noise becomes boxes in prediction, for detectors that do so.
         class_frequencies: (K,) number of training images with each class; training sets it, ones before.
         pad_together: whether images of several sizes are padded to one in prediction, which a GPU is faster with; what
             is found in one then depends, a little, on the sizes of the others.
@@ -44,6 +45,7 @@ class Detector(Model, ABC):
     """
 
     kind = "detector"
+    sampler: BoxSampler | None = None
     class_frequencies: Tensor
     pad_together: bool = False
     gives_masks: bool = False
@@ -65,8 +67,8 @@ class Detector(Model, ABC):
 
         Args:
             images: float32 (3, H, W), RGB, 0..1, of any sizes; not resized.
-            targets: a dict per image with `boxes` (n, 4) xyxy pixels and `labels` (n,) int64, best on the CPU, so that
-                nothing waits for a GPU; objects marked in `iscrowd` (n,) are left out.
+            targets: per image `boxes` (n, 4) xyxy pixels and `labels` (n,) int64, best on the CPU, so that nothing
+                waits for a GPU; objects marked in `iscrowd` (n,) are left out.
             generator: of the training noise, on the CPU; torch's global one by default.
         """
 
@@ -83,18 +85,16 @@ class Detector(Model, ABC):
         """
 
     def sampler_with(self, **settings: Any) -> BoxSampler | None:
-        """The detector's sampler with some settings replaced; None for a detector without one.
-
-        Args:
-            settings: of a BoxSampler, for example; those that are None stay as they are.
+        """The detector's sampler with the settings that are not None; None for a detector without one.
 
         Raises:
             ValueError: there is no such setting, or its value is out of range.
         """
-        given = sorted(name for name, value in settings.items() if value is not None)
-        if given:
-            raise ValueError(f"{type(self).__name__} has no option {', '.join(given)} in prediction")
-        return None
+        known = vars(self.sampler) if self.sampler else {}
+        unknown = sorted(name for name, value in settings.items() if value is not None and name not in known)
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no option {', '.join(unknown)} in prediction")
+        return self.sampler and self.sampler.changed(**settings)
 
     def resize(self, image: Tensor) -> Tensor:
         """The image as prediction sees it: (3, H, W) -> (3, H', W')."""
@@ -137,6 +137,7 @@ class DiffusionDet(Detector):
         max_size: but the long side is at most this.
     """
 
+    sampler: BoxSampler
     mean: Tensor
     std: Tensor
 
@@ -161,14 +162,14 @@ class DiffusionDet(Detector):
         self.num_boxes = num_boxes
         self.signal_scale = signal_scale
         self.schedule = cosine_schedule(num_timesteps)
-        self.sampler = sampler or BoxSampler()
+        self.sampler = self._complete(sampler or BoxSampler())
         body = build_backbone(backbone, strides, pretrained, freeze_norm)
         self.strides, self.pad_multiple = body.strides, body.multiple
         # The pyramid has the width of the head, and its weights are drawn before the head's, whatever head that is.
         with torch.device("meta"):  # nothing is drawn there
-            planned = _build_head(head, len(self.classes))
-        self.backbone = build_pyramid(body, planned.width, fpn_norm)
-        self.head = _build_head(head, len(self.classes))
+            width = head.width if isinstance(head, Head) else head(len(self.classes)).width
+        self.backbone = build_pyramid(body, width, fpn_norm)
+        self.head = head if isinstance(head, Head) else head(len(self.classes))
         self.gives_masks = self.head.gives_masks
         self.criterion = criterion or SetCriterion()
         # The file holds the parts as they were built, and brings the backbone's weights.
@@ -182,11 +183,8 @@ class DiffusionDet(Detector):
     def from_reference(cls, state_dict: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> "DiffusionDet":
         """The detector of a checkpoint of the reference DiffusionDet, in evaluation mode on the CPU.
 
-        Backbone (ResNet-50/101, Swin-T/S/B), classes, stages and widths follow from the tensors' names and shapes.
-
-        Args:
-            state_dict: tensors by the reference's names.
-            classes: names of labels 0..K-1; by default COCO's if K is 80, else the numbers.
+        Backbone (ResNet-50/101, Swin-T/S/B), stages and widths follow from the names and shapes of the tensors. By
+        default the K classes are COCO's if K is 80, else numbers.
 
         Raises:
             ValueError: it names the weights that are missing, left over or of another shape.
@@ -197,12 +195,9 @@ class DiffusionDet(Detector):
         return detector.eval()
 
     def forward(self, images: list[Tensor], boxes: Tensor, t: Tensor) -> HeadOutput:
-        """One pass: classify and refine noisy boxes, at every stage.
+        """One pass: classify and refine noisy boxes (B, N, 4; xyxy pixels) of time t (B,), at every stage.
 
-        Args:
-            images: float32 (3, H, W), RGB, 0..1; any sizes, padded together and not resized.
-            boxes: (B, N, 4) xyxy in pixels.
-            t: (B,) diffusion time.
+        Images are float32 (3, H, W), RGB, 0..1, of any sizes, padded together and not resized.
         """
         return self.head(self.features(images), boxes, t)
 
@@ -273,18 +268,18 @@ class DiffusionDet(Detector):
         Args:
             steps, num_boxes: instead of the sampler's own.
             encoded: what `encode` made of these images, for predicting several times from them.
-
-        Raises:
-            ValueError: the weights give numbers that are not finite.
         """
         if not images:
             return []
-        chosen = sampler or self.sampler
-        steps = chosen.steps if steps is None else steps
-        sampler = replace(chosen, steps=steps, num_boxes=num_boxes or chosen.num_boxes)
+        sampler = (sampler or self.sampler).changed(steps=steps, num_boxes=num_boxes)
         encoded = encoded or self.encode(images)
-        selected = sampler.select(self.sample(encoded, [0] * len(images) if seeds is None else seeds, sampler))
-        detections = selected.in_images(encoded.seen, encoded.sizes)
+        sampled = self.sample(encoded, [0] * len(images) if seeds is None else seeds, sampler)
+        return self._select(sampled, sampler, encoded, images)
+
+    def _select(
+        self, sampled: list[Step], sampler: BoxSampler, encoded: Encoded, images: list[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        detections = sampler.select(sampled, encoded.seen, encoded.sizes)
         return [self.head.finish(d, *image.shape[-2:]) for d, image in zip(detections, images, strict=True)]
 
     @torch.no_grad()
@@ -298,11 +293,10 @@ class DiffusionDet(Detector):
     def trajectory(
         self, image: Tensor, seed: int = 0, sampler: BoxSampler | None = None
     ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        """How noise turned into the boxes of one image, and its detections.
+        """How noise turned into the boxes of one image, and what `predict` gives.
 
-        Returns: a dict per step, the noisiest first, with the time `t`, the noisy `boxes` (N, 4) that entered, and the
-        `predicted` (N, 4), `scores` (N,) and `labels` (N,) that came out; boxes are xyxy in pixels of the image. Then
-        what `predict` gives.
+        The first is a dict per step, the noisiest first, with the time `t`, the noisy `boxes` (N, 4) that entered, and
+        the `predicted` (N, 4), `scores` (N,) and `labels` (N,) that came out; boxes are xyxy in pixels of the image.
         """
         sampler = sampler or self.sampler
         encoded = self.encode([image])
@@ -313,44 +307,31 @@ class DiffusionDet(Detector):
             scores, labels = step.output.logits[0].sigmoid().max(-1)
             boxes, predicted = step.noisy_boxes[0] * scale, step.output.boxes[0] * scale
             steps.append({"t": step.t, "boxes": boxes, "predicted": predicted, "scores": scores, "labels": labels})
-        (detections,) = sampler.select(sampled).in_images(encoded.seen, encoded.sizes)
-        return steps, self.head.finish(detections, *image.shape[-2:])
-
-    def sampler_with(self, **settings: Any) -> BoxSampler:
-        """See `Detector.sampler_with`; it always has a number of boxes."""
-        known = {field.name for field in fields(BoxSampler)}
-        super().sampler_with(**{name: value for name, value in settings.items() if name not in known})
-        given = {name: value for name, value in settings.items() if value is not None}
-        return replace(self._complete(self.sampler), **given)
-
-    def _complete(self, sampler: BoxSampler) -> BoxSampler:
-        """The sampler with a number of boxes."""
-        return sampler if sampler.num_boxes else replace(sampler, num_boxes=self.num_boxes)
+        return steps, self._select(sampled, sampler, encoded, [image])[0]
 
     @torch.no_grad()
     def sample(self, encoded: Encoded, seeds: Sequence[int], sampler: BoxSampler) -> list[Step]:
-        """All steps from noise to boxes.
-
-        Raises:
-            ValueError: the weights give numbers that are not finite.
-        """
+        """All steps from noise to boxes; ValueError if the weights give numbers that are not finite."""
         sampler = self._complete(sampler)
         at_once = self._at_once(len(seeds), sampler.num_boxes or 0, CPU_BOXES)
         pyramids = encoded.pyramid.split(at_once)
 
         def denoise(boxes: Tensor, t: Tensor) -> HeadOutput:
             parts = zip(pyramids, boxes.split(at_once), t.split(at_once), strict=True)
-            output = HeadOutput.cat([self.head(*part, last_only=True) for part in parts], dim=1)
-            return output.map(lambda value: value[-1].float() if value.is_floating_point() else value[-1])
+            return HeadOutput.last_stage([self.head(*part, last_only=True) for part in parts])
 
         sampled = sampler.sample(denoise, self.schedule, encoded.seen, seeds, self.signal_scale)
-        outputs = [tensor for step in sampled for tensor in step.output.tensors().values()]
+        outputs = [tensor for step in sampled for tensor in vars(step.output).values()]
         if not torch.stack([tensor.isfinite().all() for tensor in outputs]).all():
             raise ValueError(
                 "the detector predicts numbers that are not finite: its training has diverged; take an earlier model,"
                 " or train it anew with a lower optimizer.lr"
             )
         return sampled
+
+    def _complete(self, sampler: BoxSampler) -> BoxSampler:
+        """The sampler with a number of boxes."""
+        return sampler.changed(num_boxes=sampler.num_boxes or self.num_boxes)
 
     def _separate_features(self, images: list[Tensor]) -> FeaturePyramid:
         """The pyramid of images padded one by one, so that none depends on its neighbours' sizes.
@@ -374,8 +355,3 @@ class DiffusionDet(Detector):
     def _at_once(self, images: int, size: int, most: int) -> int:
         """How many of the images to predict together: on a CPU at most `most` pixels or boxes, `size` per image."""
         return max(1, most // max(1, size)) if self.device.type == "cpu" else images
-
-
-def _build_head(head: Callable[[int], Head], classes: int) -> Head:
-    """The head that a detector's argument describes: made for so many classes, or one already built."""
-    return head if isinstance(head, Head) else head(classes)

@@ -13,7 +13,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from diffperception.detection.detector import Detector
 from diffperception.detection.sampler import BoxSampler, to_image_pixels
-from diffperception.detection.targets import image_sizes
+from diffperception.detection.targets import image_sizes, without_crowds
 from diffperception.models import Backbone, build_backbone
 
 
@@ -68,7 +68,8 @@ class FCOS(Detector):
         """See `Detector.loss`. Terms: `classification`, `bbox_regression`, `bbox_ctrness`."""
         training = self.model.training
         self.model.train()  # torchvision returns losses in training mode only
-        objects = [_objects(target, self.device) for target in targets]
+        learned = [without_crowds(target) for target in targets]
+        objects = [_with_area({name: t[name].to(self.device) for name in ("boxes", "labels")}) for t in learned]
         losses = self.model([image.to(self.device) for image in images], objects)
         self.model.train(training)
         return losses
@@ -84,7 +85,9 @@ class FCOS(Detector):
         batches = [resized] if self.pad_together and images else [[image] for image in resized]
         detections = [found for batch in batches for found in self.model(batch)]
         seen, sizes = image_sizes(resized).to(self.device), image_sizes(images).to(self.device)
-        return [_in_image(*parts) for parts in zip(detections, seen, sizes, strict=True)]
+        for found, *size in zip(detections, seen, sizes, strict=True):
+            found |= {"boxes": to_image_pixels(found["boxes"].float(), *size), "scores": found["scores"].float()}
+        return [_with_area(found) for found in detections]
 
 
 class _NormaliseAndPad(GeneralizedRCNNTransform):
@@ -110,16 +113,7 @@ class _Pyramid(nn.Module):
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
 
 
-def _in_image(found: dict[str, Tensor], seen: Tensor, size: Tensor) -> dict[str, Tensor]:
-    """Detections in pixels of the original image, without those that have no area there."""
-    boxes = to_image_pixels(found["boxes"].float(), seen, size)
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return {"boxes": boxes[keep], "scores": found["scores"][keep].float(), "labels": found["labels"][keep]}
-
-
-def _objects(target: dict, device: torch.device) -> dict[str, Tensor]:
-    """What torchvision takes as objects: no crowd regions, no boxes without area."""
-    keep = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(1)
-    if "iscrowd" in target:
-        keep = keep & ~target["iscrowd"].bool()
-    return {name: target[name][keep].to(device) for name in ("boxes", "labels")}
+def _with_area(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Objects or detections without those whose box has no area."""
+    keep = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1)
+    return {name: values[keep] for name, values in found.items()}

@@ -10,14 +10,14 @@ import torch.distributed as dist
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffperception.data import CocoDetection
 from diffperception.data.batches import collate
-from diffperception.data.images import ImageSample, ignore_interrupts, load_images
+from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead
 from diffperception.detection.detector import Detector, DiffusionDet
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, results_rows
 from diffperception.detection.sampler import BoxSampler
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
@@ -30,17 +30,22 @@ TRAJECTORY_STEPS = 4  # of the pictures of trajectories, where no number of step
 
 @dataclass(frozen=True)
 class FolderResult:
-    """What was found in a folder of images.
+    """What was found in a folder of images."""
 
-    Attributes:
-        images: of a COCO file: ids from 1, names below the folder, sizes.
-        detections: rows of a COCO results file.
-        broken: what is wrong with each image that could not be read, one sentence each.
-    """
+    images: list[dict[str, Any]]  # of a COCO file: ids from 1, names below the folder, sizes
+    detections: list[dict[str, Any]]  # rows of a COCO results file
+    broken: list[str]  # what is wrong with each image that could not be read, one sentence each
 
-    images: list[dict[str, Any]]
-    detections: list[dict[str, Any]]
-    broken: list[str]
+    @classmethod
+    def of(cls, found: Sequence[tuple[dict[str, Any], list[dict[str, Any]]] | str]) -> "FolderResult":
+        """From each image with its rows, or what is wrong with it; ValueError if none can be read."""
+        broken = [each for each in found if isinstance(each, str)]
+        whole = [each for each in found if not isinstance(each, str)]
+        if not whole:
+            raise ValueError(f"no image can be read: {broken[0]}")
+        images = [{"id": number, **image} for number, (image, _) in enumerate(whole, 1)]
+        rows = [row | {"image_id": number} for number, (_, of_image) in enumerate(whole, 1) for row in of_image]
+        return cls(images, rows, broken)
 
 
 def detect_folder(
@@ -82,7 +87,7 @@ def detect_folder(
     root, paths = list_images(images, leave_out=folder.path)
     names = png_names([path.relative_to(root) for path in paths])
     first_does(folder.clear)  # all have looked whether it is empty
-    found: list[str | tuple[dict[str, Any], list[dict[str, Any]]]] = []  # what is wrong, or an image and its rows
+    found: list[tuple[dict[str, Any], list[dict[str, Any]]] | str] = []
     drawn = 0
     batches = load_images(share(paths), batch_size, workers)
     for sample, detections in _detect(detector, batches, sampler, seed, precision):
@@ -91,25 +96,17 @@ def detect_folder(
             continue
         name = sample.path.relative_to(root)
         height, width = sample.image.shape[-2:]
-        rows = results_rows([0], [detections], range(1, len(detector.classes) + 1))
+        rows = results_rows(0, detections, range(1, len(detector.classes) + 1))
         found.append(({"file_name": name.as_posix(), "width": width, "height": height}, rows))
         if drawn < len(share(range(num_pictures))):
             picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
-            save_png(picture, folder.file(Path("pictures") / names[name]))
+            save_png(picture, folder.file("pictures" / names[name]))
         if drawn < len(share(range(num_trajectories))) and isinstance(detector, DiffusionDet):
             noise = name_seed(seed, name.name)
             picture = draw_trajectory(detector, sample.image, noise, sampler, score_threshold, precision)
-            save_png(picture, folder.file(Path("trajectories") / names[name]))
+            save_png(picture, folder.file("trajectories" / names[name]))
         drawn += 1
-    found = gather(found)
-    whole = [image for image in found if not isinstance(image, str)]
-    result = FolderResult(
-        images=[{"id": number, **image} for number, (image, _) in enumerate(whole, 1)],
-        detections=[row | {"image_id": number} for number, (_, rows) in enumerate(whole, 1) for row in rows],
-        broken=[problem for problem in found if isinstance(problem, str)],
-    )
-    if not whole:
-        raise ValueError(f"no image can be read: {result.broken[0]}")
+    result = FolderResult.of(gather(found))
     if first_process():
         categories = [{"id": k, "name": name} for k, name in enumerate(detector.classes, 1)]
         content = {"images": result.images, "annotations": [], "categories": categories}
@@ -169,23 +166,18 @@ def evaluate_detector(
     require_masks(detector, dataset)
     share_statistics(detector)
     chosen = spread(len(dataset), num_images)
-    ids = [dataset.image_ids[i] for i in chosen]
-    evaluator = CocoEvaluator(dataset.annotations, iou_types(dataset.masks), max_dets, ids, protocol)
+    image_ids = [dataset.image_ids[i] for i in chosen]
+    evaluator = CocoEvaluator(dataset.annotations, dataset.masks, max_dets, image_ids, protocol)
     detector.eval()
-    batches = share_of_batches(dataset, chosen, batch_size, workers)
-    for batch, targets in tqdm(batches, desc="evaluate", leave=False, disable=hide_bar()):
+    batches = read_ahead(LazyMap(dataset.__getitem__, share(chosen)), batch_size, workers)
+    for batch in tqdm(batches, desc="evaluate", leave=False, disable=hide_bar()):
+        images, targets = collate(batch)
         ids = [target["image_id"] for target in targets]
         with torch.no_grad(), autocast(detector.device, precision):
-            found = detector.predict(batch, [sample_seed(seed, image_id) for image_id in ids], sampler)
+            found = detector.predict(images, [sample_seed(seed, image_id) for image_id in ids], sampler)
         evaluator.update(ids, found)
     evaluator.gather()
     return evaluator.compute()
-
-
-def share_of_batches(dataset: CocoDetection, chosen: Sequence[int], batch_size: int, workers: int) -> DataLoader[Any]:
-    """Batches (images, targets) of those of the chosen images that this process predicts."""
-    subset = Subset(dataset, share(chosen))
-    return DataLoader(subset, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupts)
 
 
 def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
@@ -220,14 +212,13 @@ def share_statistics(detector: Detector) -> None:
 
 def spread(total: int, wanted: int | None) -> list[int]:
     """`wanted` of the indices 0..total-1, evenly spread; all if None."""
-    count = min(total, wanted or total)
+    count = total if wanted is None else min(total, wanted)
     return [i * total // count for i in range(count)]
 
 
 def write_result(result: CocoResult, folder: OutputFolder) -> None:
     """metrics.json (overall and by class; null where undefined) and detections.json (a COCO results file)."""
-    notes = [*result.notes, *([result.explanation] if result.explanation else [])]
-    scores = {"metrics": result.metrics, "per_class": result.per_class, "notes": notes}
+    scores = {"metrics": result.metrics, "per_class": result.per_class, "notes": result.remarks}
     write_json(folder.file("metrics.json"), scores)
     write_json(folder.file("detections.json"), result.detections, None)
 
@@ -243,12 +234,10 @@ def draw_predictions(
 ) -> None:
     """pictures/: predictions beside ground truth for `count` images spread over the data set, one PNG each.
 
-    Of the first two there is also, for a DiffusionDet, its trajectory: noise turning into boxes.
-
-    Args:
-        seed, sampler, precision: as in `evaluate_detector`.
+    Of the first two there is also, for a DiffusionDet, its trajectory: noise turning into boxes. Seed, sampler and
+    precision are as in `evaluate_detector`.
     """
-    for number, index in enumerate(spread(len(dataset), count) if count else []):
+    for number, index in enumerate(spread(len(dataset), count)):
         image, target = dataset[index]
         name = Path(dataset.file_names[index]).stem
         noise = sample_seed(seed, target["image_id"])
@@ -256,7 +245,7 @@ def draw_predictions(
             prediction = detector.predict([image], [noise], sampler)[0]
         save_png(side_by_side(image, target, prediction, detector.classes), folder.file(f"pictures/{name}.png"))
         if number < 2 and isinstance(detector, DiffusionDet):
-            picture = draw_trajectory(detector, image, noise, precision=precision)
+            picture = draw_trajectory(detector, image, noise, sampler, precision=precision)
             save_png(picture, folder.file(f"pictures/{name}_noise_to_boxes.png"))
 
 
@@ -268,15 +257,11 @@ def draw_trajectory(
     threshold: float = THRESHOLD,
     precision: Precision = "32",
 ) -> Image.Image:
-    """Noise turning into the boxes of one image.
+    """Noise turning into the boxes of one image (3, H, W); detections below the threshold are not drawn.
 
     Args:
-        image: (3, H, W), as for `detector.predict`.
-        seed: of the noise.
         sampler: by default the detector's own. Where that takes one step, and no other number is asked for,
             TRAJECTORY_STEPS are shown.
-        threshold: detections with lower scores are not drawn.
-        precision: of the network's products.
     """
     sampler = sampler or detector.sampler
     if sampler.steps == detector.sampler.steps == 1:

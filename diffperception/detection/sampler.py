@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -67,20 +67,25 @@ class BoxSampler:
         if self.mode not in get_args(Mode):
             raise ValueError(f"there is no mode {self.mode!r}: it is one of {', '.join(get_args(Mode))}")
 
+    def changed(self, **settings: Any) -> "BoxSampler":
+        """The same with some settings replaced; those that are None stay."""
+        return replace(self, **{name: value for name, value in settings.items() if value is not None})
+
     def sample(
         self, denoise: BoxDenoiser, schedule: Schedule, image_sizes: Tensor, seeds: Sequence[int], signal_scale: float
     ) -> list[Step]:
-        """Denoise random boxes step by step.
+        """Denoise random boxes step by step, and return every step, the noisiest first.
 
         Args:
             image_sizes: (B, 4) width, height, width, height in pixels.
             seeds: one per image.
             signal_scale: size of the signal beside the unit noise.
-
-        Returns: every step, the noisiest first.
         """
         grid = schedule.grid(self.steps, "diffusiondet").tolist()
-        z, *draws = self._noise(seeds, image_sizes.device)
+        # The first boxes, then the noise and fresh boxes of each step but the last. All are drawn whatever the settings
+        # are, so that these do not shift later draws.
+        noise, like = SampleNoise(seeds), torch.empty(len(seeds), self.num_boxes or 0, 4)
+        z, *draws = to_device(torch.stack([noise(like) for _ in range(2 * self.steps - 1)]), image_sizes.device)
         steps: list[Step] = []
         for number, (t, s) in enumerate(itertools.pairwise(grid)):
             time = grid[0] if self.mode == "fixed_time" else t
@@ -94,14 +99,6 @@ class BoxSampler:
                 z = self._renew(stepped, fresh, output)
         return steps
 
-    def _noise(self, seeds: Sequence[int], device: torch.device) -> Tensor:
-        """The first boxes, then for each step but the last its noise and fresh boxes: (2 * steps - 1, B, N, 4).
-
-        All are drawn whatever the settings, so that these do not shift later draws.
-        """
-        noise, like = SampleNoise(seeds), torch.empty(len(seeds), self.num_boxes or 0, 4)
-        return to_device(torch.stack([noise(like) for _ in range(2 * self.steps - 1)]), device)
-
     def _renew(self, stepped: Tensor, fresh: Tensor, output: HeadOutput) -> Tensor:
         """Boxes of the next step (B, N, 4): the step's own where they are worth going on with, else fresh ones."""
         if self.mode == "fresh_boxes":
@@ -111,49 +108,32 @@ class BoxSampler:
         keep = output.logits.amax(-1, keepdim=True).sigmoid() > self.renewal_threshold
         return torch.where(keep, stepped, fresh)
 
-    def select(self, steps: Sequence[Step]) -> "Selection":
-        """Detections of each image: of every step the N best of N x K scores, pooled, then class-wise NMS."""
-        pooled = [_top_scores(step.output) for step in (steps if self.ensemble else steps[-1:])]
-        found = {name: torch.cat([part[name] for part in pooled], dim=1) for name in pooled[0]}
-        return Selection(found, _kept(found["boxes"], found["scores"], found["labels"], self.nms_threshold))
-
-
-@dataclass
-class Selection:
-    """Detections of a batch, and which of them are left.
-
-    Attributes:
-        found: by name, tensors (B, P, ...): boxes, scores, labels, whatever more the head gave.
-        kept: (k,) indices of those that are left, of B * P; of each image the best first.
-    """
-
-    found: dict[str, Tensor]
-    kept: Tensor
-
-    def in_images(self, seen: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
-        """What is left in each image, best first, boxes in pixels of the original, clipped to it; none without area.
+    def select(self, steps: Sequence[Step], seen: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Detections of each image: of every step the N best of N x K scores, pooled, then class-wise NMS.
 
         Args:
             seen, sizes: (B, 4) width, height, width, height of the images that were predicted and of the originals.
+
+        Returns: best first, `boxes` xyxy in pixels of the original, clipped to it, none without area; `scores`,
+            `labels`, and whatever more the head gave.
         """
-        boxes = to_image_pixels(self.found["boxes"], seen[:, None], sizes[:, None])
-        images, per_image = boxes.shape[:2]
-        has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1).flatten()[self.kept]
-        image, order = torch.where(has_area, self.kept // per_image, images).sort(stable=True)
+        pooled = [_top_scores(step.output) for step in (steps if self.ensemble else steps[-1:])]
+        found = {name: torch.cat([part[name] for part in pooled], dim=1) for name in pooled[0]}
+        kept = _kept(found["boxes"], found["scores"], found["labels"], self.nms_threshold)
+        found["boxes"] = to_image_pixels(found["boxes"], seen[:, None], sizes[:, None])
+        images, per_image = found["scores"].shape
+        has_area = (found["boxes"][..., 2:] > found["boxes"][..., :2]).all(-1).flatten()[kept]
+        image, order = torch.where(has_area, kept // per_image, images).sort(stable=True)
         numbers = (image[:, None] == torch.arange(images + 1, device=image.device)).sum(0).tolist()
-        index = self.kept[order]
-        parts = {
-            name: values.flatten(0, 1)[index].split(numbers)[:-1]
-            for name, values in (self.found | {"boxes": boxes}).items()
-        }
-        return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        kept = kept[order]
+        parts = [values.flatten(0, 1)[kept].split(numbers)[:-1] for values in found.values()]
+        return [dict(zip(found, values, strict=True)) for values in zip(*parts, strict=True)]
 
 
 def to_image_pixels(boxes: Tensor, seen: Tensor, sizes: Tensor) -> Tensor:
     """Boxes (..., 4; xyxy) from pixels of the resized image to pixels of the original, clipped to it.
 
-    Args:
-        seen, sizes: (..., 4) width, height, width, height of the resized and of the original image.
+    `seen` and `sizes` (..., 4) are width, height, width, height of the resized and of the original image.
     """
     return torch.minimum((boxes * (sizes / seen)).clamp(min=0), sizes)
 
@@ -163,8 +143,7 @@ def _top_scores(output: HeadOutput) -> dict[str, Tensor]:
     count, classes = output.logits.shape[1:]
     scores, index = output.logits.sigmoid().flatten(1).topk(count, dim=1)
     image = torch.arange(len(index), device=index.device)[:, None]
-    others = {name: value for name, value in output.tensors().items() if name != "logits"}
-    chosen = {name: value[image, index // classes] for name, value in others.items()}
+    chosen = {name: value[image, index // classes] for name, value in vars(output).items() if name != "logits"}
     return {"boxes": chosen.pop("boxes"), "scores": scores, "labels": index % classes, **chosen}
 
 

@@ -1,11 +1,11 @@
-"""What the settings of the sampler are worth: AP and seconds of their combinations. No lightning here."""
+"""What the settings of the sampler are worth: AP and seconds of their combinations."""
 
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,33 +14,31 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffperception.data import CocoDetection
+from diffperception.data.batches import collate
+from diffperception.data.images import LazyMap, read_ahead
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, Protocol
-from diffperception.detection.inference import require_classes, share_of_batches
+from diffperception.detection.inference import require_classes
 from diffperception.detection.sampler import BoxSampler
-from diffperception.devices import Precision, autocast, gather, hide_bar
+from diffperception.devices import Precision, autocast, gather, hide_bar, share
 from diffperception.diffusion import sample_seed
 from diffperception.files import OutputFolder, write_json
 from diffperception.table import format_table
 from diffperception.visualization.draw import save_png
 
 
-@dataclass(frozen=True)
+@dataclass
 class Score:
-    """A metric in 0..1, for each seed; nan where the data set has nothing to find."""
+    """A metric in 0..1 for each seed, nan where the data set has nothing to find; its mean and standard deviation."""
 
     by_seed: list[float]
+    mean: float = field(init=False)
+    spread: float = field(init=False)  # nan for one seed, or where the metric is
 
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.by_seed)
-
-    @property
-    def spread(self) -> float:
-        """The sample standard deviation over the seeds; nan for one seed, or where the metric is."""
-        if len(self.by_seed) < 2 or math.isnan(self.mean):
-            return math.nan
-        return statistics.stdev(self.by_seed)
+    def __post_init__(self) -> None:
+        self.mean = statistics.fmean(self.by_seed)
+        several = len(self.by_seed) > 1 and not math.isnan(self.mean)
+        self.spread = statistics.stdev(self.by_seed) if several else math.nan
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if math.isnan(self.spread) else f" ± {self.spread:.3f}")
@@ -48,13 +46,7 @@ class Score:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What a combination of settings gave.
-
-    Attributes:
-        sampler: the settings.
-        ap, ap50: COCO's AP and AP50.
-        seconds: that one image takes: features, head and post-processing.
-    """
+    """What a combination of settings gave: COCO's AP and AP50, and the seconds that one image takes."""
 
     sampler: BoxSampler
     ap: Score
@@ -64,11 +56,7 @@ class SweepRow:
     def content(self) -> dict[str, Any]:
         """For a JSON file."""
         settings = {"mode": self.sampler.mode} | asdict(self.sampler) | {"head_passes": self.sampler.steps}
-        scores = {
-            name: {"mean": score.mean, "spread": score.spread, "by_seed": score.by_seed}
-            for name, score in (("AP", self.ap), ("AP50", self.ap50))
-        }
-        return settings | scores | {"seconds_per_image": self.seconds}
+        return settings | {"AP": asdict(self.ap), "AP50": asdict(self.ap50), "seconds_per_image": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -104,8 +92,7 @@ class Sweep:
 
     def content(self) -> dict[str, Any]:
         """For a JSON file."""
-        about = {name: value for name, value in vars(self).items() if name != "rows"}
-        return about | {"rows": [row.content() for row in self.rows]}
+        return vars(self) | {"rows": [row.content() for row in self.rows]}
 
 
 def combine(detector: Detector, choices: Mapping[str, Sequence[Any]]) -> list[BoxSampler]:
@@ -118,7 +105,7 @@ def combine(detector: Detector, choices: Mapping[str, Sequence[Any]]) -> list[Bo
         name = type(detector).__name__
         raise ValueError(f"{name} has no sampler to sweep: give one seed, and one value of each option")
     combinations = itertools.product(*choices.values())
-    return [detector.sampler_with(**dict(zip(choices, values, strict=True))) for values in combinations]
+    return [detector.sampler.changed(**dict(zip(choices, values, strict=True))) for values in combinations]
 
 
 def write_sweep(sweep: Sweep, folder: OutputFolder) -> None:
@@ -159,9 +146,7 @@ def sweep_sampler(
     Args:
         combinations: settings, such as `combine` gives.
         seeds: of the noise; each combination is scored with each.
-        batch_size: images per prediction.
-        workers: processes that read images, for each process that predicts.
-        max_dets, protocol, precision: as in `evaluate_detector`.
+        batch_size, workers, max_dets, protocol, precision: as in `evaluate_detector`.
 
     Raises:
         ValueError: the detector has other classes than the data set, the annotations are not for the protocol, or
@@ -170,13 +155,13 @@ def sweep_sampler(
     require_classes(detector.classes, dataset)
     if dataset.masks:
         raise ValueError("a sweep scores boxes alone: leave masks out, or give one seed and one value of each option")
-    evaluator = CocoEvaluator(dataset.annotations, ("bbox",), max_dets, dataset.image_ids, protocol)
+    evaluator = CocoEvaluator(dataset.annotations, False, max_dets, dataset.image_ids, protocol)
     detector.eval()
     runs = [[_Run(sampler, seed) for seed in seeds] for sampler in combinations]
-    batches = share_of_batches(dataset, range(len(dataset)), batch_size, workers)
+    images = LazyMap(dataset.__getitem__, share(range(len(dataset))))
     assert isinstance(detector, DiffusionDet), "combine gives nothing for others"
     with autocast(detector.device, precision):
-        _predict(detector, batches, list(itertools.chain(*runs)))
+        _predict(detector, read_ahead(images, batch_size, workers), list(itertools.chain(*runs)))
     rows = [_row(group, evaluator) for group in tqdm(runs, desc="score", leave=False, disable=hide_bar())]
     return Sweep(rows, list(seeds), len(dataset), batch_size, str(detector.device))
 
@@ -185,20 +170,21 @@ def _predict(detector: DiffusionDet, batches: DataLoader[Any], runs: Sequence[_R
     """Fill the runs, all with a batch before the next, so that what disturbs the clock disturbs all alike."""
     passes = sum(run.sampler.steps for run in runs)
     bar = tqdm(total=passes * len(batches.dataset), desc="sweep", unit="pass", leave=False, disable=hide_bar())  # type: ignore[arg-type]
-    for images, targets in batches:
+    for batch in batches:
+        images, targets = collate(batch)
         ids = [target["image_id"] for target in targets]
         began = _now(detector.device)
         encoded = detector.encode(images)
         features = _now(detector.device) - began
-        done: dict[Any, tuple[list[dict[str, Tensor]], float]] = {}
+        done: dict[tuple[int, BoxSampler], tuple[list[dict[str, Tensor]], float]] = {}
         for run in runs:
-            what = (run.seed, *astuple(_without_idle(run.sampler)))
-            if what not in done:
+            same = run.seed, _without_idle(run.sampler)
+            if same not in done:
                 seeds = [sample_seed(run.seed, image_id) for image_id in ids]
                 began = _now(detector.device)
                 found = detector.predict(images, seeds=seeds, sampler=run.sampler, encoded=encoded)
-                done[what] = found, (features + _now(detector.device) - began) / len(ids)
-            found, seconds = done[what]
+                done[same] = found, (features + _now(detector.device) - began) / len(ids)
+            found, seconds = done[same]
             run.seconds.append(seconds)
             for image_id, detections in zip(ids, found, strict=True):
                 run.detections[image_id] = {name: value.cpu() for name, value in detections.items()}
@@ -208,9 +194,7 @@ def _predict(detector: DiffusionDet, batches: DataLoader[Any], runs: Sequence[_R
 
 def _without_idle(sampler: BoxSampler) -> BoxSampler:
     """Equal for settings that predict the same: what happens between steps does nothing in a single one."""
-    if sampler.steps > 1:
-        return sampler
-    return replace(sampler, eta=1.0, mode="ddim", renewal_threshold=None, ensemble=True)
+    return sampler if sampler.steps > 1 else BoxSampler(1, sampler.num_boxes, nms_threshold=sampler.nms_threshold)
 
 
 def _now(device: torch.device) -> float:
@@ -228,6 +212,6 @@ def _row(runs: Sequence[_Run], evaluator: CocoEvaluator) -> SweepRow:
         evaluator.update(list(run.detections), list(run.detections.values()))
         evaluator.gather()
         metrics.append(evaluator.compute().metrics)
-    seconds = statistics.median(gather([x for run in runs for x in run.seconds]))
+    seconds = statistics.median(itertools.chain(*gather([[x for run in runs for x in run.seconds]])))
     ap, ap50 = (Score([found[name] for found in metrics]) for name in ("AP", "AP50"))
     return SweepRow(runs[0].sampler, ap, ap50, seconds)

@@ -37,21 +37,18 @@ class PaddedTargets:
     @classmethod
     def collate(cls, targets: Sequence[dict], image_sizes: Tensor) -> "PaddedTargets":
         """Pad torchvision detection targets, on the CPU; `iscrowd` regions are no objects to learn."""
-        learned = [_without_crowds(target) for target in targets]
-        boxes = [target["boxes"].float().reshape(-1, 4) for target in learned]
-        most = max(1, *(len(b) for b in boxes))
-        valid = torch.arange(most) < torch.tensor([len(b) for b in boxes])[:, None]
-        # A pad is a box of one pixel: its geometry stays finite, and `valid` keeps it out of every result.
-        padded = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(boxes), most, 1)
-        for row, of_image in zip(padded, boxes, strict=True):
-            row[: len(of_image)] = of_image
-        labels = _stack([target["labels"] for target in learned], most)
-        more = {
-            name: _stack([target[name] for target in learned], most)
+        learned = [without_crowds(target) for target in targets]
+        counts = [len(target["labels"]) for target in learned]
+        columns = {
+            name: _stack([target[name] for target in learned], max(1, *counts))
             for name, value in learned[0].items()
-            if name not in PLAIN and len(value) == len(boxes[0])
+            if name in ("boxes", "labels") or (name not in PLAIN and len(value) == counts[0])
         }
-        return cls(padded, labels, valid, image_sizes.cpu(), valid, None, more)
+        boxes, labels = columns.pop("boxes"), columns.pop("labels")
+        valid = torch.arange(labels.shape[1]) < torch.tensor(counts)[:, None]
+        # A pad is a box of one pixel: its geometry stays finite, and `valid` keeps it out of every result.
+        boxes = torch.where(valid[..., None], boxes, torch.tensor([0.0, 0.0, 1.0, 1.0]))
+        return cls(boxes, labels, valid, image_sizes.cpu(), valid, None, columns)
 
     def to(self, device: torch.device) -> "PaddedTargets":
         """The same objects there."""
@@ -81,10 +78,11 @@ def image_sizes(images: Sequence[Tensor]) -> Tensor:
     return torch.tensor([[*image.shape[-2:]][::-1] * 2 for image in images], dtype=torch.float32)
 
 
-def _without_crowds(target: dict) -> dict[str, Tensor]:
+def without_crowds(target: dict) -> dict[str, Tensor]:
     """The target's tensors on the CPU, without what is marked in `iscrowd`."""
     objects = len(target["labels"])
     tensors = {name: value.cpu() for name, value in target.items() if isinstance(value, Tensor)}
+    tensors["boxes"] = tensors["boxes"].float().reshape(-1, 4)
     if "iscrowd" in tensors:
         keep = ~tensors["iscrowd"].bool()
         tensors = {name: x[keep] if x.shape[:1] == (objects,) else x for name, x in tensors.items()}

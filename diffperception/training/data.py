@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from diffperception.data.batches import SeededSamples, StepBatchSampler, collate
-from diffperception.detection.inference import ignore_interrupts
+from diffperception.data.images import ignore_interrupts
 
 
 class TrainingData(LightningDataModule):

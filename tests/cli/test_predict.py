@@ -137,7 +137,7 @@ def test_the_sampler_can_be_set(model, photos, tmp_path):
     sampler = BoxSampler(2, 12, eta=0.5, renewal_threshold=0, ensemble=False, nms_threshold=0.3)
     pixels = TF.to_dtype(read_image(image), torch.float32, scale=True)
     (found,) = DiffusionDet.load(model).predict([pixels], [name_seed(0, image.name)], sampler)
-    assert read(tmp_path / "out")[1] == results_rows([1], [found], [1, 2, 3])
+    assert read(tmp_path / "out")[1] == results_rows(1, found, [1, 2, 3])
     drawn = [tmp_path / name / "trajectories/a.png" for name in ("out", "plain")]
     assert run(model, image, tmp_path / "plain", "--steps", "2") == 0
     assert drawn[0].read_bytes() != drawn[1].read_bytes()

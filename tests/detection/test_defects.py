@@ -44,11 +44,13 @@ def test_1_several_images_and_several_steps(steps, renewal, ensemble):
 def test_2_the_last_step_enters_the_ensemble(steps):
     sampler = BoxSampler(steps, num_boxes=6, nms_threshold=None, renewal_threshold=None)
     detector = tiny_detector()
-    sampled = detector.sample(detector.encode(IMAGES[:1]), [0], sampler)
-    selection = sampler.select(sampled)
-    pooled = {"scores": selection.found["scores"].flatten()[selection.kept]}
+    encoded = detector.encode(IMAGES[:1])
+    sampled = detector.sample(encoded, [0], sampler)
+    for step in sampled:
+        step.output.boxes[:] = torch.tensor([10.0, 10.0, 20.0, 20.0])  # in the image: those outside would be left out
+    (found,) = sampler.select(sampled, encoded.seen, encoded.sizes)
     expected = torch.cat([step.output.logits[0].sigmoid().flatten().topk(6).values for step in sampled])
-    assert torch.equal(pooled["scores"], expected.sort(descending=True).values)
+    assert torch.equal(found["scores"], expected.sort(descending=True).values)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 63, 64, 255, 256, 1300])

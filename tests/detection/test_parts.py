@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -25,6 +26,7 @@ from diffperception.detection import (
 )
 from diffperception.detection.criterion import Matches
 from diffperception.detection.inference import detect_folder, draw_predictions, draw_trajectory, evaluate_detector
+from diffperception.detection.sampler import to_image_pixels
 from diffperception.detection.sweep import sweep_sampler
 from diffperception.detection.targets import PaddedTargets
 from diffperception.files import OutputFolder
@@ -128,7 +130,7 @@ def test_all_settings_of_the_parts_are_in_the_file(tmp_path):
     sampler = BoxSampler(3, renewal_threshold=None, mode="fixed_time")
     tiny_detector(matcher="hungarian", sampler=sampler).save(tmp_path / "model.safetensors")
     loaded = DiffusionDet.load(tmp_path / "model.safetensors")
-    assert loaded.sampler == sampler
+    assert loaded.sampler == sampler.changed(num_boxes=20)
     assert loaded.criterion.matcher == "hungarian"
     assert loaded.sampler_with(steps=1) == BoxSampler(1, 20, renewal_threshold=None, mode="fixed_time")
 
@@ -154,13 +156,13 @@ def test_what_a_head_adds_is_in_the_predictions(tmp_path):
         assert detections["masks"].shape[1:] == image.shape[1:]
     alone = detector.predict(IMAGES[1:], [2])[0]
     torch.testing.assert_close(alone["quality"], found[1]["quality"], atol=1e-5, rtol=1e-4)
-    plain = detector.sample(detector.encode(IMAGES), [1, 2], detector.sampler_with())
-    selection = detector.sampler.select(plain)
-    best = selection.found["scores"].flatten(0, 1)[selection.kept].argmax()
-    for name in ("quality", "boxes"):  # of one proposal, before and after
-        of_best = selection.found[name].flatten(0, 1)[selection.kept[best]]
-        everything = torch.cat([step.output.tensors()[name].flatten(0, 1) for step in plain])
-        assert (everything == of_best).reshape(len(everything), -1).all(1).any()
+    encoded = detector.encode(IMAGES[:1])
+    plain = detector.sample(encoded, [1], detector.sampler_with())
+    (selected,) = detector.sampler.select(plain, encoded.seen, encoded.sizes)
+    boxes = to_image_pixels(torch.cat([step.output.boxes[0] for step in plain]), encoded.seen, encoded.sizes)
+    quality = torch.cat([step.output.quality[0] for step in plain])
+    same_box = (boxes == selected["boxes"][0]).all(1)
+    assert (same_box & (quality == selected["quality"][0])).any()  # of one proposal
     detector.save(tmp_path / "model.safetensors")
     loaded = DiffusionDet.load(tmp_path / "model.safetensors", allow=("tests",))
     assert torch.equal(loaded.predict(IMAGES, [1, 2])[0]["quality"], found[0]["quality"])
@@ -275,6 +277,13 @@ def test_pictures_show_what_the_precision_gives(tmp_path: Path):
     detect_folder(detector, tmp_path / "a.png", tmp_path / "out", workers=0, precision="bf16")
     draw_predictions(detector, dataset, OutputFolder(tmp_path / "score"), 1, precision="bf16")
     assert used == {torch.bfloat16}
+
+
+def test_trajectories_beside_a_score_are_those_of_the_sampler_that_it_used(tmp_path: Path):
+    detector, folder = tiny_detector(sampler=BoxSampler(4)), OutputFolder(tmp_path / "score")
+    draw_predictions(detector, masked_data(tmp_path), folder, 1, sampler=detector.sampler_with(steps=1))
+    with Image.open(tmp_path / "score" / "pictures" / "a_noise_to_boxes.png") as picture:
+        assert 3 * PANEL_SIDE < picture.width < 4 * PANEL_SIDE  # the noise, the boxes, the detections
 
 
 def test_masks_that_no_one_gives_or_scores_are_refused_before_the_work(tmp_path: Path):

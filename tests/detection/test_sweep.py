@@ -34,14 +34,14 @@ def detector() -> DiffusionDet:
 
 @pytest.fixture(scope="module")
 def dataset(detector: DiffusionDet, tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
-    """A few images whose objects are the best detections with the first seed and default settings: AP is not 0."""
-    annotations, images = write_tiny_data(tmp_path_factory.mktemp("data"), images=4)
+    """Images, of which two processes get different numbers; their objects are the best detections, so AP is not 0."""
+    annotations, images = write_tiny_data(tmp_path_factory.mktemp("data"), images=5)
     content = json.loads(annotations.read_text())
     content["annotations"] = []
     for image, target in CocoDetection(annotations, images):
         seed = sample_seed(0, target["image_id"])
         (found,) = detector.predict([image], seeds=[seed])
-        rows = results_rows([target["image_id"]], [found], list(CLASSES))[:4]
+        rows = results_rows(target["image_id"], found, list(CLASSES))[:4]
         for row in rows:
             area = row["bbox"][2] * row["bbox"][3]
             content["annotations"].append(row | {"id": len(content["annotations"]) + 1, "area": area})

@@ -2,14 +2,13 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Self
 
 from diffperception.detection.boxes import apply_deltas
 from diffperception.models import Model
@@ -22,31 +21,24 @@ PRIOR_PROBABILITY = 0.01  # of an object at initialisation, so that the focal lo
 
 @dataclass
 class HeadOutput:
-    """What a head says of proposals. Yours may derive from it and add tensors with the same leading axes.
+    """What a head says of proposals, at S stages; a step of sampling has the last alone, without that axis.
 
-    What is added passes through sampling and the selection of detections, and is in the predictions by its name.
+    Yours may derive from it and add tensors with the same leading axes: they pass through sampling and the selection
+    of detections, and are in the predictions by their names.
 
     Attributes:
-        logits: (S, B, N, K) of the classes, at S stages; a step of sampling has the last alone, without that axis.
+        logits: (S, B, N, K) of the classes.
         boxes: (S, B, N, 4) xyxy in pixels.
     """
 
     logits: Tensor
     boxes: Tensor
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same with `function` of each tensor."""
-        return type(self)(**{name: function(value) for name, value in self.tensors().items()})
-
     @classmethod
-    def cat(cls, outputs: "Sequence[HeadOutput]", dim: int) -> "HeadOutput":
-        """Several along an axis."""
-        parts = [output.tensors() for output in outputs]
-        return type(outputs[0])(**{name: torch.cat([part[name] for part in parts], dim) for name in parts[0]})
+    def last_stage(cls, outputs: "Sequence[HeadOutput]") -> "HeadOutput":
+        """The last stage, of several batches as of one, (B, N, ...), in float32."""
+        last = {name: torch.cat([vars(output)[name][-1] for output in outputs]) for name in vars(outputs[0])}
+        return type(outputs[0])(**{name: x.float() if x.is_floating_point() else x for name, x in last.items()})
 
 
 class Head(Model, ABC):
@@ -62,12 +54,9 @@ class Head(Model, ABC):
 
     @abstractmethod
     def forward(self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False) -> HeadOutput:
-        """Classify and refine noisy boxes.
+        """Classify and refine noisy boxes (B, N, 4; xyxy pixels), each image's of a diffusion time t (B,).
 
-        Args:
-            boxes: (B, N, 4) xyxy in pixels.
-            t: (B,) diffusion time of each image's boxes.
-            last_only: give the last stage alone (S = 1 in the result), as prediction needs no other.
+        With `last_only` the result has the last stage alone (S = 1), as prediction needs no other.
         """
 
     def finish(self, detections: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
@@ -105,31 +94,23 @@ class DynamicHead(Head):
         super().__init__()
         self.width = width
         self.time_embedding = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 4 * width))
-        series = [
+        self.stages = nn.ModuleList(
             HeadStage(num_classes, width, pool_size, pool_samples, dynamic_width, ffn_width, num_heads, box_layers)
             for _ in range(stages)
-        ]
-        self.stages = nn.ModuleList(series)
+        )
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        for stage in series:
-            # By module, never by a dimension that equals K: other biases may have K entries too.
-            nn.init.constant_(stage.class_logits.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
-            nn.init.zeros_(stage.box_deltas.bias)
 
     def forward(self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False) -> HeadOutput:
         """See `Head.forward`. With `last_only` no other stage classifies."""
         time = self.time_embedding(sinusoidal_embedding(t, self.width).to(next(self.parameters()).dtype))
-        features = None
-        all_logits, all_boxes = [], []
+        features, shown = None, []
         for stage in self.stages:
-            classify = not last_only or stage is self.stages[-1]
-            logits, boxes, features = stage(pyramid, boxes.detach(), features, time, classify)
-            all_logits.append(logits)
-            all_boxes.append(boxes)
-        shown = slice(-1 if last_only else 0, None)
-        return HeadOutput(torch.stack(all_logits[shown]), torch.stack(all_boxes[shown]))
+            show = not last_only or stage is self.stages[-1]
+            logits, boxes, features = stage(pyramid, boxes.detach(), features, time, show)
+            shown += [(logits, boxes)] if show else []
+        return HeadOutput(*map(torch.stack, zip(*shown, strict=True)))
 
 
 class HeadStage(nn.Module):
@@ -160,6 +141,8 @@ class HeadStage(nn.Module):
         self.box_tower = _tower(width, box_layers)
         self.class_logits = nn.Linear(width, num_classes)
         self.box_deltas = nn.Linear(width, 4)
+        nn.init.constant_(self.class_logits.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        nn.init.zeros_(self.box_deltas.bias)
 
     def forward(
         self, pyramid: FeaturePyramid, boxes: Tensor, features: Tensor | None, time: Tensor, classify: bool
@@ -187,8 +170,6 @@ class DynamicConv(nn.Module):
 
     def __init__(self, width: int, dynamic_width: int, positions: int):
         super().__init__()
-        self.width = width
-        self.dynamic_width = dynamic_width
         self.generate = nn.Linear(width, 2 * width * dynamic_width)
         self.norm1 = nn.LayerNorm(dynamic_width)
         self.norm2 = nn.LayerNorm(width)

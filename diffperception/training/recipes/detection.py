@@ -15,7 +15,7 @@ from diffperception.data import CocoDetection
 from diffperception.data.batches import repeat_factors
 from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol
 from diffperception.detection.inference import (
     draw_predictions,
     evaluate_detector,
@@ -154,7 +154,7 @@ class DetectionEvaluator(Evaluator):
     def __post_init__(self) -> None:
         self.every, options = self.options.every, self.options
         # What cannot be scored is refused here, not after the training.
-        CocoEvaluator(self.dataset.annotations, iou_types(self.dataset.masks), options.max_dets, None, options.protocol)
+        CocoEvaluator(self.dataset.annotations, self.dataset.masks, options.max_dets, None, options.protocol)
 
     def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: OutputFolder | None) -> dict[str, float]:
         return self._score(averaged, self.options.num_images).metrics
