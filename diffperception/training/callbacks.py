@@ -1,9 +1,10 @@
 """What happens after the steps of training: averaging, logging, checkpoints, evaluation."""
 
+import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from diffperception.echo import echo
 from diffperception.files import OutputFolder, written_beside
 from diffperception.training.module import TrainingModule
-from diffperception.training.recipe import Evaluator
+from diffperception.training.options import TrainerOptions
+from diffperception.training.recipe import Evaluator, Metrics
 
 IMPATIENCE = 3.0  # seconds; torchrun hands Ctrl-C on to processes that got it from the terminal already
 
@@ -50,8 +52,9 @@ class Averaging(WeightAveraging):
         """As AveragedModel.update_parameters, which copies the number of updates to a GPU and waits for it."""
         average = self._average_model
         assert average is not None
-        pairs = list(zip(_state(average.module), _state(module), strict=True))
         n = int(average.n_averaged)
+        states = (chain(model.parameters(), model.buffers()) for model in (average.module, module))
+        pairs = list(zip(*states, strict=True))
         blended = [pair for pair in pairs if n and pair[0].is_floating_point()]
         copied = [pair for pair in pairs if not (n and pair[0].is_floating_point())]  # counters; all at first
         if blended:
@@ -68,11 +71,6 @@ class Averaging(WeightAveraging):
         return self._average_model.module.model  # type: ignore[return-value]
 
 
-def _state(module: nn.Module) -> Iterator[Tensor]:
-    """Weights and statistics."""
-    return chain(module.parameters(), module.buffers())
-
-
 def log(trainer: Trainer, step: int, numbers: Mapping[str, float]) -> None:
     """Give the loggers the numbers of a step, in the first process."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
@@ -80,11 +78,7 @@ def log(trainer: Trainer, step: int, numbers: Mapping[str, float]) -> None:
 
 
 class Reporter(Callback):
-    """Progress with the time left, and a row of numbers every so many steps.
-
-    Args:
-        every: steps between rows.
-    """
+    """Progress with the time left, and a row of numbers every so many steps."""
 
     def __init__(self, every: int):
         self.every = every
@@ -146,20 +140,16 @@ class Checkpoints(Callback):
     """Writes last.ckpt every so many steps, at the end, when told to stop, and on an error between two steps.
 
     Ctrl-C, SIGTERM and the time limit stop training after the step in hand, so what is saved is never half a step, nor
-    half an accumulation; a second signal, some seconds later, stops at once.
+    half an accumulation; a second signal, some seconds later, stops at once. Several processes on GPUs ask each other
+    whether to stop only at steps with a row of numbers, for that waits for the GPUs.
 
     Args:
-        path: of the checkpoint; None writes none.
-        every: steps between checkpoints.
-        ask_every: steps after which several processes on GPUs ask each other whether to stop, which waits for them.
-        max_minutes: stop after these.
+        path: the checkpoint's; None writes none.
     """
 
-    def __init__(self, path: Path | None, every: int, ask_every: int, max_minutes: float | None):
-        self.path = path
-        self.every = every
-        self.ask_every = ask_every
-        self.seconds = float("inf") if max_minutes is None else max_minutes * 60
+    def __init__(self, path: Path | None, options: TrainerOptions):
+        self.path, self.options = path, options
+        self.seconds = math.inf if options.max_minutes is None else options.max_minutes * 60
         self.signal: int | None = None
         self.saved = 0
         self.between_steps = False
@@ -187,7 +177,7 @@ class Checkpoints(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         stop = trainer.should_stop or self._is_told_to_stop(trainer)
-        if stop or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        if stop or trainer.global_step % self.options.checkpoint_every == 0 or trainer.global_step == trainer.max_steps:
             module.require_finite()
             self._save(trainer)
         self.between_steps = True
@@ -196,7 +186,7 @@ class Checkpoints(Callback):
     def _is_told_to_stop(self, trainer: Trainer) -> bool:
         told = self.signal is not None or time.monotonic() - self.began > self.seconds
         on_gpus = trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu"
-        if on_gpus and trainer.global_step % self.ask_every:
+        if on_gpus and trainer.global_step % self.options.log_every:
             return False
         return trainer.strategy.reduce_boolean_decision(told, all=False)
 
@@ -215,19 +205,11 @@ class Checkpoints(Callback):
 
 
 class Evaluations(Callback):
-    """Has the model looked at every so many steps; a resumed run makes up for the one it was interrupted in.
-
-    Args:
-        evaluator: what looks at it.
-        averaging: what holds the averaged model; None if there is no average.
-        folder: of the run; None where nothing is written.
-    """
+    """Has the model looked at every so many steps; a resumed run makes up for the one it was interrupted in."""
 
     def __init__(self, evaluator: Evaluator, averaging: Averaging | None, folder: OutputFolder | None):
-        self.evaluator = evaluator
-        self.averaging = averaging
-        self.folder = folder
-        self.evaluated = 0
+        self.evaluator, self.averaging, self.folder = evaluator, averaging, folder
+        self.evaluated = 0  # the step of the last evaluation
 
     def on_train_batch_end(self, trainer: Trainer, module: TrainingModule, *_: Any) -> None:  # type: ignore[override]
         if self._is_due(trainer):
@@ -255,16 +237,16 @@ class Evaluations(Callback):
             metrics = self.evaluator.evaluate(averaged, module.model, step, self.folder)
         for model, training in modes:
             model.train(training)
-        self.record(trainer, step, metrics)
+        self._record(trainer, step, metrics)
         if metrics:
             echo(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in islice(metrics.items(), 3)))
 
-    def finish(self, trainer: Trainer, model: nn.Module) -> dict[str, float]:
+    def finish(self, trainer: Trainer, model: nn.Module) -> Metrics:
         """The final metrics of the trained model."""
-        metrics = self.evaluator.finish(model, self.folder)
-        self.record(trainer, trainer.global_step, metrics)
+        metrics = self.evaluator.finish(model, self.folder if trainer.is_global_zero else None)
+        self._record(trainer, trainer.global_step, metrics)
         return metrics
 
-    def record(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
+    def _record(self, trainer: Trainer, step: int, metrics: Metrics) -> None:
         if metrics:
             log(trainer, step, {f"val/{name}": value for name, value in metrics.items()})

@@ -66,7 +66,7 @@ def train_by_arguments(arguments: Sequence[str], require_output: bool = False) -
 
 
 def options_for(arguments: Sequence[str]) -> Options:
-    """The options of the task that arguments, or their configuration files, name; of detection by default."""
+    """The options of the task that arguments, or their configuration files, name; detection by default."""
     task = given(spread_files(arguments), "task") or next(iter(RECIPES))
     recipe = find_recipe(task)
     files = ", ".join(f"{name} ({text})" for name, text in {**recipe.files, **FILES}.items())

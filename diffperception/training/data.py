@@ -16,7 +16,7 @@ class TrainingData(LightningDataModule):
     """The batches of a run, from whatever step it starts at.
 
     Args:
-        dataset: samples to learn from.
+        dataset: samples to learn from; None for a subclass that makes its `batches` of something else.
         batch_size: samples per batch and process.
         workers: processes that read samples.
         seed: of the order of samples and of their transforms.
@@ -24,18 +24,16 @@ class TrainingData(LightningDataModule):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, workers: int, seed: int, repeats: np.ndarray | None = None
+        self, dataset: Dataset[Any] | None, batch_size: int, workers: int, seed: int, repeats: np.ndarray | None = None
     ):
         super().__init__()
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.workers = workers
-        self.seed = seed
-        self.repeats = repeats
+        self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
+        self.seed, self.repeats = seed, repeats
         self.loader: TimedLoader | None = None
 
     def batches(self, start: int, stop: int, rank: int, world_size: int, pin_memory: bool) -> Iterable[Any]:
         """The batches of numbers start..stop-1 for one of the processes."""
+        assert self.dataset is not None
         samples = len(self.dataset) if self.repeats is None else self.repeats  # type: ignore[arg-type]
         return DataLoader(
             SeededSamples(self.dataset),

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +27,18 @@ FILES = {
 }
 # Options that decide what the weights or the optimizer's state mean, besides the model's and the recipe's.
 LASTING = ("task", "optimizer.backbone_lr_factor")
-AVERAGE = "optimizer.ema_decay"  # may change, but not appear or go
+AVERAGES = ("optimizer.ema_decay", "fit.ema_decay")  # may change, but not appear or go
 PASSING = ("checkpointing", "dropout")  # arguments of models that say nothing of their weights
 
 
 class RunFolder(OutputFolder):
-    """The folder of a run.
-
-    Args:
-        path: the folder, which need not be there.
-        files: names of what the recipe leaves beside what every run leaves; folders end in a slash.
-    """
+    """The folder of a run, which need not be there; `files` are the names of what its recipe leaves, see `Recipe`."""
 
     may_hold_run = True
 
     def __init__(self, path: Path, files: Iterable[str]) -> None:
         super().__init__(path, overwrite=True)  # `require_room` says what may stay
-        # TensorBoard names its other files after the process.
+        # TensorBoard names its other files after the process, see `record_events`.
         names = dict.fromkeys([*FILES, WEIGHTS, f"{BOARD}/hparams.yaml", "pictures/", *files])
         self.names = [name for name in names if not name.endswith("/")]
         self.subfolders = [name for name in names if name.endswith("/")]
@@ -86,47 +80,16 @@ class RunFolder(OutputFolder):
         self.record(events)
 
 
-@dataclass
-class Checkpoint:
-    """What a checkpoint holds.
-
-    Attributes:
-        content: all of it, as Lightning wrote it.
-        step: that it was written after.
-        arguments: of the model's constructor; those of models among them as `models.base.describe` gives them.
-        shapes: of the model's weights, by name, such as `model.head.bias`.
-    """
-
-    content: dict[str, Any]
-    step: int
-    arguments: dict[str, Any]
-    shapes: dict[str, torch.Size]
-
-    @classmethod
-    def read(cls, path: Path) -> "Checkpoint":
-        """ValueError if it is not whole."""
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            shapes = {name: value.shape for name, value in content["state_dict"].items() if name.startswith("model.")}
-            arguments = json.loads(content.get(ARGUMENTS, "{}"))
-            return cls(content, content["global_step"], arguments, shapes)
-        except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
-            raise ValueError(
-                f"{path} is cut short or no checkpoint of ours: start again without --resume and with --overwrite, or"
-                " fetch a whole copy"
-            ) from None
-
-
 def read_to_resume(
     folder: RunFolder, settings: Mapping[str, Any], lasting: tuple[str, ...], max_steps: int, model: nn.Module
-) -> Checkpoint | None:
-    """The checkpoint that a run goes on from; None if there is none.
+) -> dict[str, Any] | None:
+    """The checkpoint, as Lightning wrote it, that a run goes on from; None if there is none.
 
     Args:
         settings: all options of the run that is to go on; none of them are compared where it is empty.
-        lasting: options that must be as they were.
-        max_steps: of the run that is to go on.
-        model: that it trains.
+        lasting: names of options that must be as they were.
+        max_steps: steps of the run that is to go on.
+        model: what it trains.
 
     Raises:
         ValueError: the checkpoint would mean something else with these settings, which it names, and this model; or it
@@ -135,9 +98,17 @@ def read_to_resume(
     path = folder.path / CHECKPOINT
     if not path.exists():
         return None
-    saved = Checkpoint.read(path)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        step, arguments = saved["global_step"], json.loads(saved.get(ARGUMENTS, "{}"))
+        shapes = {name: value.shape for name, value in saved["state_dict"].items() if name.startswith("model.")}
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        raise ValueError(
+            f"{path} is cut short or no checkpoint of ours: start again without --resume and with --overwrite, or fetch"
+            " a whole copy"
+        ) from None
     then = read_settings_file(folder.path / CONFIG) if settings else {}
-    then["model"] = saved.arguments  # config.yaml may name files that have moved, and leaves classes out
+    then["model"] = arguments  # config.yaml may name files that have moved, and leaves classes out
     now = {**settings, "model": json.loads(json.dumps(describe(model)["arguments"]))}
     for name, (old, new) in differences(then, now).items():
         if old is not ABSENT and new is not ABSENT and _lasts(name, old, new, lasting):
@@ -145,15 +116,13 @@ def read_to_resume(
                 f"{name.replace('.arguments.', '.')} is {format_value(new)}, but the run in {folder.path} was begun"
                 f" with {format_value(old)}: go on with that, or begin another run in another --output"
             )
-    if saved.shapes != {f"model.{name}": value.shape for name, value in model.state_dict().items()}:
+    if shapes != {f"model.{name}": value.shape for name, value in model.state_dict().items()}:
         raise ValueError(
             f"{path} holds the weights of another model than this {type(model).__name__}: give model as"
             f" {folder.path / CONFIG} has it"
         )
-    if max_steps < saved.step:
-        raise ValueError(
-            f"trainer.max_steps is {max_steps}, but {path} was written after step {saved.step}: give as many or more"
-        )
+    if max_steps < step:
+        raise ValueError(f"trainer.max_steps is {max_steps}, but {path} was written after step {step}: give no fewer")
     return saved
 
 
@@ -161,4 +130,4 @@ def _lasts(name: str, old: Any, new: Any, lasting: tuple[str, ...]) -> bool:
     """Whether an option must be the same throughout a run, and not become another value."""
     if name.startswith("model."):
         return name.rpartition(".")[2] not in PASSING
-    return name in (*LASTING, *lasting) or (name == AVERAGE and None in (old, new))
+    return name in (*LASTING, *lasting) or (name in AVERAGES and None in (old, new))

@@ -3,10 +3,10 @@
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby, product
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,10 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from diffperception.configuration.settings import differences, read_settings
-from diffperception.data.masks import MaskDataOptions, read_mask
+from diffperception.data.masks import MaskDataOptions, MaskFolder, read_mask
 from diffperception.devices import Precision, pick_device
 from diffperception.echo import echo, plural
 from diffperception.files import write_json, write_text
@@ -42,39 +41,8 @@ TITLES = {
     "rgb": "colours",
     "scratch": "UNet from scratch",
 }
-Predict = Callable[[Tensor, tuple[int, int]], Tensor]  # an image to labels (height, width)
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images (3, H, W), their masks and names, in memory. Masks to score on are of their own size."""
-
-    images: list[Tensor]
-    masks: list[Tensor]
-    names: list[str]
-
-    @classmethod
-    def to_learn_from(cls, data: MaskDataOptions, count: int, seed: int) -> "LabelledImages":
-        """So many images, chosen by the seed; a larger choice has those of a smaller one and others."""
-        folder = replace(data, max_images=count).open(seed)
-        if len(folder) < count:
-            found = plural(len(folder), "labelled image")
-            raise ValueError(f"{data.images} has {found}, but {count} are to be chosen")
-        return cls(list(folder.images), list(folder.masks), folder.names)
-
-    @classmethod
-    def to_score_on(cls, data: MaskDataOptions) -> "LabelledImages":
-        """All of `data.val_images`."""
-        folder = data.open_val()
-        if folder is None:
-            raise ValueError("give data.val_images and data.val_masks, the images to score on")
-        return cls([data.resized(image) for image in folder.images], list(folder.masks), folder.names)
-
-    def first(self, count: int) -> "LabelledImages":
-        return LabelledImages(self.images[:count], self.masks[:count], self.names[:count])
-
-
-Learn = Callable[[LabelledImages, int], Predict]  # with a seed
+Predict = Callable[[Tensor, tuple[int, int]], Tensor]  # a resized image to labels (height, width)
+Learn = Callable[[MaskFolder, int], Predict]  # with a seed
 
 
 class Results:
@@ -96,7 +64,7 @@ class Results:
             )
         self.rows: list[dict[str, Any]] = kept["results"]
 
-    def missing(self, *wanted: Sequence[Any]) -> list[tuple[str, int, int]]:
+    def missing(self, *wanted: Iterable[Any]) -> list[tuple[str, int, int]]:
         """What is still to be done of some methods, numbers of labelled images and seeds."""
         done = {(row["method"], row["labels"], row["seed"]) for row in self.rows}
         return [run for run in product(*wanted) if run not in done]
@@ -162,52 +130,61 @@ def compare_label_efficiency(
         ValueError: options, images and the results in the folder do not fit each other.
     """
     place = pick_device(device)
-    features = features.to(place)
+    features, limit = features.to(place), parse_bytes(max_memory)
+    if not (labels and methods):
+        raise ValueError("name at least one number of labelled images in labels, and one of the methods")
+    if "scratch" in methods:
+        features.generator.network.check_size(baseline.crop, baseline.crop)
     trainer = TrainerOptions(
         accelerator={"cuda": "gpu"}.get(place.type, place.type),
         devices=1 if place.index is None else [place.index],
         precision="bf16-mixed" if precision == "bf16" else "32-true",
     )
-    memory = parse_bytes(max_memory)
-    if not (labels and methods):
-        raise ValueError("name at least one number of labelled images in labels, and one of the methods")
-    if "scratch" in methods:
-        features.generator.network.check_size(baseline.crop, baseline.crop)
     # All that results depend on, but not what only chooses which are made.
     about = {"data": asdict(replace(data, max_images=None)), "fit": asdict(fit), "baseline": asdict(baseline)}
     settings = describe({**about, **settings_of(features), "members": members, "precision": trainer.precision})
     results = Results(output / "compare.json", settings, overwrite)
     tried = range(seed, seed + seeds)
-    missing = results.missing(methods, labels, tried)
-    echo(f"{len(missing)} of {len(methods) * len(labels) * seeds} results are still to be made")
-    test = LabelledImages.to_score_on(data)
-    chosen = {each: LabelledImages.to_learn_from(data, max(labels), each) for each in tried}
-    named = {name: image for choice in chosen.values() for name, image in zip(choice.names, choice.images, strict=True)}
-    images = [*test.images, *named.values()]
+    left = len(results.missing(methods, labels, tried))
+    echo(f"{left} of {len(methods) * len(labels) * seeds} results are still to be made")
+    test = data.open_val()
+    if test is None:
+        raise ValueError("give data.val_images and data.val_masks, the images to score on")
+    images = [*map(data.resized, test.images), *images_to_learn_from(data, max(labels), tried)]
 
-    extractors = {"diffusion": lambda: features, "untrained": lambda: untrained(features), "rgb": RGBFeatures}
+    def learner(method: Method) -> Learn:
+        if method == "scratch":
+            return partial(learn_unet, features.generator.network, data, baseline, trainer)
+        extractors = {"diffusion": lambda: features, "untrained": lambda: untrained(features), "rgb": RGBFeatures}
+        kept = keep(extractors[method](), images, limit, TITLES[method])
+        return partial(learn_pixels, kept, data, members, fit, trainer)
+
     start = time.monotonic()
-    with tqdm(total=len(missing), desc="compare", unit="result", disable=None) as bar:
-        for method, runs in groupby(missing, key=itemgetter(0)):
-            if method == "scratch":
-                learn = from_scratch(features.generator.network, len(data.classes), baseline, trainer)
-            else:
-                extractor = extractors[method]()
-                learn = pixel_classifier(  # it alone holds the features that are kept
-                    keep(extractor, images, memory, TITLES[method]), len(data.classes), members, fit, trainer
-                )
-            for _, count, each in runs:
-                row, predictions = measure_learner(learn, chosen[each].first(count), test, data.classes, each)
-                if count == min(labels) and each == seed:
-                    for labels_found, name in zip(predictions, test.names, strict=True):
-                        save_png(Image.fromarray(labels_found.numpy()), _example(output, method, name))
-                results.add({"method": method, "labels": count, "seed": each, **row})
-                bar.update()
-                left, so_far = results.missing(methods, labels, tried), tqdm.format_interval(time.monotonic() - start)
-                echo(f"{_in_words(results.rows[-1])}; {so_far} so far, {len(left)} results left")
+    for method in methods:
+        learn = None  # the features that were kept for the method before are let go
+        for _, count, number in results.missing([method], labels, tried):
+            learn = learn or learner(method)
+            row, predictions = measure_learner(learn, replace(data, max_images=count), test, number)
+            if count == min(labels) and number == seed:
+                for name, found in zip(test.names, predictions, strict=True):
+                    save_png(Image.fromarray(found.numpy()), _example(output, method, name))
+            results.add({"method": method, "labels": count, "seed": number, **row})
+            left, so_far = left - 1, tqdm.format_interval(time.monotonic() - start)
+            echo(f"{_in_words(results.rows[-1])}; {so_far} so far, {left} results left")
     summary = mean_and_spread(results.rows)
     _report(summary, data.classes, test, pictures, output)
     return summary
+
+
+def images_to_learn_from(data: MaskDataOptions, count: int, seeds: Iterable[int]) -> list[Tensor]:
+    """The images, resized, of all choices of so many; ValueError if there are fewer."""
+    folders = [replace(data, max_images=count).open(seed) for seed in seeds]
+    if len(folders[0]) < count:
+        found = plural(len(folders[0]), "labelled image")
+        raise ValueError(f"{data.images} has {found}, but {count} are to be chosen")
+    return list(
+        {name: image for folder in folders for name, image in zip(folder.names, folder.images, strict=True)}.values()
+    )
 
 
 def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
@@ -218,13 +195,13 @@ def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
     return DiffusionFeatures(**features.arguments | {"generator": model}).to(features.device)
 
 
-def keep(features: FeatureExtractor, images: Sequence[Tensor], memory: int, title: str) -> CachedFeatures:
-    """The extractor with the features of these images in memory, in half precision; ValueError if they need more."""
+def keep(features: FeatureExtractor, images: Sequence[Tensor], limit: int, title: str) -> CachedFeatures:
+    """The extractor with the features of these images in memory, in half precision; ValueError for too many bytes."""
     needed = stored_bytes(features, [image.shape[1:] for image in images], torch.float16)
-    if needed > memory:
+    if needed > limit:
         raise ValueError(
             f"the {title} of {plural(len(images), 'image')} take {in_bytes(needed)} of memory, but the limit is"
-            f" {in_bytes(memory)}: name fewer blocks or timesteps, set a smaller data.short_side, or raise --max_memory"
+            f" {in_bytes(limit)}: name fewer blocks or timesteps, set a smaller data.short_side, or raise --max_memory"
         )
     start = time.monotonic()
     kept = CachedFeatures(features)
@@ -234,91 +211,98 @@ def keep(features: FeatureExtractor, images: Sequence[Tensor], memory: int, titl
     return kept
 
 
-def pixel_classifier(
-    features: FeatureExtractor, num_classes: int, members: int, fit: FitOptions, trainer: TrainerOptions
-) -> Learn:
-    """Ensembles of pixel classifiers on the features."""
+def learn_pixels(
+    features: FeatureExtractor,
+    data: MaskDataOptions,
+    members: int,
+    fit: FitOptions,
+    trainer: TrainerOptions,
+    labelled: MaskFolder,
+    seed: int,
+) -> Predict:
+    """Train an ensemble of pixel classifiers on features of labelled images."""
+    known, trainer = (labelled.images, labelled.masks, len(data.classes)), replace(trainer, precision="32-true")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        ensemble = fit_ensemble(features, *known, members, fit, labelled.names, data.classes, seed, trainer)
+    for warning in caught:
+        echo(f"note: {warning.message}")
+    return lambda image, size: ensemble.segment(features.maps(image)).resized(*size).labels.cpu()
 
-    def learn(labelled: LabelledImages, seed: int) -> Predict:
-        images, masks, names = labelled.images, labelled.masks, labelled.names
-        full = replace(trainer, precision="32-true")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            ensemble = fit_ensemble(features, images, masks, num_classes, members, fit, names, seed=seed, trainer=full)
-        for warning in caught:
-            echo(f"note: {warning.message}")
-        return lambda image, size: ensemble.segment(features.maps(image)).resized(*size).labels.cpu()
 
-    return learn
+def learn_unet(
+    like: UNet,
+    data: MaskDataOptions,
+    options: BaselineOptions,
+    trainer: TrainerOptions,
+    labelled: MaskFolder,
+    seed: int,
+) -> Predict:
+    """Train a UNet, as large as another, on labelled images from scratch."""
+    torch.manual_seed(seed)
+    network = segmentation_unet(like, len(data.classes))
+    network = fit_baseline(network, list(labelled.images), list(labelled.masks), options, seed, trainer)
 
+    def predict(image: Tensor, size: tuple[int, int]) -> Tensor:
+        with torch.autocast(network.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
+            return predict_labels(network, image, size)
 
-def from_scratch(unet: UNet, num_classes: int, options: BaselineOptions, trainer: TrainerOptions) -> Learn:
-    """UNets of a generator's size that learn from the labels alone."""
-
-    def learn(labelled: LabelledImages, seed: int) -> Predict:
-        torch.manual_seed(seed)
-        network = segmentation_unet(unet, num_classes)
-        network = fit_baseline(network, labelled.images, labelled.masks, options, seed, trainer)
-
-        def predict(image: Tensor, size: tuple[int, int]) -> Tensor:
-            with torch.autocast(network.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
-                return predict_labels(network, image, size)
-
-        return predict
-
-    return learn
+    return predict
 
 
 def measure_learner(
-    learn: Learn, labelled: LabelledImages, test: LabelledImages, classes: Sequence[str], seed: int
+    learn: Learn, data: MaskDataOptions, test: MaskFolder, seed: int
 ) -> tuple[dict[str, Any], list[Tensor]]:
     """Scores, seconds and the images learned from, for the results; and the predictions of the test images."""
-    start = time.monotonic()
+    labelled, start = data.open(seed), time.monotonic()
     predict = learn(labelled, seed)
     learned = time.monotonic()
-    score, predictions = MeanIoU(len(classes)), []
-    pairs = zip(test.images, test.masks, strict=True)
-    for image, mask in tqdm(pairs, desc="test", total=len(test.images), unit="image", leave=False, disable=None):
-        predictions.append(predict(image, (mask.shape[0], mask.shape[1])).to(torch.uint8))
+    score, predictions = MeanIoU(len(data.classes)), []
+    for index in tqdm(range(len(test)), desc="test", unit="image", leave=False, disable=None):
+        image, mask = test[index]
+        predictions.append(predict(data.resized(image), (mask.shape[0], mask.shape[1])).to(torch.uint8))
         score.update(predictions[-1], mask)
     seconds = {"training": round(learned - start, 1), "test": round(time.monotonic() - learned, 1)}
-    return {**score.summary(classes), "seconds": seconds, "images": labelled.names}, predictions
+    return {**score.summary(data.classes), "seconds": seconds, "images": labelled.names}, predictions
 
 
-def mean_and_spread(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def mean_and_spread(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and spread (sample standard deviation; null for one seed) of the mIoU over the seeds."""
-    cells: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        cells.setdefault((row["method"], row["labels"]), []).append(row["miou"])
+
+    def place(row: Mapping[str, Any]) -> tuple[int, int]:
+        return list(TITLES).index(row["method"]), row["labels"]
+
     summary = []
-    for method, labels in sorted(cells, key=lambda cell: (list(TITLES).index(cell[0]), cell[1])):
-        values = cells[method, labels]
+    for (method, labels), cell in groupby(sorted(rows, key=place), place):
+        values = [row["miou"] for row in cell]
         spread = statistics.stdev(values) if len(values) > 1 else None
         about = {"miou": statistics.fmean(values), "spread": spread, "seeds": len(values)}
-        summary.append({"method": method, "labels": labels, **about})
+        summary.append({"method": list(TITLES)[method], "labels": labels, **about})
     return summary
 
 
-def label_table(summary: Sequence[Mapping[str, Any]]) -> str:
+def label_table(summary: Iterable[Mapping[str, Any]]) -> str:
     """The mIoU in percent as Markdown, a row per method and a column per number of labelled images."""
-    counts = sorted({cell["labels"] for cell in summary})
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, dict[int, str]] = {}
     for cell in summary:
-        row = rows.setdefault(cell["method"], [TITLES[cell["method"]], *("" for _ in counts)])
         spread = "" if cell["spread"] is None else f" ± {100 * cell['spread']:.1f}"
-        row[1 + counts.index(cell["labels"])] = f"{100 * cell['miou']:.1f}{spread}"
-    return format_table(rows.values(), ["labelled images", *map(str, counts)], markdown=True)
+        rows.setdefault(cell["method"], {})[cell["labels"]] = f"{100 * cell['miou']:.1f}{spread}"
+    counts = sorted({count for row in rows.values() for count in row})
+    table = [[TITLES[method], *(row.get(count, "") for count in counts)] for method, row in rows.items()]
+    return format_table(table, ["labelled images", *map(str, counts)], markdown=True)
 
 
-def lead_sentence(summary: Sequence[Mapping[str, Any]]) -> str:
+def lead_sentence(summary: Iterable[Mapping[str, Any]]) -> str:
     """How far the diffusion features are above or below the best of the others, for each number of labelled images."""
+    means: dict[int, dict[str, float]] = {}
+    for cell in summary:
+        means.setdefault(cell["labels"], {})[cell["method"]] = cell["miou"]
     parts = []
-    for count in sorted({cell["labels"] for cell in summary}):
-        means = {cell["method"]: cell["miou"] for cell in summary if cell["labels"] == count}
-        ours = means.pop("diffusion", None)
-        if means and ours is not None:
-            best = max(means, key=means.__getitem__)
-            parts.append(f"{100 * (ours - means[best]):+.1f} at {count} ({TITLES[best]})")
+    for count, by_method in sorted(means.items()):
+        ours = by_method.pop("diffusion", None)
+        if by_method and ours is not None:
+            best = max(by_method, key=by_method.__getitem__)
+            parts.append(f"{100 * (ours - by_method[best]):+.1f} at {count} ({TITLES[best]})")
     return "mIoU of diffusion features over the best of the others, in points: " + ", ".join(parts) if parts else ""
 
 
@@ -337,24 +321,23 @@ def _example(output: Path, method: str, name: str) -> Path:
 
 
 def _report(
-    summary: Sequence[Mapping[str, Any]], classes: Sequence[str], test: LabelledImages, pictures: int, output: Path
+    summary: Sequence[Mapping[str, Any]], classes: Sequence[str], test: MaskFolder, pictures: int, output: Path
 ) -> None:
     """Print the table; write it, its curves and the pictures."""
     text = f"{label_table(summary)}\n\n{lead_sentence(summary)}"
     write_text(output / "compare.md", text + "\n")
     save_png(label_curves(summary, TITLES), output / "compare.png")
-    count = min(pictures, len(test.names))
-    rows = [_example_row(test, i * len(test.names) // count, output) for i in range(count)]
+    count = min(pictures, len(test))
+    rows = [_example_row(test, i * len(test) // count, output) for i in range(count)]
     if rows:
         save_png(stack([*rows, legend(classes)], vertical=True), output / "examples.png")
     echo(f"{text}\n{output / 'compare.json'}: every result; beside it compare.md, compare.png and examples.png")
 
 
-def _example_row(test: LabelledImages, index: int, output: Path) -> Image.Image:
+def _example_row(test: MaskFolder, index: int, output: Path) -> Image.Image:
     """An image beside its mask and what each method predicted from the fewest labelled images."""
-    name, mask = test.names[index], test.masks[index]
-    image = TF.resize(test.images[index], list(mask.shape))
-    files = {title: _example(output, method, name) for method, title in TITLES.items()}
+    image, mask = test[index]
+    files = {title: _example(output, method, test.names[index]) for method, title in TITLES.items()}
     predicted = {title: torch.tensor(read_mask(file)) for title, file in files.items() if file.exists()}
     panels = {title: mask_overlay(image, labels) for title, labels in {"truth": mask, **predicted}.items()}
     return image_row({"image": image, **panels}, PANEL_SIDE)

@@ -29,7 +29,11 @@ class CsvLog(Logger):
     def __init__(self, path: Path, after: int = 0):
         super().__init__()
         self.path = path
-        self.rows = {step: row for step, row in _read(path).items() if step <= after}
+        self.rows: dict[int, dict[str, str]] = {}
+        if after and path.is_file():
+            with open(path, newline="") as file:
+                rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+            self.rows = {int(row["step"]): row for row in rows if int(row["step"]) <= after}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add numbers to the row of `step`."""
@@ -52,14 +56,11 @@ def require_loggers(names: LoggerName | Sequence[LoggerName]) -> None:
         raise ValueError("trainer.logger wandb needs the package wandb: pip install wandb")
 
 
-def open_loggers(names: LoggerName | Sequence[LoggerName], folder: Path, after: int) -> list[Logger]:
-    """The loggers of these names.
-
-    Args:
-        folder: of the run.
-        after: as for :class:`CsvLog`.
-    """
+def open_loggers(names: LoggerName | Sequence[LoggerName], folder: Path | None, after: int) -> list[Logger]:
+    """The loggers of these names; none without a folder. `after` is as for :class:`CsvLog`."""
     loggers: list[Logger] = []
+    if folder is None:
+        return loggers
     if "csv" in names:
         loggers.append(CsvLog(folder / METRICS, after))
     if "tensorboard" in names:
@@ -67,11 +68,3 @@ def open_loggers(names: LoggerName | Sequence[LoggerName], folder: Path, after: 
     if "wandb" in names:
         loggers.append(WandbLogger(folder.resolve().name, folder))
     return loggers
-
-
-def _read(path: Path) -> dict[int, dict[str, str]]:
-    if not path.is_file():
-        return {}
-    with open(path, newline="") as file:
-        rows = [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
-    return {int(row["step"]): row for row in rows}

@@ -1,9 +1,7 @@
 """The base of all training steps: loss, seeds, optimiser and learning rate, as a LightningModule."""
 
 import json
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,7 +12,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffperception.diffusion.noise import derive_seed
 from diffperception.models.base import describe
 from diffperception.models.ops.transfer import to_device
-from diffperception.training.options import OptimizerOptions
 
 ARGUMENTS = "model_arguments"  # in a checkpoint, as JSON
 
@@ -23,23 +20,16 @@ class NonFiniteLossError(ValueError):
     """The loss is infinite or no number: the weights must not be updated with it, nor saved again."""
 
 
-@dataclass
-class NotedLoss:
-    """The loss of one batch.
-
-    Attributes:
-        step: that it is a part of, from 1 on.
-        terms: (n,) terms whose sum it is, on the model's device.
-        source: the samples of the batch, and what could be wrong there.
-    """
+class NotedLoss(NamedTuple):
+    """The loss of one batch: its step, from 1 on; its terms (n,), on the model's device; and where a fault may be."""
 
     step: int
     terms: Tensor
     source: str
 
 
-class TrainingModule(LightningModule, ABC):
-    """One step of training a model, and its optimiser.
+class TrainingModule(LightningModule):
+    """One step of training a model, and its optimiser. A task says what the loss is, see `loss_terms`.
 
     All randomness of a step is a function of (seed, rank, batch index), so a resumed run draws what the uninterrupted
     one would have drawn.
@@ -49,45 +39,42 @@ class TrainingModule(LightningModule, ABC):
 
     Args:
         model: what is trained.
-        options: of the optimiser.
-        seed: of the run.
-
-    Attributes:
-        term_names: of the terms of the loss.
-        noted: losses of the batches since the last row of numbers.
-        max_steps: updates until the end, where not the user's options say how many; None where they do.
+        options: `OptimizerOptions`; or others with an `ema_decay`, by a module that overrides what reads the rest.
+        seed: seed of the run.
     """
 
     model: nn.Module
-    max_steps: int | None = None
+    options: Any
+    max_steps: int | None = None  # updates until the end, where the module and not the user's options say how many
+    remedy = "lower optimizer.lr, raise optimizer.warmup_steps"  # where a loss is not finite
 
-    def __init__(self, model: nn.Module, options: OptimizerOptions, seed: int):
+    def __init__(self, model: nn.Module, options: Any, seed: int):
         super().__init__()
-        self.model = model
-        self.options = options
-        self.seed = seed
+        self.model, self.options, self.seed = model, options, seed
         self.term_names: list[str] = []
-        self.noted: list[NotedLoss] = []
+        self.noted: list[NotedLoss] = []  # since the last row of numbers
 
-    @abstractmethod
     def loss_terms(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """0-d tensors whose sum is the loss of the batch; all its noise comes from the generator, one of the CPU."""
+        raise NotImplementedError
 
-    @abstractmethod
     def describe(self, batch: Any) -> str:
-        """The samples of a batch, for the complaint that their loss is not finite, and what could be wrong there."""
+        """Where to look if the loss of a batch is not finite: by default at the files that its targets name."""
+        return "the images " + ", ".join(target["path"] for target in batch[1])
 
     def compile_networks(self) -> None:
         """Compile what takes the time, in place; names of weights stay as they are."""
         self.model.compile()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Images go to the device, while what is said of them stays on the CPU, where losses collate it."""
-        images, targets = batch
-        return [to_device(image, device) for image in images], targets
+        """Tensors go to the device, but targets, which are dictionaries, stay on the CPU, where losses collate them."""
+        if isinstance(batch, Tensor):
+            return to_device(batch, device)
+        if isinstance(batch, list | tuple):
+            return type(batch)(self.transfer_batch_to_device(part, device, dataloader_idx) for part in batch)
+        return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """The loss of one batch, a 0-d tensor."""
         return self.note(self.loss_terms(batch, self.seed_batch(batch_idx)), batch)
 
     def seed_batch(self, batch_idx: int) -> torch.Generator:
@@ -99,9 +86,8 @@ class TrainingModule(LightningModule, ABC):
     def note(self, terms: dict[str, Tensor], batch: Any) -> Tensor:
         """Keep a batch's loss for the next row of numbers; returns the sum of its terms.
 
-        Raises:
-            NonFiniteLossError: on a CPU. An accelerator would have to be waited for: there `require_finite` looks at
-                all losses that were noted, before they are reported and before a checkpoint is written.
+        On a CPU the loss must be finite. An accelerator would have to be waited for: there `require_finite` looks at
+        all losses that were noted, before they are reported and before a checkpoint is written.
         """
         self.term_names = list(terms)
         values = torch.stack(list(terms.values()))
@@ -111,7 +97,7 @@ class TrainingModule(LightningModule, ABC):
         return values.sum()
 
     def require_finite(self, last: int = 0) -> None:
-        """NonFiniteLossError, naming the samples, if one of the last noted losses is infinite or no number; 0: all."""
+        """NonFiniteLossError, naming the samples, if one of the last noted losses (0: of all) is not finite."""
         losses = self.noted[-last:]
         finite = torch.stack([loss.terms for loss in losses]).sum(1).isfinite().tolist() if losses else []
         if all(finite):
@@ -119,18 +105,11 @@ class TrainingModule(LightningModule, ABC):
         wrong = losses[finite.index(False)]
         values = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.term_names, wrong.terms.tolist(), strict=True))
         raise NonFiniteLossError(
-            f"the loss is not finite in step {wrong.step} ({values}): lower optimizer.lr, raise"
-            f" optimizer.warmup_steps, or look at {wrong.source}"
+            f"the loss is not finite in step {wrong.step} ({values}): {self.remedy}, or look at {wrong.source}"
         )
 
     @property
-    def ema_decay(self) -> float | None:
-        """Of the average of the weights; None where none is kept."""
-        return self.options.ema_decay
-
-    @property
     def grad_clip_norm(self) -> float | None:
-        """What Lightning scales gradients down to; None for modules that update by themselves."""
         return self.options.grad_clip_norm if self.automatic_optimization else None
 
     @property
@@ -155,8 +134,8 @@ class TrainingModule(LightningModule, ABC):
         """AdamW, its learning rate set anew for every step."""
         # Lightning clips no gradients of a fused optimiser that unscales them itself.
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(self._groups(), lr=self.lr, fused=fused or None)
-        rates = LambdaLR(optimizer, lambda step: self.options.lr_factor(step, self.trainer.max_steps))
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr, fused=fused or None)
+        rates = LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -164,9 +143,9 @@ class TrainingModule(LightningModule, ABC):
         if not self.trainer.lr_scheduler_configs:
             return
         (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        groups = self._groups()
+        groups = self.parameter_groups()
         config.scheduler.base_lrs = [group["lr"] for group in groups]
-        factor = self.options.lr_factor(self.trainer.global_step, self.trainer.max_steps)
+        factor = self.lr_factor(self.trainer.global_step)
         for old, new in zip(optimizer.param_groups, groups, strict=True):
             old |= {"lr": new["lr"] * factor, "initial_lr": new["lr"], "weight_decay": new["weight_decay"]}
 
@@ -174,11 +153,15 @@ class TrainingModule(LightningModule, ABC):
         """Note what the weights belong to, for a resumed run to compare."""
         checkpoint[ARGUMENTS] = json.dumps(describe(self.model)["arguments"])
 
+    def lr_factor(self, step: int) -> float:
+        """What all learning rates are multiplied by at a step."""
+        return self.options.lr_factor(step, self.trainer.max_steps)
+
     def lr_scale(self, name: str) -> float:
         """What the learning rate of the model's parameter of this name is multiplied by."""
         return 1.0
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameters in groups of one learning rate and one decay: vectors, such as biases, have none."""
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
@@ -11,49 +11,43 @@ from diffperception.files import OutputFolder
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 
+Metrics = dict[str, float]  # the most telling first
+
 
 class Evaluator:
-    """Looks at a model during training and after it. Every process calls both methods, with the same weights.
+    """Looks at a model during training and after it. Every process calls both methods, with the same weights."""
 
-    Attributes:
-        every: steps between evaluations; None for none during training.
-        last: whether `evaluate` is called after the last step too, as it may want the weights in training, of which
-            `finish` sees only the average.
-    """
+    every: int | None = None  # steps between evaluations; None for none during training
+    last = False  # whether `evaluate` is called after the last step too: `finish` sees only the averaged weights
 
-    every: int | None = None
-    last: bool = False
-
-    def evaluate(self, averaged: Any, raw: Any, step: int, folder: OutputFolder | None) -> dict[str, float]:
-        """Metrics, the most telling first.
+    def evaluate(self, averaged: Any, raw: Any, step: int, folder: OutputFolder | None) -> Metrics:
+        """Metrics during the training.
 
         Args:
             averaged: the model with averaged weights; `raw` itself where no average is kept.
             raw: the model in training, whose mode is restored afterwards.
-            folder: of the run, for pictures; None where nothing is to be written.
+            folder: the run's, for pictures; None where nothing is to be written.
         """
         return {}
 
-    def finish(self, model: Any, folder: OutputFolder | None) -> dict[str, float]:
-        """The final metrics of the trained model, which is in evaluation mode and in float32."""
+    def finish(self, model: Any, folder: OutputFolder | None) -> Metrics:
+        """The final metrics of the trained model, which is in evaluation mode and in float32.
+
+        The first process has the folder to write to, if there is one.
+        """
         return {}
 
 
 @dataclass
 class Parts:
-    """What a run is made of.
-
-    Attributes:
-        module: the training step, which holds the model.
-        data: the batches it is given.
-        evaluator: what looks at the model.
-        summary: a sentence on what learns what from how much.
+    """What a run is made of: the training step, which holds the model; the batches it is given; and what looks at the
+    model. The summary is a sentence on what learns what from how much.
     """
 
     module: TrainingModule
     data: TrainingData
-    evaluator: Evaluator
-    summary: str
+    evaluator: Evaluator = field(default_factory=Evaluator)
+    summary: str = ""
 
 
 class Recipe(ABC):
@@ -61,10 +55,10 @@ class Recipe(ABC):
 
     Attributes:
         task: the name that a configuration calls it by.
-        files: names of what a run leaves beside what all runs leave, with what each is; folders end in a slash.
+        files: what each file is that a run leaves beside what all runs leave, by name; folders end in a slash.
         example: a configuration that is shipped, for the help; empty if there is none.
-        lasting: options, by dotted names, that decide what the state of a run means, so that a resumed run must have
-            them as it was begun.
+        lasting: dotted names of options that a resumed run must have as it was begun, for they decide what its state
+            means.
     """
 
     task: ClassVar[str]

@@ -1,10 +1,13 @@
 """One training run: from a recipe and options to trained weights, resumable at any step."""
 
+import io
 import logging
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +19,12 @@ from torch import nn
 from diffperception.devices import first_process, prefer_fast_products
 from diffperception.echo import echo
 from diffperception.training.callbacks import Averaging, Checkpoints, Evaluations, Reporter
-from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, Checkpoint, RunFolder, read_to_resume
+from diffperception.training.data import TrainingData
+from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, RunFolder, read_to_resume
 from diffperception.training.loggers import METRICS, open_loggers, require_loggers
+from diffperception.training.module import TrainingModule
 from diffperception.training.options import RunOptions, TrainerOptions
-from diffperception.training.recipe import Parts, Recipe
+from diffperception.training.recipe import Metrics, Parts, Recipe
 from diffperception.visualization.curves import training_curves
 from diffperception.visualization.draw import save_png
 
@@ -28,25 +33,20 @@ SHARDING = ("fsdp", "deepspeed", "model_parallel")
 
 @dataclass
 class Outcome:
-    """How a run ended.
-
-    Attributes:
-        model: in evaluation mode, with the averaged weights if there is an average.
-        step: updates of the weights made, in all.
-        metrics: the final ones; empty where a signal stopped the run.
-        signal: the signal that stopped it early, if one did.
-    """
+    """How a run ended: with which model, in evaluation mode and with the averaged weights if there is an average."""
 
     model: nn.Module
-    step: int
-    metrics: dict[str, float]
-    signal: int | None
+    step: int  # updates of the weights made, in all
+    metrics: Metrics  # the final ones; empty where a signal stopped the run
+    signal: int | None  # that stopped the run early, if one did
 
 
 def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None = None) -> Outcome:
     """Train, evaluate and save what a recipe describes. Every process calls this.
 
     Args:
+        recipe: what is trained on what.
+        options: where the run goes and how it is carried out.
         settings: all options as a configuration has them, which are written to config.yaml and compared on resuming.
 
     Raises:
@@ -63,16 +63,16 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
     parts = recipe.prepare(options.seed)
     if options.trainer.accumulate > 1 and not parts.module.automatic_optimization:
         raise ValueError(f"trainer.accumulate must be 1 for {recipe.task}, which updates its weights by itself")
-    max_steps = parts.module.max_steps or options.trainer.max_steps
+    trainer = replace(options.trainer, max_steps=parts.module.max_steps or options.trainer.max_steps)
     checkpoint = None
     if folder is not None and options.resume:
-        checkpoint = read_to_resume(folder, settings, recipe.lasting, max_steps, parts.module.model)
+        checkpoint = read_to_resume(folder, settings, recipe.lasting, trainer.max_steps, parts.module.model)
     if folder is not None and first_process():
         folder.begin(options.overwrite, settings)
     if checkpoint is not None:
-        echo(f"going on after step {checkpoint.step} of {options.output}/{CHECKPOINT}")
+        echo(f"going on after step {checkpoint['global_step']} of {options.output}/{CHECKPOINT}")
     echo(parts.summary)
-    outcome = fit(parts, options.trainer, max_steps, folder, checkpoint)
+    outcome = fit(parts, trainer, folder, checkpoint)
     if folder is not None:
         again = f"the same command with --resume goes on from {folder.path / CHECKPOINT}"
         files = (f"{folder.path / name}: {text}" for name, text in {**recipe.files, **FILES}.items())
@@ -81,37 +81,26 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
 
 
 def fit(
-    parts: Parts, options: TrainerOptions, max_steps: int, folder: RunFolder | None, checkpoint: Checkpoint | None
+    parts: Parts, options: TrainerOptions, folder: RunFolder | None = None, checkpoint: dict[str, Any] | None = None
 ) -> Outcome:
-    """Train, then save and evaluate.
-
-    Args:
-        max_steps: updates of the weights.
-        folder: what is written to; None for nothing.
-        checkpoint: what the run goes on from; None to begin.
-    """
+    """Train, from the beginning or a checkpoint on, then save and evaluate; nothing is written without a folder."""
     module, path = parts.module, None if folder is None else folder.path
-    averaging = None if module.ema_decay is None else Averaging(module.ema_decay)
-    checkpoints = Checkpoints(
-        path and path / CHECKPOINT, options.checkpoint_every, options.log_every, options.max_minutes
-    )
+    averaging = None if module.options.ema_decay is None else Averaging(module.options.ema_decay)
+    checkpoints = Checkpoints(path and path / CHECKPOINT, options)
     evaluations = Evaluations(parts.evaluator, averaging, folder)
-    # Called in this order after each step.
-    callbacks = [*([averaging] if averaging else []), Reporter(options.log_every), checkpoints, evaluations]
-    after = checkpoint.step if checkpoint else 0
-    loggers = open_loggers(options.logger, path, after) if path is not None else []
     if options.compile:
         module.compile_networks()
     trainer = Trainer(
-        max_steps=max_steps,
+        max_steps=options.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=module.grad_clip_norm,
-        callbacks=callbacks,
+        # Called in this order after each step.
+        callbacks=[*([averaging] if averaging else []), Reporter(options.log_every), checkpoints, evaluations],
         plugins=[ReadBefore(checkpoint)],
         use_distributed_sampler=False,
         limit_val_batches=0,
-        logger=loggers or False,
+        logger=open_loggers(options.logger, path, checkpoint["global_step"] if checkpoint else 0),
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=path,
@@ -121,9 +110,27 @@ def fit(
         **machine(options),
     )
     prefer_fast_products(trainer.strategy.root_device)
-    resumed = path / CHECKPOINT if path is not None and checkpoint is not None else None
+    _train(trainer, parts, path / CHECKPOINT if path is not None and checkpoint is not None else None)
+    model = (averaging.model if averaging else module.model).to(trainer.strategy.root_device).eval()
+    metrics: Metrics = {}
+    writes = folder if trainer.is_global_zero else None
+    if checkpoints.signal is None:
+        if writes is not None:
+            model.save(writes.path / WEIGHTS)  # type: ignore[operator]
+        metrics = evaluations.finish(trainer, model)
+        if writes is not None and (writes.path / METRICS).exists():
+            save_png(training_curves(writes.path / METRICS), writes.file("pictures/curves.png"))
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    if writes is not None:
+        writes.record_events()
+    return Outcome(model, trainer.global_step, metrics, checkpoints.signal)
+
+
+def _train(trainer: Trainer, parts: Parts, resumed: Path | None) -> None:
+    """Lightning's training, its errors told in our words."""
     try:
-        trainer.fit(module, datamodule=parts.data, ckpt_path=resumed, weights_only=True)
+        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=resumed, weights_only=True)
     except RuntimeError as error:
         if resumed and "loading state_dict" in str(error):
             raise ValueError(f"{resumed} was written by another training step than the one configured now") from None
@@ -132,35 +139,30 @@ def fit(
         if isinstance(end.__context__, KeyboardInterrupt):  # lightning turns Ctrl-C into exit code 1
             raise KeyboardInterrupt from None
         raise
-    model = (averaging.model if averaging else module.model).to(trainer.strategy.root_device).eval()
-    metrics: dict[str, float] = {}
-    if checkpoints.signal is None:
-        if path is not None and trainer.is_global_zero:
-            model.save(path / WEIGHTS)  # type: ignore[operator]
-        metrics = evaluations.finish(trainer, model)
-        if folder is not None and trainer.is_global_zero and (folder.path / METRICS).exists():
-            save_png(training_curves(folder.path / METRICS), folder.file("pictures/curves.png"))
-    for logger in trainer.loggers:
-        logger.finalize("success")
-    if folder is not None and trainer.is_global_zero:
-        folder.record_events()
-    return Outcome(model, trainer.global_step, metrics, checkpoints.signal)
+
+
+def fit_quietly(module: TrainingModule, data: TrainingData, options: TrainerOptions | None = None) -> Any:
+    """The trained model of a run that leaves nothing on disk and says nothing but how long it will take."""
+    quiet_lightning()
+    assert module.max_steps is not None
+    with redirect_stdout(io.StringIO()):
+        return fit(Parts(module, data), replace(options or TrainerOptions(), max_steps=module.max_steps)).model
 
 
 class ReadBefore(TorchCheckpointIO):
     """Gives Lightning the checkpoint that has been read before, once, instead of reading it again."""
 
-    def __init__(self, checkpoint: Checkpoint | None):
+    def __init__(self, checkpoint: dict[str, Any] | None):
         self.checkpoint = checkpoint
 
     def load_checkpoint(self, *_: Any, **__: Any) -> dict[str, Any]:
         assert self.checkpoint is not None
-        content, self.checkpoint = self.checkpoint.content, None
-        return content
+        checkpoint, self.checkpoint = self.checkpoint, None
+        return checkpoint
 
 
 def require_machine(options: TrainerOptions) -> None:
-    """ValueError if this machine has not what the options would train on."""
+    """ValueError if this machine does not have what the options would train on."""
     quiet_lightning()
     if options.strategy.startswith(SHARDING):
         raise ValueError(
@@ -191,8 +193,7 @@ def quiet_lightning() -> None:
 
 def machine(options: TrainerOptions) -> dict[str, Any]:
     """Lightning's options of what is trained on: as torchrun says, where it started us."""
-    devices: int | str = options.devices
-    nodes = options.num_nodes
+    devices, nodes = options.devices, options.num_nodes
     if torch.distributed.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices

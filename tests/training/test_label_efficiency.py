@@ -8,21 +8,20 @@ import torch
 from PIL import Image
 
 from diffperception.configuration.parser import Options, call
-from diffperception.data.masks import MaskFolder
+from diffperception.data.masks import MaskDataOptions, MaskFolder
 from diffperception.segmentation import RGBFeatures
 from diffperception.segmentation.baseline import predict_labels, segmentation_unet
 from diffperception.training import BaselineOptions, FitOptions, compare_label_efficiency, fit_baseline, fit_ensemble
 from diffperception.training.label_efficiency import (
-    LabelledImages,
-    from_scratch,
     label_table,
     lead_sentence,
+    learn_pixels,
+    learn_unet,
     mean_and_spread,
-    pixel_classifier,
 )
 from diffperception.training.options import TrainerOptions
 from tests.helpers.networks import tiny_unet
-from tests.helpers.scenes import scene, write_scenes
+from tests.helpers.scenes import write_scenes
 
 CPU = TrainerOptions(accelerator="cpu")
 METHODS = ["diffusion", "untrained", "rgb", "scratch"]
@@ -79,27 +78,28 @@ def test_each_seed_chooses_its_own_images(root: Path, first: Path) -> None:
     assert len({tuple(row["images"]) for row in rows if row["labels"] == 2}) == 2
 
 
-def labelled_scenes() -> LabelledImages:
-    images, masks = zip(*(scene(i, 24, 32) for i in range(2)), strict=True)
-    return LabelledImages(list(images), list(masks), ["a", "b"])
+@pytest.fixture(scope="module")
+def data(root: Path) -> MaskDataOptions:
+    """Two labelled scenes."""
+    folder = root / "train"
+    return MaskDataOptions(folder / "images", folder / "masks", ["red", "green", "blue"], max_images=2)
 
 
-def test_pixel_classifiers_differ_by_the_seed_alone() -> None:
-    labelled, few = labelled_scenes(), 20  # minibatches, after which the first weights still show
+def test_pixel_classifiers_differ_by_the_seed_alone(data: MaskDataOptions) -> None:
+    labelled, few = data.open(), 20  # minibatches, after which the first weights still show
     image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
     options = FitOptions(max_minibatches=few)
-    learn = pixel_classifier(RGBFeatures(), 3, 2, options, CPU)
-    found = [learn(labelled, seed)(image, (24, 32)) for seed in (0, 1)]
+    found = [learn_pixels(RGBFeatures(), data, 2, options, CPU, labelled, seed)(image, (24, 32)) for seed in (0, 1)]
     ensemble = fit_ensemble(RGBFeatures(), labelled.images, labelled.masks, 3, 2, options, seed=1, trainer=CPU)
     assert torch.equal(found[1], ensemble.segment(RGBFeatures().maps(image)).labels)
     assert not torch.equal(*found)
 
 
-def test_the_unet_from_scratch_sees_the_seeds_crops() -> None:
-    labelled, options = labelled_scenes(), BaselineOptions(steps=3, batch_size=2, crop=16, lr=1e-2)
+def test_the_unet_from_scratch_sees_the_seeds_crops(data: MaskDataOptions) -> None:
+    labelled, options = data.open(), BaselineOptions(steps=3, batch_size=2, crop=16, lr=1e-2)
     image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
     like = tiny_unet()
-    found = from_scratch(like, 3, options, CPU)(labelled, 1)(image, (24, 32))
+    found = learn_unet(like, data, options, CPU, labelled, 1)(image, (24, 32))
     for seed in (1, 0):
         torch.manual_seed(1)
         network = segmentation_unet(like, 3)

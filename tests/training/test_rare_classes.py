@@ -55,9 +55,9 @@ def test_images_of_rare_classes_come_more_often(tmp_path: Path) -> None:
     dataset = CocoDetection(annotations, images)
     options = DataOptions(annotations, images, annotations, images, repeat_threshold=1.0)
     common, rare = (7 / 4) ** 0.5, (7 / 3) ** 0.5
-    repeats = options.repeats(dataset)
+    repeats = options.batches(dataset, 0).repeats
     np.testing.assert_allclose(repeats, [common, rare, common, rare, common, rare, common])
-    assert DataOptions(annotations, images, annotations, images).repeats(dataset) is None
+    assert DataOptions(annotations, images, annotations, images).batches(dataset, 0).repeats is None
 
 
 def test_a_threshold_that_is_no_share_is_refused(config: Path, tmp_path: Path, capsys) -> None:

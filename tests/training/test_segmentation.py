@@ -18,7 +18,8 @@ from diffperception.segmentation.mlp import PixelMLPs, hidden_widths
 from diffperception.segmentation.pixels import LabelledPixels
 from diffperception.training import FitOptions, fit_ensemble
 from diffperception.training.options import TrainerOptions
-from diffperception.training.recipes.segmentation import EnsembleModule, PixelBatches, fit_quietly
+from diffperception.training.recipes.segmentation import EnsembleModule, PixelBatches
+from diffperception.training.run import fit_quietly
 from tests.helpers.networks import tiny_unet
 from tests.helpers.pixel_classifiers import member
 from tests.helpers.scenes import Pyramid, scene, write_scenes

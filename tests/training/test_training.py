@@ -18,7 +18,7 @@ from diffperception.training.callbacks import Averaging
 from diffperception.training.data import TimedLoader
 from diffperception.training.loggers import CsvLog
 from diffperception.training.options import OptimizerOptions
-from diffperception.training.recipes.detection import DataOptions, DetectionModule
+from diffperception.training.recipes.detection import DataOptions, DetectionModule, start_from
 from tests.helpers.devices import Device
 from tests.training.tiny_data import write_tiny_data
 from tests.training.tiny_detector import TinyDetector
@@ -46,7 +46,7 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
     detector = DiffusionDet(["a"], "resnet10t", head, strides=(8, 16))
     detector.head.requires_grad_(False)
     module = Groups(detector, OptimizerOptions(backbone_lr_factor=0.1, weight_decay=0.2), seed=0)
-    groups = module._groups()
+    groups = module.parameter_groups()
     grouped = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in detector.parameters() if p.requires_grad}
     assert len(grouped) == len({id(p) for p in grouped})
@@ -55,6 +55,22 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay() -> None:
         for parameter in group["params"]:
             assert group["lr"] == pytest.approx(0.05 if id(parameter) in body else 0.5)
             assert group["weight_decay"] == (0.2 if parameter.ndim > 1 else 0.0)
+
+
+class OwnHead(DynamicHead):
+    """A user's own."""
+
+
+def test_weights_to_start_from_may_name_the_parts_that_are_configured(tmp_path: Path) -> None:
+    dataset = CocoDetection(*write_tiny_data(tmp_path / "data"))
+    head = partial(OwnHead, width=16, stages=1, ffn_width=16, num_heads=2)
+    source, detector = (DiffusionDet(dataset.classes, "resnet10t", head, strides=(8, 16)) for _ in range(2))
+    source.save(tmp_path / "source.safetensors")
+    start_from(detector, tmp_path / "source.safetensors", dataset)
+    weights = detector.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in source.state_dict().items())
+    with pytest.raises(ValueError, match="names the class tests"):
+        start_from(DiffusionDet(dataset.classes, "resnet10t"), tmp_path / "source.safetensors", dataset)
 
 
 class Weights(LightningModule):

@@ -9,20 +9,18 @@ from typing import Any, ClassVar
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from diffperception.data.masks import MaskDataOptions
 from diffperception.diffusion.noise import derive_seed
 from diffperception.models import UNet
 from diffperception.models.generator import load_generator
-from diffperception.models.ops.transfer import to_device
 from diffperception.segmentation.baseline import masked_cross_entropy, predict_labels, random_crop, segmentation_unet
 from diffperception.segmentation.pixels import check_size
 from diffperception.training.data import TrainingData
-from diffperception.training.module import TrainingModule
 from diffperception.training.options import TrainerOptions
 from diffperception.training.recipe import Parts, Recipe, size_of
-from diffperception.training.recipes.segmentation import SegmentationEvaluator, fit_quietly
+from diffperception.training.recipes.segmentation import FitModule, SegmentationEvaluator
+from diffperception.training.run import fit_quietly
 
 WARMUP = 0.05  # fraction of the steps in which the learning rate rises; then it falls along a half cosine
 
@@ -53,7 +51,7 @@ class CropBatches(TrainingData):
     """Random crops of labelled images: images (B, 3, side, side) and labels (B, side, side)."""
 
     def __init__(self, images: Sequence[Tensor], masks: Sequence[Tensor], options: BaselineOptions, seed: int) -> None:
-        super().__init__([], options.batch_size, 0, seed)  # type: ignore[arg-type]
+        super().__init__(None, options.batch_size, 0, seed)
         self.images, self.masks, self.side = images, masks, options.crop
 
     def batches(
@@ -68,44 +66,30 @@ class CropBatches(TrainingData):
                 yield torch.stack(images), torch.stack(labels).long()
 
 
-class BaselineModule(TrainingModule):
+class BaselineModule(FitModule):
     """The step of a UNet that tells the classes of pixels by cross entropy; its time is always 0."""
 
     model: UNet
-    options: BaselineOptions  # type: ignore[assignment]
-    grad_clip_norm = None
+    options: BaselineOptions
+    samples = "crops per step"
 
     def __init__(self, model: UNet, options: BaselineOptions, seed: int) -> None:
-        super().__init__(model, options, seed)  # type: ignore[arg-type]
+        super().__init__(model, options, seed)
         model.check_size(options.crop, options.crop)
         self.max_steps = options.steps
 
-    def configure_optimizers(self) -> Any:
-        rate, decay = float(self.options.lr), float(self.options.weight_decay)
-        optimizer = torch.optim.AdamW(self.model.parameters(), rate, weight_decay=decay)
-        rates = LambdaLR(optimizer, self._rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+    def lr_factor(self, step: int) -> float:
+        warmup = max(1, round(WARMUP * self.options.steps))
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / self.options.steps)))
 
-    def on_train_start(self) -> None:
-        """A resumed run keeps the rates of its checkpoint."""
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return tuple(to_device(part, device) for part in batch)
-
-    def rate_in_words(self) -> str:
-        return f"{self.options.batch_size} crops per step, learning rate {self.options.lr:g}"
-
-    def describe(self, batch: Any) -> str:
-        return "the images and masks, or lower fit.lr"
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        decay = float(self.options.weight_decay)
+        return [{"params": list(self.model.parameters()), "lr": self.lr, "weight_decay": decay}]
 
     def loss_terms(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         images, labels = batch
         logits = self.model(2 * images - 1, torch.zeros(len(images), device=images.device)).float()
         return {"cross_entropy": masked_cross_entropy(logits, labels)}
-
-    def _rate(self, step: int) -> float:
-        warmup = max(1, round(WARMUP * self.options.steps))
-        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / self.options.steps)))
 
 
 @dataclass
@@ -133,14 +117,12 @@ class BaselineRecipe(Recipe):
 
     def prepare(self, seed: int) -> Parts:
         train_set, val_set = self.data.open(seed), self.data.open_val()
-        images, masks = list(train_set.images), list(train_set.masks)
-        torch.manual_seed(seed)
         unet = segmentation_unet(load_generator(self.generator).network, len(self.data.classes))
         return Parts(
             BaselineModule(unet, self.fit, seed),
-            CropBatches(images, masks, self.fit, seed),
+            CropBatches(list(train_set.images), list(train_set.masks), self.fit, seed),
             SegmentationEvaluator(train_set, val_set, self.data.classes, self._predict),
-            f"{size_of(unet)} learns {len(self.data.classes)} classes from {len(images)} images",
+            f"{size_of(unet)} learns {len(self.data.classes)} classes from {len(train_set)} images",
         )
 
     def _predict(self, unet: UNet, image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -158,11 +140,11 @@ def fit_baseline(
     """A UNet trained to tell pixels' classes.
 
     Args:
-        unet: of as many output channels as there are classes, see :func:`segmentation_unet`.
+        unet: a network with an output channel per class, see :func:`segmentation_unet`.
         images: (3, H, W) each, RGB, 0..1, of any sizes.
         masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
         options: how it learns.
-        seed: of the crops.
+        seed: seed of the crops.
         trainer: what it is trained on.
 
     Raises:

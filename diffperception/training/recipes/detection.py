@@ -1,11 +1,12 @@
 """Training of a detector."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from jsonargparse import lazy_instance
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -23,14 +24,14 @@ from diffperception.detection.inference import (
     require_masks,
     write_result,
 )
-from diffperception.devices import first_process
 from diffperception.echo import echo
 from diffperception.files import OutputFolder
 from diffperception.models import Backbone
+from diffperception.models.base import describe
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
-from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
+from diffperception.training.recipe import Evaluator, Metrics, Parts, Recipe, size_of
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
@@ -79,11 +80,12 @@ class DataOptions:
             )
         return train, val
 
-    def repeats(self, train: CocoDetection) -> np.ndarray | None:
-        """How often an epoch shows each image of the training set, on average; None for once."""
-        if self.repeat_threshold is None:
-            return None
-        return repeat_factors(train.labels_of_images(), len(train.classes), self.repeat_threshold)
+    def batches(self, train: CocoDetection, seed: int) -> TrainingData:
+        """Batches of the training set, of which images of rare classes are repeated if `repeat_threshold` says so."""
+        repeats = None
+        if self.repeat_threshold is not None:
+            repeats = repeat_factors(train.labels_of_images(), len(train.classes), self.repeat_threshold)
+        return TrainingData(train, self.batch_size, self.workers, seed, repeats)
 
 
 @dataclass
@@ -110,13 +112,15 @@ class EvaluationOptions:
 
 
 class DetectionModule(TrainingModule):
-    """The step of a detector: its own loss, and a learning rate of its own for the backbone."""
+    """The step of a detector: the loss that it gives, and a learning rate of its own for the backbone."""
 
     model: Detector
+    options: OptimizerOptions
 
     def __init__(self, model: Detector, options: OptimizerOptions, seed: int):
         super().__init__(model, options, seed)
-        self.backbones = [name + "." for name, module in model.named_modules() if isinstance(module, Backbone)]
+        modules = model.named_modules()
+        self.backbones = tuple(f"{name}." for name, module in modules if isinstance(module, Backbone))
 
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         images, targets = batch
@@ -127,7 +131,7 @@ class DetectionModule(TrainingModule):
         return f"the boxes of the images with ids {ids} with `diffperception check`"
 
     def lr_scale(self, name: str) -> float:
-        return self.options.backbone_lr_factor if name.startswith(tuple(self.backbones)) else 1.0
+        return self.options.backbone_lr_factor if name.startswith(self.backbones) else 1.0
 
     def compile_networks(self) -> None:
         for name in ("backbone", "head"):  # a user's detector may have others
@@ -137,14 +141,7 @@ class DetectionModule(TrainingModule):
 
 @dataclass
 class DetectionEvaluator(Evaluator):
-    """COCO or LVIS metrics on a data set, and pictures of predictions at the end.
-
-    Args:
-        dataset: what is scored on.
-        options: how.
-        workers: processes that read images, for each process that predicts.
-        seed: of the noise.
-    """
+    """COCO or LVIS metrics on a data set, and pictures of predictions at the end; `seed` is that of the noise."""
 
     dataset: CocoDetection
     options: EvaluationOptions
@@ -152,17 +149,17 @@ class DetectionEvaluator(Evaluator):
     seed: int
 
     def __post_init__(self) -> None:
-        self.every, options = self.options.every, self.options
+        self.every, most, protocol = self.options.every, self.options.max_dets, self.options.protocol
         # What cannot be scored is refused here, not after the training.
-        CocoEvaluator(self.dataset.annotations, self.dataset.masks, options.max_dets, None, options.protocol)
+        CocoEvaluator(self.dataset.annotations, self.dataset.masks, most, None, protocol)
 
-    def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: OutputFolder | None) -> dict[str, float]:
+    def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: OutputFolder | None) -> Metrics:
         return self._score(averaged, self.options.num_images).metrics
 
-    def finish(self, model: Detector, folder: OutputFolder | None) -> dict[str, float]:
+    def finish(self, model: Detector, folder: OutputFolder | None) -> Metrics:
         result = self._score(model, None)
         echo(result.table())
-        if folder is not None and first_process():
+        if folder is not None:
             write_result(result, folder)
             draw_predictions(model, self.dataset, folder, self.options.num_pictures, self.seed)
         return result.metrics
@@ -182,7 +179,7 @@ class DetectionRecipe(Recipe):
         optimizer: how the weights are updated.
         evaluation: how it is scored.
         module: the training step; a class of your own may change it.
-        init: start from the weights in this model.safetensors file, of the same model and classes.
+        init: training starts from the weights in this model.safetensors file, of the same model and classes.
     """
 
     task = "detection"
@@ -203,7 +200,7 @@ class DetectionRecipe(Recipe):
 
     def prepare(self, seed: int) -> Parts:
         train, val = self.data.open()
-        repeats = self.data.repeats(train)
+        batches = self.data.batches(train, seed)
         evaluator = DetectionEvaluator(val, self.evaluation, self.data.workers, seed)
         detector = self.model(train.classes)
         require_masks(detector, val)
@@ -212,7 +209,7 @@ class DetectionRecipe(Recipe):
             start_from(detector, self.init, val)
         return Parts(
             self.module(detector, self.optimizer, seed),
-            TrainingData(train, self.data.batch_size, self.data.workers, seed, repeats),
+            batches,
             evaluator,
             f"{size_of(detector)} learns {len(train.classes)} classes from {len(train)} images and is scored on"
             f" {len(val)}",
@@ -221,7 +218,8 @@ class DetectionRecipe(Recipe):
 
 def start_from(detector: Detector, path: Path, dataset: CocoDetection) -> None:
     """Give `detector` the weights of a model file; ValueError if its classes or its layers differ."""
-    source = Detector.load(path, allow=(type(detector).__module__.split(".")[0],))
+    packages = re.findall(r'"class": "(\w+)', json.dumps(describe(detector)))  # the user has named classes of these
+    source = Detector.load(path, allow=tuple(packages))
     require_classes(source.classes, dataset)
     try:
         detector.load_state_dict(source.state_dict())

@@ -1,7 +1,7 @@
 """Training of a generator of images."""
 
-from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloa
 from torch import Tensor
 
 from diffperception.configuration.base import given, spread_files
-from diffperception.data.batches import SeededSamples
+from diffperception.data.batches import SeededSamples, collate
 from diffperception.data.image_folder import ImageFolder, class_folders
 from diffperception.data.images import LazyMap
 from diffperception.devices import first_process, gather, share
@@ -27,7 +27,7 @@ from diffperception.training.configured import options_for
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
-from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
+from diffperception.training.recipe import Evaluator, Metrics, Parts, Recipe, size_of
 from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import image_grid
 
@@ -68,24 +68,25 @@ class ImageDataOptions:
     cached: NonNegativeInt = 0
 
     def classes(self) -> list[str] | None:
-        """The names of the classes, None without labels."""
+        """The names of the classes; None without labels."""
         return class_folders(self.images) if self.labelled else None
 
     def open(self, image_size: tuple[int, int], channels: int) -> tuple[ImageFolder, ImageFolder | None]:
         """The images to learn from, and those to measure on; ValueError if their folders are of other classes."""
-        changes = (self.horizontal_flip, self.vertical_flip, self.on_broken, self.cached)
-
-        def folder(images: Path, listed: Path | None) -> ImageFolder:
-            return ImageFolder(images, image_size, self.short_side, listed, self.labelled, channels, *changes)
-
-        train = folder(self.images, self.annotations)
-        val = None if self.val_images is None else folder(self.val_images, self.val_annotations)
-        if val is not None and val.classes != train.classes:
+        train = self._folder(self.images, self.annotations, image_size, channels)
+        if self.val_images is None:
+            return train, None
+        val = self._folder(self.val_images, self.val_annotations, image_size, channels)
+        if val.classes != train.classes:
             raise ValueError(
                 f"{self.images} and {self.val_images} hold folders of different names: they are the classes, so give"
                 " both the same"
             )
         return train, val
+
+    def _folder(self, images: Path, listed: Path | None, image_size: tuple[int, int], channels: int) -> ImageFolder:
+        changes = (self.horizontal_flip, self.vertical_flip, self.on_broken, self.cached)
+        return ImageFolder(images, image_size, self.short_side, listed, self.labelled, channels, *changes)
 
 
 @dataclass
@@ -117,7 +118,7 @@ class PreviewOptions:
         every: steps between looks; null for one at the end only.
         num_samples: how many images are drawn, always from the same noise.
         sampling: how they are drawn.
-        num_held_out: on how many images of data.val_images the loss is measured.
+        num_held_out: how many images of data.val_images the loss is measured on.
         batch_size: images per pass.
     """
 
@@ -173,7 +174,7 @@ class GenerationModule(TrainingModule):
 
     @torch.no_grad()
     def _learn_times(self, t: Tensor, losses: dict[str, Tensor]) -> None:
-        """Tell the sampler of times what all processes have found."""
+        """Tell a sampler that learns from the losses what all processes have found."""
         if not isinstance(self.times, LossSecondMoment):
             return
         total = torch.stack(list(losses.values())).sum(0)
@@ -181,16 +182,8 @@ class GenerationModule(TrainingModule):
             t, total = (self.all_gather(values).flatten() for values in (t, total))  # type: ignore[union-attr]
         self.times.update(t, total)
 
-    def describe(self, batch: Batch) -> str:
-        return describe_images(batch)
-
     def compile_networks(self) -> None:
         self.model.network.compile()
-
-
-def describe_images(batch: Batch) -> str:
-    """The images of a batch, for messages."""
-    return "the images " + ", ".join(target["path"] for target in batch[1])
 
 
 def noise_like(x0: Tensor, generator: torch.Generator) -> Tensor:
@@ -199,45 +192,48 @@ def noise_like(x0: Tensor, generator: torch.Generator) -> Tensor:
     return to_device(noise, x0.device).to(x0.dtype)
 
 
+def held_out_batches(
+    dataset: ImageFolder, numbers: Sequence[int], batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, list[dict[str, Any]]]]:
+    """Images (B, C, H, W), 0..1, on the device and their targets, with the same crops in every call.
+
+    Args:
+        numbers: which images, modulo how many there are; the number is the seed of the crop too.
+    """
+    samples = SeededSamples(dataset)
+    for start in range(0, len(numbers), batch_size):
+        chosen = numbers[start : start + batch_size]
+        images, targets = collate([samples[number % len(dataset), number] for number in chosen])
+        yield to_device(torch.stack(images), device), targets
+
+
 @torch.no_grad()
 def held_out_loss(model: DiffusionModel, dataset: ImageFolder, num_images: int, batch_size: int) -> float:
     """The mean loss over images and evenly spaced times, with the same crops, noise and times in every call."""
     model.eval()
-    objective, samples = model.objective(), SeededSamples(dataset)
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for start in range(0, num_images, batch_size):
-        chosen = range(start, min(start + batch_size, num_images))
-        images, targets = zip(*(samples[i % len(dataset), i] for i in chosen), strict=True)
-        x0 = model.space.encode(to_device(torch.stack(images), model.device))
-        t = to_device(model.schedule.from_fraction((torch.tensor(chosen) + 0.5) / num_images), model.device)
+    objective, generator, total = model.objective(), torch.Generator().manual_seed(0), 0.0
+    places = ((torch.arange(num_images) + 0.5) / num_images).split(batch_size)
+    batches = held_out_batches(dataset, range(num_images), batch_size, model.device)
+    for fractions, (images, targets) in zip(places, batches, strict=True):
+        x0 = model.space.encode(images)
+        t = to_device(model.schedule.from_fraction(fractions), model.device)
         losses = model.losses(objective, x0, t, noise_like(x0, generator), model.read(targets))
         total += float(torch.stack(list(losses.values())).sum())
     return total / num_images
 
 
-@dataclass
 class GenerationEvaluator(Evaluator):
-    """Samples from the averaged and the raw weights, and their loss on held-out images.
-
-    Args:
-        model: that is to be sampled from.
-        held_out: images that are not learned from; None to measure no loss.
-        options: how.
-        seed: of the samples.
+    """Samples from the averaged and the raw weights, and their loss on images that are not learned from, if any.
 
     Raises:
-        ValueError: the model cannot be sampled in this way.
+        ValueError: the model cannot be sampled as the options say.
     """
 
-    model: InitVar[DiffusionModel]
-    held_out: ImageFolder | None
-    options: PreviewOptions
-    seed: int
     last = True
 
-    def __post_init__(self, model: DiffusionModel) -> None:
-        self.every, sampling = self.options.every, self.options.sampling
+    def __init__(self, model: DiffusionModel, held_out: ImageFolder | None, options: PreviewOptions, seed: int):
+        self.held_out, self.options, self.seed = held_out, options, seed
+        self.every, sampling = options.every, options.sampling
         try:
             sampling_grid(model.schedule, sampling.sampler, sampling.steps)
             model.denoiser(model.conditioner and model.conditioner.choose(None, range(1)), sampling.guidance)
@@ -246,7 +242,7 @@ class GenerationEvaluator(Evaluator):
 
     def evaluate(
         self, averaged: DiffusionModel, raw: DiffusionModel, step: int, folder: OutputFolder | None
-    ) -> dict[str, float]:
+    ) -> Metrics:
         models = {"averaged": averaged} if raw is averaged else {"averaged": averaged, "raw": raw}
         for name, model in models.items():
             if folder is not None:

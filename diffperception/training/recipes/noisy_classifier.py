@@ -1,17 +1,15 @@
 """Training of the classifier of noisy images, which guides generators."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
-from diffperception.data.batches import SeededSamples
 from diffperception.data.image_folder import ImageFolder
-from diffperception.devices import first_process
 from diffperception.diffusion import add_noise
 from diffperception.echo import echo
 from diffperception.files import OutputFolder, write_json
@@ -20,8 +18,8 @@ from diffperception.models.ops.transfer import to_device
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
-from diffperception.training.recipe import Evaluator, Parts, Recipe, size_of
-from diffperception.training.recipes.generation import Batch, ImageDataOptions, describe_images, left_out, noise_like
+from diffperception.training.recipe import Evaluator, Metrics, Parts, Recipe, size_of
+from diffperception.training.recipes.generation import Batch, ImageDataOptions, held_out_batches, left_out, noise_like
 
 
 @dataclass
@@ -69,22 +67,20 @@ class NoisyClassifierModule(TrainingModule):
     model: NoisyClassifier
 
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        x0, labels = labelled_signal(*batch, self.device)
-        logits = noised_logits(self.model, x0, torch.rand(len(x0), generator=generator), generator)
-        return {"cross_entropy": F.cross_entropy(logits, labels)}
-
-    def describe(self, batch: Batch) -> str:
-        return describe_images(batch)
+        images, targets = batch
+        places = torch.rand(len(images), generator=generator)
+        logits = noised_logits(self.model, torch.stack(images), places, generator)
+        return {"cross_entropy": F.cross_entropy(logits, labels_of(targets, self.device))}
 
 
-def labelled_signal(images: Sequence[Tensor], targets: Sequence[dict], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images (0..1) and targets as x0 (B, C, H, W), -1..1, and labels (B,)."""
-    labels = torch.tensor([target["label"] for target in targets])
-    return 2 * to_device(torch.stack(list(images)), device) - 1, to_device(labels, device)
+def labels_of(targets: list[dict[str, Any]], device: torch.device) -> Tensor:
+    """The labels (B,) of a batch on the device."""
+    return to_device(torch.tensor([target["label"] for target in targets]), device)
 
 
-def noised_logits(model: NoisyClassifier, x0: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
-    """Logits (B, K) of images (B, C, H, W), -1..1, noised at places (B,) on the path, 0..1."""
+def noised_logits(model: NoisyClassifier, images: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
+    """Logits (B, K) of images (B, C, H, W), 0..1, noised at places (B,) on the path, 0..1."""
+    x0 = 2 * images - 1
     t = to_device(model.schedule.from_fraction(places), x0.device)
     x_t = add_noise(model.schedule, x0, t, noise_like(x0, generator))
     return model(x_t, model.schedule.conditioning(t)).to(x0.dtype)
@@ -104,20 +100,18 @@ def held_out_accuracy(
         ranges: into how many ranges of equal length the path is divided.
 
     Returns:
-        ``accuracy`` over all ranges; ``accuracy_0.0-0.2`` and so on, of each range, named by its ends on the path
+        ``accuracy`` over all ranges; ``accuracy_0-0.2`` and so on, of each range, named by its ends on the path
         from the clean end, 0, to noise, 1; ``held_out_loss``, the mean cross entropy.
     """
     model.eval()
     count = min(num_images or len(dataset), len(dataset))
-    samples, generator = SeededSamples(dataset), torch.Generator().manual_seed(0)
-    right, loss = torch.zeros(ranges), 0.0
-    for start in range(0, count, batch_size):
-        chosen = [i * len(dataset) // count for i in range(start, min(start + batch_size, count))]
-        images, targets = zip(*(samples[i, i] for i in chosen), strict=True)
-        x0, labels = labelled_signal(images, targets, model.device)
+    chosen = [i * len(dataset) // count for i in range(count)]
+    generator, right, loss = torch.Generator().manual_seed(0), torch.zeros(ranges), 0.0
+    for images, targets in held_out_batches(dataset, chosen, batch_size, model.device):
+        labels = labels_of(targets, model.device)
         for k in range(ranges):
-            places = (k + torch.rand(len(x0), generator=generator)) / ranges
-            logits = noised_logits(model, x0, places, generator)
+            places = (k + torch.rand(len(images), generator=generator)) / ranges
+            logits = noised_logits(model, images, places, generator)
             right[k] += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     by_range = {f"accuracy_{k / ranges:.2g}-{(k + 1) / ranges:.2g}": float(right[k]) / count for k in range(ranges)}
@@ -126,12 +120,7 @@ def held_out_accuracy(
 
 @dataclass
 class AccuracyEvaluator(Evaluator):
-    """How well images are classified at each range of noise.
-
-    Args:
-        dataset: labelled images that are not learned from; None to measure nothing.
-        options: how.
-    """
+    """How well images that are not learned from, if there are any, are classified at each range of noise."""
 
     dataset: ImageFolder | None
     options: AccuracyOptions
@@ -139,19 +128,17 @@ class AccuracyEvaluator(Evaluator):
     def __post_init__(self) -> None:
         self.every = self.options.every
 
-    def evaluate(
-        self, averaged: NoisyClassifier, raw: NoisyClassifier, step: int, folder: OutputFolder | None
-    ) -> dict[str, float]:
+    def evaluate(self, averaged: NoisyClassifier, raw: Any, step: int, folder: OutputFolder | None) -> Metrics:
         return self._measure(averaged, self.options.num_images)
 
-    def finish(self, model: NoisyClassifier, folder: OutputFolder | None) -> dict[str, float]:
+    def finish(self, model: NoisyClassifier, folder: OutputFolder | None) -> Metrics:
         metrics = self._measure(model, None)
         echo("\n".join(f"{name:<18}{value:.3f}" for name, value in metrics.items()))
-        if folder is not None and metrics and first_process():
+        if folder is not None and metrics:
             write_json(folder.file("metrics.json"), {"metrics": metrics})
         return metrics
 
-    def _measure(self, model: NoisyClassifier, num_images: int | None) -> dict[str, float]:
+    def _measure(self, model: NoisyClassifier, num_images: int | None) -> Metrics:
         if self.dataset is None:
             return {}
         return held_out_accuracy(model, self.dataset, num_images, self.options.batch_size, self.options.num_ranges)

@@ -1,11 +1,9 @@
 """Training of ensembles of pixel classifiers on features (arXiv 2112.03126)."""
 
-import io
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -17,11 +15,9 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from diffperception.data.masks import IGNORE_INDEX, MaskDataOptions, MaskFolder
-from diffperception.devices import first_process
 from diffperception.diffusion.noise import derive_seed
 from diffperception.echo import echo, plural
 from diffperception.files import OutputFolder, write_json
-from diffperception.models.ops.transfer import to_device
 from diffperception.segmentation import FeatureExtractor, MeanIoU, PixelEnsemble, PixelSegmenter
 from diffperception.segmentation.feature_cache import in_bytes, stored_bytes
 from diffperception.segmentation.inference import draw_comparisons, iou_table, score_images
@@ -30,8 +26,8 @@ from diffperception.segmentation.pixels import LabelledPixels, checked_masks
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import TrainerOptions
-from diffperception.training.recipe import Evaluator, Parts, Recipe
-from diffperception.training.run import fit, quiet_lightning
+from diffperception.training.recipe import Evaluator, Metrics, Parts, Recipe
+from diffperception.training.run import fit_quietly
 
 STEP_MINIBATCHES = 100  # minibatches in a step of a run
 # What numbers of FitOptions may be; batch norm needs two pixels.
@@ -90,7 +86,7 @@ class PixelBatches(TrainingData):
     """
 
     def __init__(self, pixels: int, members: int, options: FitOptions, seed: int) -> None:
-        super().__init__([], options.batch_size, 0, seed)  # type: ignore[arg-type]
+        super().__init__(None, options.batch_size, 0, seed)
         self.pixels, self.members = pixels, members
         self.most = options.most_minibatches(pixels)
 
@@ -104,30 +100,46 @@ class PixelBatches(TrainingData):
                 yield torch.stack(drawn, 1)[: self.most - number * STEP_MINIBATCHES]
 
 
-class EnsembleModule(TrainingModule):
+class FitModule(TrainingModule):
+    """A step that learns from masks as the options `fit` say, with one learning rate whatever the number of images."""
+
+    samples: ClassVar[str]  # what `batch_size` counts
+    grad_clip_norm = None
+    remedy = "lower fit.lr"
+
+    @property
+    def lr(self) -> float:
+        return float(self.options.lr)
+
+    def rate_in_words(self) -> str:
+        return f"{self.options.batch_size} {self.samples}, learning rate {self.lr:g}"
+
+    def describe(self, batch: Any) -> str:
+        return "the images and masks"
+
+
+class EnsembleModule(FitModule):
     """Trains all members of an ensemble at once, each on its own minibatches, until each has stopped.
 
     A step of the run is a chunk of minibatches. The model has the weights of the last whole chunk, and those of members
-    that have stopped.
+    that have stopped. What to say of classes with too few pixels is in `notes`.
 
     Args:
         model: extractor and ensemble.
         features: the extractor, or one that has its maps already.
         images: (3, H, W) each, RGB, 0..1, of any sizes; fetched one at a time when the training begins.
         masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
-        options: of the training.
-        seed: of weights and minibatches.
-        names: of the images, for messages; by default their numbers.
-
-    Attributes:
-        notes: sentences on classes with too few pixels.
+        options: how they are trained.
+        seed: seed of weights and minibatches.
+        names: names of the images, for messages; by default their numbers.
 
     Raises:
         ValueError: masks do not fit the images or the classes, or nothing is labelled.
     """
 
     model: PixelSegmenter
-    options: FitOptions  # type: ignore[assignment]
+    options: FitOptions
+    samples = "pixels per minibatch and member"
     best: Tensor
     waited: Tensor
     stopped: Tensor
@@ -142,7 +154,7 @@ class EnsembleModule(TrainingModule):
         seed: int,
         names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(model, options, seed)  # type: ignore[arg-type]
+        super().__init__(model, options, seed)
         self.automatic_optimization = False
         names = names or [f"image {i}" for i in range(len(masks))]
         masks, notes = checked_masks(images, masks, model.classes, options.min_pixels, names)
@@ -175,19 +187,10 @@ class EnsembleModule(TrainingModule):
         self.gathered = weight.new_empty(rows, weight.shape[2], device=self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.members.parameters(), self.options.lr, fused=True)
-
-    def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> Tensor:
-        return to_device(batch, device)
-
-    def rate_in_words(self) -> str:
-        return f"{self.options.batch_size} pixels per minibatch and member, learning rate {self.options.lr:g}"
+        return torch.optim.Adam(self.members.parameters(), self.lr, fused=True)
 
     def compile_networks(self) -> None:
         self.members.compile()
-
-    def describe(self, batch: Any) -> str:
-        return "the images and masks, or lower fit.lr"
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """Train on a chunk of minibatches (n, M, batch_size)."""
@@ -211,9 +214,6 @@ class EnsembleModule(TrainingModule):
 
     def on_train_start(self) -> None:
         self.trainer.should_stop |= bool(self.stopped.all())
-
-    def loss_terms(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        raise NotImplementedError("a step has many minibatches, see training_step")
 
     def _backward(self, chosen: Tensor) -> Tensor:
         """Losses (M,) of a minibatch of pixels (M, batch_size), and all gradients.
@@ -263,14 +263,11 @@ class EnsembleModule(TrainingModule):
 
 @dataclass
 class SegmentationEvaluator(Evaluator):
-    """IoU on images with masks, and pictures of predictions, at the end.
+    """IoU on images with masks, if there are any to measure on, and pictures of what segmenters predict, at the end.
 
     Args:
-        train_set: what is learned from.
-        val_set: what is measured on; None for nothing.
-        classes: their names.
         predict: a model, an image (3, H, W) and the size of its mask to labels of that size.
-        pictures: how many are drawn, of segmenters.
+        pictures: how many are drawn.
     """
 
     train_set: MaskFolder
@@ -279,16 +276,15 @@ class SegmentationEvaluator(Evaluator):
     predict: Callable[[Any, Tensor, tuple[int, int]], Tensor] = lambda model, image, size: model.segment(image).labels
     pictures: int = 0
 
-    def finish(self, model: Any, folder: OutputFolder | None) -> dict[str, float]:
-        counts = MeanIoU(len(self.classes))
+    def finish(self, model: Any, folder: OutputFolder | None) -> Metrics:
+        counts, start = MeanIoU(len(self.classes)), time.monotonic()
         content: dict[str, Any] = {"metrics": {}, "images": self.train_set.names}
         if self.val_set is not None:
-            start = time.monotonic()
             counts = score_images(partial(self.predict, model), len(self.classes), self.val_set)
             content["metrics"] = counts.summary(self.classes)
             content["seconds_per_image"] = (time.monotonic() - start) / len(self.val_set)
             echo(f"{iou_table(content['metrics'])}\non the labelled pixels of {plural(len(self.val_set), 'image')}")
-        if folder is not None and first_process():
+        if folder is not None:
             write_json(folder.file("metrics.json"), content)
             draw_comparisons(model, self.val_set or self.train_set, folder, self.pictures)
         return counts.named(self.classes)
@@ -384,12 +380,3 @@ def fit_ensemble(
         warnings.warn(module.notes, stacklevel=2)
     fit_quietly(module, PixelBatches(module.num_pixels, members, options, seed), trainer)
     return model.classifier
-
-
-def fit_quietly(module: TrainingModule, data: TrainingData, trainer: TrainerOptions | None = None) -> Any:
-    """The trained model of a run that leaves nothing on disk and says nothing but how long it will take."""
-    quiet_lightning()
-    assert module.max_steps is not None
-    with redirect_stdout(io.StringIO()):
-        parts = Parts(module, data, Evaluator(), summary="")
-        return fit(parts, trainer or TrainerOptions(), module.max_steps, None, None).model
