@@ -2,10 +2,8 @@
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +16,20 @@ from tqdm import tqdm
 
 from diffperception.configuration.settings import differences, read_settings
 from diffperception.data.masks import MaskDataOptions, MaskFolder, read_mask
-from diffperception.devices import Precision, pick_device
+from diffperception.devices import Precision, autocast, pick_device
 from diffperception.echo import echo, plural
 from diffperception.files import write_json, write_text
 from diffperception.models import DiffusionModel, UNet
 from diffperception.models.base import describe
-from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, MeanIoU, RGBFeatures
-from diffperception.segmentation.baseline import predict_labels, segmentation_unet
+from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, MeanIoU, PixelSegmenter, RGBFeatures
+from diffperception.segmentation.baseline import predict_labels
 from diffperception.segmentation.feature_cache import CachedFeatures, in_bytes, parse_bytes, settings_of, stored_bytes
 from diffperception.table import format_table
 from diffperception.training.options import TrainerOptions
-from diffperception.training.recipes.baseline import BaselineOptions, fit_baseline
-from diffperception.training.recipes.segmentation import FitOptions, fit_ensemble
+from diffperception.training.recipe import Recipe
+from diffperception.training.recipes.baseline import BaselineOptions, BaselineRecipe
+from diffperception.training.recipes.segmentation import FitOptions, SegmentationRecipe
+from diffperception.training.run import fit_quietly
 from diffperception.visualization.curves import label_curves
 from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import PANEL_SIDE, image_row, legend, mask_overlay, stack
@@ -41,8 +41,17 @@ TITLES = {
     "rgb": "colours",
     "scratch": "UNet from scratch",
 }
-Predict = Callable[[Tensor, tuple[int, int]], Tensor]  # a resized image to labels (height, width)
-Learn = Callable[[MaskFolder, int], Predict]  # with a seed
+
+
+@dataclass
+class Learner:
+    """A way to learn: the recipe for some images, and what it trains on; and from its model, a resized image (3, h, w)
+    and a size to labels (height, width).
+    """
+
+    recipe: Callable[[MaskDataOptions], Recipe]
+    predict: Callable[[Any, Tensor, tuple[int, int]], Tensor]
+    trainer: TrainerOptions
 
 
 class Results:
@@ -53,9 +62,7 @@ class Results:
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:
         self.path, self.settings = path, settings
-        kept: dict[str, Any] = {"settings": settings, "results": []}
-        if path.exists() and not overwrite:
-            kept = read_settings(path)
+        kept = read_settings(path) if path.exists() and not overwrite else {"settings": settings, "results": []}
         changed = differences(kept["settings"], settings)
         if changed:
             raise ValueError(
@@ -152,24 +159,24 @@ def compare_label_efficiency(
         raise ValueError("give data.val_images and data.val_masks, the images to score on")
     images = [*map(data.resized, test.images), *images_to_learn_from(data, max(labels), tried)]
 
-    def learner(method: Method) -> Learn:
+    def learner(method: Method) -> Learner:
         if method == "scratch":
-            return partial(learn_unet, features.generator.network, data, baseline, trainer)
+            return unet_learner(features.generator, baseline, trainer)
         extractors = {"diffusion": lambda: features, "untrained": lambda: untrained(features), "rgb": RGBFeatures}
         kept = keep(extractors[method](), images, limit, TITLES[method])
-        return partial(learn_pixels, kept, data, members, fit, trainer)
+        return pixel_learner(kept, members, fit, trainer)
 
-    start = time.monotonic()
+    began = time.monotonic()
     for method in methods:
-        learn = None  # the features that were kept for the method before are let go
+        known = None  # the features that were kept for the method before are let go
         for _, count, number in results.missing([method], labels, tried):
-            learn = learn or learner(method)
-            row, predictions = measure_learner(learn, replace(data, max_images=count), test, number)
+            known = known or learner(method)
+            row, predictions = measure_learner(known, replace(data, max_images=count), test, number)
             if count == min(labels) and number == seed:
                 for name, found in zip(test.names, predictions, strict=True):
                     save_png(Image.fromarray(found.numpy()), _example(output, method, name))
             results.add({"method": method, "labels": count, "seed": number, **row})
-            left, so_far = left - 1, tqdm.format_interval(time.monotonic() - start)
+            left, so_far = left - 1, tqdm.format_interval(time.monotonic() - began)
             echo(f"{_in_words(results.rows[-1])}; {so_far} so far, {left} results left")
     summary = mean_and_spread(results.rows)
     _report(summary, data.classes, test, pictures, output)
@@ -182,9 +189,10 @@ def images_to_learn_from(data: MaskDataOptions, count: int, seeds: Iterable[int]
     if len(folders[0]) < count:
         found = plural(len(folders[0]), "labelled image")
         raise ValueError(f"{data.images} has {found}, but {count} are to be chosen")
-    return list(
-        {name: image for folder in folders for name, image in zip(folder.names, folder.images, strict=True)}.values()
-    )
+    named: dict[str, Tensor] = {}
+    for folder in folders:
+        named |= zip(folder.names, folder.images, strict=True)
+    return list(named.values())
 
 
 def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
@@ -211,59 +219,43 @@ def keep(features: FeatureExtractor, images: Sequence[Tensor], limit: int, title
     return kept
 
 
-def learn_pixels(
-    features: FeatureExtractor,
-    data: MaskDataOptions,
-    members: int,
-    fit: FitOptions,
-    trainer: TrainerOptions,
-    labelled: MaskFolder,
-    seed: int,
-) -> Predict:
-    """Train an ensemble of pixel classifiers on features of labelled images."""
-    known, trainer = (labelled.images, labelled.masks, len(data.classes)), replace(trainer, precision="32-true")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        ensemble = fit_ensemble(features, *known, members, fit, labelled.names, data.classes, seed, trainer)
-    for warning in caught:
-        echo(f"note: {warning.message}")
-    return lambda image, size: ensemble.segment(features.maps(image)).resized(*size).labels.cpu()
+def pixel_learner(features: FeatureExtractor, members: int, fit: FitOptions, trainer: TrainerOptions) -> Learner:
+    """Pixel classifiers on features, which may be kept for all images, in float32."""
+
+    def predict(model: PixelSegmenter, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return model.classifier.segment(features.maps(image)).resized(*size).labels.cpu()
+
+    in_full = replace(trainer, precision="32-true")
+    return Learner(lambda data: SegmentationRecipe(features, data, members, fit), predict, in_full)
 
 
-def learn_unet(
-    like: UNet,
-    data: MaskDataOptions,
-    options: BaselineOptions,
-    trainer: TrainerOptions,
-    labelled: MaskFolder,
-    seed: int,
-) -> Predict:
-    """Train a UNet, as large as another, on labelled images from scratch."""
-    torch.manual_seed(seed)
-    network = segmentation_unet(like, len(data.classes))
-    network = fit_baseline(network, list(labelled.images), list(labelled.masks), options, seed, trainer)
+def unet_learner(generator: DiffusionModel | UNet, options: BaselineOptions, trainer: TrainerOptions) -> Learner:
+    """A UNet as large as a generator's, from scratch."""
 
-    def predict(image: Tensor, size: tuple[int, int]) -> Tensor:
-        with torch.autocast(network.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
-            return predict_labels(network, image, size)
+    def predict(model: UNet, image: Tensor, size: tuple[int, int]) -> Tensor:
+        with autocast(model.device, "bf16" if trainer.precision == "bf16-mixed" else "32"):
+            return predict_labels(model, image, size)
 
-    return predict
+    return Learner(lambda data: BaselineRecipe(generator, data, options), predict, trainer)
 
 
 def measure_learner(
-    learn: Learn, data: MaskDataOptions, test: MaskFolder, seed: int
+    learner: Learner, data: MaskDataOptions, test: MaskFolder, seed: int
 ) -> tuple[dict[str, Any], list[Tensor]]:
     """Scores, seconds and the images learned from, for the results; and the predictions of the test images."""
-    labelled, start = data.open(seed), time.monotonic()
-    predict = learn(labelled, seed)
+    data, start = replace(data, val_images=None, val_masks=None), time.monotonic()
+    torch.manual_seed(seed)
+    parts = learner.recipe(data).prepare(seed)
+    model = fit_quietly(parts.module, parts.data, learner.trainer)
     learned = time.monotonic()
     score, predictions = MeanIoU(len(data.classes)), []
     for index in tqdm(range(len(test)), desc="test", unit="image", leave=False, disable=None):
         image, mask = test[index]
-        predictions.append(predict(data.resized(image), (mask.shape[0], mask.shape[1])).to(torch.uint8))
-        score.update(predictions[-1], mask)
+        found = learner.predict(model, data.resized(image), (mask.shape[0], mask.shape[1]))
+        predictions.append(found.to(torch.uint8))
+        score.update(found, mask)
     seconds = {"training": round(learned - start, 1), "test": round(time.monotonic() - learned, 1)}
-    return {**score.summary(data.classes), "seconds": seconds, "images": labelled.names}, predictions
+    return {**score.summary(data.classes), "seconds": seconds, "images": data.open(seed).names}, predictions
 
 
 def mean_and_spread(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

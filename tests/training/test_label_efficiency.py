@@ -15,9 +15,10 @@ from diffperception.training import BaselineOptions, FitOptions, compare_label_e
 from diffperception.training.label_efficiency import (
     label_table,
     lead_sentence,
-    learn_pixels,
-    learn_unet,
     mean_and_spread,
+    measure_learner,
+    pixel_learner,
+    unet_learner,
 )
 from diffperception.training.options import TrainerOptions
 from tests.helpers.networks import tiny_unet
@@ -80,31 +81,36 @@ def test_each_seed_chooses_its_own_images(root: Path, first: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(root: Path) -> MaskDataOptions:
-    """Two labelled scenes."""
-    folder = root / "train"
-    return MaskDataOptions(folder / "images", folder / "masks", ["red", "green", "blue"], max_images=2)
+    """Four labelled scenes."""
+    return MaskDataOptions(root / "train/images", root / "train/masks", ["red", "green", "blue"])
 
 
-def test_pixel_classifiers_differ_by_the_seed_alone(data: MaskDataOptions) -> None:
+@pytest.fixture(scope="module")
+def scored(root: Path) -> MaskFolder:
+    return MaskFolder(root / "test/images", root / "test/masks", 3)
+
+
+def test_pixel_classifiers_differ_by_the_seed_alone(data: MaskDataOptions, scored: MaskFolder) -> None:
     labelled, few = data.open(), 20  # minibatches, after which the first weights still show
-    image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
     options = FitOptions(max_minibatches=few)
-    found = [learn_pixels(RGBFeatures(), data, 2, options, CPU, labelled, seed)(image, (24, 32)) for seed in (0, 1)]
+    learner = pixel_learner(RGBFeatures(), 2, options, CPU)
+    found = [measure_learner(learner, data, scored, seed)[1] for seed in (0, 1)]
     ensemble = fit_ensemble(RGBFeatures(), labelled.images, labelled.masks, 3, 2, options, seed=1, trainer=CPU)
-    assert torch.equal(found[1], ensemble.segment(RGBFeatures().maps(image)).labels)
-    assert not torch.equal(*found)
+    for image, one, other in zip(scored.images, *found, strict=True):
+        assert torch.equal(other, ensemble.segment(RGBFeatures().maps(image)).labels.to(torch.uint8))
+        assert not torch.equal(one, other)
 
 
-def test_the_unet_from_scratch_sees_the_seeds_crops(data: MaskDataOptions) -> None:
-    labelled, options = data.open(), BaselineOptions(steps=3, batch_size=2, crop=16, lr=1e-2)
-    image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+def test_the_unet_from_scratch_sees_the_seeds_crops(data: MaskDataOptions, scored: MaskFolder) -> None:
+    images, masks = (list(part) for part in (data.open().images, data.open().masks))
+    options = BaselineOptions(steps=3, batch_size=2, crop=16, lr=1e-2)
     like = tiny_unet()
-    found = learn_unet(like, data, options, CPU, labelled, 1)(image, (24, 32))
+    (found, *_) = measure_learner(unet_learner(like, options, CPU), data, scored, 1)[1]
     for seed in (1, 0):
         torch.manual_seed(1)
         network = segmentation_unet(like, 3)
-        network = fit_baseline(network, labelled.images, labelled.masks, options, seed, CPU)
-        assert torch.equal(found, predict_labels(network, image)) == (seed == 1)
+        network = fit_baseline(network, images, masks, options, seed, CPU)
+        assert torch.equal(found, predict_labels(network, scored.images[0]).to(torch.uint8)) == (seed == 1)
 
 
 def test_there_are_a_table_curves_and_pictures(first: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffperception.data.masks import MaskDataOptions
 from diffperception.diffusion.noise import derive_seed
-from diffperception.models import UNet
+from diffperception.models import DiffusionModel, UNet
 from diffperception.models.generator import load_generator
 from diffperception.segmentation.baseline import masked_cross_entropy, predict_labels, random_crop, segmentation_unet
 from diffperception.segmentation.pixels import check_size
@@ -99,7 +99,7 @@ class BaselineRecipe(Recipe):
     It is as large as a generator, so that their worth can be compared; the generator's weights are not used.
 
     Args:
-        generator: the model.safetensors file of the generator, or of a UNet, that it is as large as.
+        generator: the model.safetensors file of the generator, or of a UNet, that it is as large as; or such a model.
         data: what is learned from, and measured on.
         fit: how it learns.
     """
@@ -111,7 +111,7 @@ class BaselineRecipe(Recipe):
     }
     lasting = ("fit.batch_size", "fit.steps", "data.classes")
 
-    generator: Path
+    generator: DiffusionModel | UNet | str | Path
     data: MaskDataOptions
     fit: BaselineOptions = field(default_factory=BaselineOptions)
 

@@ -132,22 +132,13 @@ class PreviewOptions:
 class GenerationModule(TrainingModule):
     """The step of a generator: noised images, and the loss of what the network makes of them.
 
-    Args:
-        objective: what is learned.
-
     Raises:
         ValueError: the model has no null class that labels could be replaced by, or no discrete steps to learn of.
     """
 
     model: DiffusionModel
 
-    def __init__(
-        self,
-        model: DiffusionModel,
-        options: OptimizerOptions,
-        seed: int,
-        objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (not changed)
-    ):
+    def __init__(self, model: DiffusionModel, options: OptimizerOptions, seed: int, objective: ObjectiveOptions):
         super().__init__(model, options, seed)
         if objective.label_dropout and (model.conditioner is None or not model.conditioner.has_absent):
             raise ValueError("objective.label_dropout needs classes and model.null_class: true")
@@ -240,9 +231,7 @@ class GenerationEvaluator(Evaluator):
         except ValueError as error:
             raise ValueError(f"option preview.sampling: {error}") from None
 
-    def evaluate(
-        self, averaged: DiffusionModel, raw: DiffusionModel, step: int, folder: OutputFolder | None
-    ) -> Metrics:
+    def evaluate(self, averaged: Any, raw: Any, step: int, folder: OutputFolder | None) -> Metrics:
         models = {"averaged": averaged} if raw is averaged else {"averaged": averaged, "raw": raw}
         for name, model in models.items():
             if folder is not None:
@@ -307,11 +296,9 @@ def left_out(images: ImageFolder) -> str:
 
 
 def training_crops(config: Path, number: int, seed: int) -> LazyMap[Tensor]:
-    """Crops (3, H, W), 0..1, of the images that a generator learned from, each a function of the seed and its number.
+    """So many crops (3, H, W), 0..1, of the images that a generator learned from, as its run's configuration says.
 
-    Args:
-        config: the configuration of the run.
-        number: how many crops.
+    Each is a function of the seed and its own number.
 
     Raises:
         ValueError, ArgumentError: the file does not hold the options of such a run.
