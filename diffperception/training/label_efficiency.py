@@ -45,12 +45,10 @@ TITLES = {
 
 @dataclass
 class Learner:
-    """A way to learn: the recipe for some images, and what it trains on; and from its model, a resized image (3, h, w)
-    and a size to labels (height, width).
-    """
+    """A way to learn from labelled images and to predict."""
 
-    recipe: Callable[[MaskDataOptions], Recipe]
-    predict: Callable[[Any, Tensor, tuple[int, int]], Tensor]
+    recipe: Callable[[MaskDataOptions], Recipe]  # for some images
+    predict: Callable[[Any, Tensor, tuple[int, int]], Tensor]  # model and resized image to labels (height, width)
     trainer: TrainerOptions
 
 
@@ -62,14 +60,17 @@ class Results:
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:
         self.path, self.settings = path, settings
-        kept = read_settings(path) if path.exists() and not overwrite else {"settings": settings, "results": []}
+        self.rows: list[dict[str, Any]] = []
+        if overwrite or not path.exists():
+            return
+        kept = read_settings(path)
         changed = differences(kept["settings"], settings)
         if changed:
             raise ValueError(
                 f"{path} holds results of other settings ({', '.join(changed)}): choose another --output, or"
                 " replace them with --overwrite"
             )
-        self.rows: list[dict[str, Any]] = kept["results"]
+        self.rows = kept["results"]
 
     def missing(self, *wanted: Iterable[Any]) -> list[tuple[str, int, int]]:
         """What is still to be done of some methods, numbers of labelled images and seeds."""
