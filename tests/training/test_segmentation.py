@@ -270,6 +270,7 @@ def test_the_average_is_of_weights_after_each_hundred_minibatches(data: Path, tm
     )
     weights = [m.classifier.mlps.linears[0].weight for m in (plain, average)]
     assert 0 < (weights[0] - weights[1]).abs().max() < 0.2
+    assert train(data, tmp_path / "plain", "--fit.ema_decay", "0.9", "--resume") == 2  # an average cannot appear
 
 
 def test_the_unet_from_scratch_is_a_run_too(data: Path, tmp_path: Path):
@@ -281,3 +282,9 @@ def test_the_unet_from_scratch_is_a_run_too(data: Path, tmp_path: Path):
     assert main([*arguments, "--output", str(tmp_path / "run")]) == 0
     assert set(json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]["iou"]) == {"a", "b", "c"}
     assert Model.load(tmp_path / "run/model.safetensors").out_channels == 3
+    begun = [*arguments, "--output", str(tmp_path / "begun")]
+    assert main([*begun, "--trainer.max_minutes", "0"]) == 0
+    assert main([*begun, "--resume", "--fit.lr", "0.5"]) == 0
+    state = torch.load(tmp_path / "begun/last.ckpt", weights_only=True)
+    assert state["global_step"] == 4
+    assert state["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.5  # as the options say now

@@ -136,19 +136,14 @@ class DetectionModule(TrainingModule):
                 part.compile()
 
 
-@dataclass
 class DetectionEvaluator(Evaluator):
     """COCO or LVIS metrics on a data set, and pictures of predictions at the end; `seed` is that of the noise."""
 
-    dataset: CocoDetection
-    options: EvaluationOptions
-    workers: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        self.every, most, protocol = self.options.every, self.options.max_dets, self.options.protocol
+    def __init__(self, dataset: CocoDetection, options: EvaluationOptions, workers: int, seed: int):
+        self.dataset, self.options, self.workers, self.seed = dataset, options, workers, seed
+        self.every = options.every
         # What cannot be scored is refused here, not after the training.
-        CocoEvaluator(self.dataset.annotations, self.dataset.masks, most, None, protocol)
+        CocoEvaluator(dataset.annotations, dataset.masks, options.max_dets, None, options.protocol)
 
     def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: OutputFolder | None) -> Metrics:
         return self._score(averaged, self.options.num_images).metrics

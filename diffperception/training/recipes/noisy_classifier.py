@@ -118,15 +118,11 @@ def held_out_accuracy(
     return {"accuracy": float(right.mean()) / count, **by_range, "held_out_loss": loss / (count * ranges)}
 
 
-@dataclass
 class AccuracyEvaluator(Evaluator):
     """How well images that are not learned from, if there are any, are classified at each range of noise."""
 
-    dataset: ImageFolder | None
-    options: AccuracyOptions
-
-    def __post_init__(self) -> None:
-        self.every = self.options.every
+    def __init__(self, dataset: ImageFolder | None, options: AccuracyOptions):
+        self.dataset, self.options, self.every = dataset, options, options.every
 
     def evaluate(self, averaged: NoisyClassifier, raw: Any, step: int, folder: OutputFolder | None) -> Metrics:
         return self._measure(averaged, self.options.num_images)
