@@ -13,7 +13,7 @@ from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import CocoDetection
 from diffperception.data.masks import MaskDataOptions
 from diffperception.detection import Detector
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, iou_types
 from diffperception.detection.inference import draw_predictions, evaluate_detector, write_result
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
@@ -104,7 +104,8 @@ def evaluate_detector_file(
 
 def evaluate_results(
     results: Path,
-    evaluator: Annotated[partial[CocoEvaluator], OptionsOf(CocoEvaluator, "image_ids")],
+    evaluator: Annotated[partial[CocoEvaluator], OptionsOf(CocoEvaluator, "iou_types", "image_ids")],
+    masks: bool = False,
     output: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -112,10 +113,11 @@ def evaluate_results(
 
     Args:
         results: the COCO results file.
+        masks: score the masks in the results too.
         output: folder for metrics.json and detections.json; nothing is written without it.
     """
     folder = OutputFolder(output, overwrite) if output else None
-    finish(evaluator().score_results(results), folder)
+    finish(evaluator(iou_types=iou_types(masks)).score_results(results), folder)
 
 
 def finish(result: CocoResult, folder: OutputFolder | None) -> None:

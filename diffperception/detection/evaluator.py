@@ -24,8 +24,9 @@ from diffperception.devices import gather
 from diffperception.table import format_table
 
 Protocol = Literal["coco", "lvis"]
+IouType = Literal["bbox", "segm"]
 MAX_DETS: dict[Protocol, int] = {"coco": 100, "lvis": 300}  # of each class (COCO), of all (LVIS)
-PREFIX = {"bbox": "", "segm": "mask_"}  # of the names of metrics, by what is compared
+PREFIX: dict[IouType, str] = {"bbox": "", "segm": "mask_"}  # of the names of metrics, by what is compared
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}  # in under 10, under 100, and more training images
 NEARLY_ZERO = 5e-4  # an AP that a table with three digits shows as 0
 CLASSES_AT_A_TIME = 100  # the evaluation keeps something for each image and class, objects or not
@@ -44,7 +45,7 @@ class CocoResult:
     """
 
     metrics: dict[str, float]
-    per_class: dict[str, float]  # AP of the boxes; nan for a class without objects
+    per_class: dict[str, float]  # AP of what is compared first, the boxes; nan for a class without objects
     objects: dict[str, int]  # number of objects of each class, crowds not counted
     detections: list[dict[str, Any]]
     notes: list[str]  # what was left out of the evaluation or is missing from it, one sentence each
@@ -63,6 +64,11 @@ class CocoResult:
         return "\n\n".join(part for part in parts if part)
 
 
+def iou_types(masks: bool) -> tuple[IouType, ...]:
+    """What is compared where masks are scored beside the boxes, or not."""
+    return ("bbox", "segm") if masks else ("bbox",)
+
+
 class CocoEvaluator:
     """Collects predictions image by image and scores them against a COCO annotation file.
 
@@ -74,7 +80,7 @@ class CocoEvaluator:
 
     Args:
         annotations: COCO JSON file, or LVIS's, with the ground truth.
-        masks: score masks too, beside the boxes.
+        iou_types: what is compared: boxes (`bbox`), masks (`segm`) or both.
         max_dets: how many detections count per image, the best scores first: of each class, by default 100 (COCO), or
             of all classes, by default 300 (LVIS).
         image_ids: evaluate these images of the file only.
@@ -88,17 +94,18 @@ class CocoEvaluator:
     def __init__(
         self,
         annotations: str | Path,
-        masks: bool = False,
+        iou_types: Sequence[IouType] = ("bbox",),
         max_dets: int | None = None,
         image_ids: Iterable[int] | None = None,
         protocol: Protocol = "coco",
     ) -> None:
-        self.masks = masks
+        self.iou_types = tuple(iou_types)
+        self.masks = "segm" in self.iou_types
         self.protocol: Protocol = protocol
         self.max_dets = MAX_DETS[protocol] if max_dets is None else max_dets
         if self.max_dets < 1:
             raise ValueError(f"max_dets is {max_dets}: at least 1 detection per image must count")
-        self.truth = GroundTruth(annotations, image_ids, masks)
+        self.truth = GroundTruth(annotations, image_ids, self.masks)
         if protocol == "lvis":
             _require_lvis_file(self.truth)
         self.reset()
@@ -142,12 +149,11 @@ class CocoEvaluator:
 
     def _score(self, rows: list[dict[str, Any]], seen: Set[int]) -> CocoResult:
         usable = [row for row in rows if self.truth.can_score(row)]
-        metrics, precision, overlap = self._measure(usable, "bbox")
-        if self.masks:
-            metrics |= self._measure(usable, "segm")[0]
+        measured = [self._measure(usable, iou_type) for iou_type in self.iou_types]
+        _, precision, overlap = measured[0]
         found = mean_defined(precision) >= NEARLY_ZERO
         return CocoResult(
-            metrics=metrics,
+            metrics={name: value for metrics, *_ in measured for name, value in metrics.items()},
             per_class={name: mean_defined(precision[:, :, k]) for k, name in enumerate(self.truth.classes)},
             objects=self.truth.objects,
             detections=usable,
@@ -155,7 +161,7 @@ class CocoEvaluator:
             explanation=None if found else _explain(self.truth, rows, seen, overlap),
         )
 
-    def _measure(self, rows: list[dict[str, Any]], iou_type: str) -> tuple[dict[str, float], np.ndarray, float]:
+    def _measure(self, rows: list[dict[str, Any]], iou_type: IouType) -> tuple[dict[str, float], np.ndarray, float]:
         """What the protocol measures of the boxes (`bbox`), or masks (`segm`), in rows of a COCO results file.
 
         Metrics; precision (T, R, K) at T thresholds of IoU and R of recall, -1 where a class has no object; and the
@@ -180,7 +186,7 @@ class CocoEvaluator:
         metrics = {PREFIX[iou_type] + name: mean_defined(values) for name, values in cuts.items()}
         return metrics, best[..., 0], float(max(ious, default=0.0))
 
-    def _run(self, rows: list[dict[str, Any]], iou_type: str, limits: list[int], ids: list[int]) -> COCOeval_faster:
+    def _run(self, rows: list[dict[str, Any]], iou_type: IouType, limits: list[int], ids: list[int]) -> COCOeval_faster:
         """The evaluation of some classes."""
         chosen, file = set(ids), {"images": self.truth.images, "categories": self.truth.categories}
         objects = [o for o in self.truth.annotations if o["category_id"] in chosen]

@@ -17,7 +17,7 @@ from diffperception.data import CocoDetection
 from diffperception.data.batches import collate
 from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead
 from diffperception.detection.detector import Detector, DiffusionDet
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, results_rows
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
 from diffperception.detection.sampler import BoxSampler
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
@@ -167,7 +167,7 @@ def evaluate_detector(
     share_statistics(detector)
     chosen = spread(len(dataset), num_images)
     image_ids = [dataset.image_ids[i] for i in chosen]
-    evaluator = CocoEvaluator(dataset.annotations, dataset.masks, max_dets, image_ids, protocol)
+    evaluator = CocoEvaluator(dataset.annotations, iou_types(dataset.masks), max_dets, image_ids, protocol)
     detector.eval()
     batches = read_ahead(LazyMap(dataset.__getitem__, share(chosen)), batch_size, workers)
     for batch in tqdm(batches, desc="evaluate", leave=False, disable=hide_bar()):

@@ -155,7 +155,7 @@ def sweep_sampler(
     require_classes(detector.classes, dataset)
     if dataset.masks:
         raise ValueError("a sweep scores boxes alone: leave masks out, or give one seed and one value of each option")
-    evaluator = CocoEvaluator(dataset.annotations, False, max_dets, dataset.image_ids, protocol)
+    evaluator = CocoEvaluator(dataset.annotations, ("bbox",), max_dets, dataset.image_ids, protocol)
     detector.eval()
     runs = [[_Run(sampler, seed) for seed in seeds] for sampler in combinations]
     images = LazyMap(dataset.__getitem__, share(range(len(dataset))))

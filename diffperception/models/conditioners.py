@@ -1,31 +1,16 @@
-"""What a denoiser is told beside the noisy sample and its time, and what makes that of an image's class or caption."""
+"""What makes a condition of an image's class or caption."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffperception.models.base import Model
+from diffperception.models.condition import Condition
 
 Said = Any  # of a batch, as one kind of conditioner reads it: labels (B,), or a list of texts
-
-
-@dataclass
-class Condition:
-    """What a denoiser is told: four slots, any of them empty; a network says which it reads."""
-
-    vector: Tensor | None = None  # (B, E) added to the time's embedding, such as a class's
-    tokens: Tensor | None = None  # (B, L, D) a sequence to attend to, such as a text's
-    mask: Tensor | None = None  # (B, L) bool, which of the tokens count; all by default
-    maps: Tensor | None = None  # (B, C, h, w) beside the sample, such as a small image that is to be enlarged
-
-    def expand(self, batch: int) -> "Condition":
-        """The condition of a single sample for each of a batch; one of the batch's size stays as it is."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        return Condition(**{name: value.expand(batch, *value.shape[1:]) for name, value in given.items()})
 
 
 class Conditioner(Model, ABC):

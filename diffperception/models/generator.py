@@ -19,7 +19,8 @@ from diffperception.diffusion import (
     named_schedule,
 )
 from diffperception.models.base import Model
-from diffperception.models.conditioners import ClassLabels, Condition, Conditioner, Said
+from diffperception.models.condition import Condition
+from diffperception.models.conditioners import ClassLabels, Conditioner, Said
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import class_names
 from diffperception.models.feature_info import FeatureInfo

@@ -134,7 +134,7 @@ def test_masks_agree_with_pycocotools(tmp_path, seed):
     with_outlines(path)
     for prediction in predictions:
         prediction["masks"] = ellipses(prediction["boxes"])
-    result = score(path, image_ids, predictions, masks=True)
+    result = score(path, image_ids, predictions, iou_types=("bbox", "segm"))
     of_boxes, of_masks = np.split(np.array(list(result.metrics.values())), 2)
     assert list(result.metrics)[9:] == [f"mask_{name}" for name in list(result.metrics)[:9]]
     assert 0.1 < result.metrics["mask_AP"] < 0.9
@@ -144,14 +144,14 @@ def test_masks_agree_with_pycocotools(tmp_path, seed):
         list(score(path, image_ids, predictions).metrics.values()), abs=1e-12, nan_ok=True
     )
     (tmp_path / "results.json").write_text(json.dumps(result.detections))
-    again = CocoEvaluator(path, masks=True).score_results(tmp_path / "results.json")
+    again = CocoEvaluator(path, iou_types=("bbox", "segm")).score_results(tmp_path / "results.json")
     assert list(again.metrics.values()) == pytest.approx(list(result.metrics.values()), abs=1e-12, nan_ok=True)
 
 
 def test_a_file_without_outlines_has_no_masks_to_score(tmp_path):
     path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
     with pytest.raises(ValueError, match=r"of a\.json has no segmentation"):
-        CocoEvaluator(path, masks=True)
+        CocoEvaluator(path, iou_types=("bbox", "segm"))
 
 
 def test_order_batches_and_repeated_images_do_not_matter(tmp_path):

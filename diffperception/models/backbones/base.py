@@ -1,11 +1,10 @@
-"""Backbones, images to feature maps, and the feature pyramid on top: what detectors are built on."""
+"""Backbones, images to feature maps: what detectors are built on."""
 
 from collections.abc import Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
+from torch import Tensor
 
 from diffperception.models.base import Model
 from diffperception.models.feature_info import FeatureInfo
@@ -27,29 +26,6 @@ class Backbone(Model):
     @property
     def strides(self) -> list[int]:
         return [info.stride for info in self.info]
-
-
-class FPN(nn.Module):
-    """Lateral 1x1 convolutions, top-down sums, 3x3 convolutions (arXiv 1612.03144) over a backbone's maps."""
-
-    def __init__(self, backbone: Backbone, width: int = 256, norm: bool = False):
-        super().__init__()
-        self.backbone = backbone
-        self.strides = backbone.strides
-        self.width = width
-        self.fpn = FeaturePyramidNetwork(backbone.channels, width, norm_layer=nn.BatchNorm2d if norm else None)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> one (B, width, H / strides[l], W / strides[l]) a level, finest first."""
-        maps = self.backbone(images)
-        return list(self.fpn({str(i): m for i, m in enumerate(maps)}).values())
-
-
-def build_pyramid(backbone: Backbone, width: int, norm: bool = False) -> nn.Module:
-    """Maps of one width over a backbone's: an FPN, or the backbone itself where its maps are such a pyramid."""
-    if backbone.is_pyramid and set(backbone.channels) == {width}:
-        return backbone
-    return FPN(backbone, width, norm)
 
 
 def pad_images(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int) -> Tensor:

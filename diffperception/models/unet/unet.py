@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffperception.models.conditioners import Condition
+from diffperception.models.condition import Condition
 from diffperception.models.convert import adm
 from diffperception.models.ops.normalization import group_norm
 from diffperception.models.unet.blocks import NORM_GROUPS, zeroed

@@ -14,7 +14,7 @@ from diffperception.data import CocoDetection
 from diffperception.data.batches import repeat_factors
 from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
-from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol
+from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
 from diffperception.detection.inference import (
     draw_predictions,
     evaluate_detector,
@@ -143,7 +143,7 @@ class DetectionEvaluator(Evaluator):
         self.dataset, self.options, self.workers, self.seed = dataset, options, workers, seed
         self.every = options.every
         # What cannot be scored is refused here, not after the training.
-        CocoEvaluator(dataset.annotations, dataset.masks, options.max_dets, None, options.protocol)
+        CocoEvaluator(dataset.annotations, iou_types(dataset.masks), options.max_dets, None, options.protocol)
 
     def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: OutputFolder | None) -> Metrics:
         return self._score(averaged, self.options.num_images).metrics

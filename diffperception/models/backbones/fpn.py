@@ -1,0 +1,29 @@
+"""The feature pyramid over a backbone's maps."""
+
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+
+from diffperception.models.backbones.base import Backbone
+
+
+class FPN(nn.Module):
+    """Lateral 1x1 convolutions, top-down sums, 3x3 convolutions (arXiv 1612.03144) over a backbone's maps."""
+
+    def __init__(self, backbone: Backbone, width: int = 256, norm: bool = False):
+        super().__init__()
+        self.backbone = backbone
+        self.strides = backbone.strides
+        self.width = width
+        self.fpn = FeaturePyramidNetwork(backbone.channels, width, norm_layer=nn.BatchNorm2d if norm else None)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one (B, width, H / strides[l], W / strides[l]) a level, finest first."""
+        maps = self.backbone(images)
+        return list(self.fpn({str(i): m for i, m in enumerate(maps)}).values())
+
+
+def build_pyramid(backbone: Backbone, width: int, norm: bool = False) -> nn.Module:
+    """Maps of one width over a backbone's: an FPN, or the backbone itself where its maps are such a pyramid."""
+    if backbone.is_pyramid and set(backbone.channels) == {width}:
+        return backbone
+    return FPN(backbone, width, norm)
