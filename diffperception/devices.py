@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 Precision = Literal["32", "bf16"]
 PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
@@ -54,6 +55,13 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     So an evaluation during a training has that one's precision: `torch.autocast(enabled=False)` would end it.
     """
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a copy to a GPU from memory that is not pinned would wait for all the GPU's work."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextmanager

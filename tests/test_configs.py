@@ -9,7 +9,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
-from diffperception.configuration.base import given, spread_files
+from diffperception.configuration.inheritance import given, spread_files
 from diffperception.configuration.parser import Options
 from diffperception.data.shapes import CLASSES
 from diffperception.detection import Detector, SetWeights

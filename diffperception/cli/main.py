@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     sys.path.append(os.getcwd())  # a user's own model or transform is found by its import path
     try:
-        return run(name, arguments[1:])
+        return dispatch(name, arguments[1:])
     except KeyboardInterrupt:
         sys.stderr.write(f"diffperception {name}: interrupted\n")
         return 128 + signal.SIGINT
@@ -68,7 +68,7 @@ def tool(name: str) -> NoReturn:
     sys.exit(main([name, *sys.argv[1:]]))
 
 
-def run(name: str, arguments: Sequence[str]) -> int:
+def dispatch(name: str, arguments: Sequence[str]) -> int:
     """Call command `name` with what the arguments say; ValueError, naming the nearest, if there is none."""
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -79,7 +79,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
         stopped = train_by_arguments(arguments, require_output=True).signal
         return 0 if stopped is None else 128 + stopped
-    from diffperception.configuration.base import given, spread_files
+    from diffperception.configuration.inheritance import given, spread_files
     from diffperception.configuration.parser import Options, call
     from diffperception.models.base import trusting
 
@@ -112,7 +112,7 @@ def find_kind(arguments: Sequence[str], kinds: Collection[str]) -> str | None:
     """
     if len(kinds) == 1:
         return next(iter(kinds))
-    from diffperception.configuration.base import given
+    from diffperception.configuration.inheritance import given
     from diffperception.models.base import file_kind
 
     for kind in kinds:

@@ -15,7 +15,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
-from diffperception.configuration.base import spread_files
+from diffperception.configuration.inheritance import spread_files
 from diffperception.configuration.messages import sentence
 
 T = TypeVar("T")

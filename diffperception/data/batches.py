@@ -100,6 +100,12 @@ def repeat_factors(labels: Sequence[np.ndarray], num_classes: int, threshold: fl
     return np.array([factors[of_image].max(initial=1.0) for of_image in labels])
 
 
+def spread(total: int, wanted: int | None) -> list[int]:
+    """`wanted` of the indices 0..total-1, evenly spread; all if None."""
+    count = total if wanted is None else min(total, wanted)
+    return [i * total // count for i in range(count)]
+
+
 class SeededSamples(Dataset[Any]):
     """A data set indexed by `(index, seed)`: torch's random draws inside `dataset[index]` are a function of the seed.
 

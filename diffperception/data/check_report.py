@@ -8,9 +8,8 @@ import numpy as np
 from diffperception.data.annotations import CocoTable
 from diffperception.table import format_table
 
-Level = Literal[
-    "error", "warning"
-]  # an error makes training or its measurement fail or be wrong; a warning may be meant
+# An error makes training or its measurement fail or be wrong; a warning may be meant.
+Level = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Folders of images: what generators learn from, and classifiers of whole images."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -13,6 +15,57 @@ from diffperception.data.images import BrokenImageError, listed_images, read_ima
 from diffperception.files import images_below
 
 
+@dataclass
+class ImageDataOptions:
+    """Which images the generator learns from.
+
+    Args:
+        images: folder with images, in folders of their classes if `labelled`.
+        annotations: COCO JSON file; only the images it lists are used.
+        val_images: folder with images to measure the loss on during training; null for none.
+        val_annotations: COCO JSON file with the images to use of `val_images`.
+        short_side: images are first resized to this short side, then a random part is cut out; null resizes them
+            until they are as small as holds the part.
+        labelled: the folders in `images` are the classes; the model must have as many.
+        horizontal_flip: probability that an image is mirrored left to right.
+        vertical_flip: probability that an image is mirrored top to bottom; for scenes without an up and a down.
+        batch_size: images in a training batch, for each process.
+        workers: processes that read images, for each process that trains.
+        on_broken: what to do at an image that cannot be read or is too small: stop, naming it, or take the next one.
+        cached: how many images each worker keeps in memory, resized.
+    """
+
+    images: Path
+    annotations: Path | None = None
+    val_images: Path | None = None
+    val_annotations: Path | None = None
+    short_side: PositiveInt | None = None
+    labelled: bool = False
+    horizontal_flip: ClosedUnitInterval = 0.5
+    vertical_flip: ClosedUnitInterval = 0.0
+    batch_size: PositiveInt = 32
+    workers: NonNegativeInt = 2
+    on_broken: Literal["stop", "skip"] = "stop"
+    cached: NonNegativeInt = 0
+
+    def classes(self) -> list[str] | None:
+        """The names of the classes; None without labels."""
+        return class_folders(self.images) if self.labelled else None
+
+    def open(self, image_size: tuple[int, int], channels: int) -> "tuple[ImageFolder, ImageFolder | None]":
+        """The images to learn from, and those to measure on; ValueError if their folders are of other classes."""
+        train = ImageFolder(self, image_size, channels)
+        if self.val_images is None:
+            return train, None
+        val = ImageFolder(replace(self, images=self.val_images, annotations=self.val_annotations), image_size, channels)
+        if val.classes != train.classes:
+            raise ValueError(
+                f"{self.images} and {self.val_images} hold folders of different names: they are the classes, so give"
+                " both the same"
+            )
+        return train, val
+
+
 class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
     """Random crops of the images in a folder.
 
@@ -20,50 +73,32 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
     None), ``image_id`` and ``path``. All draws come from torch's global generator (see `SeededSamples`).
 
     Args:
-        folder: searched with all folders in it.
+        options: which images there are, without `val_images`; `on_broken` is also for those less than half a crop high
+            or wide.
         image_size: height and width of the crops.
-        short_side: images are first resized to this short side; by default as small as holds a crop.
-        annotations: only the images are used that this COCO JSON file lists, or this text file, with a name per line.
-        labelled: the folders directly in `folder` are classes.
         channels: 3 (RGB) or 1 (grey).
-        horizontal_flip, vertical_flip: probabilities that a crop is mirrored.
-        on_broken: what to do at an image that cannot be read, or is less than half a crop high or wide: stop, or
-            pass over it.
-        cached: how many images are kept decoded in memory.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
         ValueError: an image is broken, or smaller than a crop.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        image_size: tuple[int, int],
-        short_side: int | None = None,
-        annotations: Path | None = None,
-        labelled: bool = False,
-        channels: int = 3,
-        horizontal_flip: float = 0.5,
-        vertical_flip: float = 0.0,
-        on_broken: Literal["stop", "skip"] = "stop",
-        cached: int = 0,
-    ):
-        if short_side is not None and short_side < max(image_size):
+    def __init__(self, options: ImageDataOptions, image_size: tuple[int, int], channels: int = 3):
+        if options.short_side is not None and options.short_side < max(image_size):
             raise ValueError(
-                f"data.short_side is {short_side}, but crops of {image_size[0]} x {image_size[1]} pixels are wanted:"
-                f" make it at least {max(image_size)}"
+                f"data.short_side is {options.short_side}, but crops of {image_size[0]} x {image_size[1]} pixels are"
+                f" wanted: make it at least {max(image_size)}"
             )
         require_image_channels(channels)
-        self.folder, self.image_size, self.short_side, self.channels = folder, image_size, short_side, channels
-        self.on_broken, self.cached = on_broken, cached
-        found = listed_images(folder, annotations)
+        self.options, self.image_size, self.channels = options, image_size, channels
+        found = listed_images(options.images, options.annotations)
         self.paths = self._usable(found)
         self.skipped = len(found) - len(self.paths)
-        self.classes = class_folders(folder) if labelled else None
-        if labelled and any(path.parent == folder for path in self.paths):
-            raise ValueError(f"{folder} holds images outside of any class: give each class a folder of its own")
-        self.flips = v2.Compose([v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)])
+        self.classes = options.classes()
+        if self.classes and any(path.parent == options.images for path in self.paths):
+            raise ValueError(f"{options.images} holds images outside of any class: give each class a folder of its own")
+        flips = v2.RandomHorizontalFlip(options.horizontal_flip), v2.RandomVerticalFlip(options.vertical_flip)
+        self.flips = v2.Compose(flips)
         self._kept: dict[int, Tensor] = {}
 
     def _usable(self, paths: list[Path]) -> list[Path]:
@@ -73,11 +108,11 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
             try:
                 sizes[path] = read_size(path)
             except BrokenImageError as error:
-                if self.on_broken == "stop":
+                if self.options.on_broken == "stop":
                     raise _advised(error) from error
         least = [side // 2 for side in self.image_size]  # smaller ones would be enlarged to more than twice their size
         small = {path: size for path, size in sizes.items() if size[0] < least[0] or size[1] < least[1]}
-        if small and self.on_broken == "stop":
+        if small and self.options.on_broken == "stop":
             first, (height, width) = next(iter(small.items()))
             raise ValueError(
                 f"{first} has {height} x {width} pixels, less than half of the {self.image_size[0]} x"
@@ -86,7 +121,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
             )
         usable = [path for path in sizes if path not in small]
         if not usable:
-            raise FileNotFoundError(f"there is no image large enough that can be read in {self.folder}")
+            raise FileNotFoundError(f"there is no image large enough that can be read in {self.options.images}")
         return usable
 
     def __len__(self) -> int:
@@ -96,12 +131,12 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         index, whole = self._readable(index)
         path = self.paths[index]
         image = to_float(self.flips(self._crop(whole)))
-        label = None if self.classes is None else self.classes.index(path.relative_to(self.folder).parts[0])
+        label = None if self.classes is None else self.classes.index(path.relative_to(self.options.images).parts[0])
         return image, {"label": label, "image_id": index, "path": str(path)}
 
     def _readable(self, index: int) -> tuple[int, Tensor]:
         """The image at `index`, or the next that can be read where broken ones are passed over."""
-        for candidate in range(index, index + (len(self) if self.on_broken == "skip" else 1)):
+        for candidate in range(index, index + (len(self) if self.options.on_broken == "skip" else 1)):
             try:
                 return candidate % len(self), self._image(candidate % len(self))
             except BrokenImageError as error:
@@ -110,7 +145,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def _image(self, index: int) -> Tensor:
         image = self._kept[index] if index in self._kept else self._read(index)
-        if len(self._kept) < self.cached:
+        if len(self._kept) < self.options.cached:
             self._kept[index] = image
         return image
 
@@ -121,7 +156,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
             image = F.rgb_to_grayscale(image)
         height, width = image.shape[-2:]
         fit = max(self.image_size[0] / height, self.image_size[1] / width)
-        factor = fit if self.short_side is None else max(fit, self.short_side / min(height, width))
+        factor = fit if self.options.short_side is None else max(fit, self.options.short_side / min(height, width))
         if factor == 1:
             return image
         return F.resize(image, [round(height * factor), round(width * factor)], antialias=True)

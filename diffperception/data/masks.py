@@ -1,9 +1,9 @@
 """Images with a mask of labels each: what pixel classifiers learn from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,57 @@ IGNORE_INDEX = 255  # the label of pixels that have none
 FORMATS = (".png", ".npy")  # of masks
 
 
+@dataclass
+class MaskDataOptions:
+    """Which images and masks there are.
+
+    Args:
+        images: folder with pictures.
+        masks: folder with their masks, of the same names: PNG of one channel or NPY, in each pixel its class's number.
+        classes: names of the classes 0, 1, ...
+        annotations: only the images are used that this COCO JSON file lists, or this text file with a name per line.
+        max_images: use only so many of the images, chosen by the seed; null for all.
+        unlabelled: what to do at an image without a mask: stop, naming it, or leave it out.
+        val_images: folder with pictures to measure on; null for none.
+        val_masks: folder with their masks.
+        val_annotations: as `annotations`, of `val_images`.
+        ignore: the value in masks of pixels without a label; null for none.
+        mask_values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}.
+        short_side: work on images resized to this short side, best that which the generator learned from; scores
+            are always measured at the masks' own size. null for no resizing.
+    """
+
+    images: Path
+    masks: Path
+    classes: list[str]
+    annotations: Path | None = None
+    max_images: PositiveInt | None = None
+    unlabelled: Literal["stop", "skip"] = "stop"
+    val_images: Path | None = None
+    val_masks: Path | None = None
+    val_annotations: Path | None = None
+    ignore: int | None = IGNORE_INDEX
+    mask_values: dict[int, int] | None = None
+    short_side: PositiveInt | None = None
+
+    def open(self, seed: int = 0) -> "MaskFolder":
+        """The images to learn from, resized."""
+        return MaskFolder(self, seed)
+
+    def resized(self, image: Tensor) -> Tensor:
+        """An image (3, H, W) as it is worked on."""
+        return resize_short_side(image, self.short_side)
+
+    def open_val(self) -> "MaskFolder | None":
+        """The images to measure on, at their own size."""
+        if self.val_images is None or self.val_masks is None:
+            if self.val_images is not self.val_masks:
+                raise ValueError("give both data.val_images and data.val_masks, or neither")
+            return None
+        val = replace(self, images=self.val_images, masks=self.val_masks, annotations=self.val_annotations)
+        return MaskFolder(replace(val, max_images=None, short_side=None))
+
+
 class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     """The images of one folder with the masks of another, paired by their names without the ending.
 
@@ -26,10 +77,8 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     beginning, and read again when they are asked for.
 
     Args:
-        images, masks, ignore, mask_values, annotations, unlabelled: as in :class:`MaskDataOptions`.
-        num_classes: K; masks hold 0..K-1, or the keys of `mask_values`, and `ignore`.
-        max_images: use only so many of the images, chosen by the seed; a larger number chooses the same and others.
-        short_side: resize images to this short side with antialiasing, and masks with them by nearest neighbours.
+        options: what there is, without `val_images`; an image resized to `short_side` is antialiased, its mask is not.
+        seed: chooses `max_images` of the images; a larger number chooses the same and others.
 
     Attributes:
         names: the images' paths below their folder.
@@ -37,32 +86,21 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
 
     Raises:
         FileNotFoundError: there is no such folder, no image in it, or one that is listed is missing.
-        ValueError: there are more than 255 classes, an image has no mask or a wrong one, or no pixel has a label.
+        ValueError: two classes have one name or there are over 255, an image has no mask or a wrong one, or no pixel
+            has a label.
     """
 
-    def __init__(
-        self,
-        images: Path,
-        masks: Path,
-        num_classes: int,
-        ignore: int | None = IGNORE_INDEX,
-        mask_values: Mapping[int, int] | None = None,
-        annotations: Path | None = None,
-        unlabelled: Literal["stop", "skip"] = "stop",
-        max_images: int | None = None,
-        seed: int = 0,
-        short_side: int | None = None,
-    ) -> None:
-        self.short_side = short_side
-        self.labels = _label_of_value(num_classes, ignore, mask_values)
-        pairs = find_pairs(images, masks, annotations, unlabelled)
-        if max_images is not None:
+    def __init__(self, options: MaskDataOptions, seed: int = 0) -> None:
+        self.short_side = options.short_side
+        self.labels = _label_of_value(len(check_names(options.classes)), options.ignore, options.mask_values)
+        pairs = find_pairs(options.images, options.masks, options.annotations, options.unlabelled)
+        if options.max_images is not None:
             order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-            pairs = [pairs[i] for i in order[:max_images].tolist()]
-        self.names = [str(image.relative_to(images)) for image, _ in pairs]
+            pairs = [pairs[i] for i in order[: options.max_images].tolist()]
+        self.names = [str(image.relative_to(options.images)) for image, _ in pairs]
         labelled = [self._has_labels(*pair) for pair in pairs]
         if not any(labelled):
-            raise ValueError(f"all pixels of the masks in {masks} are ignored: label some")
+            raise ValueError(f"all pixels of the masks in {options.masks} are ignored: label some")
         self.images = LazyMap(self._image, [image for image, _ in pairs])
         self.masks = LazyMap(self._mask, [mask for _, mask in pairs])
 
@@ -101,60 +139,6 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
                 " masks hold"
             )
         return labels
-
-
-@dataclass
-class MaskDataOptions:
-    """Which images and masks there are.
-
-    Args:
-        images: folder with pictures.
-        masks: folder with their masks, of the same names: PNG of one channel or NPY, in each pixel its class's number.
-        classes: names of the classes 0, 1, ...
-        annotations: only the images are used that this COCO JSON file lists, or this text file with a name per line.
-        max_images: use only so many of the images, chosen by the seed; null for all.
-        unlabelled: what to do at an image without a mask: stop, naming it, or leave it out.
-        val_images: folder with pictures to measure on; null for none.
-        val_masks: folder with their masks.
-        val_annotations: as `annotations`, of `val_images`.
-        ignore: the value in masks of pixels without a label; null for none.
-        mask_values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}.
-        short_side: work on images resized to this short side, best that which the generator learned from; scores
-            are always measured at the masks' own size. null for no resizing.
-    """
-
-    images: Path
-    masks: Path
-    classes: list[str]
-    annotations: Path | None = None
-    max_images: PositiveInt | None = None
-    unlabelled: Literal["stop", "skip"] = "stop"
-    val_images: Path | None = None
-    val_masks: Path | None = None
-    val_annotations: Path | None = None
-    ignore: int | None = IGNORE_INDEX
-    mask_values: dict[int, int] | None = None
-    short_side: PositiveInt | None = None
-
-    def open(self, seed: int = 0) -> MaskFolder:
-        """The images to learn from, resized; ValueError if two classes have one name."""
-        return self._folder(self.images, self.masks, self.annotations, self.max_images, seed, self.short_side)
-
-    def resized(self, image: Tensor) -> Tensor:
-        """An image (3, H, W) as it is worked on."""
-        return resize_short_side(image, self.short_side)
-
-    def open_val(self) -> MaskFolder | None:
-        """The images to measure on, at their own size."""
-        if self.val_images is None or self.val_masks is None:
-            if self.val_images is not self.val_masks:
-                raise ValueError("give both data.val_images and data.val_masks, or neither")
-            return None
-        return self._folder(self.val_images, self.val_masks, self.val_annotations)
-
-    def _folder(self, images: Path, masks: Path, annotations: Path | None, *choice: Any) -> MaskFolder:
-        number = len(check_names(self.classes))
-        return MaskFolder(images, masks, number, self.ignore, self.mask_values, annotations, self.unlabelled, *choice)
 
 
 def find_pairs(

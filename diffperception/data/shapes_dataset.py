@@ -26,9 +26,9 @@ def write_shapes(output: str | Path, settings: ShapesSettings | None = None, wor
     and `OUTPUT/masks/{train,val}/*.png` (0 background, label + 1 elsewhere). The folder appears when it is complete.
 
     Args:
-        output: a folder that does not exist, is empty, or holds the same data set already.
-        settings: what to draw; the defaults of ShapesSettings where not given.
-        workers: processes that draw; as many as there are cores where not given.
+        output: folder to write; one that holds the same data set is left as it is, one with anything else is refused.
+        settings: what the images are a function of; the defaults of ShapesSettings where not given.
+        workers: processes that draw; null: one per core.
 
     Returns: whether anything was drawn: False where `output` holds this data set already.
 

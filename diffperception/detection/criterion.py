@@ -12,8 +12,8 @@ from diffperception.detection.boxes import paired_giou
 from diffperception.detection.heads.boxes import HeadOutput
 from diffperception.detection.matcher import FOCAL_ALPHA, FOCAL_GAMMA, Matcher, SetWeights, match
 from diffperception.detection.targets import PaddedTargets
+from diffperception.devices import to_device
 from diffperception.models import Model
-from diffperception.models.ops.transfer import to_device
 
 
 @dataclass

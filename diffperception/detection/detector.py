@@ -16,11 +16,11 @@ from diffperception.detection.criterion import Criterion, SetCriterion
 from diffperception.detection.heads.boxes import DynamicHead, Head, HeadOutput
 from diffperception.detection.sampler import BoxSampler, Step
 from diffperception.detection.targets import PaddedTargets, image_sizes
+from diffperception.devices import to_device
 from diffperception.diffusion import add_noise, cosine_schedule
 from diffperception.models import Backbone, Model, build_backbone, build_pyramid, pad_images
 from diffperception.models.convert import diffusiondet
 from diffperception.models.ops.pooling import FeaturePyramid
-from diffperception.models.ops.transfer import to_device
 
 # What a CPU predicts at once: with more, blocks of memory outgrow the 32 MB that glibc keeps for reuse, and filling new
 # pages took a batch of four images a fifth of its time.

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffperception.data import CocoDetection
-from diffperception.data.batches import collate
+from diffperception.data.batches import collate, spread
 from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
@@ -208,12 +208,6 @@ def share_statistics(detector: Detector) -> None:
         for buffer in detector.buffers():
             if buffer.is_floating_point():
                 dist.broadcast(buffer, 0)
-
-
-def spread(total: int, wanted: int | None) -> list[int]:
-    """`wanted` of the indices 0..total-1, evenly spread; all if None."""
-    count = total if wanted is None else min(total, wanted)
-    return [i * total // count for i in range(count)]
 
 
 def write_result(result: CocoResult, folder: OutputFolder) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffperception.detection.boxes import paired_giou
 from diffperception.detection.targets import PaddedTargets
-from diffperception.models.ops.transfer import to_device
+from diffperception.devices import to_device
 
 Matcher = Literal["dynamic_k", "hungarian"]
 

@@ -11,8 +11,8 @@ from torchvision.ops import batched_nms, nms
 
 from diffperception.detection.boxes import clamp_min_size, decode_boxes, encode_boxes
 from diffperception.detection.heads.boxes import HeadOutput
+from diffperception.devices import to_device
 from diffperception.diffusion import SampleNoise, Schedule, ddim_step
-from diffperception.models.ops.transfer import to_device
 
 # (boxes (B, N, 4) xyxy pixels, t (B,)) -> the last stage's output, its tensors (B, N, ...)
 BoxDenoiser = Callable[[Tensor, Tensor], HeadOutput]

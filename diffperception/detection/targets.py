@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffperception.models.ops.transfer import to_device
+from diffperception.devices import to_device
 
 PLAIN = ("boxes", "labels", "iscrowd", "area", "image_id")  # of a target; whatever else belongs to a special head
 

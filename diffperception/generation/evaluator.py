@@ -77,7 +77,6 @@ class ScoringOptions:
             that is less.
         neighbours: precision and recall take an image's distance to so many nearest ones as its reach.
         batch_size: images in one pass.
-        precision: bf16 computes the feature network's products in bfloat16, faster on recent GPUs; 32 in float32.
         seed: the seed of the subsets, and of the crops of a training's pictures.
     """
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from diffperception.data.batches import spread
 from diffperception.data.images import LazyMap, load_images, read_ahead, read_image, to_float
 from diffperception.data.masks import MaskFolder, find_mask
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
@@ -175,8 +176,7 @@ def score_images(
 
 def draw_comparisons(model: PixelSegmenter, folder: MaskFolder, output: OutputFolder, count: int) -> None:
     """pictures/: image, truth, prediction and uncertainty of some images, spread over the folder, a PNG each."""
-    count = min(count, len(folder))
-    for index in (i * len(folder) // count for i in range(count)):
+    for index in spread(len(folder), count):
         image, mask = folder[index]
         found = model.segment(image)
         picture = segmentation_panels(image, found.labels, found.uncertainty, model.classes, mask)

@@ -8,7 +8,6 @@ MODULES = {
     "FitOptions": "recipes.segmentation",
     "fit_ensemble": "recipes.segmentation",
     "BaselineOptions": "recipes.baseline",
-    "fit_baseline": "recipes.baseline",
     "compare_label_efficiency": "label_efficiency",
 }
 

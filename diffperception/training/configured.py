@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from diffperception.configuration.base import given, spread_files
+from diffperception.configuration.inheritance import given, spread_files
 from diffperception.configuration.parser import Options, summary
 from diffperception.models.base import trusting
 from diffperception.training.folder import FILES

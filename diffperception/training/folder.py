@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from diffperception.configuration.base import read_settings_file
+from diffperception.configuration.inheritance import read_settings_file
 from diffperception.configuration.settings import ABSENT, differences, format_value
 from diffperception.files import CHECKPOINT, OutputFolder, write_text
 from diffperception.models.base import describe

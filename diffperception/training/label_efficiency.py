@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.configuration.settings import differences, read_settings
+from diffperception.data.batches import spread
 from diffperception.data.masks import MaskDataOptions, MaskFolder, read_mask
 from diffperception.devices import Precision, autocast, pick_device
 from diffperception.echo import echo, plural
@@ -126,7 +127,6 @@ def compare_label_efficiency(
         baseline: how the UNet from scratch learns.
         pictures: how many images of those scored on are drawn.
         max_memory: how much the features that are kept may take, such as 4GB.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         precision: 32, or bf16, in which the UNet from scratch then learns and predicts.
         seed: the first of the seeds.
         overwrite: replace the results that the output folder holds.
@@ -268,8 +268,8 @@ def mean_and_spread(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     summary = []
     for (method, labels), cell in groupby(sorted(rows, key=place), place):
         values = [row["miou"] for row in cell]
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        about = {"miou": statistics.fmean(values), "spread": spread, "seeds": len(values)}
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        about = {"miou": statistics.fmean(values), "spread": deviation, "seeds": len(values)}
         summary.append({"method": list(TITLES)[method], "labels": labels, **about})
     return summary
 
@@ -278,8 +278,8 @@ def label_table(summary: Iterable[Mapping[str, Any]]) -> str:
     """The mIoU in percent as Markdown, a row per method and a column per number of labelled images."""
     rows: dict[str, dict[int, str]] = {}
     for cell in summary:
-        spread = "" if cell["spread"] is None else f" ± {100 * cell['spread']:.1f}"
-        rows.setdefault(cell["method"], {})[cell["labels"]] = f"{100 * cell['miou']:.1f}{spread}"
+        deviation = "" if cell["spread"] is None else f" ± {100 * cell['spread']:.1f}"
+        rows.setdefault(cell["method"], {})[cell["labels"]] = f"{100 * cell['miou']:.1f}{deviation}"
     counts = sorted({count for row in rows.values() for count in row})
     table = [[TITLES[method], *(row.get(count, "") for count in counts)] for method, row in rows.items()]
     return format_table(table, ["labelled images", *map(str, counts)], markdown=True)
@@ -320,8 +320,7 @@ def _report(
     text = f"{label_table(summary)}\n\n{lead_sentence(summary)}"
     write_text(output / "compare.md", text + "\n")
     save_png(label_curves(summary, TITLES), output / "compare.png")
-    count = min(pictures, len(test))
-    rows = [_example_row(test, i * len(test) // count, output) for i in range(count)]
+    rows = [_example_row(test, index, output) for index in spread(len(test), pictures)]
     if rows:
         save_png(stack([*rows, legend(classes)], vertical=True), output / "examples.png")
     echo(f"{text}\n{output / 'compare.json'}: every result; beside it compare.md, compare.png and examples.png")

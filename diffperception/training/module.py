@@ -9,9 +9,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffperception.devices import to_device
 from diffperception.diffusion.noise import derive_seed
 from diffperception.models.base import describe
-from diffperception.models.ops.transfer import to_device
 
 ARGUMENTS = "model_arguments"  # in a checkpoint, as JSON
 

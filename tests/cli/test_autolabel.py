@@ -8,7 +8,7 @@ import torch
 
 from diffperception.cli.autolabel import command
 from diffperception.configuration.parser import call
-from diffperception.data.masks import MaskFolder
+from diffperception.data.masks import MaskDataOptions
 from diffperception.generation import SamplingOptions
 from diffperception.generation import sample as draw
 from diffperception.models import DiffusionModel
@@ -41,7 +41,7 @@ def run(root: Path, output: Path, *options: str) -> dict:
 def test_a_folder_becomes_a_data_set(root: Path, tmp_path: Path) -> None:
     (root / "images" / "bad.png").write_bytes(b"no picture")
     content = run(root, tmp_path / "data", "--images", str(root / "images"), "--drop", "0.4")
-    data = MaskFolder(tmp_path / "data" / "images", tmp_path / "data" / "masks", len(content["classes"]))
+    data = MaskDataOptions(tmp_path / "data" / "images", tmp_path / "data" / "masks", content["classes"]).open()
     assert len(data) == 3
     assert [entry["name"] for entry in content["images"]] == data.names
     least = max(entry["uncertainty"] for entry in content["images"])
@@ -49,7 +49,7 @@ def test_a_folder_becomes_a_data_set(root: Path, tmp_path: Path) -> None:
     assert all(entry["uncertainty"] >= least for entry in content["dropped"])
     segmenter = PixelSegmenter.load(root / "segmenter.safetensors")
     for name, (image, mask), entry in zip(data.names, data, content["images"], strict=True):
-        truth = MaskFolder(root / "images", root / "masks", 3, unlabelled="skip")
+        truth = MaskDataOptions(root / "images", root / "masks", CLASSES, unlabelled="skip").open()
         assert torch.equal(image, truth.images[truth.names.index(name)])
         assert torch.equal(mask, segmenter.segment(image).labels)
         assert (mask == truth.masks[truth.names.index(name)]).float().mean() > 0.9
@@ -59,7 +59,7 @@ def test_a_folder_becomes_a_data_set(root: Path, tmp_path: Path) -> None:
 def test_a_generators_samples_become_one(root: Path, tmp_path: Path) -> None:
     options = ["--num_samples", "3", "--batch_size", "2", "--drop", "0", "--sampling.steps", "2", "--seed", "5"]
     run(root, tmp_path / "data", "--generator", str(root / "generator.safetensors"), *options)
-    data = MaskFolder(tmp_path / "data" / "images", tmp_path / "data" / "masks", 3)
+    data = MaskDataOptions(tmp_path / "data" / "images", tmp_path / "data" / "masks", CLASSES).open()
     assert data.names == ["000000.png", "000001.png", "000002.png"]
     model = DiffusionModel.load(root / "generator.safetensors")
     drawn = draw(model, [2], SamplingOptions(steps=2), 5)[0]
@@ -86,7 +86,7 @@ def test_the_classes_of_a_generator_take_turns(root: Path, tmp_path: Path) -> No
     model.save(tmp_path / "generator.safetensors")
     options = ["--num_samples", "3", "--batch_size", "2", "--drop", "0", "--sampling.steps", "2"]
     run(root, tmp_path / "data", "--generator", str(tmp_path / "generator.safetensors"), *options)
-    data = MaskFolder(tmp_path / "data" / "images", tmp_path / "data" / "masks", 3)
+    data = MaskDataOptions(tmp_path / "data" / "images", tmp_path / "data" / "masks", CLASSES).open()
     for number in range(3):
         drawn = [draw(model, [number], SamplingOptions(steps=2), 0, torch.tensor([label]))[0] for label in (0, 1)]
         alike = [torch.allclose(data.images[number], image, atol=1 / 255) for image in drawn]

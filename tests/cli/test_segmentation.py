@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffperception.cli.main import main
-from diffperception.data.masks import MaskFolder
+from diffperception.data.masks import MaskDataOptions
 from diffperception.generation import DiffusionModel
 from diffperception.models import UNet
 from diffperception.segmentation import DiffusionFeatures, MeanIoU, PixelEnsemble, PixelSegmenter
@@ -126,7 +126,7 @@ def test_a_generators_features_and_a_scale_are_kept_with_the_classifier(
     assert (model.features.reader.blocks, model.features.reader.timesteps, model.features.window) == ([0, 2], [10], 16)
     assert model.segment(torch.rand(3, 24, 32)).labels.shape == (24, 32)
     used = json.loads((tmp_path / "run" / "metrics.json").read_text())["images"]
-    assert used == MaskFolder(folder / "images/train", folder / "masks/train", 3, max_images=2, seed=1).names
+    assert used == MaskDataOptions(folder / "images/train", folder / "masks/train", CLASSES, max_images=2).open(1).names
 
 
 def test_scores_are_those_of_the_masks(
@@ -135,7 +135,7 @@ def test_scores_are_those_of_the_masks(
     assert evaluate(run, folder, "--output", str(tmp_path), "--pictures", "1") == 0
     assert "mean IoU" in capsys.readouterr().out
     model, counts = PixelSegmenter.load(run / "model.safetensors"), MeanIoU(3)
-    held_out = MaskFolder(folder / "images/val", folder / "masks/val", 3)
+    held_out = MaskDataOptions(folder / "images/val", folder / "masks/val", CLASSES).open()
     for image, mask in zip(held_out.images, held_out.masks, strict=True):
         counts.update(model.segment(image).labels, mask)
     content = json.loads((tmp_path / "metrics.json").read_text())
@@ -166,7 +166,7 @@ def test_predict_writes_masks_pictures_and_scores(run: Path, folder: Path, tmp_p
     rows = table(tmp_path / "out" / "scores.csv")
     assert [row["image"] for row in rows] == names
     model = PixelSegmenter.load(run / "model.safetensors")
-    predicted = MaskFolder(folder / "images", tmp_path / "out" / "masks", 3)
+    predicted = MaskDataOptions(folder / "images", tmp_path / "out" / "masks", CLASSES).open()
     for row, image, mask in zip(rows, predicted.images, predicted.masks, strict=True):
         found = model.segment(image)
         assert torch.equal(mask, found.labels)

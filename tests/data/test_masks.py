@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffperception.data.masks import MaskFolder, read_mask
+from diffperception.data.masks import MaskDataOptions, MaskFolder, read_mask
 
 BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
 
@@ -33,8 +33,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(folder: Path, num_classes: int = 3, **options: Any) -> MaskFolder:
-    return MaskFolder(folder / "images", folder / "masks", num_classes, **options)
+def opened(folder: Path, num_classes: int = 3, seed: int = 0, **options: Any) -> MaskFolder:
+    names = [str(k) for k in range(num_classes)]
+    return MaskFolder(MaskDataOptions(folder / "images", folder / "masks", names, **options), seed)
 
 
 def test_images_and_masks_of_the_same_name_are_pairs(folder: Path) -> None:
@@ -122,7 +123,7 @@ def test_images_and_masks_are_resized_together(tmp_path: Path) -> None:
 
 def test_masks_within_the_images_folder_are_no_images(folder: Path) -> None:
     (folder / "masks").rename(folder / "images/masks")
-    data = MaskFolder(folder / "images", folder / "images/masks", 3)
+    data = MaskDataOptions(folder / "images", folder / "images/masks", list("abc")).open()
     assert len(data) == 8
 
 
@@ -147,9 +148,9 @@ def test_an_image_without_a_mask_is_named_or_left_out(folder: Path) -> None:
 def test_no_pair_is_an_error(folder: Path) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no image in .* has a mask in .*empty: a mask has its image's name"):
-        MaskFolder(folder / "images", folder / "empty", 3, unlabelled="skip")
+        MaskDataOptions(folder / "images", folder / "empty", list("abc"), unlabelled="skip").open()
     with pytest.raises(FileNotFoundError, match="no folder of masks"):
-        MaskFolder(folder / "images", folder / "nowhere", 3)
+        MaskDataOptions(folder / "images", folder / "nowhere", list("abc")).open()
 
 
 def test_a_mask_of_another_size_is_named(folder: Path) -> None:
@@ -198,7 +199,7 @@ def test_what_is_no_mask_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not BCCD.is_dir(), reason="../shared/data is not there")
 def test_the_blood_cells_have_masks() -> None:
     listed = BCCD / "annotations/instances_test.json"
-    data = MaskFolder(BCCD / "images", BCCD / "masks", 3, annotations=listed, max_images=5, short_side=160)
+    data = MaskDataOptions(BCCD / "images", BCCD / "masks", list("abc"), listed, max_images=5, short_side=160).open()
     for image, mask in zip(data.images, data.masks, strict=True):
         assert image.shape[1:] == mask.shape == (160, 213)
         assert mask.unique().tolist() == [0, 1, 2]

@@ -74,7 +74,7 @@ def test_masks_are_judged_in_images_without_objects(tmp_path):
     mask = torch.zeros(1, 99, 99)
     mask[:, :10, :10] = 1
     right, elsewhere = (boxes((0, 0, 10, 10), label=label) | {"masks": mask} for label in (0, 2))
-    result = score(path, [0, 2], [right, elsewhere], masks=True)
+    result = score(path, [0, 2], [right, elsewhere], iou_types=("bbox", "segm"))
     assert [result.metrics[name] for name in ("mask_APr", "mask_APc")] == [1.0, 0.0]
 
 

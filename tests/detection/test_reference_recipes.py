@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from diffperception.configuration.base import with_bases
+from diffperception.configuration.inheritance import with_bases
 from diffperception.training.configured import options_for
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detection"

@@ -1,5 +1,6 @@
 """Pixel classifiers as the reference builds them, and features for them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,9 @@ from diffperception.models import DiffusionModel, UNet
 from diffperception.segmentation import DiffusionFeatures, PixelEnsemble
 from diffperception.segmentation.maps import FeatureMaps
 from diffperception.segmentation.mlp import PixelMLPs
+from diffperception.training.options import TrainerOptions
+from diffperception.training.recipes.baseline import BaselineModule, BaselineOptions, CropBatches
+from diffperception.training.run import fit_quietly
 from tests.helpers.networks import plain_classifier, tiny_unet
 
 
@@ -66,3 +70,11 @@ def write_classifier(path: Path, network: Classifier) -> Path:
     """As a file of the reference."""
     torch.save({"model_state_dict": nn.DataParallel(network).state_dict()}, path)
     return path
+
+
+def train_from_scratch(
+    unet: UNet, images: Sequence[Tensor], masks: Sequence[Tensor], options: BaselineOptions, seed: int
+) -> UNet:
+    """The UNet trained to tell the classes of pixels, on the CPU."""
+    module, crops = BaselineModule(unet, options, seed), CropBatches(images, masks, options, seed)
+    return fit_quietly(module, crops, TrainerOptions(accelerator="cpu"))

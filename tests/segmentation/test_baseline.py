@@ -3,9 +3,9 @@ import torch
 
 from diffperception.models import UNet
 from diffperception.segmentation.baseline import masked_cross_entropy, predict_labels, random_crop, segmentation_unet
-from diffperception.training import BaselineOptions, fit_baseline
-from diffperception.training.options import TrainerOptions
+from diffperception.training import BaselineOptions
 from tests.helpers.networks import tiny_unet
+from tests.helpers.pixel_classifiers import train_from_scratch
 from tests.helpers.scenes import scene
 
 
@@ -23,7 +23,7 @@ def trained(steps: int) -> UNet:
     torch.manual_seed(0)
     network = segmentation_unet(tiny_unet(), 3)
     options = BaselineOptions(steps, 4, 16, lr=3e-3)
-    return fit_baseline(network, images, masks, options, 1, TrainerOptions(accelerator="cpu"))
+    return train_from_scratch(network, images, masks, options, 1)
 
 
 def test_a_network_learns_three_colours():
@@ -69,4 +69,4 @@ def test_ignored_pixels_do_not_count():
 def test_a_crop_that_does_not_halve_evenly_is_refused():
     image, mask = scene()
     with pytest.raises(ValueError, match="18"):
-        fit_baseline(tiny_unet(), [image], [mask], BaselineOptions(steps=1, crop=18))
+        train_from_scratch(tiny_unet(), [image], [mask], BaselineOptions(steps=1, crop=18), 0)

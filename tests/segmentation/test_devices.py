@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffperception.data.masks import MaskFolder
+from diffperception.data.masks import MaskDataOptions, MaskFolder
 from diffperception.devices import autocast
 from diffperception.segmentation import DiffusionFeatures, MeanIoU, PixelEnsemble, PixelSegmenter, TimmFeatures
 from diffperception.segmentation.inference import evaluate_segmenter, segment_folder
@@ -54,7 +54,7 @@ def test_pictures_and_the_probe_have_the_precision_asked_for(tmp_path: Path) -> 
     model, used = segmenter(diffusion()), set()
     convolution = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
     convolution.register_forward_hook(lambda *call: used.add(call[2].dtype))
-    folder = MaskFolder(tmp_path / "images", tmp_path / "masks", 3)
+    folder = MaskFolder(MaskDataOptions(tmp_path / "images", tmp_path / "masks", ["a", "b", "c"]))
     evaluate_segmenter(model, folder, tmp_path / "score", 1, 0, "bf16")
     segment_folder(model, tmp_path / "images", tmp_path / "out", rank=True, workers=0, precision="bf16")
     images, masks = list(folder.images), list(folder.masks)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffperception.data.image_folder import ImageFolder
+from diffperception.data.image_folder import ImageDataOptions, ImageFolder
 from diffperception.diffusion import LossSecondMoment
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
 from diffperception.models import UNet
@@ -22,7 +22,6 @@ from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.generation import (
     Batch,
     GenerationModule,
-    ImageDataOptions,
     ObjectiveOptions,
     held_out_loss,
 )
@@ -172,7 +171,7 @@ def test_the_grids_are_drawn_from_either_weights_with_the_same_noise_and_labels_
 def test_the_held_out_loss_is_the_same_in_every_call_and_leaves_dropout_out(
     config: Path, whole: Path, both: dict[str, DiffusionModel]
 ) -> None:
-    folder = ImageFolder(config.parent / "pictures", (8, 8), labelled=True)
+    folder = ImageFolder(ImageDataOptions(config.parent / "pictures", labelled=True), (8, 8))
     first = {kind: held_out_loss(model.train(), folder, 4, 4) for kind, model in both.items()}
     assert first == {kind: held_out_loss(model.train(), folder, 4, 4) for kind, model in both.items()}
     assert first["raw"] != first["averaged"]

@@ -11,7 +11,7 @@ from diffperception.configuration.parser import Options, call
 from diffperception.data.masks import MaskDataOptions, MaskFolder
 from diffperception.segmentation import RGBFeatures
 from diffperception.segmentation.baseline import predict_labels, segmentation_unet
-from diffperception.training import BaselineOptions, FitOptions, compare_label_efficiency, fit_baseline, fit_ensemble
+from diffperception.training import BaselineOptions, FitOptions, compare_label_efficiency, fit_ensemble
 from diffperception.training.label_efficiency import (
     label_table,
     lead_sentence,
@@ -22,6 +22,7 @@ from diffperception.training.label_efficiency import (
 )
 from diffperception.training.options import TrainerOptions
 from tests.helpers.networks import tiny_unet
+from tests.helpers.pixel_classifiers import train_from_scratch
 from tests.helpers.scenes import write_scenes
 
 CPU = TrainerOptions(accelerator="cpu")
@@ -74,7 +75,9 @@ def test_there_is_a_result_for_each_method_number_and_seed(first: Path) -> None:
 def test_each_seed_chooses_its_own_images(root: Path, first: Path) -> None:
     rows = json.loads((first / "compare.json").read_text())["results"]
     for row in rows:
-        folder = MaskFolder(root / "train/images", root / "train/masks", 3, max_images=row["labels"], seed=row["seed"])
+        folder = MaskDataOptions(
+            root / "train/images", root / "train/masks", ["a", "b", "c"], max_images=row["labels"]
+        ).open(row["seed"])
         assert row["images"] == folder.names
     assert len({tuple(row["images"]) for row in rows if row["labels"] == 2}) == 2
 
@@ -87,7 +90,7 @@ def data(root: Path) -> MaskDataOptions:
 
 @pytest.fixture(scope="module")
 def scored(root: Path) -> MaskFolder:
-    return MaskFolder(root / "test/images", root / "test/masks", 3)
+    return MaskDataOptions(root / "test/images", root / "test/masks", ["a", "b", "c"]).open()
 
 
 def test_pixel_classifiers_differ_by_the_seed_alone(data: MaskDataOptions, scored: MaskFolder) -> None:
@@ -109,7 +112,7 @@ def test_the_unet_from_scratch_sees_the_seeds_crops(data: MaskDataOptions, score
     for seed in (1, 0):
         torch.manual_seed(1)
         network = segmentation_unet(like, 3)
-        network = fit_baseline(network, images, masks, options, seed, CPU)
+        network = train_from_scratch(network, images, masks, options, seed)
         assert torch.equal(found, predict_labels(network, scored.images[0]).to(torch.uint8)) == (seed == 1)
 
 

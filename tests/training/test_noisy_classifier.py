@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffperception.cli.main import main
-from diffperception.data.image_folder import ImageFolder
+from diffperception.data.image_folder import ImageDataOptions, ImageFolder
 from diffperception.diffusion import (
     DenoiserOutput,
     Schedule,
@@ -102,7 +102,7 @@ def test_a_resumed_run_must_have_the_same_path(run: Path, tmp_path: Path, capsys
 
 def test_the_accuracy_is_the_same_in_every_call_and_batch(run: Path) -> None:
     classifier = NoisyClassifier.load(run / "model.safetensors")
-    images = ImageFolder(run.parent / "val", (SIDE, SIDE), labelled=True, horizontal_flip=0.0)
+    images = ImageFolder(ImageDataOptions(run.parent / "val", labelled=True, horizontal_flip=0.0), (SIDE, SIDE))
     first = held_out_accuracy(classifier, images, None, 16, 4)
     assert held_out_accuracy(classifier, images, None, 16, 4) == first
     assert first == pytest.approx(json.loads((run / "metrics.json").read_text())["metrics"], abs=1e-6)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffperception.models.ops.transfer import to_device
+from diffperception.devices import to_device
 
 CANONICAL_LEVEL = 4  # the level that pools a box of CANONICAL_SIZE pixels (arXiv 1612.03144, eq. 1): stride 16
 CANONICAL_SIZE = 224

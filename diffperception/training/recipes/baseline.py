@@ -15,12 +15,9 @@ from diffperception.diffusion.noise import derive_seed
 from diffperception.models import DiffusionModel, UNet
 from diffperception.models.generator import load_generator
 from diffperception.segmentation.baseline import masked_cross_entropy, predict_labels, random_crop, segmentation_unet
-from diffperception.segmentation.pixels import check_size
 from diffperception.training.data import TrainingData
-from diffperception.training.options import TrainerOptions
 from diffperception.training.recipe import Parts, Recipe, size_of
 from diffperception.training.recipes.segmentation import FitModule, SegmentationEvaluator
-from diffperception.training.run import fit_quietly
 
 WARMUP = 0.05  # fraction of the steps in which the learning rate rises; then it falls along a half cosine
 
@@ -127,31 +124,3 @@ class BaselineRecipe(Recipe):
 
     def _predict(self, unet: UNet, image: Tensor, size: tuple[int, int]) -> Tensor:
         return predict_labels(unet, self.data.resized(image), size)
-
-
-def fit_baseline(
-    unet: UNet,
-    images: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    options: BaselineOptions | None = None,
-    seed: int = 0,
-    trainer: TrainerOptions | None = None,
-) -> UNet:
-    """A UNet trained to tell pixels' classes.
-
-    Args:
-        unet: a network with an output channel per class, see :func:`segmentation_unet`.
-        images: (3, H, W) each, RGB, 0..1, of any sizes.
-        masks: (H, W) each, 0..K-1 or 255 for pixels to ignore.
-        options: how it learns.
-        seed: seed of the crops.
-        trainer: what it is trained on.
-
-    Raises:
-        ValueError: if a mask is not of its image's size, or the crop does not suit the UNet.
-    """
-    options = options or BaselineOptions()
-    for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
-        check_size(image, mask, f"image {number}")
-    module = BaselineModule(unet, options, seed)
-    return fit_quietly(module, CropBatches(images, masks, options, seed), trainer)

@@ -8,20 +8,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from diffperception.configuration.base import given, spread_files
+from diffperception.configuration.inheritance import given, spread_files
 from diffperception.data.batches import SeededSamples, collate
-from diffperception.data.image_folder import ImageFolder, class_folders
+from diffperception.data.image_folder import ImageDataOptions, ImageFolder
 from diffperception.data.images import LazyMap
-from diffperception.devices import first_process, gather, share
+from diffperception.devices import first_process, gather, share, to_device
 from diffperception.diffusion import LossSecondMoment, UniformTimes, sample_seed
 from diffperception.files import OutputFolder
 from diffperception.generation.inference import draw_samples
 from diffperception.generation.sampling import SamplingOptions, sampling_grid
 from diffperception.models.generator import DiffusionModel
-from diffperception.models.ops.transfer import to_device
 from diffperception.models.unet.encoder import both_sides
 from diffperception.training.configured import options_for
 from diffperception.training.data import TrainingData
@@ -32,61 +31,6 @@ from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import image_grid
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
-
-
-@dataclass
-class ImageDataOptions:
-    """Which images the generator learns from.
-
-    Args:
-        images: folder with images, in folders of their classes if `labelled`.
-        annotations: COCO JSON file; only the images it lists are used.
-        val_images: folder with images to measure the loss on during training; null for none.
-        val_annotations: COCO JSON file with the images to use of `val_images`.
-        short_side: images are first resized to this short side, then a random part is cut out; null resizes them
-            until they are as small as holds the part.
-        labelled: the folders in `images` are the classes; the model must have as many.
-        horizontal_flip: probability that an image is mirrored left to right.
-        vertical_flip: probability that an image is mirrored top to bottom; for scenes without an up and a down.
-        batch_size: images in a training batch, for each process.
-        workers: processes that read images, for each process that trains.
-        on_broken: what to do at an image that cannot be read or is too small: stop, naming it, or take the next one.
-        cached: how many images each worker keeps in memory, resized.
-    """
-
-    images: Path
-    annotations: Path | None = None
-    val_images: Path | None = None
-    val_annotations: Path | None = None
-    short_side: PositiveInt | None = None
-    labelled: bool = False
-    horizontal_flip: ClosedUnitInterval = 0.5
-    vertical_flip: ClosedUnitInterval = 0.0
-    batch_size: PositiveInt = 32
-    workers: NonNegativeInt = 2
-    on_broken: Literal["stop", "skip"] = "stop"
-    cached: NonNegativeInt = 0
-
-    def classes(self) -> list[str] | None:
-        """The names of the classes; None without labels."""
-        return class_folders(self.images) if self.labelled else None
-
-    def open(self, image_size: tuple[int, int], channels: int) -> tuple[ImageFolder, ImageFolder | None]:
-        """The images to learn from, and those to measure on; ValueError if their folders are of other classes."""
-        train = self._folder(self.images, self.annotations, image_size, channels)
-        if self.val_images is None:
-            return train, None
-        val = self._folder(self.val_images, self.val_annotations, image_size, channels)
-        if val.classes != train.classes:
-            raise ValueError(
-                f"{self.images} and {self.val_images} hold folders of different names: they are the classes, so give"
-                " both the same"
-            )
-        return train, val
-
-    def _folder(self, images: Path, listed: Path | None, image_size: tuple[int, int], channels: int) -> ImageFolder:
-        changes = (self.horizontal_flip, self.vertical_flip, self.on_broken, self.cached)
-        return ImageFolder(images, image_size, self.short_side, listed, self.labelled, channels, *changes)
 
 
 @dataclass

@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
-from diffperception.data.image_folder import ImageFolder
+from diffperception.data.batches import spread
+from diffperception.data.image_folder import ImageDataOptions, ImageFolder
+from diffperception.devices import to_device
 from diffperception.diffusion import add_noise
 from diffperception.echo import echo
 from diffperception.files import OutputFolder, write_json
 from diffperception.models import NoisyClassifier
-from diffperception.models.ops.transfer import to_device
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipe import Evaluator, Metrics, Parts, Recipe, size_of
-from diffperception.training.recipes.generation import Batch, ImageDataOptions, held_out_batches, left_out, noise_like
+from diffperception.training.recipes.generation import Batch, held_out_batches, left_out, noise_like
 
 
 @dataclass
@@ -70,10 +71,10 @@ class NoisyClassifierModule(TrainingModule):
         images, targets = batch
         places = torch.rand(len(images), generator=generator)
         logits = noised_logits(self.model, torch.stack(images), places, generator)
-        return {"cross_entropy": F.cross_entropy(logits, labels_of(targets, self.device))}
+        return {"cross_entropy": F.cross_entropy(logits, stacked_labels(targets, self.device))}
 
 
-def labels_of(targets: list[dict[str, Any]], device: torch.device) -> Tensor:
+def stacked_labels(targets: list[dict[str, Any]], device: torch.device) -> Tensor:
     """The labels (B,) of a batch on the device."""
     return to_device(torch.tensor([target["label"] for target in targets]), device)
 
@@ -104,18 +105,19 @@ def held_out_accuracy(
         from the clean end, 0, to noise, 1; ``held_out_loss``, the mean cross entropy.
     """
     model.eval()
-    count = min(num_images or len(dataset), len(dataset))
-    chosen = [i * len(dataset) // count for i in range(count)]
+    chosen = spread(len(dataset), num_images)
     generator, right, loss = torch.Generator().manual_seed(0), torch.zeros(ranges), 0.0
     for images, targets in held_out_batches(dataset, chosen, batch_size, model.device):
-        labels = labels_of(targets, model.device)
+        labels = stacked_labels(targets, model.device)
         for k in range(ranges):
             places = (k + torch.rand(len(images), generator=generator)) / ranges
             logits = noised_logits(model, images, places, generator)
             right[k] += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    by_range = {f"accuracy_{k / ranges:.2g}-{(k + 1) / ranges:.2g}": float(right[k]) / count for k in range(ranges)}
-    return {"accuracy": float(right.mean()) / count, **by_range, "held_out_loss": loss / (count * ranges)}
+    by_range = {
+        f"accuracy_{k / ranges:.2g}-{(k + 1) / ranges:.2g}": float(right[k]) / len(chosen) for k in range(ranges)
+    }
+    return {"accuracy": float(right.mean()) / len(chosen), **by_range, "held_out_loss": loss / (len(chosen) * ranges)}
 
 
 class AccuracyEvaluator(Evaluator):

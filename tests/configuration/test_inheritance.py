@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffperception.configuration.base import given, spread_files, with_bases
+from diffperception.configuration.inheritance import given, spread_files, with_bases
 
 
 def write(path: Path, text: str) -> str:
