@@ -122,7 +122,9 @@ def test_importing_stays_light(module, absent):
     assert not absent & set(loaded.split())
 
 
-def test_a_public_class_has_its_name_alone():
+def test_a_public_name_has_one_meaning():
+    """Of the classes and functions; every command of one function calls it `command`."""
     bodies = (ast.parse(path.read_text(encoding="utf-8")).body for path in FILES)
-    names = [n.name for body in bodies for n in body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
-    assert not {name for name in names if names.count(name) > 1}
+    defined = [node.name for body in bodies for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    names = [name for name in defined if not name.startswith("_")]
+    assert {name for name in names if names.count(name) > 1} == {"command"}
