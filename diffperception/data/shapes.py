@@ -166,12 +166,14 @@ def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, sc
     color = _color(rng, unlike=scenery)
     strength = rng.uniform(0.3, 0.65)
     shade = max(strength * color, 1 - strength * (1 - color), key=lambda tone: np.linalg.norm(tone - scenery))
-    fill = color + _pattern(rng, *distance.shape)[..., None] * (shade - color)
+    (around,) = ndimage.find_objects((distance < 0.5).astype(int))  # elsewhere nothing changes
+    fill = color + _pattern(rng, *distance.shape)[around][..., None] * (shade - color)
+    distance = distance[around]
     if rng.uniform() < 0.3:
         outline = (distance + 2.5).clip(0, 1)[..., None]
         fill += outline * (0.3 * color - fill)
     coverage = (0.5 - distance).clip(0, 1)[..., None]
-    image += coverage * (fill - image)
+    image[around] += coverage * (fill - image[around])
 
 
 def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
