@@ -72,8 +72,6 @@ class UNet(Encoder):
         num_heads: int | None = None,
         num_head_channels: int | None = None,
         new_attention_order: bool = False,
-        dropout: float = 0.0,
-        checkpointing: bool = False,
     ) -> "UNet":
         """The UNet of a guided-diffusion or improved-diffusion checkpoint, with its weights.
 
@@ -81,15 +79,13 @@ class UNet(Encoder):
             state: the checkpoint's state dict; its tensors become the model's.
             num_heads, num_head_channels: attention heads at every width, or channels of a head (64 in ADM's models).
             new_attention_order: q, k, v come before heads in the qkv weights (``use_new_attention_order`` there).
-            dropout, checkpointing: as for :class:`UNet`.
 
         Raises:
             ValueError: if the checkpoint has labels (:meth:`DiffusionModel.from_reference` takes those), not one of
                 ``num_heads`` and ``num_head_channels`` is given or it does not divide a width, or if weights are
                 missing, left over or of another shape.
         """
-        layout = adm.unet_arguments(state) | {"dropout": dropout, "checkpointing": checkpointing}
-        return adm.build(cls, layout, state, num_heads, num_head_channels, new_attention_order)
+        return adm.build(cls, adm.unet_arguments(state), state, num_heads, num_head_channels, new_attention_order)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The prediction (B, out_channels, H, W).
