@@ -169,7 +169,7 @@ def evaluate_sample_folder(
     Args:
         samples: folder with the generated images.
         reference: folder with real images, cropped as those that the generator learned from; or the YAML file of its
-            training, whose pictures are then cropped as they were there, as many crops as there are samples.
+            training, whose images are then cropped as they were there, as many crops as there are samples.
         scoring: how.
         output: folder for metrics.json; nothing is written without it.
     """

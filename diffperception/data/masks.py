@@ -23,13 +23,13 @@ class MaskDataOptions:
     """Which images and masks there are.
 
     Args:
-        images: folder with pictures.
+        images: folder with images.
         masks: folder with their masks, of the same names: PNG of one channel or NPY, in each pixel its class's number.
         classes: names of the classes 0, 1, ...
         annotations: only the images are used that this COCO JSON file lists, or this text file with a name per line.
         max_images: use only so many of the images, chosen by the seed; null for all.
         unlabelled: what to do at an image without a mask: stop, naming it, or leave it out.
-        val_images: folder with pictures to measure on; null for none.
+        val_images: folder with images to measure on; null for none.
         val_masks: folder with their masks.
         val_annotations: as `annotations`, of `val_images`.
         ignore: the value in masks of pixels without a label; null for none.
@@ -147,10 +147,10 @@ def find_pairs(
     """The images of a folder, or those of them that a file lists, with their masks; see :class:`MaskFolder`."""
     if not masks.is_dir():
         raise FileNotFoundError(f"there is no folder of masks {masks}")
-    pictures = listed_images(images, annotations)
+    paths = listed_images(images, annotations)
     if masks.resolve() != images.resolve():
-        pictures = [path for path in pictures if masks.resolve() not in path.resolve().parents]
-    found = [(path, find_mask(path.relative_to(images), masks)) for path in pictures]
+        paths = [path for path in paths if masks.resolve() not in path.resolve().parents]
+    found = [(path, find_mask(path.relative_to(images), masks)) for path in paths]
     pairs = [(path, mask) for path, mask in found if mask is not None]
     without = [path for path, mask in found if mask is None]
     if not pairs:

@@ -21,13 +21,13 @@ class TrainingTransforms:
     where there are some, masks.
 
     Args:
-        horizontal_flip: share of samples mirrored left to right.
-        vertical_flip: share of samples mirrored top to bottom; for scenes without an up and a down.
-        photometric: share of samples whose brightness, contrast, saturation and hue are changed.
-        zoom_out: share of samples put into a grey canvas up to twice as wide, so that objects become smaller.
-        iou_crop: share of samples cut as in SSD: a random part that contains some box to a random extent. Useful,
+        horizontal_flip: probability that a sample is mirrored left to right.
+        vertical_flip: probability that it is mirrored top to bottom; for scenes without an up and a down.
+        photometric: probability that its brightness, contrast, saturation and hue are changed.
+        zoom_out: probability that it is put into a grey canvas up to twice as wide, so that objects become smaller.
+        iou_crop: probability that it is cut as in SSD: a random part that contains some box to a random extent. Useful,
             with zoom_out, on small data sets.
-        crop: share of samples that are first resized to a short side of `crop_short_sides` and then cut to a part with
+        crop: probability that it is first resized to a short side of `crop_short_sides` and then cut to a part with
             width and height drawn from `crop_sides`, its two bounds.
         crop_short_sides: see crop.
         crop_sides: see crop.
@@ -50,9 +50,9 @@ class TrainingTransforms:
         max_long_side: int = 1333,
         min_box_side: float = 1.0,
     ):
-        shares = (horizontal_flip, vertical_flip, photometric, zoom_out, iou_crop, crop)
-        if not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"the shares of changed samples must lie in 0..1, not {shares}")
+        probabilities = (horizontal_flip, vertical_flip, photometric, zoom_out, iou_crop, crop)
+        if not all(0 <= p <= 1 for p in probabilities):
+            raise ValueError(f"the probabilities of changes must lie in 0..1, not {probabilities}")
         self.min_box_side = min_box_side
         steps: list[torch.nn.Module] = [
             v2.RandomHorizontalFlip(horizontal_flip),

@@ -122,7 +122,7 @@ class LossSecondMoment(nn.Module):
 
     Args:
         history: how many losses of each timestep are remembered.
-        uniform: share of the probability that stays uniform.
+        uniform: fraction of the probability that stays uniform.
     """
 
     losses: Tensor

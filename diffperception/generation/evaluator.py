@@ -77,7 +77,7 @@ class ScoringOptions:
             that is less.
         neighbours: precision and recall take an image's distance to so many nearest ones as its reach.
         batch_size: images in one pass.
-        seed: the seed of the subsets, and of the crops of a training's pictures.
+        seed: the seed of the subsets, and of the crops of a training's images.
     """
 
     features: str = "inception_v3.tf_in1k"
@@ -227,7 +227,7 @@ def kernel_distance(
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Which share of `fake` lies among `real`, and which share of `real` among `fake` (arXiv 1904.06991).
+    """Which fraction of `fake` lies among `real`, and which fraction of `real` among `fake` (arXiv 1904.06991).
 
     A row lies among the others if it is, for any one of them, no farther away than that one's k-th nearest neighbour in
     its own set. Precision tells how real the samples are, recall how much of the real variety they have.
@@ -235,7 +235,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     real, fake = _pair(real, fake, least=k + 1)
     centre = real.mean(0)  # distances are taken from products, which lose digits far from the origin
     real, fake = real - centre, fake - centre
-    return _share_within(fake, real, k), _share_within(real, fake, k)
+    return _fraction_within(fake, real, k), _fraction_within(real, fake, k)
 
 
 def _pair(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
@@ -265,8 +265,8 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _share_within(points: Tensor, support: Tensor, k: int) -> float:
-    """The share of `points` inside the balls around `support` that reach to the k-th nearest other of `support`."""
+def _fraction_within(points: Tensor, support: Tensor, k: int) -> float:
+    """The fraction of `points` inside the balls around `support` that reach to the k-th nearest other of `support`."""
     # The nearest is the point itself.
     radii = torch.cat([torch.cdist(rows, support).kthvalue(k + 1).values for rows in support.split(DISTANCE_ROWS)])
     inside = torch.cat([(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(DISTANCE_ROWS)])

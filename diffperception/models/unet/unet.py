@@ -26,7 +26,7 @@ class UNet(Encoder):
         attention: downsampling factors, 1, 2, 4, ..., whose blocks are followed by attention.
         num_heads: attention heads, the same at every width; if None, one for every ``num_head_channels``.
         num_head_channels: channels of a head where ``num_heads`` is None.
-        dropout: share of activations dropped in residual blocks.
+        dropout: fraction of activations dropped in residual blocks.
         scale_shift: time scales and shifts normalised activations (adaptive group norm); else it is added to them.
         resampling: down- and upsampling by residual blocks, by convolutions, or without weights.
         checkpointing: recompute activations in the backward pass instead of keeping them.

@@ -28,7 +28,7 @@ class LabelledImageOptions(ImageDataOptions):
     """Which images the classifier learns from; the folders in `images` are the classes.
 
     Args:
-        val_images: folder with pictures to measure the accuracy on, in folders of the same classes; null for none.
+        val_images: folder with images to measure the accuracy on, in folders of the same classes; null for none.
         labelled: always true.
     """
 
@@ -38,7 +38,7 @@ class LabelledImageOptions(ImageDataOptions):
         """The names of the classes; ValueError if there are fewer than two, or others in `val_images`."""
         classes = super().classes()
         if classes is None:
-            raise ValueError("a classifier learns from labelled pictures: leave data.labelled at true")
+            raise ValueError("a classifier learns from labelled images: leave data.labelled at true")
         if len(classes) < 2:
             raise ValueError(f"{self.images} holds the class {classes[0]} alone: a classifier needs two or more")
         return classes
