@@ -156,7 +156,8 @@ class OutputFolder:
 
     may_hold_run = False
 
-    def __init__(self, path: Path, overwrite: bool = False) -> None:
+    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
+        path = Path(path)
         if path.is_file():
             raise ValueError(f"{path} is a file: name a folder for the results")
         if not self.may_hold_run and (path / CHECKPOINT).exists():

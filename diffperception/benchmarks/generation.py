@@ -27,13 +27,8 @@ def time_unet(repeats: int, say: Say, device: torch.device | str = "cpu") -> str
         ValueError: diffusers is not installed.
     """
     torch.manual_seed(0)
-    ours = UNet(
-        channels=CHANNELS,
-        channel_mult=MULTIPLES,
-        num_res_blocks=DEPTH,
-        attention=ATTENTION,
-        num_head_channels=HEAD_CHANNELS,
-    ).to(device)
+    widths: dict[str, Any] = {"channels": CHANNELS, "channel_mult": MULTIPLES, "num_head_channels": HEAD_CHANNELS}
+    ours = UNet(**widths, num_res_blocks=DEPTH, attention=ATTENTION).to(device)
     peer, peer_last = _diffusers().to(device), _diffusers().to(device, memory_format=torch.channels_last)
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, peer)]
     assert abs(sizes[0] / sizes[1] - 1) < 0.01, sizes
@@ -72,9 +67,7 @@ def _diffusers() -> Any:
     try:
         from diffusers import UNet2DModel
     except ImportError as error:
-        raise ValueError(
-            "This compares with diffusers, which is not installed: run `pip install diffusers`."
-        ) from error
+        raise ValueError("this compares with diffusers, which is not installed: pip install diffusers") from error
     attends = [2**level in ATTENTION for level in range(len(MULTIPLES))]
     return UNet2DModel(
         sample_size=SIZE,

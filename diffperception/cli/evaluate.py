@@ -77,28 +77,22 @@ def evaluate_detector_file(
     folder, place = OutputFolder(output, overwrite) if output else None, pick_device(device)
     settings = {"mode": mode, "num_boxes": num_boxes, "renewal_threshold": renewal_threshold, "ensemble": ensemble}
     settings |= {"eta": eta, "nms_threshold": nms_threshold, "steps": steps}
-    choices = {
-        name: list(dict.fromkeys(value if isinstance(value, list) else [value]))
-        for name, value in settings.items()
-        if value is not None
-    }
     with join_processes():
         detector = Detector.load(model, place)
         detector.pad_together = pad_together
         dataset = CocoDetection(annotations, images, masks=masks)
-        if num_seeds > 1 or any(len(values) > 1 for values in choices.values()):
-            tried, seeds = combine(detector, choices), range(seed, seed + num_seeds)
-            sweep = sweep_sampler(detector, dataset, tried, seeds, workers=workers, **score.keywords)
+        samplers, seeds = combine(detector, settings), range(seed, seed + num_seeds)
+        if len(samplers) * num_seeds > 1:
+            sweep = sweep_sampler(detector, dataset, samplers, seeds, workers=workers, **score.keywords)
             echo(sweep.table())
             if folder is not None and first_process():
                 write_sweep(sweep, folder)
                 echo(f"\n{folder.path / 'sweep.json'}: these numbers")
                 echo(f"{folder.path / 'sweep.png'}: AP against passes and seconds")
             return
-        sampler = detector.sampler_with(**{name: values[0] for name, values in choices.items()})
-        finish(score(detector, dataset, workers=workers, seed=seed, sampler=sampler), folder)
+        finish(score(detector, dataset, workers=workers, seed=seed, sampler=samplers[0]), folder)
         if folder is not None and first_process():
-            draw_predictions(detector, dataset, folder, num_pictures, seed, sampler, score.keywords["precision"])
+            draw_predictions(detector, dataset, folder, num_pictures, seed, samplers[0], score.keywords["precision"])
             echo(f"{folder.path / 'pictures'}: predictions beside ground truth")
 
 
@@ -149,7 +143,7 @@ def evaluate_segmenter_file(
         metrics = score(segmenter, folder)
     echo(f"{iou_table(metrics)}\non the labelled pixels of {plural(len(folder), 'image')}")
     if score.keywords["output"] is not None:
-        pictures = ", and pictures/" if score.keywords["pictures"] else ""
+        pictures = ", and pictures/" if score.keywords["num_pictures"] else ""
         echo(f"{score.keywords['output']}: these numbers in metrics.json{pictures}")
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 COMMANDS = {
     "shapes": "draw the shapes data set (images, COCO annotations, masks)",
     "check": "name every problem of a COCO data set",
-    "train": "train a detector, a generator of images, the classifier that guides it, or a segmenter",
+    "train": "train a detector, a generator, the classifier that guides it, a segmenter, or a UNet from scratch",
     "evaluate": "score a detector, a results file, generated images, or a segmenter",
     "benchmark": "measure speeds as ratios to a well-known unit",
     "predict": "objects in images, or the class of every pixel: results and pictures",

@@ -16,4 +16,4 @@ def command(
 ) -> None:
     draw(model, classifier=classifier)
     output = draw.keywords["output"]
-    echo(f"{output / 'images'}: {draw.keywords['number']} images\n{output / 'grid.png'}: the first ones")
+    echo(f"{output / 'images'}: {draw.keywords['num_samples']} images\n{output / 'grid.png'}: the first ones")

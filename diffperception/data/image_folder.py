@@ -50,7 +50,7 @@ class ImageDataOptions:
 
     def classes(self) -> list[str] | None:
         """The names of the classes; None without labels."""
-        return class_folders(self.images) if self.labelled else None
+        return class_folders(Path(self.images)) if self.labelled else None
 
     def open(self, image_size: tuple[int, int], channels: int) -> "tuple[ImageFolder, ImageFolder | None]":
         """The images to learn from, and those to measure on; ValueError if their folders are of other classes."""
@@ -95,7 +95,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         self.paths = self._usable(found)
         self.skipped = len(found) - len(self.paths)
         self.classes = options.classes()
-        if self.classes and any(path.parent == options.images for path in self.paths):
+        if self.classes and any(path.parent == Path(options.images) for path in self.paths):
             raise ValueError(f"{options.images} holds images outside of any class: give each class a folder of its own")
         flips = v2.RandomHorizontalFlip(options.horizontal_flip), v2.RandomVerticalFlip(options.vertical_flip)
         self.flips = v2.Compose(flips)

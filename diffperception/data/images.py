@@ -68,14 +68,15 @@ def ignore_interrupts(worker: int = 0) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def listed_images(folder: Path, listing: Path | None = None) -> list[Path]:
+def listed_images(folder: str | Path, listing: str | Path | None = None) -> list[Path]:
     """The images below a folder, sorted: all, or those listed in a COCO JSON file or in a text file, a name per line.
 
     Raises:
         FileNotFoundError: there is no such folder or file, no image in the folder, or one that is listed is missing.
         ValueError: the file lists no image.
     """
-    if listing is None:
+    folder, listing = Path(folder), listing and Path(listing)
+    if not listing:
         return images_below(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")

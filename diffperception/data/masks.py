@@ -30,8 +30,8 @@ class MaskDataOptions:
         max_images: use only so many of the images, chosen by the seed; null for all.
         unlabelled: what to do at an image without a mask: stop, naming it, or leave it out.
         val_images: folder with images to measure on; null for none.
-        val_masks: folder with their masks.
-        val_annotations: as `annotations`, of `val_images`.
+        val_masks: folder with the masks of `val_images`.
+        val_annotations: only those of `val_images` are used that this COCO JSON or text file lists.
         ignore: the value in masks of pixels without a label; null for none.
         mask_values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}.
         short_side: work on images resized to this short side, best that which the generator learned from; scores
@@ -93,14 +93,15 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, options: MaskDataOptions, seed: int = 0) -> None:
         self.short_side = options.short_side
         self.labels = _label_of_value(len(check_names(options.classes)), options.ignore, options.mask_values)
-        pairs = find_pairs(options.images, options.masks, options.annotations, options.unlabelled)
+        images, masks = Path(options.images), Path(options.masks)
+        pairs = find_pairs(images, masks, options.annotations, options.unlabelled)
         if options.max_images is not None:
             order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
             pairs = [pairs[i] for i in order[: options.max_images].tolist()]
-        self.names = [str(image.relative_to(options.images)) for image, _ in pairs]
+        self.names = [str(image.relative_to(images)) for image, _ in pairs]
         labelled = [self._has_labels(*pair) for pair in pairs]
         if not any(labelled):
-            raise ValueError(f"all pixels of the masks in {options.masks} are ignored: label some")
+            raise ValueError(f"all pixels of the masks in {masks} are ignored: label some")
         self.images = LazyMap(self._image, [image for image, _ in pairs])
         self.masks = LazyMap(self._mask, [mask for _, mask in pairs])
 

@@ -101,6 +101,8 @@ class CocoEvaluator:
     ) -> None:
         self.iou_types = tuple(iou_types)
         self.masks = "segm" in self.iou_types
+        if not self.iou_types or not PREFIX.keys() >= set(self.iou_types):
+            raise ValueError(f"iou_types must be some of {', '.join(PREFIX)}, not {iou_types!r}")
         self.protocol: Protocol = protocol
         self.max_dets = MAX_DETS[protocol] if max_dets is None else max_dets
         if self.max_dets < 1:
@@ -337,6 +339,8 @@ def _explain(truth: GroundTruth, rows: list[dict[str, Any]], seen: Set[int], ove
         return "AP is 0 and the predicted boxes look normalised to 0..1: give them in pixels of the original image."
     if (size <= 0).any(axis=1).mean() > 0.25:
         return "AP is 0 and many predicted boxes end before they begin: give x1, y1, x2, y2, not width and height."
+    if overlap >= 0.5:
+        return "AP is nearly 0, though some box meets an object of its class: the model has learnt too little."
     return (
         f"AP is 0 because the predicted boxes miss the objects (the best IoU within a class is {overlap:.2f}): "
         "the model has learnt too little, or the boxes are in pixels of another size."

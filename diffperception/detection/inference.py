@@ -70,7 +70,7 @@ def detect_folder(
     Several processes, started by torchrun, share the images.
 
     Args:
-        detector: the detector, whose device computes, or its file.
+        detector: the detector, which computes where it is; or its file, for an accelerator if there is one.
         images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
         sampler: instead of the detector's own, see `Detector.sampler_with`.
         seed: seed of the noise that boxes start from; it and the name of an image decide the noise of that image.
@@ -82,8 +82,7 @@ def detect_folder(
     Raises:
         FileNotFoundError, ValueError: there is no such image or model, none can be read, or the folder is in use.
     """
-    detector = (detector if isinstance(detector, Detector) else Detector.load(detector)).eval()
-    folder = OutputFolder(Path(output), overwrite)
+    detector, folder = Detector.loaded(detector).eval(), OutputFolder(output, overwrite)
     root, paths = list_images(images, leave_out=folder.path)
     names = png_names([path.relative_to(root) for path in paths])
     first_does(folder.clear)  # all have looked whether it is empty
@@ -132,7 +131,7 @@ def _detect(
 
 
 def evaluate_detector(
-    detector: Detector,
+    detector: Detector | str | Path,
     dataset: CocoDetection,
     num_images: int | None = None,
     batch_size: PositiveInt = 8,
@@ -149,6 +148,7 @@ def evaluate_detector(
     of processes. Every process must call this; each predicts its share of the images and returns the score of all.
 
     Args:
+        detector: as for `detect_folder`.
         num_images: use this many images, spread over the data set; all by default.
         batch_size: images per prediction.
         workers: processes that read images, for each process that predicts.
@@ -162,6 +162,7 @@ def evaluate_detector(
         ValueError: the detector has other classes than the data set or no masks where that has some, or the
             annotations are not what the protocol needs.
     """
+    detector = Detector.loaded(detector)
     require_classes(detector.classes, dataset)
     require_masks(detector, dataset)
     share_statistics(detector)

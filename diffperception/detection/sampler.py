@@ -60,8 +60,8 @@ class BoxSampler:
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.num_boxes is not None and self.num_boxes < 1):
             raise ValueError(f"steps and num_boxes must be at least 1, not {self.steps} and {self.num_boxes}")
-        shares = {"eta": self.eta, "renewal_threshold": self.renewal_threshold, "nms_threshold": self.nms_threshold}
-        for name, value in shares.items():
+        fractions = {"eta": self.eta, "renewal_threshold": self.renewal_threshold, "nms_threshold": self.nms_threshold}
+        for name, value in fractions.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}: it must be from 0 to 1")
         if self.mode not in get_args(Mode):

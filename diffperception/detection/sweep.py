@@ -95,17 +95,13 @@ class Sweep:
         return vars(self) | {"rows": [row.content() for row in self.rows]}
 
 
-def combine(detector: Detector, choices: Mapping[str, Sequence[Any]]) -> list[BoxSampler]:
-    """The detector's sampler with every combination of the values that `choices` has for some of its settings.
-
-    Raises:
-        ValueError: the detector has no sampler, or a value is out of its range.
+def combine(detector: Detector, settings: Mapping[str, Any]) -> list[BoxSampler | None]:
+    """The detector's sampler, if it has one, with every combination of settings: a value each, several in a list, or
+    None for the sampler's own. ValueError for those that it does not have, or that are out of range.
     """
-    if not isinstance(detector, DiffusionDet):
-        name = type(detector).__name__
-        raise ValueError(f"{name} has no sampler to sweep: give one seed, and one value of each option")
-    combinations = itertools.product(*choices.values())
-    return [detector.sampler.changed(**dict(zip(choices, values, strict=True))) for values in combinations]
+    values = {name: x if isinstance(x, list) else [x] for name, x in settings.items() if x is not None}
+    combinations = itertools.product(*map(dict.fromkeys, values.values()))
+    return [detector.sampler_with(**dict(zip(values, chosen, strict=True))) for chosen in combinations]
 
 
 def write_sweep(sweep: Sweep, folder: OutputFolder) -> None:
@@ -130,7 +126,7 @@ class _Run:
 def sweep_sampler(
     detector: Detector,
     dataset: CocoDetection,
-    combinations: Sequence[BoxSampler],
+    combinations: Sequence[BoxSampler | None],
     seeds: Sequence[int],
     batch_size: int = 8,
     workers: int = 0,
@@ -149,17 +145,19 @@ def sweep_sampler(
         batch_size, workers, max_dets, protocol, precision: as in `evaluate_detector`.
 
     Raises:
-        ValueError: the detector has other classes than the data set, the annotations are not for the protocol, or
-            masks are to be scored.
+        ValueError: the detector has no sampler or other classes than the data set, the annotations are not for the
+            protocol, or masks are to be scored.
     """
+    if not isinstance(detector, DiffusionDet):
+        name = type(detector).__name__
+        raise ValueError(f"{name} has no sampler to sweep: give one seed, and one value of each option")
     require_classes(detector.classes, dataset)
     if dataset.masks:
         raise ValueError("a sweep scores boxes alone: leave masks out, or give one seed and one value of each option")
     evaluator = CocoEvaluator(dataset.annotations, ("bbox",), max_dets, dataset.image_ids, protocol)
     detector.eval()
-    runs = [[_Run(sampler, seed) for seed in seeds] for sampler in combinations]
+    runs = [[_Run(sampler or detector.sampler, seed) for seed in seeds] for sampler in combinations]
     images = LazyMap(dataset.__getitem__, share(range(len(dataset))))
-    assert isinstance(detector, DiffusionDet), "combine gives nothing for others"
     with autocast(detector.device, precision):
         _predict(detector, read_ahead(images, batch_size, workers), list(itertools.chain(*runs)))
     rows = [_row(group, evaluator) for group in tqdm(runs, desc="score", leave=False, disable=hide_bar())]

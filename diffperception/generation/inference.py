@@ -74,7 +74,7 @@ def draw_samples(
 def sample_folder(
     model: DiffusionModel | str | Path,
     output: Path,
-    number: PositiveInt = 64,
+    num_samples: PositiveInt = 64,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (not changed)
     classes: list[str] | None = None,
     classifier: NoisyClassifier | str | Path | None = None,
@@ -94,7 +94,7 @@ def sample_folder(
     Args:
         model: the file of a generator, model.safetensors, or the generator itself.
         output: folder for the images.
-        number: how many images to draw.
+        num_samples: how many images to draw.
         sampling: how noise becomes an image.
         classes: names of the classes to draw; by default all that the generator has.
         classifier: the file of a noisy classifier that pulls the images towards the classes, or the classifier itself.
@@ -112,16 +112,15 @@ def sample_folder(
         raise ValueError("classifier_scale is given without a classifier: name one with --classifier, or leave it out")
     scale = 1.0 if classifier_scale is None else classifier_scale
     size = None if image_size is None else both_sides(image_size)
-    folder, place = OutputFolder(Path(output), overwrite), pick_device(device)
-    model = (DiffusionModel.load(model) if isinstance(model, str | Path) else model).to(place)
+    folder, place = OutputFolder(output, overwrite), pick_device(device)
+    model = DiffusionModel.loaded(model).to(place)
     if classifier is not None:
-        classifier = NoisyClassifier.load(classifier) if isinstance(classifier, str | Path) else classifier
-        classifier.to(place)
+        classifier = NoisyClassifier.loaded(classifier).to(place)
     require_image_channels(model.space.image_channels)
     names = list(classes or (classifier.classes if classifier is not None else model.classes) or [])
     first: list[Tensor] = []
     with join_processes(), autocast(place, precision):
-        numbers = share(range(number))
+        numbers = share(range(num_samples))
         drawn = draw_samples(model, numbers, sampling, seed, classes, batch_size, size, classifier, scale)
         batches = chain([next(drawn)] if numbers else [], drawn)
         first_does(folder.clear)  # all options have proved sound

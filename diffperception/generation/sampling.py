@@ -37,7 +37,7 @@ class SamplingOptions:
 
     Args:
         sampler: dpm_solver (DPM-Solver++(2M)), ddim, ddpm (ancestral) or heun (two network passes a step).
-        steps: from noise to image.
+        steps: steps from noise to image, each a pass of the network (two with heun).
         eta: ddim's fraction of fresh noise in every step, 0 to 1.
         guidance: weight of classifier-free guidance, for models trained with null_class; 1 is none.
         clip: keep every predicted image within the range of pixels on the way.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from diffperception.devices import pick_device
 from diffperception.files import require_file_name, written_beside
 
 FORMAT = "diffperception-2"
@@ -69,7 +70,7 @@ class Model(nn.Module):
         path: str | Path,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        allow: tuple[str, ...] = (),
+        allow: str | tuple[str, ...] = (),
     ) -> Self:
         """The model of a file, in evaluation mode. No random weights are drawn first.
 
@@ -77,7 +78,7 @@ class Model(nn.Module):
             path: what :meth:`save` wrote.
             device: where to put it; the CPU by default.
             dtype: of its floating point weights; by default the file's.
-            allow: packages, beside this one, that the file may name classes from: yours, if it holds a model of yours.
+            allow: package or packages, beside this one, that the file may name classes from: yours, if it has some.
 
         Raises:
             FileNotFoundError: no such file.
@@ -96,7 +97,9 @@ class Model(nn.Module):
         token = _rebuilding.set(path)
         try:
             with torch.random.fork_rng(devices=[]), _Undrawn():
-                model = rebuild(described, path, (PACKAGE, *allow, *_trusted.get()))
+                model = rebuild(
+                    described, path, (PACKAGE, *([allow] if isinstance(allow, str) else allow), *_trusted.get())
+                )
         finally:
             _rebuilding.reset(token)
         if not isinstance(model, cls):
@@ -110,6 +113,11 @@ class Model(nn.Module):
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} does not fit the {type(model).__name__} it describes: {reason}") from None
         return model.to(device=device, dtype=dtype).eval()
+
+    @classmethod
+    def loaded(cls, source: Self | str | Path) -> Self:
+        """The model itself; that of a file on the accelerator, if there is one, with the errors of :meth:`load`."""
+        return cls.load(source, pick_device()) if isinstance(source, str | Path) else source
 
 
 @contextmanager

@@ -26,9 +26,9 @@ class LabelledSet:
 
 
 def autolabel(
-    model: PixelSegmenter,
+    model: PixelSegmenter | str | Path,
     images: str | Path | Iterable[Tensor],
-    output: Path,
+    output: str | Path,
     drop: ClosedUnitInterval = 0.1,
     workers: NonNegativeInt = 2,
     precision: Precision = "32",
@@ -40,8 +40,9 @@ def autolabel(
     all of it is finished.
 
     Args:
-        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'; or images themselves
-            (3, H, W; RGB, 0..1), such as samples of a generator, which are named by their numbers.
+        model: as for :func:`segment_folder`.
+        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'; in Python also
+            images (3, H, W; RGB, 0..1), such as samples of a generator, which are named by their numbers.
         output: folder for the data set; it must be empty.
         drop: fraction of the images to drop, the most uncertain.
         source: where the images are from, for dataset.json; by default the folder or pattern.
@@ -50,15 +51,13 @@ def autolabel(
         FileNotFoundError: there is no such image or folder.
         ValueError: the output folder holds something, no image can be read, or `drop` leaves none.
     """
+    model, output = PixelSegmenter.loaded(model), Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"{output} is not an empty folder: choose another --output")
     if not 0 <= drop < 1:
         raise ValueError(f"drop {drop:g} would leave no image: give a smaller fraction, such as 0.1")
     if drop and model.classifier.members < 2:
-        raise ValueError(
-            "a segmenter with a single member agrees with itself, so no image is more uncertain than another: train it"
-            " with several, or keep all images with --drop 0"
-        )
+        raise ValueError("a segmenter with a single member agrees with itself: train it with several, or give --drop 0")
     pool: Iterable[tuple[Path, Tensor | str]]  # names, and images or what is wrong with them
     if isinstance(images, str | Path):
         source = source or str(images)

@@ -65,12 +65,12 @@ class FolderScores:
 
 
 def segment_folder(
-    model: PixelSegmenter,
+    model: PixelSegmenter | str | Path,
     images: str | Path,
-    output: Path,
+    output: str | Path,
     rank: bool = False,
     labelled: Path | None = None,
-    pictures: NonNegativeInt = 100,
+    num_pictures: NonNegativeInt = 100,
     workers: NonNegativeInt = 2,
     precision: Precision = "32",
     overwrite: bool = False,
@@ -84,24 +84,26 @@ def segment_folder(
     out and named at the end. Several processes, started by torchrun, share the images.
 
     Args:
+        model: the segmenter, which computes where it is; or its file, for an accelerator if there is one.
         images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
         rank: order the images by their uncertainty: rank.csv has the most uncertain first, and rank.png shows the
             first of them, those to label next.
         labelled: folder of masks; images that have one there are left out.
-        pictures: draw the overlays and uncertainties of at most this many images.
+        num_pictures: draw the overlays and uncertainties of at most this many images.
 
     Raises:
         FileNotFoundError: there is no such image or folder.
         ValueError: the output folder holds something, or no image can be read; a single member cannot rank.
     """
-    root, paths = list_images(images, output)
+    model = PixelSegmenter.loaded(model)
+    root, paths = list_images(images, Path(output))
     paths = _without_mask(paths, root, labelled)
     if rank and model.classifier.members < 2:
         raise ValueError("a segmenter with a single member agrees with itself: to rank, train it with several")
     folder = OutputFolder(output, overwrite)
     first_does(folder.clear)  # all have looked whether it is empty
     files = png_names(path.relative_to(root) for path in paths)
-    drawn = set(paths[:pictures])
+    drawn = set(paths[:num_pictures])
     found: list[ImageScore | str] = []
     samples = load_images(share(paths), workers=workers)
     with autocast(model.device, precision):
@@ -135,10 +137,10 @@ def segment_image(model: PixelSegmenter, image: Tensor, name: Path, mask: Path) 
 
 
 def evaluate_segmenter(
-    model: PixelSegmenter,
+    model: PixelSegmenter | str | Path,
     folder: MaskFolder,
-    output: Path | None = None,
-    pictures: NonNegativeInt = 4,
+    output: str | Path | None = None,
+    num_pictures: NonNegativeInt = 4,
     workers: NonNegativeInt = 2,
     precision: Precision = "32",
     overwrite: bool = False,
@@ -148,17 +150,18 @@ def evaluate_segmenter(
     Pixels are counted over all images, at the masks' own size. Several processes, started by torchrun, share them.
 
     Args:
+        model: as for :func:`segment_folder`.
         output: folder for metrics.json and pictures/; nothing is written without it.
-        pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
+        num_pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
     """
-    results = None if output is None else OutputFolder(output, overwrite)
+    model, results = PixelSegmenter.loaded(model), None if output is None else OutputFolder(output, overwrite)
     with autocast(model.device, precision):
         counts = score_images(lambda image, size: model.segment(image).labels, len(model.classes), folder, workers)
         metrics = counts.summary(model.classes)
         if results is not None and first_process():
             results.clear()
             write_json(results.file("metrics.json"), {"metrics": metrics, "images": len(folder)})
-            draw_comparisons(model, folder, results, pictures)
+            draw_comparisons(model, folder, results, num_pictures)
     return metrics
 
 

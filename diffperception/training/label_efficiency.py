@@ -88,14 +88,14 @@ class Results:
 def compare_label_efficiency(
     features: DiffusionFeatures,
     data: MaskDataOptions,
-    output: Path,
+    output: str | Path,
     labels: list[PositiveInt] = [5, 10, 20],  # noqa: B006 (the defaults are not changed)
-    seeds: PositiveInt = 3,
+    num_seeds: PositiveInt = 3,
     methods: list[Method] = ["diffusion", "untrained", "rgb", "scratch"],  # noqa: B006
     members: PositiveInt = 10,
     fit: FitOptions = FitOptions(),  # noqa: B008
     baseline: BaselineOptions = BaselineOptions(),  # noqa: B008
-    pictures: NonNegativeInt = 4,
+    num_pictures: NonNegativeInt = 4,
     max_memory: str = "8GB",
     device: str = "auto",
     precision: Precision = "32",
@@ -113,22 +113,22 @@ def compare_label_efficiency(
     examples.png (predictions with the fewest labelled images). The command can be interrupted: given again, it goes on
     with what is missing, also where seeds, methods or numbers of labelled images have been added.
 
-    For example: `diffperception compare configs/segmentation/bccd_compare.yaml --labels 5 10 20 --seeds 3`.
+    For example: `diffperception compare configs/segmentation/bccd_compare.yaml --labels 5 10 20 --num_seeds 3`.
 
     Args:
         features: the features of the generator.
         data: the images to choose labelled ones from, whatever its max_images, and those to score on.
         output: folder for the results.
         labels: numbers of labelled images; each choice is a part of the larger ones of its seed.
-        seeds: how many choices of labelled images, each with its own weights and minibatches.
-        methods: which to compare.
+        num_seeds: how many choices of labelled images, each with its own weights and minibatches.
+        methods: which of the four ways to learn are compared.
         members: members of the ensembles of pixel classifiers.
         fit: how pixel classifiers learn.
         baseline: how the UNet from scratch learns.
-        pictures: how many images of those scored on are drawn.
+        num_pictures: how many images of those scored on are drawn.
         max_memory: how much the features that are kept may take, such as 4GB.
         precision: 32, or bf16, in which the UNet from scratch then learns and predicts.
-        seed: the first of the seeds.
+        seed: seed of the first choice of labelled images; the next has the next seed.
         overwrite: replace the results that the output folder holds.
         task: that of the training whose configuration this one builds on.
 
@@ -137,7 +137,7 @@ def compare_label_efficiency(
     Raises:
         ValueError: options, images and the results in the folder do not fit each other.
     """
-    place = pick_device(device)
+    output, place = Path(output), pick_device(device)
     features, limit = features.to(place), parse_bytes(max_memory)
     if not (labels and methods):
         raise ValueError("name at least one number of labelled images in labels, and one of the methods")
@@ -152,9 +152,9 @@ def compare_label_efficiency(
     about = {"data": asdict(replace(data, max_images=None)), "fit": asdict(fit), "baseline": asdict(baseline)}
     settings = describe({**about, **settings_of(features), "members": members, "precision": trainer.precision})
     results = Results(output / "compare.json", settings, overwrite)
-    tried = range(seed, seed + seeds)
+    tried = range(seed, seed + num_seeds)
     left = len(results.missing(methods, labels, tried))
-    echo(f"{left} of {len(methods) * len(labels) * seeds} results are still to be made")
+    echo(f"{left} of {len(methods) * len(labels) * num_seeds} results are still to be made")
     test = data.open_val()
     if test is None:
         raise ValueError("give data.val_images and data.val_masks, the images to score on")
@@ -180,7 +180,7 @@ def compare_label_efficiency(
             left, so_far = left - 1, tqdm.format_interval(time.monotonic() - began)
             echo(f"{_in_words(results.rows[-1])}; {so_far} so far, {left} results left")
     summary = mean_and_spread(results.rows)
-    _report(summary, data.classes, test, pictures, output)
+    _report(summary, data.classes, test, num_pictures, output)
     return summary
 
 
@@ -314,13 +314,13 @@ def _example(output: Path, method: str, name: str) -> Path:
 
 
 def _report(
-    summary: Sequence[Mapping[str, Any]], classes: Sequence[str], test: MaskFolder, pictures: int, output: Path
+    summary: Sequence[Mapping[str, Any]], classes: Sequence[str], test: MaskFolder, num_pictures: int, output: Path
 ) -> None:
     """Print the table; write it, its curves and the pictures."""
     text = f"{label_table(summary)}\n\n{lead_sentence(summary)}"
     write_text(output / "compare.md", text + "\n")
     save_png(label_curves(summary, TITLES), output / "compare.png")
-    rows = [_example_row(test, index, output) for index in spread(len(test), pictures)]
+    rows = [_example_row(test, index, output) for index in spread(len(test), num_pictures)]
     if rows:
         save_png(stack([*rows, legend(classes)], vertical=True), output / "examples.png")
     echo(f"{text}\n{output / 'compare.json'}: every result; beside it compare.md, compare.png and examples.png")

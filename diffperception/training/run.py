@@ -63,6 +63,8 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
     parts = recipe.prepare(options.seed)
     if options.trainer.accumulate > 1 and not parts.module.automatic_optimization:
         raise ValueError(f"trainer.accumulate must be 1 for {recipe.task}, which updates its weights by itself")
+    if parts.module.max_steps and options.trainer.max_steps != TrainerOptions.max_steps:
+        raise ValueError(f"trainer.max_steps is not for {recipe.task}: its options fit say how long it takes")
     trainer = replace(options.trainer, max_steps=parts.module.max_steps or options.trainer.max_steps)
     checkpoint = None
     if folder is not None and options.resume:

@@ -129,8 +129,6 @@ def heat_map(
 
 def read_metrics(csv_path: str | Path) -> dict[str, Points]:
     """The steps and finite values of each column of a metrics.csv, whose cells may be empty."""
-    if not Path(csv_path).is_file():
-        raise FileNotFoundError(f"there is no log {csv_path}")
     series: dict[str, Points] = {}
     with open(csv_path, newline="") as file:
         for line in csv.DictReader(file):

@@ -84,7 +84,7 @@ def assert_pictures(files: Tensor, images: Tensor) -> None:
 
 def test_files_are_what_the_library_draws(models: Path, tmp_path: Path) -> None:
     """Labels in turn, guidance, a size that is not square, the seed, and numbers that go on from batch to batch."""
-    options = ["--number", "5", "--image_size", "[8, 12]", "--seed", "7", "--batch-size", "2", *WORDS]
+    options = ["--num_samples", "5", "--image_size", "[8, 12]", "--seed", "7", "--batch-size", "2", *WORDS]
     assert run(models, "labelled", tmp_path, *options) == 0
     names = [f"{CLASSES[i % 2]}/{i:06}.png" for i in range(5)]
     model = DiffusionModel.load(models / "labelled.safetensors")
@@ -95,7 +95,7 @@ def test_files_are_what_the_library_draws(models: Path, tmp_path: Path) -> None:
 
 
 def test_only_the_classes_named_are_drawn(models: Path, tmp_path: Path) -> None:
-    assert run(models, "labelled", tmp_path, "--number", "2", "--classes", "square", *WORDS) == 0
+    assert run(models, "labelled", tmp_path, "--num_samples", "2", "--classes", "square", *WORDS) == 0
     model = DiffusionModel.load(models / "labelled.safetensors")
     names = ["square/000000.png", "square/000001.png"]
     assert_pictures(drawn(tmp_path, names), sample(model, range(2), OPTIONS, 0, torch.tensor([1, 1])))
@@ -104,7 +104,7 @@ def test_only_the_classes_named_are_drawn(models: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 def test_a_classifier_pulls_as_in_the_library(models: Path, tmp_path: Path, scale: float) -> None:
     """Beside classifier-free guidance, by default at scale 1."""
-    options = ["--number", "2", "--classifier", str(models / "classifier.safetensors"), *WORDS]
+    options = ["--num_samples", "2", "--classifier", str(models / "classifier.safetensors"), *WORDS]
     options += [] if scale == 1 else ["--classifier-scale", str(scale)]
     assert run(models, "labelled", tmp_path, *options) == 0
     model, labels = DiffusionModel.load(models / "labelled.safetensors"), torch.tensor([0, 1])
@@ -115,15 +115,15 @@ def test_a_classifier_pulls_as_in_the_library(models: Path, tmp_path: Path, scal
 
 
 def test_grey_images_are_written_in_grey(models: Path, tmp_path: Path) -> None:
-    assert run(models, "grey", tmp_path, "--number", "1", "--sampling.steps", "2") == 0
+    assert run(models, "grey", tmp_path, "--num_samples", "1", "--sampling.steps", "2") == 0
     model = DiffusionModel.load(models / "grey.safetensors")
     assert_pictures(drawn(tmp_path, ["000000.png"]), sample(model, [0], SamplingOptions(steps=2)))
 
 
 def test_overwriting_leaves_no_image_of_an_earlier_call(models: Path, tmp_path: Path) -> None:
-    assert run(models, "labelled", tmp_path, "--number", "4", "--sampling.steps", "1") == 0
+    assert run(models, "labelled", tmp_path, "--num_samples", "4", "--sampling.steps", "1") == 0
     (tmp_path / "images" / "mine.png").touch()
-    options = ["--number", "2", "--sampling.steps", "1", "--overwrite"]
+    options = ["--num_samples", "2", "--sampling.steps", "1", "--overwrite"]
     assert run(models, "plain", tmp_path, *options, "--sampling.steps", "5000") == 2
     assert len(list(tmp_path.rglob("images/*/*.png"))) == 4
     assert run(models, "plain", tmp_path, *options) == 0
@@ -139,7 +139,7 @@ def test_overwriting_leaves_no_image_of_an_earlier_call(models: Path, tmp_path: 
         ("plain", ["--sampling.steps", "0"], "not 0"),
         ("plain", ["--sampling.steps", "5000"], "not 5000"),
         ("plain", ["--sampling.sampler", "euler"], "one of dpm_solver, ddim, ddpm, heun"),
-        ("plain", ["--number", "0"], "option number: expected a whole number above 0"),
+        ("plain", ["--num_samples", "0"], "option num_samples: expected a whole number above 0"),
         ("plain", ["--seed", "-1"], "option seed: expected a whole number from 0 on, got -1"),
         ("plain", ["--classes", "disc"], "trained without classes"),
         ("plain", ["--sampling.guidance", "2"], "train it with classes and null_class"),
@@ -174,7 +174,7 @@ def test_a_package_is_trusted_in_files_of_models_and_of_options(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     DiffusionModel(None, OwnUNet(**TINY), image_size=8).save(tmp_path / "model.safetensors")
-    options = ["--number", "1", "--sampling.steps", "1"]
+    options = ["--num_samples", "1", "--sampling.steps", "1"]
     assert run(tmp_path, "model", tmp_path / "out", *options) == 2
     assert "or --trust tests, if you trust it" in capsys.readouterr().err
     assert run(tmp_path, "model", tmp_path / "out", *options, "--trust", "tests") == 0

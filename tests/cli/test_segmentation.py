@@ -57,7 +57,7 @@ def options(folder: Path) -> list[str]:
     return [
         *(f"--data.{name}={folder / path}" for name, path in data.items()),
         f"--data.classes=[{', '.join(CLASSES)}]",
-        *("--members", "3", "--fit.max_minibatches", "150", "--trainer.accelerator", "cpu", "--pictures", "2"),
+        *("--members", "3", "--fit.max_minibatches", "150", "--trainer.accelerator", "cpu", "--num_pictures", "2"),
     ]
 
 
@@ -132,7 +132,7 @@ def test_a_generators_features_and_a_scale_are_kept_with_the_classifier(
 def test_scores_are_those_of_the_masks(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(run, folder, "--output", str(tmp_path), "--pictures", "1") == 0
+    assert evaluate(run, folder, "--output", str(tmp_path), "--num_pictures", "1") == 0
     assert "mean IoU" in capsys.readouterr().out
     model, counts = PixelSegmenter.load(run / "model.safetensors"), MeanIoU(3)
     held_out = MaskDataOptions(folder / "images/val", folder / "masks/val", CLASSES).open()
@@ -161,7 +161,7 @@ def test_ignored_pixels_and_absent_classes_do_not_count(
 
 
 def test_predict_writes_masks_pictures_and_scores(run: Path, folder: Path, tmp_path: Path) -> None:
-    assert segment(run, folder / "images", tmp_path / "out", "--pictures", "3") == 0
+    assert segment(run, folder / "images", tmp_path / "out", "--num_pictures", "3") == 0
     names = [f"{split}/{i}.png" for split, number in (("train", 6), ("val", 4)) for i in range(number)]
     rows = table(tmp_path / "out" / "scores.csv")
     assert [row["image"] for row in rows] == names
@@ -224,6 +224,7 @@ def test_a_class_with_too_few_pixels_is_told(folder: Path, tmp_path: Path, capsy
             "features need colour images, but this UNet takes 1",
         ),
         (["--fit.feature_dtype=float8"], "float16"),
+        (["--trainer.max_steps=3"], "trainer.max_steps is not for segmentation: its options fit say how long"),
     ],
 )
 def test_mistakes_end_in_one_sentence(

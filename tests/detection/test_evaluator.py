@@ -148,6 +148,13 @@ def test_masks_agree_with_pycocotools(tmp_path, seed):
     assert list(again.metrics.values()) == pytest.approx(list(result.metrics.values()), abs=1e-12, nan_ok=True)
 
 
+@pytest.mark.parametrize("wrong", ["bbox", (), ("box",)])
+def test_boxes_masks_or_both_are_compared(tmp_path, wrong):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
+    with pytest.raises(ValueError, match="iou_types must be some of bbox, segm, not"):
+        CocoEvaluator(path, iou_types=wrong)
+
+
 def test_a_file_without_outlines_has_no_masks_to_score(tmp_path):
     path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
     with pytest.raises(ValueError, match=r"of a\.json has no segmentation"):
@@ -235,6 +242,14 @@ def test_says_why_ap_is_zero(tmp_path, image_id, prediction, words):
     assert result.metrics["AP"] == 0
     assert words in result.explanation
     assert result.explanation in result.table()
+
+
+def test_says_that_some_box_meets_an_object_where_ap_is_nearly_zero(tmp_path):
+    objects = [item(0, 1, 20 * (i % 20), 20 * (i // 20), 10, 10) for i in range(200)]
+    found = boxes((0, 0, 10, 5.2), *[(0, 250, 10, 260)] * 3, scores=[0.1, 0.9, 0.9, 0.9])
+    result = score(write_coco(tmp_path / "a.json", objects, 1, [1]), [0], [found])
+    assert 0 < result.metrics["AP"] < 5e-4
+    assert result.explanation.startswith("AP is nearly 0, though some box meets an object of its class")
 
 
 def test_says_that_labels_are_counted_from_one(tmp_path):

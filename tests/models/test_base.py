@@ -213,8 +213,17 @@ def test_a_file_names_no_class_outside_the_package_unless_allowed(tmp_path: Path
     with pytest.raises(ValueError, match=r"test_base:Part: pass allow=\('tests',\), or --trust tests, if"):
         Model.load(path)
     assert isinstance(Model.load(path, allow=OURS), Part)
+    assert isinstance(Model.load(path, allow="tests"), Part)
     with pytest.raises(ValueError, match="allow"):
         Model.load(path, allow=("test",))
+
+
+def test_what_takes_a_model_takes_its_file_too(tmp_path: Path) -> None:
+    unet = tiny_unet()
+    unet.save(tmp_path / "model.safetensors")
+    assert Model.loaded(unet) is unet
+    again = Model.loaded(str(tmp_path / "model.safetensors"))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(again.parameters(), unet.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

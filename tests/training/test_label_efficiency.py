@@ -52,7 +52,7 @@ def run(root: Path, output: Path, *options: str) -> dict:
 
 @pytest.fixture(scope="module")
 def first(root: Path) -> Path:
-    run(root, root / "first", "--labels", "1", "2", "--seeds", "2")
+    run(root, root / "first", "--labels", "1", "2", "--num_seeds", "2")
     return root / "first"
 
 
@@ -127,10 +127,10 @@ def test_there_are_a_table_curves_and_pictures(first: Path) -> None:
 
 
 def test_more_pictures_are_drawn_of_finished_results(root: Path, tmp_path: Path) -> None:
-    options = ["--labels", "1", "--seeds", "1", "--methods", "rgb"]
+    options = ["--labels", "1", "--num_seeds", "1", "--methods", "rgb"]
     sides = []
     for pictures in ("1", "2"):
-        run(root, tmp_path, *options, "--pictures", pictures)
+        run(root, tmp_path, *options, "--num_pictures", pictures)
         with Image.open(tmp_path / "examples.png") as picture:
             sides.append(picture.size)
     assert sides[0][0] == sides[1][0], "the same panels in each row"
@@ -140,7 +140,7 @@ def test_more_pictures_are_drawn_of_finished_results(root: Path, tmp_path: Path)
 
 def test_what_is_finished_is_not_done_again(root: Path, first: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads((first / "compare.json").read_text())["results"]
-    content = run(root, first, "--labels", "1", "2", "--seeds", "3", "--methods", "rgb")
+    content = run(root, first, "--labels", "1", "2", "--num_seeds", "3", "--methods", "rgb")
     assert content["results"][: len(before)] == before
     added = content["results"][len(before) :]
     assert [(row["method"], row["labels"], row["seed"]) for row in added] == [("rgb", 1, 2), ("rgb", 2, 2)]
@@ -187,7 +187,7 @@ def test_mistakes_are_found_before_any_work(root: Path, tmp_path: Path, options:
 
 def test_features_that_do_not_fit_into_memory_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"of 4 images take .* but the limit is 10.0 kB"):
-        run(root, tmp_path, "--labels", "1", "--seeds", "1", "--max_memory", "10kB")
+        run(root, tmp_path, "--labels", "1", "--num_seeds", "1", "--max_memory", "10kB")
 
 
 def test_more_labelled_images_than_there_are(root: Path, tmp_path: Path) -> None:
@@ -213,6 +213,6 @@ def test_means_and_spreads() -> None:
 @pytest.mark.parametrize("name", ["bccd", "shapes"])
 def test_the_shipped_comparisons_are_accepted(name: str) -> None:
     path = Path(__file__).parents[2] / "configs" / "segmentation" / f"{name}_compare.yaml"
-    options = Options("compare", compare_label_efficiency).parse([str(path), "--labels", "5", "--seeds", "1"])
-    assert (options.labels, options.seeds) == ([5], 1)
+    options = Options("compare", compare_label_efficiency).parse([str(path), "--labels", "5", "--num_seeds", "1"])
+    assert (options.labels, options.num_seeds) == ([5], 1)
     assert options.precision == "bf16"

@@ -161,7 +161,7 @@ def test_the_command_guides_a_generator_and_refuses_another_path(
     unet = UNet(channels=32, channel_mult=(1,), num_res_blocks=1, attention=(), num_head_channels=32)
     for schedule in ("linear", "cosine"):
         DiffusionModel(None, unet, schedule=schedule, image_size=SIDE).save(tmp_path / f"{schedule}.safetensors")
-    options = ["--classifier", str(run / "model.safetensors"), "--number", "4", "--sampling.steps", "3"]
+    options = ["--classifier", str(run / "model.safetensors"), "--num_samples", "4", "--sampling.steps", "3"]
     for scale in ("0", "5"):
         command = ["sample", "--model", str(tmp_path / "linear.safetensors"), "--output", str(tmp_path / scale)]
         assert main([*command, *options, "--classifier-scale", scale, "--device", "cpu"]) == 0

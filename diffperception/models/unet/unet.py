@@ -41,6 +41,8 @@ class UNet(Encoder):
             factor in ``attention``.
     """
 
+    kind = "UNet"
+
     def __init__(
         self,
         in_channels: int = 3,

@@ -267,14 +267,14 @@ class SegmentationEvaluator(Evaluator):
 
     Args:
         predict: a model, an image (3, H, W) and the size of its mask to labels of that size.
-        pictures: how many are drawn.
+        num_pictures: how many are drawn.
     """
 
     train_set: MaskFolder
     val_set: MaskFolder | None
     classes: Sequence[str]
     predict: Callable[[Any, Tensor, tuple[int, int]], Tensor] = lambda model, image, size: model.segment(image).labels
-    pictures: int = 0
+    num_pictures: int = 0
 
     def finish(self, model: Any, folder: OutputFolder | None) -> Metrics:
         counts, start = MeanIoU(len(self.classes)), time.monotonic()
@@ -286,7 +286,7 @@ class SegmentationEvaluator(Evaluator):
             echo(f"{iou_table(content['metrics'])}\non the labelled pixels of {plural(len(self.val_set), 'image')}")
         if folder is not None:
             write_json(folder.file("metrics.json"), content)
-            draw_comparisons(model, self.val_set or self.train_set, folder, self.pictures)
+            draw_comparisons(model, self.val_set or self.train_set, folder, self.num_pictures)
         return counts.named(self.classes)
 
 
@@ -300,14 +300,14 @@ class SegmentationRecipe(Recipe):
 
     The published recipe lets every member go on until fifty minibatches have not improved it, which takes very long
     for what it gains: here 1000 minibatches are the most, unless fit.max_minibatches says otherwise (null: no limit).
-    A step is a hundred minibatches of every member; trainer.max_steps is not read.
+    A step is a hundred minibatches of every member; trainer.max_steps is refused.
 
     Args:
         features: what is known of pixels: one of these classes, or one of your own, and its arguments.
         data: what is learned from, and measured on.
         members: classifiers in the ensemble; where they differ, a pixel is uncertain.
         fit: how they learn.
-        pictures: how many are drawn, of the images measured on, else of those learned from.
+        num_pictures: how many are drawn, of the images measured on, else of those learned from.
     """
 
     task = "segmentation"
@@ -323,7 +323,7 @@ class SegmentationRecipe(Recipe):
     data: MaskDataOptions
     members: PositiveInt = 10
     fit: FitOptions = field(default_factory=lambda: FitOptions(max_minibatches=1000))
-    pictures: NonNegativeInt = 4
+    num_pictures: NonNegativeInt = 4
 
     def prepare(self, seed: int) -> Parts:
         train_set, val_set = self.data.open(seed), self.data.open_val()
@@ -341,7 +341,7 @@ class SegmentationRecipe(Recipe):
         return Parts(
             module,
             PixelBatches(module.num_pixels, self.members, self.fit, seed),
-            SegmentationEvaluator(train_set, val_set, classes, pictures=self.pictures),
+            SegmentationEvaluator(train_set, val_set, classes, num_pictures=self.num_pictures),
             f"{plural(self.members, 'classifier')} {'learns' if self.members == 1 else 'learn'}"
             f" {len(classes)} classes from {module.num_pixels} pixels of {plural(len(masks), 'image')};"
             f" {features.channels} features per pixel, {in_bytes(memory)} in memory; at most"
