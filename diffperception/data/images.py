@@ -120,8 +120,8 @@ def read_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             exif = Image.Image.getexif(image)  # that of PngImageFile would decode all pixels first
-            turned = exif.get(ExifTags.Base.Orientation, 1) > 4 and image.format != "TIFF"  # Pillow turns TIFF's itself
-            return (image.width, image.height) if turned else (image.height, image.width)
+            size = (exif[256], exif[257]) if image.format == "TIFF" else image.size  # newer Pillows turn that of a TIFF
+            return size if exif.get(ExifTags.Base.Orientation, 1) > 4 else (size[1], size[0])
     except Exception as error:  # Pillow raises many kinds on bad bytes
         raise BrokenImageError(f"the image {path} cannot be read: {error}") from error
 
