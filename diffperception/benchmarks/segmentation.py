@@ -94,11 +94,13 @@ def compare_ways(
     dense, networks = _train_densely(features, masks, minibatches)
     say("training, ours")
     ours, ensemble = _train(features, masks, minibatches)
+    # Preparing grows with the images, training with the minibatches.
+    whole = [way[0] * IMAGES / images + way[1] * TRAINED / minibatches for way in (dense, ours)]
     rows = [
         Comparison("prepare an image", dense[0] / images, ours[0] / images),
         Comparison(f"a minibatch of {MEMBERS} members", dense[1] / minibatches, ours[1] / minibatches),
         Comparison(f"train: {images} images, {minibatches} minibatches a member", sum(dense), sum(ours)),
-        _scaled(dense, ours, images, minibatches),
+        Comparison(f"so {IMAGES} images, {TRAINED} minibatches would take", whole[0], whole[1], target=5),
     ]
     say("predicting, both ways")
     copied = [_member(ensemble, index) for index in range(MEMBERS)]
@@ -162,12 +164,6 @@ def _train(features: RandomMaps, masks: list[Tensor], minibatches: int) -> tuple
     trainer = TrainerOptions(accelerator="cpu" if features.device.type == "cpu" else "gpu", devices=1)
     ensemble = fit_ensemble(features, images, masks, CLASSES, MEMBERS, options, trainer=trainer)
     return (prepared, timer() - start - prepared), ensemble
-
-
-def _scaled(dense: tuple[float, float], ours: tuple[float, float], images: int, minibatches: int) -> Comparison:
-    """The whole task: preparing grows with the images, training with the minibatches."""
-    seconds = [way[0] * IMAGES / images + way[1] * TRAINED / minibatches for way in (dense, ours)]
-    return Comparison(f"so {IMAGES} images, {TRAINED} minibatches would take", seconds[0], seconds[1], target=5)
 
 
 @torch.no_grad()

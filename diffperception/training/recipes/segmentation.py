@@ -186,6 +186,9 @@ class EnsembleModule(FitModule):
         rows = len(self.stopped) * self.options.batch_size
         self.gathered = weight.new_empty(rows, weight.shape[2], device=self.device)
 
+    def on_fit_end(self) -> None:
+        del self.pixels, self.gradient, self.gathered  # gigabytes, before the ensemble predicts
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.members.parameters(), self.lr, fused=True)
 
