@@ -20,16 +20,13 @@ def test_both_ways_are_the_same_classifier() -> None:
     rows, difference = segmentation.compare_ways(repeats=1, minibatches=40, say=lambda what: None)
     assert 0 < difference < 1e-5
     assert [row.target for row in rows] == [None, None, None, 5, 10]
+    of_image, of_minibatch, _, whole, _ = rows
+    for way in ("dense", "ours"):
+        parts = (getattr(of_image, way) * segmentation.IMAGES, getattr(of_minibatch, way) * segmentation.TRAINED)
+        assert getattr(whole, way) == pytest.approx(sum(parts))
     table = segmentation.report(rows, difference, memory=1.5)
     assert "largest difference of logits: " in table
     assert "1.50 GiB (at most 4 GB" in table
-
-
-def test_the_whole_task_is_scaled_by_images_and_minibatches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segmentation, "IMAGES", 50)
-    monkeypatch.setattr(segmentation, "TRAINED", 1000)
-    row = segmentation._scaled(dense=(6.0, 10.0), ours=(0.3, 2.0), images=3, minibatches=100)
-    assert (row.dense, row.ours) == pytest.approx((200.0, 25.0))
 
 
 @pytest.mark.usefixtures("small")
