@@ -35,11 +35,11 @@ def test_memory_is_measured_on_the_whole_task() -> None:
 
 
 def test_the_best_of_several_times_counts_and_short_functions_are_repeated() -> None:
-    waits = iter([0.3, 0.2, 0.12, 0.15])
-    assert 0.12 <= best_seconds([lambda: time.sleep(next(waits))], repeats=3)[0] < 0.2
+    waits = iter([0.3, 0.6, 0.12, 0.6])
+    assert 0.12 <= best_seconds([lambda: time.sleep(next(waits))], repeats=3)[0] < 0.6
     calls: list[int] = []
     quick, slow = best_seconds([lambda: calls.append(0), lambda: time.sleep(0.01)], repeats=2)
-    assert len(calls) > 1000
+    assert len(calls) > 1 + 2  # once to warm up, and more than once a repeat
     assert quick < 0.01 <= slow
 
 
