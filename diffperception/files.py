@@ -1,5 +1,6 @@
-"""What all commands share on disk: listing images, writing beside and renaming, the folder of results."""
+"""What all commands share on disk: listing images, reading text, writing beside and renaming, the folder of results."""
 
+import codecs
 import glob
 import json
 import math
@@ -72,6 +73,47 @@ def _files_below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
 
 def _is_in(folder: Path, other: Path | None) -> bool:
     return other is not None and folder.resolve().is_relative_to(other.resolve())
+
+
+# The longest first: that of UTF-32 begins as that of UTF-16 does.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a user's file, its lines ended by a line feed: UTF-8, or what its byte order mark says (UTF-16, 32).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a folder or in no such encoding.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder: name a file") from None
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        where = f" (line {line})" if encoding.startswith("utf-8") else ""
+        name = encoding.removesuffix("-sig").upper()
+        raise ValueError(f"{path} is not text in {name}{where}: save it as UTF-8") from None
+    if "\0" in text:  # as UTF-16 without its mark has after every letter
+        raise ValueError(f"{path} is not text in UTF-8, as it has bytes of zero: save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a user's text file (see `read_text`), without blanks around them and without empty ones."""
+    return [line for line in map(str.strip, read_text(path).split("\n")) if line]
 
 
 def png_names(names: Iterable[Path]) -> dict[Path, Path]:

@@ -13,6 +13,8 @@ from diffperception.files import (
     images_below,
     list_images,
     png_names,
+    read_lines,
+    read_text,
     write_json,
     write_text,
     written_beside,
@@ -76,6 +78,40 @@ def test_nothing_to_list(tmp_path: Path, source: str, part: str) -> None:
     touch(tmp_path, "empty/notes.txt")
     with pytest.raises(FileNotFoundError, match=part):
         list_images(str(tmp_path / source))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_text_is_read_in_every_encoding_that_it_declares(tmp_path: Path, encoding: str, ending: str) -> None:
+    path, lines = tmp_path / "names.txt", ["Grüße", "", " 犬\u2028猫 ", ""]
+    path.write_bytes(ending.join(lines).encode(encoding))
+    assert read_text(path) == "\n".join(lines)
+    assert read_lines(path) == ["Grüße", "犬\u2028猫"]  # only line feeds end a line
+
+
+@pytest.mark.parametrize("mark", [b"\xfe\xff", b"\xff\xfe", b"\0\0\xfe\xff"])
+def test_the_byte_order_mark_says_the_order(tmp_path: Path, mark: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(
+        "\ufeffab".encode({2: "utf-16", 4: "utf-32"}[len(mark)] + ("-le", "-be")[mark[-1] == 255])
+    )
+    assert (tmp_path / "a.txt").read_bytes().startswith(mark)
+    assert read_text(tmp_path / "a.txt") == "ab"
+
+
+def test_text_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    for content, message in [
+        (b"a\nGr\xfc\xdfe\n", r"names\.txt is not text in UTF-8 \(line 2\): save it as UTF-8"),
+        ("crane".encode("utf-16-le"), r"names\.txt is not text in UTF-8, as it has bytes of zero"),
+        (b"\xff\xfea", r"names\.txt is not text in UTF-16: save it"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_text(path)
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.txt"):
+        read_lines(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        read_text(tmp_path)
 
 
 def test_names_of_pngs_do_not_meet() -> None:

@@ -11,7 +11,7 @@ from diffperception.configuration.parser import OptionsOf
 from diffperception.data.annotations import labels_of, read_coco
 from diffperception.detection import DiffusionDet
 from diffperception.echo import echo, plural
-from diffperception.files import require_file_name
+from diffperception.files import read_lines, require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import EMA, read_weights
@@ -50,8 +50,9 @@ def convert_checkpoint(
             state_dict or ema_state.
         output: the file to write, model.safetensors for example.
         ema: take the averaged weights, under ema_state.
-        annotations: a COCO JSON file whose categories name the classes, or a .txt file with one name per line. Without
-            it a detector's 80 classes get COCO's names, any others are numbered.
+        annotations: a COCO JSON file whose categories name the classes, or a text file with one name per line; equal
+            names are told apart by their ids, or their labels 0, 1, ..., in brackets. Without it a detector's 80
+            classes get COCO's names, any others are numbered.
         num_res_blocks: residual blocks per level, for a classifier whose names fit several numbers.
         overwrite: replace the output file.
     """
@@ -92,10 +93,10 @@ def require_new_file(path: Path, overwrite: bool) -> None:
 
 
 def read_names(path: Path) -> list[str]:
-    """The names of the classes in a COCO file, or the lines of a .txt file."""
-    if path.suffix == ".txt":
-        return path.read_text().splitlines()
-    return labels_of(read_coco(path)["categories"])[1]
+    """The names of the classes in a COCO file (.json), or the lines of a text file; unique, see `labels_of`."""
+    if path.suffix.lower() == ".json":
+        return labels_of(read_coco(path)["categories"])[1]
+    return labels_of([{"id": label, "name": name} for label, name in enumerate(read_lines(path))])[1]
 
 
 def in_one_line(model: Reference) -> str:

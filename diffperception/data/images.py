@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from diffperception.data.annotations import read_coco
-from diffperception.files import images_below
+from diffperception.files import images_below, read_lines
 
 Result = TypeVar("Result")
 
@@ -85,8 +85,8 @@ def listed_images(folder: str | Path, listing: str | Path | None = None) -> list
     if listing.suffix == ".json":
         names = [image["file_name"] for image in read_coco(listing)["images"]]
     else:
-        names = [name.strip() for name in listing.read_text(encoding="utf-8").split("\n")]
-    paths = sorted({folder / name for name in names if name})
+        names = read_lines(listing)
+    paths = sorted({folder / name for name in names})
     if not paths:
         raise ValueError(f"{listing} lists no image: it must have a file name per line, or be a COCO file")
     if missing := [path for path in paths if not path.is_file()]:

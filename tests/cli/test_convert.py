@@ -200,6 +200,11 @@ def test_a_class_conditional_generator_of_another_layout(tmp_path, capsys):
     assert DiffusionModel.load(tmp_path / "model.safetensors").classes == ["ant", "bee", "cat", "dog", "elk"]
     assert "numbered" not in capsys.readouterr().out
 
+    (tmp_path / "names.txt").write_text("crane\r\nbee\r\ncrane\r\n\r\ndog\r\nelk\r\n\r\n", encoding="utf-8-sig")
+    assert run(path, tmp_path / "model.safetensors", *options, "16", *named) == 0
+    twice = ["crane (id 0)", "bee", "crane (id 2)", "dog", "elk"]
+    assert DiffusionModel.load(tmp_path / "model.safetensors").classes == twice
+
 
 @torch.no_grad()
 def test_a_converted_classifier_classifies_as_the_reference(tmp_path, capsys):
