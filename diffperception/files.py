@@ -5,16 +5,21 @@ import glob
 import json
 import math
 import os
+import re
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CHECKPOINT = "last.ckpt"  # that a training run goes on from
+NAME_BYTES = 120  # of a name that is made of a text: file systems take 255, and endings and numbers come to it
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows, with any ending
 RECORD = ".diffperception"  # in a folder of results: the names of the files that this program wrote, a line each
 
 
@@ -116,11 +121,67 @@ def read_lines(path: str | Path) -> list[str]:
     return [line for line in map(str.strip, read_text(path).split("\n")) if line]
 
 
+def safe_name(text: str) -> str:
+    """A text, such as the name of a class, as one component of a path: it names no other folder, on any system.
+
+    Usual names stay as they are. Separators, characters that Windows does not take, control characters and dots at the
+    beginning become `_`, dots and spaces at the end go, and the names of devices get a `_` before them. Of a long text
+    the end becomes a number that tells it from others. Two texts may give one name, see :func:`safe_names`.
+    """
+    name = unicodedata.normalize("NFC", text.encode(errors="replace").decode())
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f]', "_", name).strip().rstrip(". ")
+    name = re.sub(r"^\.+", "_", name) or "_"
+    name = f"_{name}" if RESERVED.fullmatch(name) else name
+    if len(name.encode()) > NAME_BYTES:
+        number = blake2b(text.encode(errors="replace"), digest_size=4).hexdigest()
+        name = f"{name.encode()[: NAME_BYTES - 9].decode(errors='ignore')}-{number}"
+    return name
+
+
+def safe_names(texts: Iterable[str]) -> dict[str, str]:
+    """:func:`safe_name` of each text, with a number at its end where another one has that name, in whatever case."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for text in dict.fromkeys(texts):
+        name, number = safe_name(text), 2
+        while name.casefold() in taken:
+            name, number = f"{safe_name(text)}-{number}", number + 1
+        taken.add(name.casefold())
+        names[text] = name
+    return names
+
+
+def safe_path(name: str) -> Path:
+    """A file's name from somebody else's list, folders included, as a path that stays below where it is joined to.
+
+    `a/b.jpg` stays that; `../b.jpg`, `/a/b.jpg` and `a\\b.jpg` give `b.jpg`, `a/b.jpg` and `a/b.jpg`.
+    """
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
+    return Path(*(safe_name(part) for part in parts or ["_"]))
+
+
 def png_names(names: Iterable[Path]) -> dict[Path, Path]:
-    """A PNG's name for each image: a/b.jpg gives a/b.png, or a/b.jpg.png where there is an a/b.png too."""
-    plain = {name: name.with_suffix(".png") for name in names}
-    number = Counter(plain.values())
-    return {name: png if number[png] == 1 else name.with_name(f"{name.name}.png") for name, png in plain.items()}
+    """A PNG's name for each image, no two alike in any case: a/b.jpg gives a/b.png, or a/b.jpg.png beside an a/b.png.
+
+    Where that is another image's too, a number comes before the ending.
+    """
+    names = list(dict.fromkeys(names))
+    number = Counter(_folded(name.with_suffix(".png")) for name in names)
+    pngs: dict[Path, Path] = {}
+    taken = {plain for plain, count in number.items() if count == 1}  # theirs, whoever comes first
+    for name in names:
+        png = name.with_suffix(".png")
+        if number[_folded(png)] > 1:
+            png, again = name.with_name(f"{name.name}.png"), 2
+            while _folded(png) in taken:
+                png, again = name.with_name(f"{name.name}-{again}.png"), again + 1
+            taken.add(_folded(png))
+        pngs[name] = png
+    return pngs
+
+
+def _folded(path: Path) -> str:
+    return path.as_posix().casefold()
 
 
 @contextmanager

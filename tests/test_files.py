@@ -15,6 +15,9 @@ from diffperception.files import (
     png_names,
     read_lines,
     read_text,
+    safe_name,
+    safe_names,
+    safe_path,
     write_json,
     write_text,
     written_beside,
@@ -117,6 +120,76 @@ def test_text_that_is_none_is_named(tmp_path: Path) -> None:
 def test_names_of_pngs_do_not_meet() -> None:
     names = [Path("a/b.jpg"), Path("a/b.png"), Path("a/c.jpg"), Path("b.jpg")]
     assert list(png_names(names).values()) == [Path("a/b.jpg.png"), Path("a/b.png.png"), Path("a/c.png"), Path("b.png")]
+
+
+USUAL = ["class 1", "Grüße", "red blood cell", "猫", "a.b", "_", "C++", "000012", "O'Brien, Jr. (left)"]
+BAD = ["", ".", "..", "../../elsewhere", "/etc/passwd", "a/b", "a\\b", "C:\\x", "CON", "nul.txt", "com1", "a\0b"]
+BAD += [
+    "a\nb",
+    "...",
+    ".hidden",
+    "dot.",
+    " space ",
+    "x" * 300,
+    "ü" * 300,
+    "\udcff",
+    "a:b",
+    "what?",
+    "*",
+    "~/.ssh/",
+    "con.",
+]
+
+
+def test_usual_names_stay_and_no_name_leaves_its_folder(tmp_path: Path) -> None:
+    assert [safe_name(text) for text in USUAL] == USUAL
+    for text in BAD:
+        name = safe_name(text)
+        assert Path(name).name == name
+        assert name not in ("", ".", "..")
+        assert not name.startswith((".", " "))
+        assert not name.endswith((".", " "))
+        assert not set(name) & set('<>:"/\\|?*\0\n')
+        assert name.split(".")[0].lower() not in ("con", "nul", "com1")
+        assert len(f"{name}.safetensors".encode()) < 255
+        assert safe_name(name) == name
+        (tmp_path / name).touch()
+        assert (tmp_path / name).resolve().parent == tmp_path.resolve()
+
+
+def test_names_of_classes_stay_apart() -> None:
+    texts = ["a/b", "a_b", "A_B", "c", "..", "/", "x" * 300, "x" * 301]
+    names = safe_names(texts)
+    assert list(names) == texts
+    assert names["c"] == "c"
+    assert len({name.casefold() for name in names.values()}) == len(texts)
+    assert safe_names(USUAL) == {text: text for text in USUAL}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("a/b.jpg", "a/b.jpg"),
+        ("../../a.jpg", "a.jpg"),
+        ("/data/a.jpg", "data/a.jpg"),
+        ("a\\b.jpg", "a/b.jpg"),
+        ("C:\\Users\\me\\a.jpg", "C_/Users/me/a.jpg"),
+        ("./a//b.jpg", "a/b.jpg"),
+        ("..", "_"),
+        ("", "_"),
+    ],
+)
+def test_a_listed_name_stays_below(name: str, path: str) -> None:
+    assert safe_path(name) == Path(path)
+
+
+def test_names_of_pngs_do_not_meet_in_any_case_nor_by_their_longer_form() -> None:
+    names = [Path(name) for name in ("a.jpg", "a.png", "a.jpg.png", "A.JPG", "b/a.jpg", "B.webp", "b.bmp")]
+    pngs = png_names(names)
+    assert len({png.as_posix().casefold() for png in pngs.values()}) == len(names)
+    assert pngs[Path("b/a.jpg")] == Path("b/a.png")
+    assert pngs[Path("a.jpg.png")] == Path("a.jpg.png")
+    assert all(png.suffix == ".png" and png.parent == name.parent for name, png in pngs.items())
 
 
 def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:

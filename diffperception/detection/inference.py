@@ -21,7 +21,7 @@ from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protoc
 from diffperception.detection.sampler import BoxSampler
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
-from diffperception.files import OutputFolder, list_images, png_names, write_json
+from diffperception.files import OutputFolder, list_images, png_names, safe_path, write_json
 from diffperception.visualization.draw import THRESHOLD, draw_detections, save_png
 from diffperception.visualization.panels import side_by_side, trajectory
 
@@ -232,16 +232,18 @@ def draw_predictions(
     Of the first two there is also, for a DiffusionDet, its trajectory: noise turning into boxes. Seed, sampler and
     precision are as in `evaluate_detector`.
     """
-    for number, index in enumerate(spread(len(dataset), count)):
+    chosen = {index: safe_path(dataset.file_names[index]) for index in spread(len(dataset), count)}
+    names = png_names(chosen.values())
+    for number, (index, name) in enumerate(chosen.items()):
         image, target = dataset[index]
-        name = Path(dataset.file_names[index]).stem
         noise = sample_seed(seed, target["image_id"])
         with autocast(detector.device, precision):
             prediction = detector.predict([image], [noise], sampler)[0]
-        save_png(side_by_side(image, target, prediction, detector.classes), folder.file(f"pictures/{name}.png"))
+        save_png(side_by_side(image, target, prediction, detector.classes), folder.file("pictures" / names[name]))
         if number < 2 and isinstance(detector, DiffusionDet):
             picture = draw_trajectory(detector, image, noise, sampler, precision=precision)
-            save_png(picture, folder.file(f"pictures/{name}_noise_to_boxes.png"))
+            trajectory_name = names[name].with_stem(f"{names[name].stem}_noise_to_boxes")
+            save_png(picture, folder.file("pictures" / trajectory_name))
 
 
 def draw_trajectory(

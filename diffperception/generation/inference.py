@@ -21,7 +21,7 @@ from diffperception.devices import (
     share,
 )
 from diffperception.diffusion import classifier_guidance
-from diffperception.files import OutputFolder
+from diffperception.files import OutputFolder, safe_names
 from diffperception.generation.sampling import SamplingOptions, sample
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.conditioners import labels_in_turn
@@ -118,6 +118,7 @@ def sample_folder(
         classifier = NoisyClassifier.loaded(classifier).to(place)
     require_image_channels(model.space.image_channels)
     names = list(classes or (classifier.classes if classifier is not None else model.classes) or [])
+    folders = safe_names(names)
     first: list[Tensor] = []
     with join_processes(), autocast(place, precision):
         numbers = share(range(num_samples))
@@ -127,7 +128,7 @@ def sample_folder(
         with tqdm(total=len(numbers), desc="sample", unit="image", disable=hide_bar()) as bar:
             for batch, images in batches:
                 for index, image in zip(batch, images.cpu(), strict=True):
-                    place_in = Path("images", names[index % len(names)] if names else "", f"{index:06}.png")
+                    place_in = Path("images", folders[names[index % len(names)]] if names else "", f"{index:06}.png")
                     save_png(to_pil(image.expand(3, -1, -1)), folder.file(place_in))
                     first += [image] if index < MAX_IN_GRID else []
                 bar.update(len(batch))

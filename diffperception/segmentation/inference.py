@@ -17,7 +17,7 @@ from diffperception.data.batches import spread
 from diffperception.data.images import LazyMap, load_images, read_ahead, read_image, to_float
 from diffperception.data.masks import MaskFolder, find_mask
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
-from diffperception.files import OutputFolder, list_images, png_names, write_json, write_text
+from diffperception.files import OutputFolder, list_images, png_names, safe_path, write_json, write_text
 from diffperception.segmentation.ensemble import Segmentation
 from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.segmenter import PixelSegmenter
@@ -179,11 +179,13 @@ def score_images(
 
 def draw_comparisons(model: PixelSegmenter, folder: MaskFolder, output: OutputFolder, count: int) -> None:
     """pictures/: image, truth, prediction and uncertainty of some images, spread over the folder, a PNG each."""
-    for index in spread(len(folder), count):
+    chosen = {index: safe_path(folder.names[index]) for index in spread(len(folder), count)}
+    names = png_names(chosen.values())
+    for index, name in chosen.items():
         image, mask = folder[index]
         found = model.segment(image)
         picture = segmentation_panels(image, found.labels, found.uncertainty, model.classes, mask)
-        save_png(picture, output.file(Path("pictures", folder.names[index]).with_suffix(".png")))
+        save_png(picture, output.file("pictures" / names[name]))
 
 
 def iou_table(metrics: Mapping[str, Any]) -> str:
