@@ -14,7 +14,7 @@ from diffperception.echo import echo, plural
 from diffperception.files import read_lines, require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.convert import adm
-from diffperception.models.convert.checkpoints import EMA, read_weights
+from diffperception.models.convert.checkpoints import read_weights
 from diffperception.segmentation import FeatureExtractor, PixelEnsemble, PixelSegmenter
 
 Reference = DiffusionDet | DiffusionModel | NoisyClassifier
@@ -46,10 +46,11 @@ def convert_checkpoint(
     --image-size 256`.
 
     Args:
-        checkpoint: a .pth, .pt or .safetensors file: the weights themselves, or a dictionary with them under model,
-            state_dict or ema_state.
+        checkpoint: a file of torch.save, pickle or safetensors: the weights themselves, or a dictionary with them under
+            model, state_dict, ema or the like. What wrappers put before names (module., model., _orig_mod., ...) comes
+            off.
         output: the file to write, model.safetensors for example.
-        ema: take the averaged weights, under ema_state.
+        ema: take the averaged weights, under ema_state, model_ema or the like.
         annotations: a COCO JSON file whose categories name the classes, or a text file with one name per line; equal
             names are told apart by their ids, or their labels 0, 1, ..., in brackets. Without it a detector's 80
             classes get COCO's names, any others are numbered.
@@ -57,7 +58,8 @@ def convert_checkpoint(
         overwrite: replace the output file.
     """
     require_new_file(output, overwrite)
-    weights, part, parts = read_weights(checkpoint, ema)
+    found = read_weights(checkpoint, ema)
+    weights = found.state
     classes = None if annotations is None else read_names(annotations)
     of_both = {name: value for name, value in generator.keywords.items() if name not in ("image_size", "prediction")}
     model: Reference
@@ -77,9 +79,13 @@ def convert_checkpoint(
     model.save(output)
     for remark in remarks:
         echo(str(remark.message))
-    echo(f"{checkpoint}{f' ({part})' if part else ''}: {in_one_line(model)}")
-    if EMA in parts and part != EMA:
-        echo(f"it also has averaged weights ({EMA}): --ema takes those")
+    echo(f"{checkpoint}{f' ({found.place})' if found.place else ''}: {in_one_line(model)}")
+    if found.left_out:
+        echo(
+            f"{plural(len(found.left_out), 'weight')} beside the network left out: {', '.join(found.left_out[:3])}, ..."
+        )
+    if found.averages:
+        echo("it also has averaged weights: --ema takes those")
     if model.classes and model.classes[0] == "0":
         echo("its classes are numbered: --annotations FILE names them after a COCO file's categories or a .txt's lines")
     echo(f"{output}: for {USES[model.kind]}")

@@ -20,7 +20,7 @@ from diffperception.data.images import LazyMap, read_ahead, read_image
 from diffperception.devices import Precision, autocast, hide_bar, pick_device
 from diffperception.files import images_below
 from diffperception.generation.feature_networks import FeatureNetwork, feature_network
-from diffperception.models.convert.checkpoints import read_weights
+from diffperception.models.convert.checkpoints import state_of
 from diffperception.table import format_table
 
 DISTANCE_ROWS = 512  # rows of a matrix of distances that are held at once
@@ -118,7 +118,7 @@ def evaluate_samples(
         if count < least:
             raise ValueError(f"the scores need {least} images or more, and there are {count} in the folder of {name}")
     place = pick_device(options.device)
-    weights = None if options.weights is None else read_weights(Path(options.weights))[0]
+    weights = None if options.weights is None else state_of(options.weights)
     network = feature_network(options.features, weights, options.size).to(place)
     with autocast(place, options.precision):
         found = {name: read_features(network, each, name, options, place) for name, each in images.items()}

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from diffperception.devices import pick_device
 from diffperception.files import require_file_name, written_beside
+from diffperception.models.convert.checkpoints import folder_in_words
 
 FORMAT = "diffperception-2"
 PACKAGE = "diffperception"
@@ -218,8 +219,11 @@ class _Undrawn(TorchFunctionMode):
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """A model file and its header; an error that says what to do if it is none."""
     if not path.is_file():
-        hint = ": name the model.safetensors in that folder" if path.is_dir() else ""
-        raise FileNotFoundError(f"there is no model file {path}{hint}")
+        if not path.is_dir():
+            raise FileNotFoundError(f"there is no model file {path}")
+        if (path / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{path} is a folder: name the model.safetensors in that folder")
+        raise FileNotFoundError(f"{path} is {folder_in_words(path)}: name a model file that diffperception wrote")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffperception.models.convert.checkpoints import load_untrusted
+from diffperception.models.convert.checkpoints import state_of
 
 COUNTER = "num_batches_tracked"  # of batch norm; prediction does not need it
 
@@ -36,11 +36,7 @@ def read_members(paths: Sequence[str | Path]) -> tuple[int, int, dict[str, Tenso
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    content = load_untrusted(path)
-    state = content.get("model_state_dict") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} is not a classifier of ddpm-segmentation: it has no model_state_dict")
-    return {name.removeprefix("module."): value for name, value in state.items() if not name.endswith(COUNTER)}
+    return {name: value for name, value in state_of(path).items() if not name.endswith(COUNTER)}
 
 
 def _shapes(state: Mapping[str, Tensor], path: str | Path) -> dict[str, torch.Size]:

@@ -31,7 +31,7 @@ def test_files_that_are_no_classifiers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one member"):
         PixelEnsemble.from_reference([])
     torch.save({"state": {}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="no model_state_dict"):
+    with pytest.raises(ValueError, match="holds no weights"):
         PixelEnsemble.from_reference([tmp_path / "other.pth"])
     state = nn.DataParallel(Classifier()).state_dict()
     del state["module.layers.3.bias"]
