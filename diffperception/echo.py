@@ -20,6 +20,12 @@ def echo(text: str) -> None:
         sys.stdout.flush()
 
 
+def echo_remark(remark: str) -> None:
+    """Print a remark for the user, if there is one."""
+    if remark:
+        echo(remark)
+
+
 def echo_left_out(problems: Sequence[str]) -> None:
     """Name the images that cannot be read, if there are any."""
     if problems:

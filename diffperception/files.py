@@ -1,7 +1,6 @@
-"""What all commands share on disk: listing images, reading text, writing beside and renaming, the folder of results."""
+"""What all commands share on disk: reading text, writing beside and renaming, the folder of results."""
 
 import codecs
-import glob
 import json
 import math
 import os
@@ -16,68 +15,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CHECKPOINT = "last.ckpt"  # that a training run goes on from
 NAME_BYTES = 120  # of a name that is made of a text: file systems take 255, and endings and numbers come to it
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows, with any ending
 RECORD = ".diffperception"  # in a folder of results: the names of the files that this program wrote, a line each
 
 
-def list_images(source: str | Path, leave_out: Path | None = None) -> tuple[Path, list[Path]]:
-    """The image files that a path, a folder or a glob pattern names, sorted; and the folder above all of them.
-
-    Args:
-        source: a file, a folder (see `images_below`), or a pattern such as 'photos/*.jpg'.
-        leave_out: a folder whose files do not count, such as a command's own output.
-
-    Raises:
-        FileNotFoundError: there is nothing of that name, or no image in it.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path.parent, [path]
-    if path.is_dir():
-        return path, images_below(path, leave_out)
-    named = (Path(name) for name in glob.glob(str(source), recursive=True))
-    matches = sorted(match for match in named if match.is_file() and not _is_in(match.parent, leave_out))
-    if not matches:
-        raise FileNotFoundError(f"there is no image or folder {source}, nor does it match as a pattern")
-    return Path(os.path.commonpath([match.parent for match in matches])), matches
-
-
-def images_below(folder: Path, leave_out: Path | None = None) -> list[Path]:
-    """The images in a folder and its subfolders, sorted: those that end as SUFFIXES say, in any case.
-
-    Hidden files and folders are left out, such as the caches of tools and the companions (`._a.png`) that macOS writes.
-    Links to folders are followed, but no folder is listed twice, so links may lead in circles.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    found = sorted(path for path in _files_below(folder, leave_out) if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise FileNotFoundError(f"there is no image in the folder {folder} (files that end in {', '.join(SUFFIXES)})")
-    return found
-
-
-def _files_below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
-    starts, seen = [folder], set()
-    for start in starts:  # grows by the links that are met, so that a folder's own place comes before links to it
-        for here, folders, files in os.walk(start):
-            real = os.path.realpath(here)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            if real in seen or _is_in(Path(real), leave_out):
-                folders.clear()
-                continue
-            seen.add(real)
-            starts += [Path(here, name) for name in folders if Path(here, name).is_symlink()]
-            yield from (Path(here, name) for name in files if not name.startswith("."))
-
-
-def _is_in(folder: Path, other: Path | None) -> bool:
-    return other is not None and folder.resolve().is_relative_to(other.resolve())
+def is_in(folder: Path, other: Path) -> bool:
+    """Whether a folder is another or lies below it, links followed."""
+    return folder.resolve().is_relative_to(other.resolve())
 
 
 # The longest first: that of UTF-32 begins as that of UTF-16 does.
@@ -299,7 +245,7 @@ class OutputFolder:
         lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
         paths = [self.path / json.loads(line) for line in dict.fromkeys(lines)]
         # Names from a file must not lead out of the folder, nor must links in it.
-        return [path for path in paths if _is_in(path.parent, self.path) and path.is_file()]
+        return [path for path in paths if is_in(path.parent, self.path) and path.is_file()]
 
     def clear(self, keep: Iterable[str] = ()) -> None:
         """Remove the files that earlier runs wrote, and the subfolders that are empty then.

@@ -1,4 +1,4 @@
-"""Listing images, writing beside and renaming, and what becomes of a folder of results."""
+"""Reading text, writing beside and renaming, and what becomes of a folder of results."""
 
 import json
 import math
@@ -10,8 +10,6 @@ import pytest
 from diffperception.files import (
     OutputFolder,
     folder_beside,
-    images_below,
-    list_images,
     png_names,
     read_lines,
     read_text,
@@ -33,54 +31,6 @@ def touch(root: Path, *names: str) -> list[Path]:
 
 def interrupt_after(written: object) -> None:
     raise KeyboardInterrupt
-
-
-def test_images_are_listed_in_order_and_whatever_the_case_of_their_endings(tmp_path: Path) -> None:
-    found = touch(tmp_path, "a/2.JPG", "a/3.jp2", "a/b/1.Png", "z.TIFF")
-    touch(tmp_path, "notes.txt", "a/._2.jpg", ".cache/4.png", "a/.thumbnails/5/6.png")
-    (tmp_path / "folder.png").mkdir()
-    assert list_images(tmp_path) == (tmp_path, found)
-    assert list_images(str(tmp_path)) == (tmp_path, found)
-
-
-def test_the_folder_itself_may_be_hidden(tmp_path: Path) -> None:
-    found = touch(tmp_path, ".hidden/1.png")
-    assert images_below(tmp_path / ".hidden") == found
-
-
-def test_links_to_folders_are_followed_once_and_circles_end(tmp_path: Path) -> None:
-    inside = touch(tmp_path, "photos/b/1.png", "photos/c/2.png")
-    touch(tmp_path, "elsewhere/3.png")
-    (tmp_path / "photos/a").symlink_to(tmp_path / "photos/b")  # sorted before the folder that it leads to
-    (tmp_path / "photos/b/loop").symlink_to(tmp_path / "photos")
-    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "photos/again").symlink_to(tmp_path / "elsewhere")
-    assert images_below(tmp_path / "photos") == [tmp_path / "photos/again/3.png", *inside]
-
-
-def test_what_a_command_writes_is_not_its_input(tmp_path: Path) -> None:
-    (photo,) = touch(tmp_path, "1.png")
-    touch(tmp_path, "out/pictures/1.png")
-    (tmp_path / "link").symlink_to(tmp_path / "out/pictures")
-    assert list_images(tmp_path, leave_out=tmp_path / "out") == (tmp_path, [photo])
-    assert list_images(f"{tmp_path}/**/*.png", leave_out=tmp_path / "link/..") == (tmp_path, [photo])
-
-
-def test_a_file_and_a_pattern(tmp_path: Path) -> None:
-    one, two, _ = touch(tmp_path, "a/1.png", "b/c/2.png", "b/c/2.jpg")
-    assert list_images(one) == (tmp_path / "a", [one])
-    assert list_images(f"{tmp_path}/**/*.png") == (tmp_path, [one, two])
-    assert list_images(f"{tmp_path}/b/*/*.png") == (tmp_path / "b/c", [two])
-
-
-@pytest.mark.parametrize(
-    ("source", "part"),
-    [("none", "no image or folder .*none, nor"), ("*.gif", "nor does it match"), ("empty", "no image in the folder")],
-)
-def test_nothing_to_list(tmp_path: Path, source: str, part: str) -> None:
-    touch(tmp_path, "empty/notes.txt")
-    with pytest.raises(FileNotFoundError, match=part):
-        list_images(str(tmp_path / source))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import CocoDetection
+from diffperception.data.listing import list_images
 from diffperception.data.masks import MaskDataOptions
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, iou_types
@@ -19,7 +20,7 @@ from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
 from diffperception.devices import first_process, join_processes, pick_device
 from diffperception.echo import echo, plural
-from diffperception.files import OutputFolder, images_below, write_json
+from diffperception.files import OutputFolder, write_json
 from diffperception.generation.evaluator import ScoringOptions, evaluate_samples
 from diffperception.segmentation import PixelSegmenter, evaluate_segmenter
 from diffperception.segmentation.inference import iou_table
@@ -172,7 +173,7 @@ def evaluate_sample_folder(
     if reference.suffix in (".yaml", ".yml"):
         from diffperception.training.recipes import generation  # Lightning, which nothing else needs here
 
-        real = generation.training_crops(reference, len(images_below(samples)), scoring.seed)
+        real = generation.training_crops(reference, len(list_images(samples).paths), scoring.seed)
     report = evaluate_samples(samples, real, scoring)
     echo(report.table())
     counts, channels = report.images, report.settings["channels"]

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.images import BrokenImageError, listed_images, read_image, read_size, to_float
-from diffperception.files import images_below
+from diffperception.data.images import BrokenImageError, read_image, read_size, to_float
+from diffperception.data.listing import list_images
 
 
 @dataclass
@@ -91,11 +91,11 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
             )
         require_image_channels(channels)
         self.options, self.image_size, self.channels = options, image_size, channels
-        found = listed_images(options.images, options.annotations)
+        self.root, found, self.remark = list_images(options.images, options.annotations)
         self.paths = self._usable(found)
         self.skipped = len(found) - len(self.paths)
         self.classes = options.classes()
-        if self.classes and any(path.parent == Path(options.images) for path in self.paths):
+        if self.classes and any(path.parent == self.root for path in self.paths):
             raise ValueError(f"{options.images} holds images outside of any class: give each class a folder of its own")
         flips = v2.RandomHorizontalFlip(options.horizontal_flip), v2.RandomVerticalFlip(options.vertical_flip)
         self.flips = v2.Compose(flips)
@@ -131,7 +131,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         index, whole = self._readable(index)
         path = self.paths[index]
         image = to_float(self.flips(self._crop(whole)))
-        label = None if self.classes is None else self.classes.index(path.relative_to(self.options.images).parts[0])
+        label = None if self.classes is None else self.classes.index(path.relative_to(self.root).parts[0])
         return image, {"label": label, "image_id": index, "path": str(path)}
 
     def _readable(self, index: int) -> tuple[int, Tensor]:
@@ -181,7 +181,8 @@ def require_image_channels(channels: int) -> None:
 
 def class_folders(folder: Path) -> list[str]:
     """The names of the folders with images in a folder, which are their classes; ValueError for none."""
-    names = {path.relative_to(folder).parts[0] for path in images_below(folder) if path.parent != folder}
+    root, paths, _ = list_images(folder)
+    names = {path.relative_to(root).parts[0] for path in paths if path.parent != root}
     if not names:
         raise ValueError(f"{folder} holds no folders of images: labelled ones are in folders of their classes")
     return sorted(names)

@@ -13,9 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.annotations import read_coco
-from diffperception.files import images_below, read_lines
-
 Result = TypeVar("Result")
 
 
@@ -66,32 +63,6 @@ def _read_sample(path: Path) -> ImageSample:
 def ignore_interrupts(worker: int = 0) -> None:
     """For workers that read images: Ctrl-C reaches them too, but it is the main process that ends the work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def listed_images(folder: str | Path, listing: str | Path | None = None) -> list[Path]:
-    """The images below a folder, sorted: all, or those listed in a COCO JSON file or in a text file, a name per line.
-
-    Raises:
-        FileNotFoundError: there is no such folder or file, no image in the folder, or one that is listed is missing.
-        ValueError: the file lists no image.
-    """
-    folder, listing = Path(folder), listing and Path(listing)
-    if not listing:
-        return images_below(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    if not listing.is_file():
-        raise FileNotFoundError(f"there is no file {listing}")
-    if listing.suffix == ".json":
-        names = [image["file_name"] for image in read_coco(listing)["images"]]
-    else:
-        names = read_lines(listing)
-    paths = sorted({folder / name for name in names})
-    if not paths:
-        raise ValueError(f"{listing} lists no image: it must have a file name per line, or be a COCO file")
-    if missing := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"{listing} lists {missing[0]}, which is missing, among {len(missing)} in all")
-    return paths
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffperception.data.images import LazyMap, listed_images, read_image, read_size, resize_short_side, to_float
+from diffperception.data.images import LazyMap, read_image, read_size, resize_short_side, to_float
+from diffperception.data.listing import list_images
 
 IGNORE_INDEX = 255  # the label of pixels that have none
 FORMATS = (".png", ".npy")  # of masks
@@ -148,7 +149,7 @@ def find_pairs(
     """The images of a folder, or those of them that a file lists, with their masks; see :class:`MaskFolder`."""
     if not masks.is_dir():
         raise FileNotFoundError(f"there is no folder of masks {masks}")
-    paths = listed_images(images, annotations)
+    paths = list_images(images, annotations).paths
     if masks.resolve() != images.resolve():
         paths = [path for path in paths if masks.resolve() not in path.resolve().parents]
     found = [(path, find_mask(path.relative_to(images), masks)) for path in paths]

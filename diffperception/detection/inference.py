@@ -16,12 +16,14 @@ from tqdm import tqdm
 from diffperception.data import CocoDetection
 from diffperception.data.batches import collate, spread
 from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead
+from diffperception.data.listing import list_images
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
 from diffperception.detection.sampler import BoxSampler
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
-from diffperception.files import OutputFolder, list_images, png_names, safe_path, write_json
+from diffperception.echo import echo_remark
+from diffperception.files import OutputFolder, png_names, safe_path, write_json
 from diffperception.visualization.draw import THRESHOLD, draw_detections, save_png
 from diffperception.visualization.panels import side_by_side, trajectory
 
@@ -71,7 +73,8 @@ def detect_folder(
 
     Args:
         detector: the detector, which computes where it is; or its file, for an accelerator if there is one.
-        images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
+        images: an image, a folder (its subfolders count too), a pattern in quotes such as 'photos/*.jpg', or a list in
+            the images' folder: a COCO file, or a .txt file with a name per line.
         sampler: instead of the detector's own, see `Detector.sampler_with`.
         seed: seed of the noise that boxes start from; it and the name of an image decide the noise of that image.
         score_threshold: boxes with a lower score are not drawn; predictions.json has them all.
@@ -83,9 +86,10 @@ def detect_folder(
         FileNotFoundError, ValueError: there is no such image or model, none can be read, or the folder is in use.
     """
     detector, folder = Detector.loaded(detector).eval(), OutputFolder(output, overwrite)
-    root, paths = list_images(images, leave_out=folder.path)
+    root, paths, remark = list_images(images, leave_out=folder.path)
     names = png_names([path.relative_to(root) for path in paths])
     first_does(folder.clear)  # all have looked whether it is empty
+    echo_remark(remark)
     found: list[tuple[dict[str, Any], list[dict[str, Any]]] | str] = []
     drawn = 0
     batches = load_images(share(paths), batch_size, workers)

@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.images import LazyMap, read_ahead, read_image
+from diffperception.data.listing import list_images
 from diffperception.devices import Precision, autocast, hide_bar, pick_device
-from diffperception.files import images_below
 from diffperception.generation.feature_networks import FeatureNetwork, feature_network
 from diffperception.models.convert.checkpoints import state_of
 from diffperception.table import format_table
@@ -108,10 +108,15 @@ def evaluate_samples(
     """
     if options.subset_size == 1:
         raise ValueError("option subset_size: KID compares 2 images of either kind at least, not 1")
-    images: dict[str, Sequence[Tensor]] = {
-        name: LazyMap(read_image, images_below(Path(each))) if isinstance(each, str | Path) else each
-        for name, each in (("samples", samples), ("reference", reference))
-    }
+    images: dict[str, Sequence[Tensor]] = {}
+    remarks = []
+    for name, each in (("samples", samples), ("reference", reference)):
+        if isinstance(each, str | Path):
+            _, paths, remark = list_images(each)
+            remarks += [remark] if remark else []
+            images[name] = LazyMap(read_image, paths)
+        else:
+            images[name] = each
     counts = {name: len(each) for name, each in images.items()}
     least = max(options.neighbours + 1, options.subset_size or 2)
     for name, count in counts.items():
@@ -135,7 +140,7 @@ def evaluate_samples(
         "channels": network.channels,
     }
     scores = ImageScores(frechet_distance(real, fake), *kid, *within)
-    return SampleReport(scores, counts, settings, _doubts(found, network.channels))
+    return SampleReport(scores, counts, settings, remarks + _doubts(found, network.channels))
 
 
 class ImageFeatures(NamedTuple):

@@ -9,8 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.images import load_images
+from diffperception.data.listing import list_images
 from diffperception.devices import Precision, autocast, hide_bar
-from diffperception.files import folder_beside, list_images, png_names, write_json
+from diffperception.echo import echo_remark
+from diffperception.files import folder_beside, png_names, write_json
 from diffperception.segmentation.inference import FolderScores, ImageScore, segment_image
 from diffperception.segmentation.segmenter import PixelSegmenter
 from diffperception.visualization.draw import save_png, to_pil
@@ -61,7 +63,8 @@ def autolabel(
     pool: Iterable[tuple[Path, Tensor | str]]  # names, and images or what is wrong with them
     if isinstance(images, str | Path):
         source = source or str(images)
-        root, paths = list_images(images, output)
+        root, paths, remark = list_images(images, leave_out=output)
+        echo_remark(remark)
         names = png_names(path.relative_to(root) for path in paths)
         samples = tqdm(load_images(paths, workers=workers), "autolabel", unit="image", disable=hide_bar())
         pool = ((names[s.path.relative_to(root)], s.problem if s.image is None else s.image) for (s,) in samples)

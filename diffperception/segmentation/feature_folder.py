@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from diffperception.configuration.settings import differences, read_settings
 from diffperception.data.images import BrokenImageError, load_images, read_size, resize_short_side, short_side_size
+from diffperception.data.listing import list_images
 from diffperception.devices import (
     Precision,
     autocast,
@@ -24,8 +25,8 @@ from diffperception.devices import (
     pick_device,
     share,
 )
-from diffperception.echo import echo, plural
-from diffperception.files import list_images, write_json
+from diffperception.echo import echo, echo_remark, plural
+from diffperception.files import write_json
 from diffperception.segmentation.feature_cache import (
     file_bytes,
     image_key,
@@ -116,7 +117,7 @@ def extract_features(
     limit = None if max_bytes is None else parse_bytes(max_bytes)
     number_type: torch.dtype = getattr(torch, dtype)
     features = features.to(pick_device(device))
-    root, paths = list_images(images, output)
+    root, paths, remark = list_images(images, leave_out=output)
     maps_of = [[info.name, info.channels, info.stride] for info in features.info]
     settings = {**settings_of(features), "maps": maps_of, "dtype": dtype, "short_side": short_side}
     _require_same(output / SETTINGS, settings)
@@ -126,6 +127,7 @@ def extract_features(
     each = {path: file_bytes(features, size, number_type) for path, size in sizes.items()}
     left = [path for path, file in files.items() if not (file.exists() and file.stat().st_size == each[path])]
     with join_processes():
+        echo_remark(remark)
         _require_room(features, sizes, each, sum(each[path] for path in left), number_type, limit, output)
         barrier()  # all have looked what is in the folder
         if first_process():

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from diffperception.data.batches import spread
 from diffperception.data.images import LazyMap, load_images, read_ahead, read_image, to_float
+from diffperception.data.listing import list_images
 from diffperception.data.masks import MaskFolder, find_mask
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
-from diffperception.files import OutputFolder, list_images, png_names, safe_path, write_json, write_text
+from diffperception.echo import echo_remark
+from diffperception.files import OutputFolder, png_names, safe_path, write_json, write_text
 from diffperception.segmentation.ensemble import Segmentation
 from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.segmenter import PixelSegmenter
@@ -85,7 +87,8 @@ def segment_folder(
 
     Args:
         model: the segmenter, which computes where it is; or its file, for an accelerator if there is one.
-        images: an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.
+        images: an image, a folder (its subfolders count too), a pattern in quotes such as 'photos/*.jpg', or a list in
+            the images' folder: a COCO file, or a .txt file with a name per line.
         rank: order the images by their uncertainty: rank.csv has the most uncertain first, and rank.png shows the
             first of them, those to label next.
         labelled: folder of masks; images that have one there are left out.
@@ -96,12 +99,13 @@ def segment_folder(
         ValueError: the output folder holds something, or no image can be read; a single member cannot rank.
     """
     model = PixelSegmenter.loaded(model)
-    root, paths = list_images(images, Path(output))
+    root, paths, remark = list_images(images, leave_out=Path(output))
     paths = _without_mask(paths, root, labelled)
     if rank and model.classifier.members < 2:
         raise ValueError("a segmenter with a single member agrees with itself: to rank, train it with several")
     folder = OutputFolder(output, overwrite)
     first_does(folder.clear)  # all have looked whether it is empty
+    echo_remark(remark)
     files = png_names(path.relative_to(root) for path in paths)
     drawn = set(paths[:num_pictures])
     found: list[ImageScore | str] = []

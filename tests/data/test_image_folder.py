@@ -1,6 +1,5 @@
 """Folders of images: crops, classes, and what is said of images that will not do."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from PIL import ExifTags, Image
 
 from diffperception.data import SeededSamples
 from diffperception.data.image_folder import ImageDataOptions, ImageFolder, class_folders
-from diffperception.data.images import BrokenImageError, listed_images
+from diffperception.data.images import BrokenImageError
+from diffperception.data.listing import list_images
 
 
 def write(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_hidden_and_empty_folders_are_no_classes_and_hidden_files_no_images(tmp_
     (tmp_path / "empty").mkdir()
     (tmp_path / "b" / "folder.png").mkdir()
     assert class_folders(tmp_path) == ["b"]
-    assert listed_images(tmp_path) == [tmp_path / "b" / "1.png"]
+    assert list_images(tmp_path).paths == [tmp_path / "b" / "1.png"]
 
 
 @pytest.mark.parametrize("flip", ["horizontal_flip", "vertical_flip"])
@@ -122,18 +122,6 @@ def test_the_options_of_training_reach_the_folder(tmp_path: Path) -> None:
         assert (folder.classes, folder.options.on_broken, folder.options.cached) == (["class"], "skip", 7)
 
 
-def test_annotations_choose_images(tmp_path: Path) -> None:
-    for name in ("1.png", "2.png"):
-        write(tmp_path / name, 8, 8)
-    content: dict = {"images": [{"id": 1, "file_name": "2.png"}], "annotations": [], "categories": []}
-    (tmp_path / "some.json").write_text(json.dumps(content))
-    assert listed_images(tmp_path, tmp_path / "some.json") == [tmp_path / "2.png"]
-    content["images"].append({"id": 2, "file_name": "3.png"})
-    (tmp_path / "some.json").write_text(json.dumps(content))
-    with pytest.raises(FileNotFoundError, match=r"3\.png, which is missing"):
-        listed_images(tmp_path, tmp_path / "some.json")
-
-
 def test_broken_images_stop_or_are_passed_over(tmp_path: Path) -> None:
     write(tmp_path / "good.png", 8, 8)
     (tmp_path / "header.png").write_bytes(b"no picture")
@@ -153,7 +141,7 @@ def test_broken_images_stop_or_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_what_will_not_do_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(FileNotFoundError, match="there is no image or folder"):
         opened(tmp_path / "none", (8, 8))
     with pytest.raises(FileNotFoundError, match="there is no image"):
         opened(tmp_path, (8, 8))

@@ -1,4 +1,4 @@
-"""Reading image files in batches, listing them, and resizing to a short side."""
+"""Reading image files in batches, and resizing to a short side."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import torch
 from PIL import ExifTags, Image
 
 from diffperception.data.images import (
-    listed_images,
     load_images,
     read_image,
     read_size,
@@ -36,18 +35,6 @@ def test_broken_images_stay_in_their_batch(tmp_path: Path, workers: int) -> None
 def test_there_are_no_more_workers_than_further_batches() -> None:
     files = [Path(str(number)) for number in range(9)]
     assert [load_images(files[:n], 4, workers=2).num_workers for n in (1, 4, 5, 9)] == [0, 0, 1, 2]
-
-
-def test_a_text_file_lists_images(tmp_path: Path) -> None:
-    paths = [write(tmp_path / name, 0) for name in ("a/1.png", "b/2.png", "b/3.png")]
-    (tmp_path / "list.txt").write_text("b/3.png\n\na/1.png\n")
-    assert listed_images(tmp_path, tmp_path / "list.txt") == [paths[0], paths[2]]
-    assert listed_images(tmp_path) == paths
-    (tmp_path / "list.txt").write_text("\n")
-    with pytest.raises(ValueError, match="lists no image"):
-        listed_images(tmp_path, tmp_path / "list.txt")
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.txt"):
-        listed_images(tmp_path, tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (37, 101), (8, 8)])

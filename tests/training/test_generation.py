@@ -353,7 +353,7 @@ def test_it_learns_the_colour_of_its_pictures(tmp_path: Path) -> None:
         (["--data.labelled", "false"], "null_class belongs to a model with classes"),
         (["--model.learned_range", "false"], "learned_range"),
         (["--model.image_size", "64"], "has 10 x 12 pixels"),
-        (["--data.images", "nowhere"], "there is no folder nowhere"),
+        (["--data.images", "nowhere"], "there is no image or folder nowhere"),
         (["--task", "generatoin"], "no task 'generatoin'"),
         (["--preview.sampling.sampler", "euler"], "expected one of dpm_solver"),
         (["--preview.sampling.steps", "4"], "option preview.sampling: "),

@@ -230,13 +230,14 @@ class GenerationRecipe(Recipe):
             GenerationModule(model, self.optimizer, seed, self.objective),
             TrainingData(train, self.data.batch_size, self.data.workers, seed),
             GenerationEvaluator(model, val, self.preview, seed),
-            f"{size_of(model)} learns {height} x {width} pixels from {len(train)} images{left_out(train)}",
+            f"{size_of(model)} learns {height} x {width} pixels from {len(train)} images{left_out(train, val)}",
         )
 
 
-def left_out(images: ImageFolder) -> str:
-    """How many images of a folder are not used, if any."""
-    return f"; {images.skipped} are left out" if images.skipped else ""
+def left_out(images: ImageFolder, held_out: ImageFolder | None) -> str:
+    """How many images of the first folder, and what else in both, is not used, if any."""
+    remarks = [folder.remark for folder in (images, held_out) if folder is not None and folder.remark]
+    return "\n".join([f"; {images.skipped} are left out" if images.skipped else "", *remarks])
 
 
 def training_crops(config: Path, number: int, seed: int) -> LazyMap[Tensor]:

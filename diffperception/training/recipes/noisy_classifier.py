@@ -178,5 +178,5 @@ class NoisyClassifierRecipe(Recipe):
             NoisyClassifierModule(model, self.optimizer, seed),
             TrainingData(train, self.data.batch_size, self.data.workers, seed),
             AccuracyEvaluator(val, self.evaluation),
-            f"{size_of(model)} learns {len(model.classes)} classes from {len(train)} images{left_out(train)}",
+            f"{size_of(model)} learns {len(model.classes)} classes from {len(train)} images{left_out(train, val)}",
         )
