@@ -93,7 +93,8 @@ def evaluate_detector_file(
             return
         finish(score(detector, dataset, workers=workers, seed=seed, sampler=samplers[0]), folder)
         if folder is not None and first_process():
-            draw_predictions(detector, dataset, folder, num_pictures, seed, samplers[0], score.keywords["precision"])
+            shared = {name: score.keywords[name] for name in ("precision", "batch_size", "tile", "overlap")}
+            draw_predictions(detector, dataset, folder, num_pictures, seed, samplers[0], **shared)
             echo(f"{folder.path / 'pictures'}: predictions beside ground truth")
 
 

@@ -1,6 +1,5 @@
 """COCO detection data sets."""
 
-import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from torchvision.transforms.v2 import functional as F
 
 from diffperception.data.annotations import ADVICE, CocoTable, labels_of, read_coco, tabulate
 from diffperception.data.batches import images_per_class
-from diffperception.data.images import BrokenImageError, read_image
+from diffperception.data.images import BrokenImageError, read_image, to_float
 from diffperception.data.outlines import decode_outlines, outline_of
+from diffperception.data.tiles import MIN_SEEN, RandomTile, Window, seen_share
 
 Target = dict[str, Any]
 
@@ -42,6 +42,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         on_broken: "stop" raises BrokenImageError on an image that is missing, unreadable or of another size than the
             file says; "skip" warns once in a process for each such image and returns the next readable sample instead.
         masks: whether targets have masks, decoded from the file's outlines when a sample is read.
+        tile: of images that are larger, samples are such random windows, before the transforms; objects of which a
+            window shows less than MIN_SEEN of the area are left out of the sample.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         transforms: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None,
         on_broken: Literal["stop", "skip"] = "stop",
         masks: bool = False,
+        tile: RandomTile | None = None,
     ):
         self.annotations, self.images, self.masks = Path(annotations), Path(images), masks
-        self.transforms, self.on_broken = transforms, on_broken
+        self.transforms, self.on_broken, self.tile = transforms, on_broken, tile
         content = read_coco(annotations, outlines=masks)
         table = tabulate(content, annotations)
         _require_sound(table, self.annotations)
@@ -87,29 +90,51 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        image, target = self.stored(index)
+        image = to_float(image)
+        return image.as_subclass(Tensor), target
+
+    def stored(self, index: int) -> tuple[Tensor, Target]:
+        """Sample `index` with its image as uint8, a quarter of the memory."""
         image, index = self._read_from(index)
-        target = self.target(index)
+        window = self._window(index)
+        target = self.target(index, window)
+        if window is not None:
+            image = window.cut(image).contiguous()
         if self.transforms is not None:
             image, target = self.transforms(tv_tensors.Image(image), target)
-        image = F.to_dtype(image, torch.float32, scale=True)
         plain = {name: target[name].as_subclass(Tensor) for name in ("boxes", "masks") if name in target}
-        return image.as_subclass(Tensor), target | plain
+        return image, target | plain
 
-    def target(self, index: int) -> Target:
-        """The target of sample `index`, without opening its image."""
-        width, height = self.sizes[index].tolist()
+    def _window(self, index: int) -> Window | None:
+        """The part of image `index` that a sample shows; None for all of it."""
+        if self.tile is None:
+            return None
         rows = slice(self.offsets[index], self.offsets[index + 1])
-        boxes = torch.from_numpy(self.boxes[rows].copy())
+        width, height = self.sizes[index].tolist()
+        return self.tile.draw(self.boxes[rows][self.iscrowd[rows] == 0], height, width)
+
+    def target(self, index: int, window: Window | None = None) -> Target:
+        """The target of sample `index`, or of a window of it, without opening its image."""
+        width, height = self.sizes[index].tolist()
+        rows = np.arange(self.offsets[index], self.offsets[index + 1])
+        if window is not None:
+            rows = rows[seen_share(self.boxes[rows], window) >= MIN_SEEN]
+        boxes = tv_tensors.BoundingBoxes(
+            torch.from_numpy(self.boxes[rows]),
+            format="XYXY",
+            canvas_size=(height, width),
+        )
         target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-            "labels": torch.from_numpy(self.labels[rows].copy()),
+            "boxes": boxes if window is None else F.crop(boxes, *window.place),
+            "labels": torch.from_numpy(self.labels[rows]),
             "image_id": self.image_ids[index],
-            "iscrowd": torch.from_numpy(self.iscrowd[rows].copy()),
-            "area": torch.from_numpy(self.areas[rows].copy()),
+            "iscrowd": torch.from_numpy(self.iscrowd[rows]),
+            "area": torch.from_numpy(self.areas[rows]),
         }
         if self._outlines is not None:
-            outlines = self._outlines[self.offsets[index] : self.offsets[index + 1]]
-            target["masks"] = tv_tensors.Mask(decode_outlines(outlines, height, width))
+            outlines = (self._outlines[row] for row in rows.tolist())
+            target["masks"] = tv_tensors.Mask(decode_outlines(outlines, height, width, window))
         return target
 
     def labels_of_images(self) -> list[np.ndarray]:
@@ -155,9 +180,8 @@ class _Outlines:
         self.ends = np.cumsum([0, *map(len, texts)])
         self.text = np.frombuffer(b"".join(texts), dtype=np.uint8)
 
-    def __getitem__(self, rows: slice) -> list[Any]:
-        ends = self.ends[rows.start : rows.stop + 1]
-        return [json.loads(self.text[start:end].tobytes()) for start, end in itertools.pairwise(ends)]
+    def __getitem__(self, row: int) -> Any:
+        return json.loads(self.text[self.ends[row] : self.ends[row + 1]].tobytes())
 
 
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:

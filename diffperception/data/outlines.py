@@ -8,6 +8,8 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
+from diffperception.data.tiles import Window
+
 RunLengths = dict[str, Any]  # `size`, height and width, and `counts`, COCO's compressed text
 
 
@@ -22,10 +24,11 @@ def outline_of(annotation: dict[str, Any], source: str) -> Any:
     )
 
 
-def decode_outlines(outlines: Iterable[Any], height: int, width: int) -> Tensor:
-    """Masks (n, height, width), uint8, 1 inside."""
-    masks = [coco_mask.decode(run_lengths(outline, height, width)) for outline in outlines]
-    return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
+def decode_outlines(outlines: Iterable[Any], height: int, width: int, window: Window | None = None) -> Tensor:
+    """Masks (n, height, width), uint8, 1 inside; or the parts of them that a window shows, which alone are kept."""
+    left, top, right, bottom = window or Window(0, 0, width, height)
+    masks = [coco_mask.decode(run_lengths(o, height, width))[top:bottom, left:right].copy() for o in outlines]
+    return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, bottom - top, right - left, dtype=torch.uint8)
 
 
 def run_lengths(outline: Any, height: int, width: int) -> RunLengths:

@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from diffperception.data import CocoDetection
 from diffperception.data.batches import collate, spread
-from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead
+from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead, to_float
 from diffperception.data.listing import list_images
+from diffperception.data.tiles import Tiling
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
 from diffperception.detection.sampler import BoxSampler
+from diffperception.detection.tiles import OVERLAP, predict_images, require_no_masks
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
 from diffperception.echo import echo_remark
@@ -63,6 +65,8 @@ def detect_folder(
     workers: NonNegativeInt = 2,
     precision: Precision = "32",
     overwrite: bool = False,
+    tile: PositiveInt | None = None,
+    overlap: NonNegativeInt = OVERLAP,
 ) -> FolderResult:
     """Detect objects in an image, or in all images of a folder.
 
@@ -80,20 +84,27 @@ def detect_folder(
         score_threshold: boxes with a lower score are not drawn; predictions.json has them all.
         num_pictures: the detections of at most this many images are drawn.
         num_trajectories: noise turning into boxes is drawn for at most this many images.
-        batch_size: images that are predicted together; the results do not depend on it, up to rounding.
+        batch_size: images, or windows of one, that are predicted together; the results do not depend on it, up to
+            rounding.
+        tile: images larger than this are predicted in windows of so many pixels a side, at full resolution, and what
+            the windows find is put together; of an image at most the 3000 best detections stay. Its trajectory is not
+            drawn. Null predicts images whole.
+        overlap: pixels that neighbouring windows share at least; best as large as most objects.
 
     Raises:
         FileNotFoundError, ValueError: there is no such image or model, none can be read, or the folder is in use.
     """
+    tiling = Tiling(tile, overlap)
     detector, folder = Detector.loaded(detector).eval(), OutputFolder(output, overwrite)
+    require_no_masks(detector, tiling)
     root, paths, remark = list_images(images, leave_out=folder.path)
     names = png_names([path.relative_to(root) for path in paths])
     first_does(folder.clear)  # all have looked whether it is empty
     echo_remark(remark)
     found: list[tuple[dict[str, Any], list[dict[str, Any]]] | str] = []
     drawn = 0
-    batches = load_images(share(paths), batch_size, workers)
-    for sample, detections in _detect(detector, batches, sampler, seed, precision):
+    batches = load_images(share(paths), 1 if tile else batch_size, workers, as_uint8=tile is not None)
+    for sample, detections in _detect(detector, batches, sampler, seed, precision, tiling, batch_size):
         if sample.image is None:
             found.append(sample.problem)
             continue
@@ -104,9 +115,10 @@ def detect_folder(
         if drawn < len(share(range(num_pictures))):
             picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
             save_png(picture, folder.file("pictures" / names[name]))
-        if drawn < len(share(range(num_trajectories))) and isinstance(detector, DiffusionDet):
+        whole = len(tiling.windows(height, width)) == 1
+        if drawn < len(share(range(num_trajectories))) and isinstance(detector, DiffusionDet) and whole:
             noise = name_seed(seed, name.name)
-            picture = draw_trajectory(detector, sample.image, noise, sampler, score_threshold, precision)
+            picture = draw_trajectory(detector, to_float(sample.image), noise, sampler, score_threshold, precision)
             save_png(picture, folder.file("trajectories" / names[name]))
         drawn += 1
     result = FolderResult.of(gather(found))
@@ -119,7 +131,13 @@ def detect_folder(
 
 
 def _detect(
-    detector: Detector, batches: DataLoader[ImageSample], sampler: BoxSampler | None, seed: int, precision: Precision
+    detector: Detector,
+    batches: DataLoader[ImageSample],
+    sampler: BoxSampler | None,
+    seed: int,
+    precision: Precision,
+    tiling: Tiling,
+    batch_size: int,
 ) -> Iterator[tuple[ImageSample, dict[str, Tensor]]]:
     """Each image with its detections, on the CPU, as they are made; broken images have none. Shows the time left."""
     with tqdm(total=len(batches.dataset), desc="predict", unit="image", disable=hide_bar()) as bar:  # type: ignore[arg-type]
@@ -127,7 +145,7 @@ def _detect(
             images = [sample.image for sample in batch if sample.image is not None]
             seeds = [name_seed(seed, sample.path.name) for sample in batch if sample.image is not None]
             with autocast(detector.device, precision):
-                found = iter(detector.predict(images, seeds, sampler) if images else [])
+                found = iter(predict_images(detector, images, seeds, sampler, tiling, batch_size) if images else [])
             for sample in batch:
                 detections = {} if sample.image is None else next(found)
                 yield sample, {name: value.cpu() for name, value in detections.items()}
@@ -145,6 +163,8 @@ def evaluate_detector(
     sampler: BoxSampler | None = None,
     protocol: Protocol = "coco",
     precision: Precision = "32",
+    tile: PositiveInt | None = None,
+    overlap: NonNegativeInt = OVERLAP,
 ) -> CocoResult:
     """COCO metrics of `detector`, which is left in evaluation mode: of boxes, and of masks if the data set has them.
 
@@ -154,32 +174,36 @@ def evaluate_detector(
     Args:
         detector: as for `detect_folder`.
         num_images: use this many images, spread over the data set; all by default.
-        batch_size: images per prediction.
+        batch_size: images, or windows of one, per prediction.
         workers: processes that read images, for each process that predicts.
         max_dets: how many detections count per image, the best first; by default the protocol's number: 100 of each
             class (coco), 300 of all (lvis).
         sampler: instead of the detector's own, see `Detector.sampler_with`.
         protocol: coco, or lvis for annotation files of LVIS, which adds APr, APc and APf of rare, common and frequent
             classes.
+        tile, overlap: as for `detect_folder`.
 
     Raises:
         ValueError: the detector has other classes than the data set or no masks where that has some, or the
             annotations are not what the protocol needs.
     """
-    detector = Detector.loaded(detector)
+    detector, tiling = Detector.loaded(detector), Tiling(tile, overlap)
     require_classes(detector.classes, dataset)
     require_masks(detector, dataset)
+    require_no_masks(detector, tiling)
     share_statistics(detector)
     chosen = spread(len(dataset), num_images)
     image_ids = [dataset.image_ids[i] for i in chosen]
     evaluator = CocoEvaluator(dataset.annotations, iou_types(dataset.masks), max_dets, image_ids, protocol)
     detector.eval()
-    batches = read_ahead(LazyMap(dataset.__getitem__, share(chosen)), batch_size, workers)
+    read = dataset.stored if tile else dataset.__getitem__
+    batches = read_ahead(LazyMap(read, share(chosen)), 1 if tile else batch_size, workers)
     for batch in tqdm(batches, desc="evaluate", leave=False, disable=hide_bar()):
         images, targets = collate(batch)
         ids = [target["image_id"] for target in targets]
+        seeds = [sample_seed(seed, image_id) for image_id in ids]
         with torch.no_grad(), autocast(detector.device, precision):
-            found = detector.predict(images, [sample_seed(seed, image_id) for image_id in ids], sampler)
+            found = predict_images(detector, images, seeds, sampler, tiling, batch_size)
         evaluator.update(ids, found)
     evaluator.gather()
     return evaluator.compute()
@@ -230,21 +254,26 @@ def draw_predictions(
     seed: int = 0,
     sampler: BoxSampler | None = None,
     precision: Precision = "32",
+    batch_size: int = 1,
+    tile: int | None = None,
+    overlap: int = OVERLAP,
 ) -> None:
     """pictures/: predictions beside ground truth for `count` images spread over the data set, one PNG each.
 
-    Of the first two there is also, for a DiffusionDet, its trajectory: noise turning into boxes. Seed, sampler and
-    precision are as in `evaluate_detector`.
+    Of the first two there is also, for a DiffusionDet, its trajectory: noise turning into boxes, but not of images that
+    are predicted in windows. The other options are as in `evaluate_detector`.
     """
+    tiling = Tiling(tile, overlap)
     chosen = {index: safe_path(dataset.file_names[index]) for index in spread(len(dataset), count)}
     names = png_names(chosen.values())
     for number, (index, name) in enumerate(chosen.items()):
         image, target = dataset[index]
         noise = sample_seed(seed, target["image_id"])
         with autocast(detector.device, precision):
-            prediction = detector.predict([image], [noise], sampler)[0]
+            prediction = predict_images(detector, [image], [noise], sampler, tiling, batch_size)[0]
         save_png(side_by_side(image, target, prediction, detector.classes), folder.file("pictures" / names[name]))
-        if number < 2 and isinstance(detector, DiffusionDet):
+        whole = len(tiling.windows(*image.shape[-2:])) == 1
+        if number < 2 and isinstance(detector, DiffusionDet) and whole:
             picture = draw_trajectory(detector, image, noise, sampler, precision=precision)
             trajectory_name = names[name].with_stem(f"{names[name].stem}_noise_to_boxes")
             save_png(picture, folder.file("pictures" / trajectory_name))

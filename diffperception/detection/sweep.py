@@ -20,6 +20,7 @@ from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, Protocol
 from diffperception.detection.inference import require_classes
 from diffperception.detection.sampler import BoxSampler
+from diffperception.detection.tiles import OVERLAP
 from diffperception.devices import Precision, autocast, gather, hide_bar, share
 from diffperception.diffusion import sample_seed
 from diffperception.files import OutputFolder, write_json
@@ -133,6 +134,8 @@ def sweep_sampler(
     max_dets: int | None = None,
     protocol: Protocol = "coco",
     precision: Precision = "32",
+    tile: int | None = None,
+    overlap: int = OVERLAP,
 ) -> Sweep:
     """AP and seconds of `detector` for every combination; it is left in evaluation mode.
 
@@ -143,10 +146,11 @@ def sweep_sampler(
         combinations: settings, such as `combine` gives.
         seeds: of the noise; each combination is scored with each.
         batch_size, workers, max_dets, protocol, precision: as in `evaluate_detector`.
+        tile, overlap: as there, but a sweep takes images whole.
 
     Raises:
         ValueError: the detector has no sampler or other classes than the data set, the annotations are not for the
-            protocol, or masks are to be scored.
+            protocol, masks are to be scored, or images to be cut.
     """
     if not isinstance(detector, DiffusionDet):
         name = type(detector).__name__
@@ -154,6 +158,8 @@ def sweep_sampler(
     require_classes(detector.classes, dataset)
     if dataset.masks:
         raise ValueError("a sweep scores boxes alone: leave masks out, or give one seed and one value of each option")
+    if tile is not None:
+        raise ValueError("a sweep takes images whole: leave tile out, or give one seed and one value of each option")
     evaluator = CocoEvaluator(dataset.annotations, ("bbox",), max_dets, dataset.image_ids, protocol)
     detector.eval()
     runs = [[_Run(sampler or detector.sampler, seed) for seed in seeds] for sampler in combinations]

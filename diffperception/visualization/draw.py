@@ -1,4 +1,4 @@
-"""Detections drawn on images: float32 (3, H, W), RGB, 0..1, and boxes as xyxy in their pixels become PIL images."""
+"""Detections drawn on images (3, H, W), RGB, float32 in 0..1 or uint8, with boxes as xyxy in their pixels."""
 
 import colorsys
 import math
@@ -116,7 +116,9 @@ def draw_boxes(
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Float 0..1 on any device -> uint8 on the CPU."""
+    """Float 0..1, or uint8, on any device -> uint8 on the CPU."""
+    if image.dtype == torch.uint8:
+        return image.cpu()
     return (image.detach().cpu().float().clamp(0, 1) * 255).round().byte()
 
 

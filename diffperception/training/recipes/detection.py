@@ -1,17 +1,19 @@
 """Training of a detector."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jsonargparse import lazy_instance
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from diffperception.data import CocoDetection
 from diffperception.data.batches import repeat_factors
+from diffperception.data.tiles import RandomTile, Tiling
 from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
@@ -22,6 +24,7 @@ from diffperception.detection.inference import (
     require_masks,
     write_result,
 )
+from diffperception.detection.tiles import OVERLAP, require_no_masks
 from diffperception.echo import echo
 from diffperception.files import OutputFolder
 from diffperception.models import Backbone
@@ -51,6 +54,10 @@ class DataOptions:
         repeat_threshold: images with a class that is in a smaller fraction f of the images than this are shown
             sqrt(repeat_threshold / f) times per epoch (LVIS: 0.001); null shows each once.
         masks: whether masks are read and scored too, for detectors that predict them.
+        tile: training images larger than this are learned from in random windows of so many pixels a side, at full
+            resolution, before the transforms; an epoch shows as many of each image as cover it. Objects of which a
+            window shows less than 0.4 of the area are not learned from it. Null takes images whole.
+        object_tiles: share of the windows that are drawn around an object; the others lie anywhere.
     """
 
     train_annotations: Path
@@ -63,10 +70,15 @@ class DataOptions:
     on_broken: Literal["stop", "skip"] = "stop"
     repeat_threshold: NonNegativeFloat | None = None
     masks: bool = False
+    tile: PositiveInt | None = None
+    object_tiles: ClosedUnitInterval = 0.8
 
     def open(self) -> tuple[CocoDetection, CocoDetection]:
         """The data sets for training and for scoring; ValueError if their categories differ."""
-        train = CocoDetection(self.train_annotations, self.train_images, self.transforms, self.on_broken, self.masks)
+        tile = self.tile and RandomTile(self.tile, self.object_tiles)
+        train = CocoDetection(
+            self.train_annotations, self.train_images, self.transforms, self.on_broken, self.masks, tile
+        )
         val = CocoDetection(self.val_annotations, self.val_images, on_broken=self.on_broken, masks=self.masks)
         if not len(train.boxes):
             raise ValueError(f"{self.train_annotations} holds no box with area: there is nothing to learn")
@@ -82,6 +94,10 @@ class DataOptions:
         repeats = None
         if self.repeat_threshold is not None:
             repeats = repeat_factors(train.labels_of_images(), len(train.classes), self.repeat_threshold)
+        if self.tile is not None:
+            tiling = Tiling(self.tile)
+            tiles = np.array([len(tiling.windows(height, width)) for width, height in train.sizes.tolist()])
+            repeats = tiles if repeats is None else repeats * tiles
         return TrainingData(train, self.batch_size, self.workers, seed, repeats)
 
 
@@ -98,6 +114,8 @@ class EvaluationOptions:
             class (coco), 300 of all (lvis).
         protocol: coco, or lvis for annotation files of LVIS.
         num_pictures: how many images are drawn with predictions beside ground truth.
+        tile: images larger than this are predicted in windows of so many pixels a side; by default data.tile.
+        overlap: pixels that neighbouring windows share at least; best as large as most objects.
     """
 
     every: PositiveInt | None = 1000
@@ -106,6 +124,8 @@ class EvaluationOptions:
     max_dets: PositiveInt | None = None
     protocol: Protocol = "coco"
     num_pictures: NonNegativeInt = 8
+    tile: PositiveInt | None = None
+    overlap: NonNegativeInt = OVERLAP
 
 
 class DetectionModule(TrainingModule):
@@ -153,12 +173,24 @@ class DetectionEvaluator(Evaluator):
         echo(result.table())
         if folder is not None:
             write_result(result, folder)
-            draw_predictions(model, self.dataset, folder, self.options.num_pictures, self.seed)
+            shared = {name: getattr(self.options, name) for name in ("batch_size", "tile", "overlap")}
+            draw_predictions(model, self.dataset, folder, self.options.num_pictures, self.seed, **shared)
         return result.metrics
 
     def _score(self, model: Detector, images: int | None) -> CocoResult:
-        size, most, protocol = self.options.batch_size, self.options.max_dets, self.options.protocol
-        return evaluate_detector(model, self.dataset, images, size, self.workers, most, self.seed, protocol=protocol)
+        options = self.options
+        return evaluate_detector(
+            model,
+            self.dataset,
+            images,
+            options.batch_size,
+            self.workers,
+            options.max_dets,
+            self.seed,
+            protocol=options.protocol,
+            tile=options.tile,
+            overlap=options.overlap,
+        )
 
 
 @dataclass
@@ -193,9 +225,11 @@ class DetectionRecipe(Recipe):
     def prepare(self, seed: int) -> Parts:
         train, val = self.data.open()
         batches = self.data.batches(train, seed)
-        evaluator = DetectionEvaluator(val, self.evaluation, self.data.workers, seed)
+        evaluation = replace(self.evaluation, tile=self.evaluation.tile or self.data.tile)
+        evaluator = DetectionEvaluator(val, evaluation, self.data.workers, seed)
         detector = self.model(train.classes)
         require_masks(detector, val)
+        require_no_masks(detector, Tiling(evaluation.tile, evaluation.overlap))
         detector.class_frequencies.copy_(torch.from_numpy(train.images_per_class()))
         if self.init is not None:
             start_from(detector, self.init, val)
