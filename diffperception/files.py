@@ -8,17 +8,19 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 CHECKPOINT = "last.ckpt"  # that a training run goes on from
 NAME_BYTES = 120  # of a name that is made of a text: file systems take 255, and endings and numbers come to it
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows, with any ending
-RECORD = ".diffperception"  # in a folder of results: the names of the files that this program wrote, a line each
+RECORD = ".diffperception"  # in a folder of results: which files this program wrote, see OutputFolder
+PART = ".diffperception-part-"  # how the names of files begin that are being written
 
 
 def is_in(folder: Path, other: Path) -> bool:
@@ -132,18 +134,34 @@ def _folded(path: Path) -> str:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A new empty file beside `path` to write to, which takes its place at the end.
+    """A new empty file beside `path` to write to, which takes its place at the end, and is then on disk.
 
-    An interruption or an error leaves what was at `path` before, and nothing beside it.
+    An interruption or an error leaves what was at `path` before, and nothing beside it; a process that is killed leaves
+    a hidden file of no use, which the next run in an :class:`OutputFolder` removes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.touch()
+    part = path.with_name(f"{PART}{uuid4().hex}")
+    part.touch(exist_ok=False)
     try:
         yield part
+        flush(part)
+        if (folder := _folders.get(path)) is not None:
+            folder.note(path, part)  # before it is there, so that a file that is there has always been noted
         os.replace(part, path)
+        flush(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk and would outlive a power cut."""
+    if path.is_dir() and os.name != "posix":
+        return  # other systems do not open folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -192,82 +210,192 @@ def require_file_name(path: Path) -> None:
         raise ValueError(f"{path} is a folder: name a file, {path / 'model.safetensors'} for example")
 
 
+def digest(path: str | Path) -> str:
+    """A number of a file's content, the same for no other content: BLAKE2b, of which a second takes about a GB."""
+    number = blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            number.update(block)
+    return number.hexdigest()
+
+
+class Stamp(NamedTuple):
+    """What tells a file from others that have had its name: bytes, time of writing in ns, and digest."""
+
+    bytes: int
+    modified: int
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        about = path.stat()
+        return cls(about.st_size, about.st_mtime_ns, digest(path))
+
+    def fits(self, path: Path) -> bool:
+        """Whether the file is still the stamped one, or a copy of it; its content is read only if its time differs."""
+        about = path.stat()
+        return about.st_size == self.bytes and (about.st_mtime_ns == self.modified or digest(path) == self.digest)
+
+
 class OutputFolder:
     """A folder of results that knows which of its files this program wrote, and touches no others.
 
+    A hidden file in it, RECORD, has a line of JSON for each file that was written: its name and its :class:`Stamp`. A
+    file that is not there, or has become another one since, is not ours: it is neither removed nor replaced.
+
     >>> folder = OutputFolder(Path("out"), overwrite=True)  # refused if it is not empty and `overwrite` is False
     >>> folder.clear()  # once all options have proved sound: what earlier runs wrote goes
-    >>> write_text(folder.file("masks/a.txt"), "...")  # the name is recorded before the file is written
+    >>> write_text(folder.file("masks/a.txt"), "...")  # stamped as it is written
 
     Raises:
-        ValueError: it is a file, holds a training run, or is not empty and not to be overwritten.
+        ValueError: it is a file, holds a training run, is not empty and not to be overwritten, or holds a file that was
+            changed since a run wrote it.
     """
 
-    may_hold_run = False
-
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
-        path = Path(path)
-        if path.is_file():
-            raise ValueError(f"{path} is a file: name a folder for the results")
-        if not self.may_hold_run and (path / CHECKPOINT).exists():
-            raise ValueError(f"the folder {path} holds a training run, which would be lost: choose another --output")
-        if path.is_dir() and not overwrite and any(child.name != RECORD for child in path.iterdir()):
+        self.path, self.overwrite = Path(path), overwrite
+        if (self.path.is_file() or self.path.is_symlink()) and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file: name a folder for the results")
+        self.require_place()
+
+    def require_place(self) -> None:
+        """ValueError if results may not go into the folder as it is."""
+        if (self.path / CHECKPOINT).exists():
             raise ValueError(
-                f"the folder {path} is not empty: choose another, or allow to overwrite it with --overwrite"
+                f"the folder {self.path} holds a training run, which would be lost: choose another --output"
             )
-        self.path = path
+        if self.overwrite:
+            self.require_unchanged()
+        elif self.path.is_dir() and not all(map(_is_trace, self.path.iterdir())):
+            raise ValueError(
+                f"the folder {self.path} is not empty: choose another --output, or give --overwrite, which removes what"
+                " earlier runs wrote there and nothing else"
+            )
 
     def file(self, name: str | Path) -> Path:
-        """The path of a file in the folder that is going to be written.
+        """The path of a file in the folder that is going to be written, by :func:`written_beside`.
 
         Raises:
-            ValueError: there is such a file already, which this program has not written.
+            ValueError: there is such a file already, which this program has not written, or the name leads, through a
+                link, out of the folder.
         """
         path = self.path / name
-        if path not in self._known and path.exists():
-            raise ValueError(f"{path} would be replaced, which no earlier run wrote: move it, or choose another folder")
-        self.record([name])
+        if _folders.get(path) is not self:
+            if not is_in(path.parent, self.path):
+                raise ValueError(f"{path} would be written outside of {self.path}: choose another --output")
+            if _is_there(path) and not self._is_ours(path):
+                raise ValueError(
+                    f"{path} would be replaced, which no earlier run wrote: move it, or choose another --output"
+                )
+        _folders[path] = self
         return path
 
-    def record(self, names: Iterable[str | Path]) -> None:
-        """Count files as written by this program, whatever is there under their names."""
-        new = [path for path in dict.fromkeys(self.path / name for name in names) if path not in self._known]
-        if new:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(path.relative_to(self.path).as_posix()) + "\n" for path in new]
-            with open(self.path / RECORD, "a", encoding="utf-8") as record:  # appended whole, also by several processes
-                record.write("".join(lines))
-            self._known.update(new)
+    def note(self, path: Path, written: Path | None = None) -> None:
+        """Record that `path` in the folder is what lies there now, or in another file that will take its place."""
+        stamp = Stamp.of(written or path)
+        self.append({"file": path.relative_to(self.path).as_posix(), **stamp._asdict()})
+        self._stamps.setdefault(path, []).append(stamp)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to the record of this process, for several must not write to one file."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self._record, "ab") as record:
+            # What comes first ends a line that a power cut left unfinished.
+            record.write(f"\n{json.dumps(entry)}".encode())
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The lines of the records, as far as they can be read."""
+        for record in sorted(self.path.glob(f"{RECORD}*")):
+            if is_record(record):
+                with open(record, encoding="utf-8", errors="replace") as lines:
+                    yield from filter(None, map(_entry, lines))
 
     def written(self) -> list[Path]:
-        """The files that were written by this and earlier runs, as far as they are still there."""
-        record = self.path / RECORD
-        lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
-        paths = [self.path / json.loads(line) for line in dict.fromkeys(lines)]
-        # Names from a file must not lead out of the folder, nor must links in it.
-        return [path for path in paths if is_in(path.parent, self.path) and path.is_file()]
+        """The files that were written by this and earlier runs, as far as they are still there and unchanged."""
+        return [path for path in self._stamps if self._is_ours(path)]
 
-    def clear(self, keep: Iterable[str] = ()) -> None:
+    def require_unchanged(self) -> None:
+        """ValueError if a file that a run wrote has become another one since."""
+        changed = [path for path in self._stamps if _is_there(path) and not self._is_ours(path)]
+        if changed:
+            others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ValueError(
+                f"{changed[0]} was changed since a run wrote it{others}: move it away, or choose another --output"
+            )
+
+    def clear(self) -> None:
         """Remove the files that earlier runs wrote, and the subfolders that are empty then.
 
-        Args:
-            keep: names of files, or of subfolders with all in them, that stay.
+        Raises:
+            ValueError: one of them was changed since; nothing has been removed.
         """
-        kept = [self.path / name for name in keep]
-        written = self.written()
-        stay = [path for path in written if any(path.is_relative_to(name) for name in kept)]
-        for path in set(written) - set(stay):
+        self.require_unchanged()
+        self.remove_parts()
+        self.remove(self.written())
+        for record in filter(is_record, self.path.glob(f"{RECORD}*")):
+            record.unlink()
+        self._stamps = {}
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Remove files of ours, and the subfolders that are empty then."""
+        for path in paths:
             path.unlink()
             self._remove_empty(path.parent)
-        (self.path / RECORD).unlink(missing_ok=True)
-        self._known = set()
-        self.record(path.relative_to(self.path) for path in stay)
+
+    def remove_parts(self) -> None:
+        """Remove what processes that were killed had begun to write."""
+        for folder in {self.path, *(path.parent for path in self._stamps)}:
+            for part in folder.glob(f"{PART}*"):
+                part.unlink()
 
     @cached_property
-    def _known(self) -> set[Path]:
-        return set(self.written())
+    def _record(self) -> Path:
+        number = int(os.environ.get("RANK", 0))  # torchrun's
+        return self.path / (f"{RECORD}.{number}" if number else RECORD)
+
+    @cached_property
+    def _stamps(self) -> dict[Path, list[Stamp]]:
+        """The stamps of each file, of which the last that was begun may not be the one that is there."""
+        found: dict[Path, list[Stamp]] = {}
+        for entry in self.entries():
+            with suppress(KeyError, TypeError, ValueError):
+                path, stamp = self.path / entry["file"], Stamp(entry["bytes"], entry["modified"], entry["digest"])
+                # Names from a file must not lead out of the folder, nor must links in it.
+                if is_in(path.parent, self.path):
+                    found.setdefault(path, []).append(stamp)
+        return found
+
+    def _is_ours(self, path: Path) -> bool:
+        regular = path.is_file() and not path.is_symlink()
+        return regular and any(stamp.fits(path) for stamp in self._stamps.get(path, ()))
 
     def _remove_empty(self, folder: Path) -> None:
         while folder != self.path and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
+
+
+_folders: dict[Path, OutputFolder] = {}  # of the files that are being written, which `written_beside` notes there
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file, or a link that leads nowhere; no file takes the place of a folder."""
+    return os.path.lexists(path) and not path.is_dir()
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is the record of an output folder, or that of a further process."""
+    return re.fullmatch(rf"{re.escape(RECORD)}(\.\d+)?", path.name) is not None and path.is_file()
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether a file is one of those that hold nothing: a record, or what a killed process began."""
+    return is_record(path) or (path.name.startswith(PART) and path.is_file())
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None

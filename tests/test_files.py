@@ -9,6 +9,7 @@ import pytest
 
 from diffperception.files import (
     OutputFolder,
+    Stamp,
     folder_beside,
     png_names,
     read_lines,
@@ -29,7 +30,7 @@ def touch(root: Path, *names: str) -> list[Path]:
     return [root / name for name in names]
 
 
-def interrupt_after(written: object) -> None:
+def interrupt_after(*written: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -206,7 +207,7 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path: Path) -> None:
     folder = OutputFolder(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match=r"1\.png would be replaced, which no earlier run wrote"):
         folder.file("masks/1.png")
-    folder.record(["masks/1.png"])
+    folder.note(tmp_path / "masks/1.png")
     assert folder.file("masks/1.png") == tmp_path / "masks/1.png"
     assert OutputFolder(tmp_path, overwrite=True).written() == [tmp_path / "masks/1.png"]
 
@@ -216,12 +217,83 @@ def test_what_an_interrupted_run_wrote_is_known(tmp_path: Path) -> None:
     assert OutputFolder(tmp_path, True).written() == [tmp_path / "1.png"]
 
 
-def test_some_of_it_may_stay(tmp_path: Path) -> None:
-    folder = run(tmp_path, "last.ckpt", "pictures/1.png", "pictures/2.png", "metrics.json")
-    folder.clear(keep=["last.ckpt", "pictures"])
-    assert files_in(tmp_path) == [".diffperception", "last.ckpt", "pictures/1.png", "pictures/2.png"]
-    folder.clear()
-    assert files_in(tmp_path) == []
+def test_a_file_that_was_changed_since_is_not_ours(tmp_path: Path) -> None:
+    run(tmp_path, "a.csv", "b.csv")
+    opened = OutputFolder(tmp_path, overwrite=True)
+    (tmp_path / "a.csv").write_text("mine!")  # as long as what was there
+    for refused in (lambda: OutputFolder(tmp_path, overwrite=True), opened.clear):
+        with pytest.raises(ValueError, match=r"a\.csv was changed since a run wrote it: move it away, or choose"):
+            refused()
+    assert (tmp_path / "a.csv").read_text() == "mine!"
+    assert files_in(tmp_path) == [".diffperception", "a.csv", "b.csv"]
+
+
+def test_a_copied_folder_is_known_by_its_content(tmp_path: Path) -> None:
+    run(tmp_path / "a", "1.txt", "deep/2.txt")
+    for file in [path for path in (tmp_path / "a").rglob("*") if path.is_file()]:
+        copy = tmp_path / "b" / file.relative_to(tmp_path / "a")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+        os.utime(copy, (0, 0))
+    OutputFolder(tmp_path / "b", overwrite=True).clear()
+    assert files_in(tmp_path / "b") == []
+    assert files_in(tmp_path / "a") == [".diffperception", "1.txt", "deep/2.txt"]
+
+
+def test_a_record_among_files_of_the_same_names_removes_none(tmp_path: Path) -> None:
+    run(tmp_path / "a", "1.txt", "2.txt")
+    mine = touch(tmp_path, "b/1.txt", "b/2.txt")
+    for file in mine:
+        file.write_text("of mine")
+    (tmp_path / "b/.diffperception").write_bytes((tmp_path / "a/.diffperception").read_bytes())
+    with pytest.raises(ValueError, match=r"was changed since a run wrote it \(and 1 more\)"):
+        OutputFolder(tmp_path / "b", overwrite=True)
+    assert [file.read_text() for file in mine] == ["of mine", "of mine"]
+
+
+@pytest.mark.parametrize("line", ['"1.txt"', '{"file": "1.txt"}', '{"file": 1}', "{", "\x00", "[]", '{"file": null}'])
+def test_a_record_that_is_old_or_broken_removes_none(tmp_path: Path, line: str) -> None:
+    run(tmp_path, "2.txt")
+    touch(tmp_path, "1.txt")
+    with open(tmp_path / ".diffperception", "a") as record:
+        record.write("\n" + line)
+    write_text(OutputFolder(tmp_path, overwrite=True).file("3.txt"), "3")
+    OutputFolder(tmp_path, overwrite=True).clear()
+    assert files_in(tmp_path) == ["1.txt"]
+
+
+def test_links_in_the_folder_lead_nowhere(tmp_path: Path) -> None:
+    (photo, elsewhere) = touch(tmp_path, "photos/1.png", "elsewhere.txt")
+    folder = run(tmp_path / "out", "2.txt")
+    (tmp_path / "out/pictures").symlink_to(tmp_path / "photos")
+    (tmp_path / "out/1.txt").symlink_to(elsewhere)
+    (tmp_path / "out/2.txt").unlink()
+    (tmp_path / "out/2.txt").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"pictures/2\.png would be written outside of"):
+        folder.file("pictures/2.png")
+    with pytest.raises(ValueError, match=r"1\.txt would be replaced"):
+        folder.file("1.txt")
+    with pytest.raises(ValueError, match=r"2\.txt was changed"):
+        OutputFolder(tmp_path / "out", overwrite=True)
+    assert (photo.read_text(), elsewhere.read_text()) == ("photos/1.png", "elsewhere.txt")
+
+
+def test_what_a_killed_process_began_goes_and_a_users_half_files_stay(tmp_path: Path) -> None:
+    run(tmp_path, "pictures/1.png")
+    touch(tmp_path, ".diffperception-part-1", "pictures/.diffperception-part-2", "pictures/1.png.part")
+    run(tmp_path)
+    assert files_in(tmp_path) == ["pictures/1.png.part"]
+
+
+def test_a_file_is_noted_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run(tmp_path, "1.txt")
+    monkeypatch.setattr("os.replace", interrupt_after)  # killed after the note: what is there is the old file
+    with pytest.raises(KeyboardInterrupt):
+        write_text(folder.file("1.txt"), "new")
+    monkeypatch.undo()
+    assert OutputFolder(tmp_path, True).written() == [tmp_path / "1.txt"]
+    write_text(folder.file("1.txt"), "new")
+    assert OutputFolder(tmp_path, True).written() == [tmp_path / "1.txt"]
 
 
 def test_a_record_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
@@ -231,7 +303,10 @@ def test_a_record_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     out.mkdir()
     (out / "link").symlink_to(tmp_path / "elsewhere")
     names = ["../outside.txt", str(outside), "link/2.txt", ".."]
-    (out / ".diffperception").write_text("".join(json.dumps(name) + "\n" for name in names))
+    stamp = Stamp.of(outside)._asdict()
+    stamps = [stamp, stamp, Stamp.of(tmp_path / "elsewhere/2.txt")._asdict(), stamp]
+    lines = [json.dumps({"file": name, **stamp}) + "\n" for name, stamp in zip(names, stamps, strict=True)]
+    (out / ".diffperception").write_text("".join(lines))
     OutputFolder(out, overwrite=True).clear()
     assert files_in(tmp_path) == ["elsewhere/2.txt", "outside.txt"]
 
@@ -239,7 +314,7 @@ def test_a_record_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     OutputFolder(tmp_path / "new")
     run(tmp_path / "old", "1.png", overwrite=False)
-    with pytest.raises(ValueError, match="is not empty: choose another, or allow to overwrite it with --overwrite"):
+    with pytest.raises(ValueError, match="is not empty: choose another --output, or give --overwrite"):
         OutputFolder(tmp_path / "old")
     OutputFolder(tmp_path / "old", overwrite=True).clear()
     OutputFolder(tmp_path / "old")

@@ -34,20 +34,20 @@ PASSING = ("checkpointing", "dropout")  # arguments of models that say nothing o
 class RunFolder(OutputFolder):
     """The folder of a run, which need not be there; `files` are the names of what its recipe leaves, see `Recipe`."""
 
-    may_hold_run = True
-
     def __init__(self, path: Path, files: Iterable[str]) -> None:
-        super().__init__(path, overwrite=True)  # `require_room` says what may stay
-        # TensorBoard names its other files after the process, see `record_events`.
-        names = dict.fromkeys([*FILES, WEIGHTS, f"{BOARD}/hparams.yaml", "pictures/", *files])
+        super().__init__(path)
+        names = dict.fromkeys([*FILES, WEIGHTS, "pictures/", *files])
         self.names = [name for name in names if not name.endswith("/")]
         self.subfolders = [name for name in names if name.endswith("/")]
+
+    def require_place(self) -> None:
+        """What may stay hangs on the options, see `require_room`."""
 
     def require_room(self, resume: bool, overwrite: bool) -> None:
         """ValueError if the folder holds a run, or files of somebody else, that would be lost."""
         if resume and overwrite:
             raise ValueError("give either --resume, to go on with the run, or --overwrite, to replace it")
-        found = [name for name in self.names if (self.path / name).exists()]
+        found = [name for name in self.names if os.path.lexists(self.path / name)]
         # Of a run that came here without its record; whether the checkpoint is of this run is looked at on resuming.
         moved = found if resume and CHECKPOINT in found else []
         inside = (path for name in self.subfolders for path in sorted((self.path / name).rglob("[!.]*")))
@@ -56,28 +56,36 @@ class RunFolder(OutputFolder):
         foreign = [name for name in [*found, *drawn] if name not in moved and self.path / name not in written]
         if foreign:
             raise ValueError(
-                f"{self.path / foreign[0]} is in the way of the run's own files and no run there has written it: move"
-                " it away, or choose another --output"
+                f"{self.path / foreign[0]} is in the way of the run's own files, and no run there has written it as it"
+                " is: move it away, or choose another --output"
             )
         if found and not (resume or overwrite):
             raise ValueError(
                 f"{self.path} already holds a run ({', '.join(found)}): go on with it with --resume, replace it with"
                 " --overwrite, or choose another --output"
             )
+        if overwrite:
+            self.require_unchanged()
 
     def begin(self, overwrite: bool, settings: Mapping[str, Any]) -> None:
         """Remove what an earlier run wrote, if it is to be replaced, and write the options."""
         if overwrite:
             self.clear()
-        self.record(self.names)
+        self.remove_parts()
+        written = self.written()
+        for path in (self.path / name for name in self.names):
+            if os.path.lexists(path) and path not in written:
+                self.note(path)  # of a run that came here without its record
+            self.file(path.relative_to(self.path))
+        self.boards = set((self.path / BOARD).glob("*"))
         if settings:
             kept = {name: value for name, value in settings.items() if name not in ("resume", "overwrite", "debug")}
             write_text(self.path / CONFIG, yaml.safe_dump(kept, sort_keys=False))
 
-    def record_events(self) -> None:
-        """Record the files of TensorBoard, which names them after this process."""
-        events = [file.relative_to(self.path) for file in (self.path / BOARD).glob(f"*.{os.getpid()}.*")]
-        self.record(events)
+    def note_events(self) -> None:
+        """Note the new files of TensorBoard, which names them after this process and writes them by itself."""
+        for file in set((self.path / BOARD).glob("*")) - self.boards:
+            self.note(file)
 
 
 def read_to_resume(

@@ -125,7 +125,7 @@ def fit(
     for logger in trainer.loggers:
         logger.finalize("success")
     if writes is not None:
-        writes.record_events()
+        writes.note_events()
     return Outcome(model, trainer.global_step, metrics, checkpoints.signal)
 
 

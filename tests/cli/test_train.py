@@ -101,7 +101,6 @@ def test_a_folder_that_holds_a_run_is_refused_or_replaced(
 ) -> None:
     one = ["--trainer.max_steps", "1"]
     assert train(config, tmp_path, *one, "--evaluation.num_pictures", "2") == 0
-    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,77\n")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "tensorboard" / "mine.png").write_text("mine")
     assert len(list((tmp_path / "pictures").iterdir())) == 3
@@ -111,9 +110,16 @@ def test_a_folder_that_holds_a_run_is_refused_or_replaced(
     assert "--resume" in said
     assert "--overwrite" in said
     assert train(config, tmp_path, *one, "--overwrite", "--resume") == 2
-    assert (tmp_path / "metrics.csv").read_text().endswith("77\n")
+    written = (tmp_path / "last.ckpt").stat().st_mtime_ns
+    edited = tmp_path / "pictures" / "curves.png"
+    edited.write_text("edited")
+    capsys.readouterr()
+    assert train(config, tmp_path, *one, "--overwrite") == 2
+    assert f"{edited} is in the way" in complaint(capsys)
+    assert (edited.read_text(), (tmp_path / "last.ckpt").stat().st_mtime_ns) == ("edited", written)
+    edited.unlink()
     assert train(config, tmp_path, *one, "--overwrite", "--evaluation.num_pictures", "0") == 0
-    assert "\n1,77\n" not in (tmp_path / "metrics.csv").read_text()
+    assert (tmp_path / "last.ckpt").stat().st_mtime_ns > written
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "tensorboard" / "mine.png").exists()
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["curves.png"]
