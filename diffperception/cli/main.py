@@ -27,12 +27,13 @@ COMMANDS = {
     "probe": "rank timesteps and blocks of a generator by how well they tell classes apart",
     "autolabel": "label images, or samples of a generator, with a segmenter: a data set to train on",
     "compare": "what a generator's features are worth where few images are labelled",
+    "convert-data": "annotations of other tools to COCO, or COCO to Pascal VOC or YOLO",
     "convert": "turn a checkpoint of DiffusionDet, guided-diffusion or ddpm-segmentation into a model file",
 }
 MODELS = ("detector", "segmenter", "generator", "classifier")  # the kinds of model files
 USAGE = (
     "usage: diffperception COMMAND [FILE.yaml ...] [--option value] ...\n\n"
-    + "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
+    + "\n".join(f"  {name:14}{summary}" for name, summary in COMMANDS.items())
     + "\n\n`diffperception COMMAND --help` explains the options of a command,"
     + " `train --task TASK --help` those of a task.\n"
 )
@@ -100,7 +101,7 @@ def dispatch(name: str, arguments: Sequence[str]) -> int:
 
 def functions(name: str) -> Mapping[str, Callable[..., int | None]]:
     """The functions of a command by the kind of thing that they work on; a single one by the command's name."""
-    module = importlib.import_module(f"diffperception.cli.{name}")
+    module = importlib.import_module(f"diffperception.cli.{name.replace('-', '_')}")
     return getattr(module, "BY_KIND", None) or {name: module.command}
 
 

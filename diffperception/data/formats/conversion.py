@@ -1,0 +1,59 @@
+"""From any format of annotations to COCO, and from there to Pascal VOC or YOLO."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from diffperception.data.annotations import tabulate
+from diffperception.data.formats import Format, open_annotations
+from diffperception.data.formats.writers import write_voc, write_yolo
+from diffperception.files import OutputFolder, require_file_name, write_json
+
+
+class Conversion(NamedTuple):
+    """What was converted."""
+
+    images: Path  # the folder of the images, which stay there
+    num_images: int
+    num_objects: int
+    classes: list[str]
+    notes: list[str]  # what was passed over, or taken in another way than it is written
+
+
+def convert_annotations(
+    annotations: Path,
+    output: Path,
+    images: Path | None = None,
+    format: Format = "auto",
+    to: Literal["coco", "voc", "yolo"] = "coco",
+    classes: list[str] | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Convert annotations of any format to COCO, Pascal VOC or YOLO. Images are not copied.
+
+    Args:
+        annotations: file or folder of annotations; `data.yaml:val` or `VOC2007:val` is one part of it.
+        output: the COCO JSON file to write; or the folder of a VOC or YOLO data set.
+        images: folder of the images; by default where the format has them.
+        format: what is read: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv; auto looks for itself.
+        to: what is written.
+        classes: all classes in order, for formats that do not list them; by default those that occur, sorted.
+        overwrite: write in place of a file, or of what an earlier run wrote into the folder.
+
+    Raises:
+        FileNotFoundError, ValueError: the annotations cannot be read, or the output would replace something.
+    """
+    found = open_annotations(annotations, images, format, outlines=to == "coco", classes=classes)
+    table = tabulate(found.content, annotations)
+    notes = list(found.notes)
+    if to == "coco":
+        require_file_name(output)
+        if output.exists() and not overwrite:
+            raise ValueError(f"{output} is there already: choose another, or allow to replace it with --overwrite")
+        write_json(output, found.content, indent=None)
+    else:
+        folder = OutputFolder(output, overwrite)
+        folder.clear()
+        (write_voc if to == "voc" else write_yolo)(table, folder)
+        if to == "yolo" and table.iscrowd.any():
+            notes.append(f"crowd regions, which YOLO does not know, are left out: {table.iscrowd.sum()}")
+    return Conversion(found.images, len(table.image_ids), len(table.boxes), list(table.category_names), notes)
