@@ -11,9 +11,10 @@ import importlib
 import os
 import signal
 import sys
-from argparse import ArgumentError
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
+
+from diffperception.cli.failures import Terminated, close_output, failure, spoken_plainly
 
 COMMANDS = {
     "shapes": "draw the shapes data set (images, COCO annotations, masks)",
@@ -30,6 +31,7 @@ COMMANDS = {
     "convert-data": "annotations of other tools to COCO, or COCO to Pascal VOC or YOLO",
     "convert": "turn a checkpoint of DiffusionDet, guided-diffusion or ddpm-segmentation into a model file",
 }
+NOBODY_READS = 141  # the exit code where the output is the pipe to a `head` that has ended: 128 + SIGPIPE
 MODELS = ("detector", "segmenter", "generator", "classifier")  # the kinds of model files
 USAGE = (
     "usage: diffperception COMMAND [FILE.yaml ...] [--option value] ...\n\n"
@@ -42,26 +44,32 @@ USAGE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the arguments (default: those of the command line) name.
 
-    Returns: the exit code: the command's own, 0 if it has none, 2 after a mistake of the user, 130 after Ctrl-C.
+    Returns: the exit code: the command's own, 0 if it has none, 2 after what the user or the machine can mend, 1 after
+        any other error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else "--help"
-    if name in ("--help", "-h", "help"):
-        sys.stdout.write(USAGE)
-        return 0
-    sys.path.append(os.getcwd())  # a user's own model or transform is found by its import path
-    try:
-        return dispatch(name, arguments[1:])
-    except KeyboardInterrupt:
-        sys.stderr.write(f"diffperception {name}: interrupted\n")
-        return 128 + signal.SIGINT
-    except (ArgumentError, ValueError, OSError) as error:
-        from diffperception.configuration.messages import sentence
-
-        if "--debug" in arguments:
+    with spoken_plainly():
+        try:
+            code = dispatch(name, arguments[1:])
+            sys.stdout.flush()
+            return code
+        except SystemExit:
+            close_output()
             raise
-        sys.stderr.write(f"diffperception {name}: {sentence(error)}\n")
-        return 2
+        except KeyboardInterrupt as end:
+            number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
+            sys.stderr.write(f"diffperception {name}: {'interrupted' if number == signal.SIGINT else 'terminated'}\n")
+            return 128 + number
+        except BrokenPipeError:
+            close_output()
+            return NOBODY_READS
+        except BaseException as error:
+            if "--debug" in arguments:
+                raise
+            text, code = failure(error, name)
+            sys.stderr.write(f"diffperception {name}: {text}\n")
+            return code
 
 
 def tool(name: str) -> NoReturn:
@@ -71,6 +79,10 @@ def tool(name: str) -> NoReturn:
 
 def dispatch(name: str, arguments: Sequence[str]) -> int:
     """Call command `name` with what the arguments say; ValueError, naming the nearest, if there is none."""
+    if name in ("--help", "-h", "help"):
+        sys.stdout.write(USAGE)
+        return 0
+    sys.path.append(os.getcwd())  # a user's own model or transform is found by its import path
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"

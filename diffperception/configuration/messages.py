@@ -17,11 +17,12 @@ UNREAD_GROUP = r"Unable to load config '(.*)' - .*Unable to load config \"\1\""
 
 def sentence(error: Exception) -> str:
     """What was wrong, in one line."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}" if error.filename is None else f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and re.match(r"Caught \w+ in DataLoader worker process", lines[0]):
-        return lines[-1].partition(": ")[2]
+    if lines and re.match(r"Caught \w+ in (DataLoader worker process|pin memory thread)", lines[0]):
+        starts = [n for n, line in enumerate(lines) if re.match(r"[\w.]+(: |$)", line)]
+        return " ".join(lines[starts[-1] :]).partition(": ")[2] if starts else lines[-1]
     return _plain(" ".join(lines))
 
 
