@@ -1,13 +1,14 @@
 """Large pictures in parts: the windows that prediction cuts them into, and the random ones that training sees."""
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+OVERLAP = 64  # pixels that neighbouring windows share, unless asked for otherwise
 MIN_SEEN = 0.4  # the share of its area with which an object that a training crop cuts is still one
 
 
@@ -22,6 +23,11 @@ class Window(NamedTuple):
     def cut(self, image: Tensor) -> Tensor:
         """The part (..., h, w) of a picture (..., H, W), a view of it."""
         return image[..., self.top : self.bottom, self.left : self.right]
+
+    def within(self, other: "Window") -> "Window":
+        """The same part in pixels of another window, which contains it."""
+        left, top = other.left, other.top
+        return Window(self.left - left, self.top - top, self.right - left, self.bottom - top)
 
     @property
     def place(self) -> tuple[int, int, int, int]:
@@ -56,12 +62,23 @@ class Tiling:
         rows, columns = self._along(height), self._along(width)
         return [Window(left, top, right, bottom) for (top, bottom), (left, right) in product(rows, columns)]
 
+    def shares(self, height: int, width: int) -> list[Window]:
+        """The part of the picture that is each window's alone: neighbours meet in the middle of their overlap."""
+        rows, columns = (_halved(self._along(length)) for length in (height, width))
+        return [Window(left, top, right, bottom) for (top, bottom), (left, right) in product(rows, columns)]
+
     def _along(self, length: int) -> list[tuple[int, int]]:
         if self.tile is None or length <= self.tile:
             return [(0, length)]
         gaps = -(-(length - self.tile) // (self.tile - self.overlap))
         starts = [i * (length - self.tile) // gaps for i in range(gaps + 1)]
         return [(start, start + self.tile) for start in starts]
+
+
+def _halved(stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Stretches that overlap, each ended halfway through what it shares with the next."""
+    middles = [(after[0] + before[1]) // 2 for before, after in pairwise(stretches)]
+    return list(pairwise([stretches[0][0], *middles, stretches[-1][1]]))
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from diffperception.data import CocoDetection
 from diffperception.data.batches import collate, spread
 from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead, to_float
 from diffperception.data.listing import list_images
-from diffperception.data.tiles import Tiling
+from diffperception.data.tiles import OVERLAP, Tiling
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
 from diffperception.detection.sampler import BoxSampler
-from diffperception.detection.tiles import OVERLAP, predict_images, require_no_masks
+from diffperception.detection.tiles import predict_images, require_no_masks
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
 from diffperception.echo import echo_remark

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from diffperception.data import CocoDetection
 from diffperception.data.batches import collate
 from diffperception.data.images import LazyMap, read_ahead
+from diffperception.data.tiles import OVERLAP
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, Protocol
 from diffperception.detection.inference import require_classes
 from diffperception.detection.sampler import BoxSampler
-from diffperception.detection.tiles import OVERLAP
 from diffperception.devices import Precision, autocast, gather, hide_bar, share
 from diffperception.diffusion import sample_seed
 from diffperception.files import OutputFolder, write_json

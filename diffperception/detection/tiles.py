@@ -14,7 +14,6 @@ from diffperception.detection.detector import Detector
 from diffperception.detection.sampler import BoxSampler
 from diffperception.diffusion import sample_seed
 
-OVERLAP = 64  # pixels that neighbouring windows share, unless asked for otherwise
 MAX_DETECTIONS = 3000  # of a picture in several windows, the best
 BORDER = 4.0  # pixels from a window's inner border to a box that counts as cut by it
 ALIKE = 0.5  # IoU, in what two windows share, from which on they see one object

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +17,7 @@ from diffperception.data.batches import spread
 from diffperception.data.images import LazyMap, load_images, read_ahead, read_image, to_float
 from diffperception.data.listing import list_images
 from diffperception.data.masks import MaskFolder, find_mask
+from diffperception.data.tiles import OVERLAP, Tiling
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.echo import echo_remark
 from diffperception.files import OutputFolder, png_names, safe_path, write_json, write_text
@@ -76,6 +77,8 @@ def segment_folder(
     workers: NonNegativeInt = 2,
     precision: Precision = "32",
     overwrite: bool = False,
+    tile: PositiveInt | None = None,
+    overlap: NonNegativeInt = OVERLAP,
 ) -> FolderScores:
     """Say of every pixel of an image, or of all images in a folder, which class it is.
 
@@ -93,12 +96,15 @@ def segment_folder(
             first of them, those to label next.
         labelled: folder of masks; images that have one there are left out.
         num_pictures: draw the overlays and uncertainties of at most this many images.
+        tile: images that are larger than this, at the model's short side, are segmented in windows of so many pixels a
+            side, so that memory does not grow with them; null takes them whole.
+        overlap: pixels that neighbouring windows share at least; a pixel is that of the window in which it lies deeper.
 
     Raises:
         FileNotFoundError: there is no such image or folder.
         ValueError: the output folder holds something, or no image can be read; a single member cannot rank.
     """
-    model = PixelSegmenter.loaded(model)
+    model, tiling = PixelSegmenter.loaded(model), Tiling(tile, overlap)
     root, paths, remark = list_images(images, leave_out=Path(output))
     paths = _without_mask(paths, root, labelled)
     if rank and model.classifier.members < 2:
@@ -109,31 +115,34 @@ def segment_folder(
     files = png_names(path.relative_to(root) for path in paths)
     drawn = set(paths[:num_pictures])
     found: list[ImageScore | str] = []
-    samples = load_images(share(paths), workers=workers)
+    samples = load_images(share(paths), workers=workers, as_uint8=tile is not None)
     with autocast(model.device, precision):
         for (sample,) in tqdm(samples, "segment", unit="image", disable=hide_bar()):
             if sample.image is None:
                 found.append(sample.problem)
                 continue
             name = sample.path.relative_to(root)
-            segmentation, score = segment_image(model, sample.image, name, folder.file("masks" / files[name]))
+            mask = folder.file("masks" / files[name])
+            segmentation, score = segment_image(model, sample.image, name, mask, tiling)
             found.append(score)
             if sample.path in drawn:
-                overlay = mask_overlay(sample.image, segmentation.labels.cpu())
+                overlay = mask_overlay(to_float(sample.image), segmentation.labels.cpu())
                 save_png(to_pil(overlay), folder.file("overlays" / files[name]))
                 save_png(to_pil(uncertainty_map(segmentation.uncertainty)), folder.file("uncertainty" / files[name]))
         scores = FolderScores.of(gather(found))
         if rank and first_process():
-            _write_rank(model, scores.ranked(), root, folder)
+            _write_rank(model, scores.ranked(), root, folder, tiling)
     if first_process():
         rows = [[s.name, f"{s.uncertainty:.6f}", *(f"{f:.6f}" for f in s.fractions)] for s in scores.scores]
         _write_table(["image", "uncertainty", *model.classes], rows, folder.file("scores.csv"))
     return scores
 
 
-def segment_image(model: PixelSegmenter, image: Tensor, name: Path, mask: Path) -> tuple[Segmentation, ImageScore]:
+def segment_image(
+    model: PixelSegmenter, image: Tensor, name: Path, mask: Path, tiling: Tiling | None = None
+) -> tuple[Segmentation, ImageScore]:
     """What a segmenter makes of an image (3, H, W) of some name; writes its labels to `mask`."""
-    found = model.segment(image)
+    found = model.segment(image, tiling=tiling)
     labels = found.labels.cpu()
     save_png(Image.fromarray(labels.byte().numpy()), mask)
     counts = torch.bincount(labels.flatten(), minlength=len(model.classes))
@@ -148,6 +157,8 @@ def evaluate_segmenter(
     workers: NonNegativeInt = 2,
     precision: Precision = "32",
     overwrite: bool = False,
+    tile: PositiveInt | None = None,
+    overlap: NonNegativeInt = OVERLAP,
 ) -> dict[str, Any]:
     """Score a segmenter on images with masks: IoU per class, and their mean, as :meth:`MeanIoU.summary`.
 
@@ -157,15 +168,19 @@ def evaluate_segmenter(
         model: as for :func:`segment_folder`.
         output: folder for metrics.json and pictures/; nothing is written without it.
         num_pictures: how many are drawn, spread over the images: image, truth, prediction and uncertainty.
+        tile, overlap: as for :func:`segment_folder`.
     """
     model, results = PixelSegmenter.loaded(model), None if output is None else OutputFolder(output, overwrite)
+    tiling = Tiling(tile, overlap)
     with autocast(model.device, precision):
-        counts = score_images(lambda image, size: model.segment(image).labels, len(model.classes), folder, workers)
+        counts = score_images(
+            lambda image, size: model.segment(image, tiling=tiling).labels, len(model.classes), folder, workers
+        )
         metrics = counts.summary(model.classes)
         if results is not None and first_process():
             results.clear()
             write_json(results.file("metrics.json"), {"metrics": metrics, "images": len(folder)})
-            draw_comparisons(model, folder, results, num_pictures)
+            draw_comparisons(model, folder, results, num_pictures, tiling)
     return metrics
 
 
@@ -181,13 +196,15 @@ def score_images(
     return counts
 
 
-def draw_comparisons(model: PixelSegmenter, folder: MaskFolder, output: OutputFolder, count: int) -> None:
+def draw_comparisons(
+    model: PixelSegmenter, folder: MaskFolder, output: OutputFolder, count: int, tiling: Tiling | None = None
+) -> None:
     """pictures/: image, truth, prediction and uncertainty of some images, spread over the folder, a PNG each."""
     chosen = {index: safe_path(folder.names[index]) for index in spread(len(folder), count)}
     names = png_names(chosen.values())
     for index, name in chosen.items():
         image, mask = folder[index]
-        found = model.segment(image)
+        found = model.segment(image, tiling=tiling)
         picture = segmentation_panels(image, found.labels, found.uncertainty, model.classes, mask)
         save_png(picture, output.file("pictures" / names[name]))
 
@@ -210,14 +227,16 @@ def _without_mask(paths: list[Path], root: Path, labelled: Path | None) -> list[
     return left
 
 
-def _write_rank(model: PixelSegmenter, ranked: Sequence[ImageScore], root: Path, folder: OutputFolder) -> None:
+def _write_rank(
+    model: PixelSegmenter, ranked: Sequence[ImageScore], root: Path, folder: OutputFolder, tiling: Tiling
+) -> None:
     """rank.csv, and what the model makes of the first images."""
     rows = [[str(place), score.name, f"{score.uncertainty:.6f}"] for place, score in enumerate(ranked, 1)]
     _write_table(["rank", "image", "uncertainty"], rows, folder.file("rank.csv"))
     panels = []
     for score in ranked[:SHEET]:
         image = to_float(read_image(root / score.name))
-        found = model.segment(image)
+        found = model.segment(image, tiling=tiling)
         strip = segmentation_panels(image, found.labels, found.uncertainty, model.classes, long_side=PANEL_SIDE)
         panels.append(titled(strip, f"{score.name}: {score.uncertainty:.2g}"))
     save_png(contact_sheet(panels), folder.file("rank.png"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffperception.data import CocoDetection
 from diffperception.data.batches import repeat_factors
-from diffperception.data.tiles import RandomTile, Tiling
+from diffperception.data.tiles import OVERLAP, RandomTile, Tiling
 from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
@@ -24,7 +24,7 @@ from diffperception.detection.inference import (
     require_masks,
     write_result,
 )
-from diffperception.detection.tiles import OVERLAP, require_no_masks
+from diffperception.detection.tiles import require_no_masks
 from diffperception.echo import echo
 from diffperception.files import OutputFolder
 from diffperception.models import Backbone
