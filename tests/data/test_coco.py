@@ -176,11 +176,11 @@ def test_empty_data_set_and_missing_folder_are_refused(folder, content, save):
     [
         ("L", "png", 200, (200, 200, 200)),
         ("1", "png", 1, (255, 255, 255)),
-        ("RGBA", "png", (10, 20, 30, 40), (10, 20, 30)),
+        ("RGBA", "png", (10, 20, 30, 51), (206, 208, 210)),  # a fifth of it, and four of white
         ("I;16", "png", 40000, (155, 155, 155)),
         ("I;16", "tiff", 65535, (255, 255, 255)),
         ("CMYK", "jpg", (0, 255, 255, 0), (254, 0, 0)),
-        ("LA", "png", (90, 3), (90, 90, 90)),
+        ("LA", "png", (90, 255), (90, 90, 90)),
         ("P", "png", 2, None),
     ],
 )
