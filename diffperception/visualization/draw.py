@@ -3,18 +3,18 @@
 import colorsys
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from diffperception.files import written_beside
+from diffperception.visualization.fonts import text_width, write_line
 
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -24,8 +24,6 @@ THRESHOLD = 0.4  # detections with lower scores are not drawn
 MASK_OPACITY = 0.55
 INK: Color = (25, 25, 25)
 PAPER: Color = (255, 255, 255)
-
-font = cache(ImageFont.load_default)  # of a size
 
 
 def save_png(picture: Image.Image, path: str | Path) -> None:
@@ -131,12 +129,12 @@ def _write_texts(picture: Image.Image, boxes: Sequence[Any], colors: Sequence[Co
     draw = ImageDraw.Draw(picture, "RGBA")
     taken: list[Box] = []
     for text, box, color in reversed(list(zip(texts, boxes, colors, strict=False))):  # the best chooses its place first
-        width = math.ceil(font(14).getlength(text)) + 6
+        width = text_width(text, 14) + 6
         place = _place(box, width, 18, picture.size, taken)
         taken.append(place)
         draw.rectangle(place, fill=(*color, 225))
         is_bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
-        draw.text((place[0] + 3, place[1]), text, fill=INK if is_bright else PAPER, font=font(14))
+        write_line(draw, (place[0] + 3, place[1]), text, INK if is_bright else PAPER, 14)
 
 
 def _place(box: Box, width: int, height: int, size: tuple[int, int], taken: list[Box]) -> Box:

@@ -26,9 +26,9 @@ from diffperception.visualization.draw import (
     class_color,
     draw_boxes,
     draw_detections,
-    font,
     to_pil,
 )
+from diffperception.visualization.fonts import text_width, write_line
 
 PANEL_SIDE = 360  # long side in pixels of images of which many are beside each other
 TRAJECTORY_PANELS = 6  # at most
@@ -194,8 +194,8 @@ def stack(panels: Sequence[Image.Image], vertical: bool = False, gap: int = 8) -
 
 def titled(panel: Image.Image, title: str) -> Image.Image:
     """The panel with a line of text above it."""
-    width = max(panel.width, math.ceil(font(18).getlength(title)) + 8)
+    width = max(panel.width, text_width(title, 18) + 8)
     whole = Image.new("RGB", (width, panel.height + 28), PAPER)
     whole.paste(panel, (0, 28))
-    ImageDraw.Draw(whole).text((4, 3), title, fill=INK, font=font(18))
+    write_line(ImageDraw.Draw(whole), (4, 3), title, INK, 18)
     return whole
