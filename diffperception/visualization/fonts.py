@@ -50,8 +50,8 @@ def readable(text: str) -> str:
 def _spelled_out(letters: str) -> str:
     shown = f"[{' '.join(map(_spelled, letters))}]"
     warnings.warn(
-        f"no font on this machine has the letters {letters}: pictures show {shown} in their place; a font that has them,"
-        " such as Noto Sans CJK, is found once it is installed",
+        f"no font on this machine has the letters {letters}: pictures show {shown} in their place; a font that has"
+        " them, such as Noto Sans CJK, is found once it is installed",
         stacklevel=2,
     )
     return shown
