@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -32,6 +33,8 @@ class FCOS(Detector):
         min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
         max_size: but the long side is at most this.
     """
+
+    class_layers: ClassVar = {"model.head.classification_head.cls_logits": 0}
 
     def __init__(
         self,
@@ -67,7 +70,8 @@ class FCOS(Detector):
     ) -> dict[str, Tensor]:
         """See `Detector.loss`. Terms: `classification`, `bbox_regression`, `bbox_ctrness`."""
         training = self.model.training
-        self.model.train()  # torchvision returns losses in training mode only
+        if not training:  # torchvision returns losses in training mode only
+            self.model.train()
         learned = [without_crowds(target) for target in targets]
         objects = [_with_area({name: t[name].to(self.device) for name in ("boxes", "labels")}) for t in learned]
         losses = self.model([image.to(self.device) for image in images], objects)

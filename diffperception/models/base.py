@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,9 @@ class Model(nn.Module):
     """
 
     kind: str = "model"  # what its file says that it is: a detector, a segmenter, a generator, ...
+    # Its modules whose weights have a row per class, of the innermost model around them that has `classes`: names, *
+    # for any part, and the axis of the rows. Where training starts from other weights, rows go by class name.
+    class_layers: ClassVar[Mapping[str, int]] = {}
     arguments: dict[str, Any]  # of the constructor, by name
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -129,6 +132,15 @@ def trusting(package: str | None) -> Iterator[None]:
         yield
     finally:
         _trusted.reset(token)
+
+
+def is_model_file(path: str | Path) -> bool:
+    """Whether a file is one of ours, of this version or another; False for one that is not there."""
+    try:
+        with safe_open(path, "pt") as file:
+            return str((file.metadata() or {}).get("format")).startswith(PACKAGE)
+    except (SafetensorError, OSError):
+        return False
 
 
 def file_kind(path: str | Path) -> str:

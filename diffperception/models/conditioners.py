@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class ClassLabels(Conditioner):
         channels: E, the length of an embedding, which is the network's.
         null_class: there is one more label, K, that stands for none, as classifier-free guidance needs.
     """
+
+    class_layers: ClassVar = {"embedding": 0}
 
     def __init__(self, classes: Sequence[str], channels: int, null_class: bool = False) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,8 @@ class PixelEnsemble(Model):
     Attributes:
         band_pixels: how many pixels go at once through the layers after the first; None for what suits the device.
     """
+
+    class_layers: ClassVar = {"mlps.layers.6": 1}  # after the axis of the members
 
     def __init__(self, channels: int, num_classes: int, members: int = 10) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ FILES = {
     CONFIG: "all options; use it as --config to repeat the run",
 }
 # Options that decide what the weights or the optimizer's state mean, besides the model's and the recipe's.
-LASTING = ("task", "optimizer.backbone_lr_factor")
+LASTING = ("task", "init", "optimizer.backbone_lr_factor", "optimizer.frozen_stages", "optimizer.layer_decay")
 AVERAGES = ("optimizer.ema_decay", "fit.ema_decay")  # may change, but not appear or go
 PASSING = ("checkpointing", "dropout")  # arguments of models that say nothing of their weights
 

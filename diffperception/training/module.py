@@ -1,6 +1,7 @@
 """The base of all training steps: loss, seeds, optimiser and learning rate, as a LightningModule."""
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffperception.devices import to_device
 from diffperception.diffusion.noise import derive_seed
 from diffperception.models.base import describe
+from diffperception.models.warm_start import WarmStart, warm_start
 
 ARGUMENTS = "model_arguments"  # in a checkpoint, as JSON
 
@@ -53,6 +55,10 @@ class TrainingModule(LightningModule):
         self.model, self.options, self.seed = model, options, seed
         self.term_names: list[str] = []
         self.noted: list[NotedLoss] = []  # since the last row of numbers
+
+    def start_from(self, path: Path) -> WarmStart:
+        """Give the model the weights of a file that fit it, before it is trained; errors as of `warm_start`."""
+        return warm_start(self.model, path)
 
     def loss_terms(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """0-d tensors whose sum is the loss of the batch; all its noise comes from the generator, one of the CPU."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -59,12 +60,14 @@ class Recipe(ABC):
         example: a configuration that is shipped, for the help; empty if there is none.
         lasting: dotted names of options that a resumed run must have as it was begun, for they decide what its state
             means.
+        init: the file whose weights training starts from, where they fit; None for none, as of tasks without it.
     """
 
     task: ClassVar[str]
     files: ClassVar[Mapping[str, str]] = {}
     example: ClassVar[str] = ""
     lasting: ClassVar[tuple[str, ...]] = ()
+    init: Path | None = None
 
     @abstractmethod
     def prepare(self, seed: int) -> Parts:

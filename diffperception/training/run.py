@@ -69,11 +69,14 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
     checkpoint = None
     if folder is not None and options.resume:
         checkpoint = read_to_resume(folder, settings, recipe.lasting, trainer.max_steps, parts.module.model)
+    started = None if checkpoint or recipe.init is None else parts.module.start_from(recipe.init)
     if folder is not None and first_process():
         folder.begin(options.overwrite, settings)
     if checkpoint is not None:
         echo(f"going on after step {checkpoint['global_step']} of {options.output}/{CHECKPOINT}")
     echo(parts.summary)
+    if started is not None:
+        echo(str(started))
     outcome = fit(parts, trainer, folder, checkpoint)
     if folder is not None:
         again = f"the same command with --resume goes on from {folder.path / CHECKPOINT}"

@@ -15,11 +15,12 @@ from diffperception.data import CocoDetection
 from diffperception.detection import DiffusionDet, DynamicHead
 from diffperception.detection.inference import evaluate_detector, spread
 from diffperception.models.base import trusting
+from diffperception.models.warm_start import warm_start
 from diffperception.training.callbacks import Averaging
 from diffperception.training.data import TimedLoader
 from diffperception.training.loggers import CsvLog
 from diffperception.training.options import OptimizerOptions
-from diffperception.training.recipes.detection import DataOptions, DetectionModule, start_from
+from diffperception.training.recipes.detection import DataOptions, DetectionModule
 from tests.helpers.devices import Device
 from tests.training.tiny_data import write_tiny_data
 from tests.training.tiny_detector import TinyDetector
@@ -63,14 +64,13 @@ class OwnHead(DynamicHead):
 
 
 def test_weights_to_start_from_may_name_parts_of_a_trusted_package(tmp_path: Path) -> None:
-    dataset = CocoDetection(*write_tiny_data(tmp_path / "data"))
     head = partial(OwnHead, width=16, stages=1, ffn_width=16, num_heads=2)
-    source, detector = (DiffusionDet(dataset.classes, "resnet10t", head, strides=(8, 16)) for _ in range(2))
+    source, detector = (DiffusionDet(["a", "b"], "resnet10t", head, strides=(8, 16)) for _ in range(2))
     source.save(tmp_path / "source.safetensors")
     with pytest.raises(ValueError, match=r"names the class tests\..*--trust tests"):
-        start_from(detector, tmp_path / "source.safetensors", dataset)
+        warm_start(detector, tmp_path / "source.safetensors")
     with trusting("tests"):
-        start_from(detector, tmp_path / "source.safetensors", dataset)
+        warm_start(detector, tmp_path / "source.safetensors")
     weights = detector.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in source.state_dict().items())
 

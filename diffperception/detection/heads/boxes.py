@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -78,6 +79,8 @@ class DynamicHead(Head):
         num_heads: heads of the self-attention over proposals.
         box_layers: depth of the box tower.
     """
+
+    class_layers: ClassVar = {"stages.*.class_logits": 0}
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ class NoisyClassifier(Encoder):
     """
 
     kind = "classifier"
+    class_layers: ClassVar = {"pool.out": 0}
 
     def __init__(
         self,

@@ -20,7 +20,6 @@ from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protoc
 from diffperception.detection.inference import (
     draw_predictions,
     evaluate_detector,
-    require_classes,
     require_masks,
     write_result,
 )
@@ -203,7 +202,8 @@ class DetectionRecipe(Recipe):
         optimizer: how the weights are updated.
         evaluation: how it is scored.
         module: the training step; a class of your own may change it.
-        init: training starts from the weights in this model.safetensors file, of the same model and classes.
+        init: training starts from the weights in this file that fit the model by name and shape, and from new ones
+            elsewhere: a detector of any classes, a generator, or a backbone's weights alone (.safetensors, .pth, .pt).
     """
 
     task = "detection"
@@ -231,8 +231,6 @@ class DetectionRecipe(Recipe):
         require_masks(detector, val)
         require_no_masks(detector, Tiling(evaluation.tile, evaluation.overlap))
         detector.class_frequencies.copy_(torch.from_numpy(train.images_per_class()))
-        if self.init is not None:
-            start_from(detector, self.init, val)
         return Parts(
             self.module(detector, self.optimizer, seed),
             batches,
@@ -240,13 +238,3 @@ class DetectionRecipe(Recipe):
             f"{size_of(detector)} learns {len(train.classes)} classes from {len(train)} images and is scored on"
             f" {len(val)}",
         )
-
-
-def start_from(detector: Detector, path: Path, dataset: CocoDetection) -> None:
-    """Give `detector` the weights of a model file; ValueError if its classes or its layers differ."""
-    source = Detector.load(path, allow=(type(detector).__module__.split(".")[0],))  # the user has named that class
-    require_classes(source.classes, dataset)
-    try:
-        detector.load_state_dict(source.state_dict())
-    except RuntimeError:
-        raise ValueError(f"{path} holds a {type(source).__name__} of another shape than the configured model") from None

@@ -204,6 +204,8 @@ class GenerationRecipe(Recipe):
         optimizer: how the weights are updated.
         objective: what is learned at which times.
         preview: samples and held-out loss.
+        init: training starts from the weights in this file that fit the model by name and shape, and from new ones
+            elsewhere: a generator of any classes or none, or a UNet.
     """
 
     task = "generation"
@@ -221,6 +223,7 @@ class GenerationRecipe(Recipe):
     )
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     preview: PreviewOptions = field(default_factory=PreviewOptions)
+    init: Path | None = None
 
     def prepare(self, seed: int) -> Parts:
         model = self.model(self.data.classes())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -153,6 +154,8 @@ class NoisyClassifierRecipe(Recipe):
         data: what it learns from and is measured on.
         optimizer: how the weights are updated.
         evaluation: how its accuracy is measured.
+        init: training starts from the weights in this file that fit the model by name and shape, and from new ones
+            elsewhere: a classifier of any classes, or a generator, whose encoder it takes.
     """
 
     task = "classifier"
@@ -170,6 +173,7 @@ class NoisyClassifierRecipe(Recipe):
         default_factory=lambda: OptimizerOptions(lr=3e-4, base_batch_size=256, weight_decay=0.05)
     )
     evaluation: AccuracyOptions = field(default_factory=AccuracyOptions)
+    init: Path | None = None
 
     def prepare(self, seed: int) -> Parts:
         model = self.model(self.data.classes())

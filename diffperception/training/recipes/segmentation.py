@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +19,7 @@ from diffperception.data.masks import IGNORE_INDEX, MaskDataOptions, MaskFolder
 from diffperception.diffusion.noise import derive_seed
 from diffperception.echo import echo, plural
 from diffperception.files import OutputFolder, write_json
+from diffperception.models.warm_start import WarmStart, warm_start
 from diffperception.segmentation import FeatureExtractor, MeanIoU, PixelEnsemble, PixelSegmenter
 from diffperception.segmentation.feature_cache import in_bytes, stored_bytes
 from diffperception.segmentation.inference import draw_comparisons, iou_table, score_images
@@ -172,6 +174,16 @@ class EnsembleModule(FitModule):
         self.register_buffer("waited", torch.zeros(ensemble.members, dtype=torch.int64))
         self.register_buffer("stopped", torch.zeros(ensemble.members, dtype=torch.int64))  # the minibatch; 0: not yet
 
+    def start_from(self, path: Path) -> WarmStart:
+        """As of any module; features that were computed before, by :class:`ExtractedFeatures`, stay what they are."""
+        self._publish(range(len(self.stopped)))
+        extracted = self.source[0] is not self.model.features
+        report = warm_start(self.model, path, below="classifier." if extracted else "")
+        state = {name: value.clone() for name, value in self.model.classifier.mlps.state_dict().items()}
+        state["layers.0.weight"] = state["layers.0.weight"][:, :, self.order]
+        self.members.load_state_dict(state)
+        return report
+
     def on_fit_start(self) -> None:
         """Compute the features of the labelled pixels."""
         if self.trainer.precision == "16-mixed":
@@ -311,6 +323,9 @@ class SegmentationRecipe(Recipe):
         members: classifiers in the ensemble; where they differ, a pixel is uncertain.
         fit: how they learn.
         num_pictures: how many are drawn, of the images measured on, else of those learned from.
+        init: training starts from the weights in this file that fit the model by name and shape, and from new ones
+            elsewhere: a segmenter of any classes on such features, or what fits the features themselves, which are
+            not trained: a generator, or a timm model's weights.
     """
 
     task = "segmentation"
@@ -327,6 +342,7 @@ class SegmentationRecipe(Recipe):
     members: PositiveInt = 10
     fit: FitOptions = field(default_factory=lambda: FitOptions(max_minibatches=1000))
     num_pictures: NonNegativeInt = 4
+    init: Path | None = None
 
     def prepare(self, seed: int) -> Parts:
         train_set, val_set = self.data.open(seed), self.data.open_val()

@@ -1,0 +1,79 @@
+"""Runs that start from other weights: what a user sees of it, and what a resumed run makes of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffperception.models.base import Model
+from tests.helpers.runs import complaint, fixtures_of, train
+from tests.training.tiny_data import write_tiny_config
+from tests.training.tiny_generator import write_tiny_generator
+
+config, whole = fixtures_of(write_tiny_config)
+SHORT = ["--trainer.max_steps", "2", "--evaluation.every", "null", "--evaluation.num_pictures", "0"]
+SMALL = ["--model", "tests.training.tiny_detector.UnpluggedDiffusionDet", *SHORT]
+
+
+def other_classes(config: Path, folder: Path) -> list[str]:
+    """Options of a data set whose first class has another name and whose categories come in another order."""
+    content = json.loads((config.parent / "data" / "annotations.json").read_text())
+    content["categories"] = [{"id": 3, "name": "ring"}, {"id": 7, "name": "Square"}, {"id": 1, "name": "gear"}]
+    (folder / "own.json").write_text(json.dumps(content))
+    return [f"--data.{part}_annotations={folder / 'own.json'}" for part in ("train", "val")]
+
+
+def test_a_detector_of_other_classes_is_started_from_and_told(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, tmp_path / "base", *SMALL) == 0
+    capsys.readouterr()
+    own = [*other_classes(config, tmp_path), "--optimizer.lr", "0"]
+    assert train(config, tmp_path / "tuned", *SMALL, *own, "--init", str(tmp_path / "base/model.safetensors")) == 0
+    said = capsys.readouterr().out
+    assert "(UnpluggedDiffusionDet of 2 classes)" in said
+    assert "classes taken by name: Square (there square); anew: " in said
+    base, tuned = (Model.load(tmp_path / run / "model.safetensors", allow="tests") for run in ("base", "tuned"))
+    assert tuned.classes != base.classes
+    ours, theirs = (model.head.stages[0].class_logits.bias for model in (tuned, base))
+    assert ours[tuned.classes.index("Square")] == theirs[base.classes.index("square")]
+    assert torch.equal(tuned.head.stages[0].box_deltas.weight, base.head.stages[0].box_deltas.weight)
+
+
+def test_a_resumed_run_does_not_start_again_nor_from_something_else(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, run = tmp_path / "start.safetensors", tmp_path / "run"
+    start.write_bytes((whole / "model.safetensors").read_bytes())
+    assert train(config, run, *SHORT, "--init", str(start)) == 0
+    start.unlink()  # is not needed any more
+    capsys.readouterr()
+    longer = [*SHORT, "--trainer.max_steps", "3", "--resume"]
+    assert train(config, run, *longer, "--init", str(start)) == 0
+    assert "starting from" not in capsys.readouterr().out
+    assert train(config, run, *longer, "--init", str(whole / "model.safetensors")) == 2
+    assert "init is" in complaint(capsys)
+
+
+def test_a_file_that_does_not_fit_leaves_nothing_behind(
+    config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, tmp_path / "run", *SMALL, "--init", str(whole / "model.safetensors")) == 2
+    assert "too little of this UnpluggedDiffusionDet" in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+    assert train(config, tmp_path / "run", *SMALL, "--init", str(tmp_path / "absent.pth")) == 2
+    assert "there is no" in complaint(capsys)
+
+
+def test_a_generator_starts_from_another_ones_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_tiny_generator(tmp_path)
+    short = ["--trainer.max_steps", "1", "--preview.every", "null", "--preview.num_samples", "1"]
+    assert train(config, tmp_path / "base", *short) == 0
+    capsys.readouterr()
+    (tmp_path / "pictures" / "odd").rename(tmp_path / "pictures" / "strange")
+    tuned = [*short, "--optimizer.lr", "0", "--init", str(tmp_path / "base/model.safetensors")]
+    assert train(config, tmp_path / "tuned", *tuned) == 0
+    assert "classes taken by name: even; anew: strange" in capsys.readouterr().out
+    base, tuned = (Model.load(tmp_path / run / "model.safetensors", allow="tests") for run in ("base", "tuned"))
+    assert all(torch.equal(value, base.network.state_dict()[n]) for n, value in tuned.network.state_dict().items())
