@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffperception.files import CHECKPOINT
 from diffperception.models.backbones.base import Backbone
 from diffperception.models.base import Model, is_model_file
-from diffperception.models.convert.checkpoints import read_weights
+from diffperception.models.convert.checkpoints import state_of
 
 LEAST = 0.1  # of some part of the model must fit, or the file is of something else
 LISTED = 6  # names or groups of names in a line of the report
@@ -118,7 +118,7 @@ def read_source(path: Path, allow: tuple[str, ...] = ()) -> Source:
         return Source(path, model.state_dict(), class_rows(model), f"{type(model).__name__}{of_classes}")
     if path.name == CHECKPOINT:
         raise ValueError(f"{path} is what --resume goes on from: name the model.safetensors beside it instead")
-    state = read_weights(path)[0]
+    state = state_of(path)
     return Source(path, state, {}, f"{len(state)} weights without a description")
 
 

@@ -140,7 +140,7 @@ def test_weights_of_a_backbone_alone_by_timms_names(tmp_path: Path, prefix: str,
         assert torch.equal(value, weights[prefix + name]), name
     assert all(torch.equal(value, before[name]) for name, value in model.head.state_dict().items())
     assert report.parts["backbone"][0] == report.parts["backbone"][1]
-    assert {name.removeprefix(prefix) for name in report.unused} >= {"fc.weight", "fc.bias"}
+    assert sum(name.endswith(("fc.weight", "fc.bias")) for name in report.unused) == 2
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "tf_efficientnet_lite0"])
