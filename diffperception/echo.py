@@ -26,6 +26,12 @@ def echo_remark(remark: str) -> None:
         echo(remark)
 
 
+def echo_notes(notes: Sequence[str]) -> None:
+    """Print remarks for the user, a line each."""
+    for note in notes:
+        echo(f"note: {note}")
+
+
 def echo_left_out(problems: Sequence[str]) -> None:
     """Name the images that cannot be read, if there are any."""
     if problems:

@@ -12,14 +12,14 @@ from torch import Tensor
 from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import CocoDetection
 from diffperception.data.listing import list_images
-from diffperception.data.masks import MaskDataOptions
+from diffperception.data.masks import MaskDataOptions, MaskFolder
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, iou_types
 from diffperception.detection.inference import draw_predictions, evaluate_detector, write_result
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
 from diffperception.devices import first_process, join_processes, pick_device
-from diffperception.echo import echo, plural
+from diffperception.echo import echo, echo_notes, plural
 from diffperception.files import OutputFolder, write_json
 from diffperception.generation.evaluator import ScoringOptions, evaluate_samples
 from diffperception.segmentation import PixelSegmenter, evaluate_segmenter
@@ -140,7 +140,8 @@ def evaluate_segmenter_file(
         seed: seed of which images `max_images` chooses.
     """
     segmenter = PixelSegmenter.load(model, pick_device(device))
-    folder = data(classes=segmenter.classes).open(seed)
+    folder = MaskFolder(data(classes=segmenter.classes), seed)
+    echo_notes(folder.notes)
     with join_processes():
         metrics = score(segmenter, folder)
     echo(f"{iou_table(metrics)}\non the labelled pixels of {plural(len(folder), 'image')}")

@@ -6,7 +6,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from diffperception.data.masks import MaskDataOptions
 from diffperception.devices import Precision, pick_device
-from diffperception.echo import echo
+from diffperception.echo import echo, echo_notes
 from diffperception.files import OutputFolder
 from diffperception.models.generator import load_generator
 from diffperception.segmentation import DiffusionFeatures
@@ -53,6 +53,7 @@ def command(
     tried = [*range(len(generator.block_info))] if blocks is None else blocks
     features = DiffusionFeatures(generator, tried, timesteps, window, seed, label).to(pick_device(device))
     folder = data.open(seed)
+    echo_notes(folder.notes)
     images = list(folder.images)
     expected = expected_seconds(features, images, precision)
     echo(f"{len(timesteps)} timesteps, {len(tried)} blocks, {len(images)} images: about {expected:.0f} s per timestep")

@@ -2,12 +2,14 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from diffperception.configuration.as_written import load_as_written
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -44,25 +46,30 @@ def with_bases(file: str, above: tuple[Path, ...] = ()) -> list[str]:
         raise ValueError(f"{file} builds on itself: base goes round in a circle over {', '.join(map(str, above))}")
     if above and not path.is_file():
         raise FileNotFoundError(f"there is no file {file}, which {above[-1]} names as its base")
-    bases = read_settings_file(file).get("base", [])
+    settings = read_settings_file(file, load_as_written)
+    bases = settings.get("base") or []
     if bases and not os.path.isfile(file):
         raise ValueError(f"only a configuration file names its base, not the text {file}: give --config several times")
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(f"{file}: base must be the name of a file or a list of names, not {bases}")
     before = [with_bases(str(path.parent / base), (*above, path.resolve())) for base in bases]
-    return [*chain.from_iterable(before), file]
+    own = [file] if settings or not path.is_file() else []  # none of a file of comments alone
+    return [*chain.from_iterable(before), *own]
 
 
-def read_settings_file(file: str | Path) -> dict[str, Any]:
+def read_settings_file(file: str | Path, load: Callable[[str], Any] = yaml.safe_load) -> dict[str, Any]:
     """What a YAML file, or a text in its place, says; nothing for one that is missing, of which the parser complains.
+
+    Args:
+        load: reads the text.
 
     Raises:
         ValueError: the file is not YAML, or not options.
     """
     is_file = os.path.isfile(file)  # unlike Path.is_file, False too of a text that is too long for a name
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8") if is_file else str(file))
+        settings = load(Path(file).read_text(encoding="utf-8") if is_file else str(file))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         if not is_file:
             return {}
@@ -85,7 +92,9 @@ def given(arguments: Sequence[str], name: str) -> str | None:
     known, _ = parser.parse_known_args([word for word in arguments if word != "--help"])
     if getattr(known, name) is not None:
         return str(getattr(known, name))
-    found = [value for file in known.config if (value := read_settings_file(file).get(name)) is not None]
+    found = [
+        value for file in known.config if (value := read_settings_file(file, load_as_written).get(name)) is not None
+    ]
     if not found:
         return None
     if not isinstance(found[-1], str):

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import inspect
+import json
 import pydoc
 import re
 from argparse import ArgumentError
@@ -13,13 +14,14 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
+from diffperception.configuration.as_written import load_as_written
 from diffperception.configuration.inheritance import spread_files
 from diffperception.configuration.messages import sentence
 
 T = TypeVar("T")
-MODE = "yaml with None"  # of parsers
+MODE = "yaml as written"  # of parsers
 HELP = {  # of options that several commands have, where a docstring says nothing of its own
     "model": "a file that training or `diffperception convert` wrote, model.safetensors.",
     "images": "an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.",
@@ -79,7 +81,6 @@ class Options:
         self.of_part = {part: _parameters(part, self.flat) for part in parts}
         self.of_part |= {mark.part: _parameters(mark.part, mark.given) for mark in self.flat.values()}
         self.parameters = [p for parameters in self.of_part.values() for p in parameters.values()]
-        self.lists = {f"--{p.name}": count for p in self.parameters if (count := _values_of_a_list(p.annotation))}
         self.parser = ArgumentParser(
             prog=f"diffperception {name}",
             description=description or next(summary(part) for part in self.of_part if part.__doc__),
@@ -98,9 +99,12 @@ class Options:
             self.parser.add_argument("--task", default=task, help="what is trained; each task has options of its own")
         trust = "a Python package of your own whose classes model files may name"
         self.parser.add_argument("--trust", type=str | None, help=trust)
-        self.parser.add_argument("--debug", action="store_true", help="on an error, show where in the program it arose")
+        debug = "on an error, show where in the program it arose"
+        self.parser.add_argument("--debug", type=bool, default=False, nargs="?", const=True, help=debug)
         for part in self.of_part:
             self._add(part)
+        types = {f"--{action.dest}": getattr(action, "_typehint", None) for action in self.parser._actions}
+        self.lists = {name: count for name, kind in types.items() if (count := _values_of_a_list(kind))}
         self._spell_for_humans()
 
     def _add(self, part: Callable[..., Any]) -> None:
@@ -186,11 +190,15 @@ def summary(part: Callable[..., Any]) -> str:
 
 
 def _load(text: str) -> Any:
-    """YAML; jsonargparse hands a null on to the options of a class as the text None."""
-    settings = None if text == "None" else get_loader("yaml")(text)
-    if isinstance(settings, dict) and settings.get("precision") == 32:
-        settings["precision"] = "32"  # as on the command line: it is a name beside bf16, not a number
-    return settings
+    """A list or the options of a group in YAML; any other text as it is, for no name of a file is to be read as YAML.
+
+    Only the word null stands for nothing, which jsonargparse itself reads before it asks here; but one in a file it
+    hands on to the options of a class as the text None.
+    """
+    if text == "None":
+        return None
+    settings = load_as_written(text)
+    return settings if isinstance(settings, list | dict) else text
 
 
 def spell_out(arguments: Sequence[str], lists: Mapping[str, int]) -> list[str]:
@@ -208,9 +216,12 @@ def spell_out(arguments: Sequence[str], lists: Mapping[str, int]) -> list[str]:
             groups[-1].append(word)
     for group in groups:
         values = group[1:]
-        whole = values == ["null"] or (values and values[0].startswith("["))  # written as none, or as a list, already
-        if group and len(values) >= lists.get(group[0], len(group)) and not whole:
-            group[:] = [f"{group[0]}=[{', '.join(values)}]"]
+        if group and values and values[0].startswith("[") and values[-1].endswith("]"):
+            group[1:] = [" ".join(values)]  # a list in YAML already, perhaps without quotes: [a, b]
+        elif group and len(values) >= lists.get(group[0], len(group)) and values != ["null"]:
+            group[:] = [f"{group[0]}={json.dumps(values, ensure_ascii=False)}"]
+        elif len(values) == 1 and group[0].startswith("--") and values[0].startswith("-") and values[0] != "-h":
+            group[:] = ["=".join(group)]  # a name that begins with a hyphen, not an option
     return [word for group in groups for word in group]
 
 

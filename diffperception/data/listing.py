@@ -4,7 +4,7 @@ import glob
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +71,12 @@ def list_images(source: str | Path, names: str | Path | None = None, leave_out: 
         root = Path(os.path.commonpath([each.absolute().parent for each in found]))
         found = [each.absolute() for each in found]
     return Listing(root, found, left.remark(source))
+
+
+def files_below(folder: Path, endings: Set[str], leave_out: Path | None = None) -> list[Path]:
+    """The files of other endings, in lower case, in a folder and its subfolders, found and sorted as images are."""
+    left = _LeftOut(leave_out, endings)
+    return sorted(left.without_output(_below(folder, left)), key=_order)
 
 
 def _order(path: Path) -> tuple[list[str], Path]:
@@ -147,8 +153,8 @@ def _spelling(name: str) -> str:
 class _LeftOut:
     """Counts what a listing passes over."""
 
-    def __init__(self, output: Path | None) -> None:
-        self.output = output
+    def __init__(self, output: Path | None, endings: Set[str] | None = None) -> None:
+        self.output, self.wanted = output, image_endings() if endings is None else endings
         self.hidden: list[str] = []
         self.endings: Counter[str] = Counter()
         self.in_output = self.linked = self.twice = self.closed = 0
@@ -164,7 +170,7 @@ class _LeftOut:
 
     def images(self, paths: Iterable[Path]) -> Iterator[Path]:
         for path in paths:
-            if (ending := path.suffix.lower()) in image_endings():
+            if (ending := path.suffix.lower()) in self.wanted:
                 yield path
             else:
                 self.endings[ending] += 1

@@ -1,6 +1,10 @@
 """Images with a mask of labels each: what pixel classifiers learn from."""
 
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -8,15 +12,17 @@ from typing import Literal
 import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffperception.data.images import LazyMap, read_image, read_size, resize_short_side, to_float
 from diffperception.data.listing import list_images
+from diffperception.data.pairing import Pairing, find_pairs, require_pairs
 
 IGNORE_INDEX = 255  # the label of pixels that have none
-FORMATS = (".png", ".npy")  # of masks
+COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+LONGEST_NAME = 200  # letters of a class's name
 
 
 @dataclass
@@ -25,7 +31,8 @@ class MaskDataOptions:
 
     Args:
         images: folder with images.
-        masks: folder with their masks, of the same names: PNG of one channel or NPY, in each pixel its class's number.
+        masks: folder with their masks, of the same names: PNG or another lossless picture of one channel, or NPY, in
+            each pixel its class's number.
         classes: names of the classes 0, 1, ...
         annotations: only the images are used that this COCO JSON file lists, or this text file with a name per line.
         max_images: use only so many of the images, chosen by the seed; null for all.
@@ -34,7 +41,10 @@ class MaskDataOptions:
         val_masks: folder with the masks of `val_images`.
         val_annotations: only those of `val_images` are used that this COCO JSON or text file lists.
         ignore: the value in masks of pixels without a label; null for none.
-        mask_values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}.
+        mask_values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}; or, where masks are
+            painted, of their colours, such as {"#000000": 0, "#ff0000": 1}.
+        mask_suffix: what the names of masks have after those of their images, such as _mask in a_mask.png for a.jpg.
+        image_suffix: what the names of images have that those of their masks have not.
         short_side: work on images resized to this short side, best that which the generator learned from; scores
             are always measured at the masks' own size. null for no resizing.
     """
@@ -49,12 +59,14 @@ class MaskDataOptions:
     val_masks: Path | None = None
     val_annotations: Path | None = None
     ignore: int | None = IGNORE_INDEX
-    mask_values: dict[int, int] | None = None
+    mask_values: dict[int, int] | dict[str, int] | None = None
+    mask_suffix: str = ""
+    image_suffix: str = ""
     short_side: PositiveInt | None = None
 
     def open(self, seed: int = 0) -> "MaskFolder":
         """The images to learn from, resized."""
-        return MaskFolder(self, seed)
+        return MaskFolder(self, seed, learn=True)
 
     def resized(self, image: Tensor) -> Tensor:
         """An image (3, H, W) as it is worked on."""
@@ -71,38 +83,49 @@ class MaskDataOptions:
 
 
 class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
-    """The images of one folder with the masks of another, paired by their names without the ending.
+    """The images of one folder with the masks of another, paired by their names, see :func:`find_pairs`.
 
-    Sample i is (image, mask): float32 (3, h, w), RGB, 0..1, and int64 (h, w), 0..K-1 or 255. An image that lies in a
-    folder within `images` has its mask in a folder of that name within `masks`. All masks are looked through at the
-    beginning, and read again when they are asked for.
+    Sample i is (image, mask): float32 (3, h, w), RGB, 0..1, and int64 (h, w), 0..K-1 or 255. All masks are looked
+    through at the beginning, and read again when they are asked for. An image and a mask are each turned as its own
+    EXIF orientation says.
 
     Args:
         options: what there is, without `val_images`; an image resized to `short_side` is antialiased, its mask is not.
         seed: chooses `max_images` of the images; a larger number chooses the same and others.
+        learn: whether it is to be learned from, which takes two classes.
 
     Attributes:
         names: the images' paths below their folder.
         images, masks: those of the samples, each read when it is asked for.
+        notes: sentences that say what is passed over, and which classes no mask has.
 
     Raises:
         FileNotFoundError: there is no such folder, no image in it, or one that is listed is missing.
-        ValueError: two classes have one name or there are over 255, an image has no mask or a wrong one, or no pixel
-            has a label.
+        ValueError: names of classes are not fit or there are over 255, an image has no mask or a wrong one, no pixel
+            has a label, or there is nothing to tell apart.
     """
 
-    def __init__(self, options: MaskDataOptions, seed: int = 0) -> None:
+    def __init__(self, options: MaskDataOptions, seed: int = 0, learn: bool = False) -> None:
         self.short_side = options.short_side
-        self.labels = _label_of_value(len(check_names(options.classes)), options.ignore, options.mask_values)
-        images, masks = Path(options.images), Path(options.masks)
-        pairs = find_pairs(images, masks, options.annotations, options.unlabelled)
+        self.values = MaskValues.of(options)
+        masks = Path(options.masks)
+        pairing = open_pairs(options)
+        pairs = pairing.pairs
         if options.max_images is not None:
             order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-            pairs = [pairs[i] for i in order[: options.max_images].tolist()]
-        self.names = [str(image.relative_to(images)) for image, _ in pairs]
-        labelled = [self._has_labels(*pair) for pair in pairs]
-        if not any(labelled):
-            raise ValueError(f"all pixels of the masks in {masks} are ignored: label some")
+            pairs = [pairs[i] for i in order.tolist()]
+        pairs, others = pairs[: options.max_images], pairs[options.max_images or len(pairs) :]
+        self.names = [str(image.relative_to(pairing.root)) for image, _ in pairs]
+        counts: Counter[int] = Counter()
+        for pair in pairs:
+            counts += self.values.count(*pair)
+        problem = self.values.problem(counts, learn)
+        if problem and others and self.values.present(counts):  # other masks may show that it is the choice alone
+            problem = self.values.problem(counts + self.values.seen(mask for _, mask in others), learn)
+        if problem:
+            raise ValueError(f"the masks in {masks} {problem}")
+        absent = self.values.absent(counts)
+        self.notes = [*pairing.remarks(), *([f"the masks in {masks} {absent}"] if absent else [])]
         self.images = LazyMap(self._image, [image for image, _ in pairs])
         self.masks = LazyMap(self._mask, [mask for _, mask in pairs])
 
@@ -116,101 +139,251 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         return resize_short_side(to_float(read_image(path)), self.short_side)
 
     def _mask(self, path: Path) -> Tensor:
-        return resize_short_side(torch.from_numpy(self._read(path))[None], self.short_side, nearest=True)[0]
+        labels = torch.from_numpy(self.values.labels(path))
+        return resize_short_side(labels[None], self.short_side, nearest=True)[0]
 
-    def _has_labels(self, image: Path, mask: Path) -> bool:
-        """Whether any pixel of a mask is labelled; ValueError if the mask does not go with the image."""
-        labels, (height, width) = self._read(mask), read_size(image)
-        if labels.shape != (height, width):
+
+def open_pairs(options: MaskDataOptions) -> Pairing:
+    """The images of a folder, or those of them that a file lists, with their masks; errors: see :class:`MaskFolder`."""
+    masks = Path(options.masks)
+    root, paths, remark = list_images(options.images, options.annotations)
+    found = find_pairs(paths, root, masks, options.image_suffix, options.mask_suffix)
+    require_pairs(found, root, masks, options.unlabelled)
+    # Where only some of the images are listed, the masks of the others are of no concern.
+    unused = found.unused if options.annotations is None else []
+    return replace(found, unused=unused, notes=[remark] if remark else [])
+
+
+class MaskError(ValueError):
+    """A mask that does not go with its image or has a value that is no class; `kind` is a short name of the fault."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """What the values in masks mean: numbers, or colours as 0xRRGGBB.
+
+    Args:
+        classes: names of 0..K-1.
+        label_of: the label, 0..K-1 or 255, of each value that may occur.
+        ignored: the value that stands for no label without being named in `mask_values`.
+        painted: whether values are colours.
+    """
+
+    classes: list[str]
+    label_of: dict[int, int]
+    ignored: int | None
+    painted: bool
+
+    @classmethod
+    def of(cls, options: MaskDataOptions) -> "MaskValues":
+        """ValueError for unfit names of classes, too many, or `mask_values` that lead to another than a class."""
+        classes, values = check_names(options.classes), options.mask_values
+        if len(classes) > IGNORE_INDEX:
             raise ValueError(
-                f"the mask {mask} has {labels.shape[0]} x {labels.shape[1]} pixels, but its image {image} has"
-                f" {height} x {width}: they must be alike"
+                f"there are {len(classes)} classes, but masks of labels hold at most {IGNORE_INDEX}: join some"
             )
-        return bool((labels != IGNORE_INDEX).any())
+        meant = None if values is None else {_value(value): label for value, label in values.items()}
+        painted = values is not None and any(COLOUR.fullmatch(str(value)) for value in values)
+        if painted and not all(COLOUR.fullmatch(str(value)) for value in values or ()):
+            raise ValueError("`mask_values` has both colours and numbers: name all values in one way")
+        if outside := sorted({*(meant or {}).values()} - {*range(len(classes)), IGNORE_INDEX}):
+            raise ValueError(f"`mask_values` leads to {_some(outside)}, but the classes are 0 to {len(classes) - 1}")
+        meant = {k: k for k in range(len(classes))} if meant is None else meant
+        ignored = None if painted or options.ignore in (meant if values is not None else ()) else options.ignore
+        return cls(classes, meant | ({} if ignored is None else {ignored: IGNORE_INDEX}), ignored, painted)
 
-    def _read(self, path: Path) -> np.ndarray:
-        """The labels in a mask's file, (H, W) int64."""
-        mask = read_mask(path)
+    def labels(self, path: Path) -> np.ndarray:
+        """The labels in a mask's file, (H, W) int64; MaskError for unknown values."""
+        mask = read_mask(path, self.painted)
         labels = np.full(mask.shape, -1, dtype=np.int64)
-        for value, label in self.labels.items():
+        for value, label in self.label_of.items():
             labels[mask == value] = label
-        if unknown := np.unique(mask[labels == -1]).tolist():
-            raise ValueError(
-                f"the mask {path} has the unknown value{'s' * (len(unknown) > 1)} {_some(unknown)}; known are"
-                f" {_some(sorted(self.labels))}: name all classes, or say with `mask_values` and `ignore` what else the"
-                " masks hold"
-            )
+        if (labels == -1).any():
+            self._require_known(path, np.unique(mask).tolist())
         return labels
 
+    def count(self, image: Path, path: Path) -> Counter[int]:
+        """How many pixels of each value a mask has; MaskError or BrokenImageError if it does not go with its image."""
+        mask, (height, width) = read_mask(path, self.painted), read_size(image)
+        if mask.shape != (height, width):
+            turned = is_turned(image) and mask.shape == (width, height)
+            why = ", for its EXIF orientation turns it: draw masks on what is seen" if turned else ""
+            raise MaskError(
+                "mask size",
+                f"the mask {path} has {mask.shape[0]} x {mask.shape[1]} pixels, but its image {image} has"
+                f" {height} x {width}{why}: they must be alike",
+            )
+        counts = _counts(mask)
+        self._require_known(path, sorted(counts))
+        return counts
 
-def find_pairs(
-    images: Path, masks: Path, annotations: Path | None = None, unlabelled: Literal["stop", "skip"] = "stop"
-) -> list[tuple[Path, Path]]:
-    """The images of a folder, or those of them that a file lists, with their masks; see :class:`MaskFolder`."""
-    if not masks.is_dir():
-        raise FileNotFoundError(f"there is no folder of masks {masks}")
-    paths = list_images(images, annotations).paths
-    if masks.resolve() != images.resolve():
-        paths = [path for path in paths if masks.resolve() not in path.resolve().parents]
-    found = [(path, find_mask(path.relative_to(images), masks)) for path in paths]
-    pairs = [(path, mask) for path, mask in found if mask is not None]
-    without = [path for path, mask in found if mask is None]
-    if not pairs:
-        raise ValueError(
-            f"no image in {images} has a mask in {masks}: a mask has its image's name, ending in {' or '.join(FORMATS)}"
+    def _require_known(self, path: Path, values: Sequence[int]) -> None:
+        if unknown := [value for value in values if value not in self.label_of]:
+            raise MaskError(
+                "unknown value",
+                f"the mask {path} has the unknown value{'s' * (len(unknown) > 1)} {self._some(unknown)}; known are"
+                f" {self._some(sorted(self.label_of))}: name all classes, or say with `mask_values` and `ignore` what"
+                f" else the masks hold{self._advice(values)}",
+            )
+
+    def seen(self, masks: Iterable[Path]) -> Counter[int]:
+        """The values in masks, of which none need be sound, until there are two classes among them."""
+        counts: Counter[int] = Counter()
+        for path in masks:
+            with suppress(ValueError):
+                counts += _counts(read_mask(path, self.painted))
+            if len(self.present(counts)) > 1:
+                break
+        return counts
+
+    def present(self, counts: Mapping[int, int]) -> set[int]:
+        """The classes that have pixels."""
+        return {self.label_of.get(value, IGNORE_INDEX) for value in counts} - {IGNORE_INDEX}
+
+    def problem(self, counts: Mapping[int, int], learn: bool) -> str:
+        """Why masks of so many pixels of each value will not do, to be read after `the masks`; empty if they do.
+
+        Args:
+            learn: whether they are to be learned from, not only measured on.
+        """
+        present, held = self.present(counts), f"they hold {self.describe(counts)}"
+        swallowed = self.ignored == 255 and set(counts) == {0, 255} and len(self.classes) == 2
+        if not present:
+            return f"have no pixel of a class, all are ignored: label some, for {held}"
+        if swallowed or (learn and len(present) < 2 <= len(self.classes)):
+            missing = _some([name for k, name in enumerate(self.classes) if k not in present])
+            return f"have no pixel of class {missing}: {held}{self._advice(list(counts))}"
+        return ""
+
+    def absent(self, counts: Mapping[int, int]) -> str:
+        """Which classes no mask has, to be read after `the masks`; empty if there is none."""
+        present = self.present(counts)
+        missing = [name for k, name in enumerate(self.classes) if k not in present]
+        if not missing:
+            return ""
+        alone = f"of {self.classes[min(present)]} alone, none" if len(present) == 1 else "none"
+        return (
+            f"have pixels {alone} of {_some(missing)}, of which nothing is learned or measured from them: they hold"
+            f" {self.describe(counts)}"
         )
-    if without and unlabelled == "stop":
-        others = f", nor have {len(without) - 1} others" if len(without) > 1 else ""
-        raise ValueError(
-            f"the image {without[0]} has no mask in {masks}{others}: add masks, list the images that have one in a file"
-            " for `annotations`, or set `unlabelled` to skip"
-        )
-    return pairs
+
+    def describe(self, counts: Mapping[int, int]) -> str:
+        """`0 (3072 pixels) and 255 (1024 pixels, ignored)`."""
+        parts = []
+        for value, count in sorted(counts.items()):
+            ignored = ", ignored" if self.label_of.get(value) == IGNORE_INDEX else ""
+            parts.append(f"{self._some([value])} ({count} pixel{'s' * (count != 1)}{ignored})")
+        return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+    def per_class(self, counts: Mapping[int, int]) -> list[int]:
+        """Pixels of each class."""
+        totals = Counter[int]()
+        for value, count in counts.items():
+            totals[self.label_of.get(value, IGNORE_INDEX)] += count
+        return [totals[label] for label in range(len(self.classes))]
+
+    def _advice(self, values: Sequence[int]) -> str:
+        """How masks with as many values as there are classes might be meant."""
+        if len(values) != len(self.classes) or sorted(values) == [*range(len(values))] or len(values) > 8:
+            return ""
+        colour = '"' * self.painted
+        pairs = ", ".join(f"{colour}{self._some([v])}{colour}: {k}" for k, v in enumerate(sorted(values)))
+        return f"; if these are the classes in turn, say mask_values '{{{pairs}}}'"
+
+    def _some(self, values: Sequence[int]) -> str:
+        return _some([f"#{value:06x}" if self.painted else value for value in values])
 
 
-def find_mask(image: Path, masks: Path) -> Path | None:
-    """The mask of an image whose name below its folder is given, if there is one."""
-    candidates = (masks / image.with_suffix(ending) for ending in FORMATS)
-    return next(filter(Path.is_file, candidates), None)
+def _value(value: int | str) -> int:
+    """The number that a key of `mask_values` names: 7, "7" or, of a colour, "#ff0000"."""
+    try:
+        return int(str(value)[1:], 16) if COLOUR.fullmatch(str(value)) else int(value)
+    except ValueError:
+        raise ValueError(f'`mask_values` names {value!r}, which is no number or colour such as "#ff0000"') from None
 
 
 def check_names(classes: Sequence[str]) -> list[str]:
-    """The names of classes; ValueError if two are alike, for scores are told by name."""
+    """The names of classes; ValueError if two are alike, for scores are told by name, or one is no name."""
+    for number, name in enumerate(classes):
+        if not name.strip():
+            raise ValueError(f"class {number} has an empty name: give it one")
+        if name != name.strip() or any(unicodedata.category(letter) == "Cc" for letter in name):
+            raise ValueError(
+                f"the name of class {number}, {name!r}, has blanks around it or ends of lines: leave them out"
+            )
+        if len(name) > LONGEST_NAME:
+            raise ValueError(f"the class {name[:40]}... has a name of {len(name)} letters: {LONGEST_NAME} are the most")
     if doubled := [name for i, name in enumerate(classes) if name in classes[:i]]:
         raise ValueError(f"two classes are named {doubled[0]}: give every class a name of its own")
     return list(classes)
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """The numbers in a mask's file, (H, W), of a PNG with a palette the places in it; ValueError for no mask."""
+def read_mask(path: Path, painted: bool = False) -> np.ndarray:
+    """The numbers in a mask's file, (H, W), of a picture with a palette the places in it; ValueError for no mask.
+
+    A picture is turned as its EXIF orientation says; grey that is written as equal channels is one.
+
+    Args:
+        painted: the numbers are the colours, 0xRRGGBB.
+    """
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             mask = np.load(path, allow_pickle=False)
         else:
             with Image.open(path) as picture:
-                mask = np.asarray(picture)
+                mask = _pixels(ImageOps.exif_transpose(picture), painted)
     except Exception as error:  # Pillow and numpy raise many kinds on bad bytes
-        raise ValueError(f"the mask {path} cannot be read: {error}") from None
-    if mask.ndim != 2 or mask.dtype.kind not in "buif":
-        raise ValueError(
-            f"the mask {path} has numbers of shape {mask.shape}: a mask has one channel, a class's number in each pixel"
+        raise MaskError("broken mask", f"the mask {path} cannot be read: {error}") from None
+    mask = mask[..., 0] if mask.ndim == 3 and (mask.shape[2] == 1 or _is_grey(mask)) else mask
+    if mask.ndim == 3 and path.suffix.lower() != ".npy":
+        colours = np.unique(mask[..., :3].reshape(-1, 3), axis=0)
+        first = ", ".join(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colours[:3].tolist())
+        raise MaskError(
+            "painted mask",
+            f"the mask {path} has colours ({first}{', ...' * (len(colours) > 3)}): say with `mask_values` which class"
+            f' each is, such as {{"#000000": 0, "#ff0000": 1}}',
         )
-    if mask.dtype.kind == "f" and not np.equal(mask, np.round(mask)).all():
-        raise ValueError(f"the mask {path} has numbers that are not whole: a mask holds the numbers of classes")
+    if mask.ndim != 2 or mask.dtype.kind not in "buif":
+        raise MaskError(
+            "no mask",
+            f"the mask {path} has numbers of shape {mask.shape}: a mask has one channel, a class's number a pixel",
+        )
+    if mask.dtype.kind == "f" and not (np.isfinite(mask) & (mask == np.round(mask))).all():
+        raise MaskError(
+            "no mask", f"the mask {path} has numbers that are not whole: a mask holds the numbers of classes"
+        )
     return mask
 
 
-def _label_of_value(num_classes: int, ignore: int | None, values: Mapping[int, int] | None) -> dict[int, int]:
-    """The label of each value that masks may hold; ValueError if `mask_values` leads to another than a class."""
-    if num_classes > IGNORE_INDEX:
-        raise ValueError(f"there are {num_classes} classes, but masks of labels hold at most {IGNORE_INDEX}: join some")
-    ignored = {} if ignore is None else {ignore: IGNORE_INDEX}
-    if values is None:
-        return {k: k for k in range(num_classes)} | ignored
-    if outside := sorted({*values.values()} - {*range(num_classes), IGNORE_INDEX}):
-        raise ValueError(f"`mask_values` leads to {_some(outside)}, but the classes are 0 to {num_classes - 1}")
-    return ignored | dict(values)
+def _pixels(picture: Image.Image, painted: bool) -> np.ndarray:
+    """(H, W) numbers or, `painted`, colours; (H, W, channels) of several channels."""
+    if not painted:
+        return np.asarray(picture)
+    red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), dtype=np.int64), -1, 0)
+    return (red << 16) + (green << 8) + blue
 
 
-def _some(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+def _is_grey(mask: np.ndarray) -> bool:
+    """Whether the channels (H, W, channels) are one grey, but for an alpha that is everywhere the same."""
+    alpha = mask[..., -1:] if mask.shape[2] in (2, 4) else mask[:1, :1, :1]
+    colours = mask[..., : 1 if mask.shape[2] == 2 else 3]
+    return mask.shape[2] in (2, 3, 4) and bool((colours == colours[..., :1]).all() and (alpha == alpha[:1, :1]).all())
+
+
+def is_turned(image: Path) -> bool:
+    """Whether the EXIF orientation of an image turns it by a quarter."""
+    with Image.open(image) as picture:
+        return int(Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)) > 4
+
+
+def _counts(mask: np.ndarray) -> Counter[int]:
+    values, counts = np.unique(mask, return_counts=True)
+    return Counter(dict(zip(values.astype(int).tolist(), counts.tolist(), strict=True)))
+
+
+def _some(things: Sequence[object]) -> str:
+    return ", ".join(map(str, things[:8])) + (", ..." if len(things) > 8 else "")

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from diffperception.data.batches import spread
 from diffperception.data.images import LazyMap, load_images, read_ahead, read_image, to_float
 from diffperception.data.listing import list_images
-from diffperception.data.masks import MaskFolder, find_mask
+from diffperception.data.masks import MaskFolder
+from diffperception.data.pairing import find_pairs
 from diffperception.data.tiles import OVERLAP, Tiling
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
 from diffperception.echo import echo_remark
@@ -211,17 +212,17 @@ def draw_comparisons(
 
 def iou_table(metrics: Mapping[str, Any]) -> str:
     """The summary of a score as lines of text; what occurs in no mask and no prediction is `-`."""
-    ious = {"mean IoU": metrics["miou"], **{f"  {name}": iou for name, iou in metrics["iou"].items()}}
-    return format_table([(name, None if iou is None else f"{100 * iou:.1f} %") for name, iou in ious.items()], ["", ""])
+    measured = sum(iou is not None for iou in metrics["iou"].values())
+    mean = "mean IoU" if measured == len(metrics["iou"]) else f"mean IoU of {measured} of {len(metrics['iou'])} classes"
+    ious = [(mean, metrics["miou"]), *((f"  {name}", iou) for name, iou in metrics["iou"].items())]
+    return format_table([(name, None if iou is None else f"{100 * iou:.1f} %") for name, iou in ious], ["", ""])
 
 
 def _without_mask(paths: list[Path], root: Path, labelled: Path | None) -> list[Path]:
     """The images that have no mask in the folder `labelled`; ValueError if none is left."""
     if labelled is None:
         return paths
-    if not labelled.is_dir():
-        raise FileNotFoundError(f"there is no folder of masks {labelled}")
-    left = [path for path in paths if find_mask(path.relative_to(root), labelled) is None]
+    left = find_pairs(paths, root, labelled).unlabelled
     if not left:
         raise ValueError(f"all {len(paths)} images have a mask in {labelled}: there is none left to segment")
     return left

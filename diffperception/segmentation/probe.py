@@ -70,10 +70,16 @@ def probe_features(
     for image, mask, name in zip(images, masks, names, strict=True):
         check_size(image, mask, name)
     generator = torch.Generator().manual_seed(seed)
+    most = max(len(set(mask.unique().tolist()) - {IGNORE_INDEX}) for mask in masks)
+    if pixels < most:
+        raise ValueError(f"there are images of {most} classes: look at {most} or more pixels per image, not {pixels}")
     points = [_sample(mask, pixels, generator) for mask in masks]
     used = [i for i, place in enumerate(points) if len(place)]
     if len(used) < FOLDS:
-        raise ValueError("probing needs at least 2 labelled images, for it tries on some what it learns on others")
+        raise ValueError(
+            "probing needs at least 2 images with labelled pixels, for it tries on some what it learns on others, but"
+            f" of {len(masks)} there {'is' if len(used) == 1 else 'are'} {len(used)}"
+        )
     labels = [masks[i][tuple(points[i].T)].long() for i in used]
     scores, start = [], time.monotonic()
     timesteps = tqdm(features.reader.timesteps, "probe", unit="timestep", leave=False, disable=None)

@@ -18,7 +18,7 @@ from diffperception.configuration.settings import differences, read_settings
 from diffperception.data.batches import spread
 from diffperception.data.masks import MaskDataOptions, MaskFolder, read_mask
 from diffperception.devices import Precision, autocast, pick_device
-from diffperception.echo import echo, plural
+from diffperception.echo import echo, echo_notes, plural
 from diffperception.files import write_json, write_text
 from diffperception.models import DiffusionModel, UNet
 from diffperception.models.base import describe
@@ -158,6 +158,7 @@ def compare_label_efficiency(
     test = data.open_val()
     if test is None:
         raise ValueError("give data.val_images and data.val_masks, the images to score on")
+    echo_notes(test.notes)
     images = [*map(data.resized, test.images), *images_to_learn_from(data, max(labels), tried)]
 
     def learner(method: Method) -> Learner:

@@ -40,10 +40,15 @@ def test_circles_and_missing_bases_are_named(tmp_path: Path) -> None:
         with_bases(write(tmp_path / "three.yaml", "base: absent.yaml\n"))
 
 
+def test_a_file_of_comments_alone_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("# seed: 3\n")
+    assert spread_files([str(tmp_path / "a.yaml"), "--seed", "1"]) == ["--seed", "1"]
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"base: 3", "base must be the name of a file or a list of names, not 3"),
+        (b"base: [[3]]", "base must be the name of a file or a list of names, not "),
         (b"base: {a: b}", "base must be the name of a file or a list of names, not {'a': 'b'}"),
         (b"a: [1\nb: 2", "is not YAML: .*in line 2"),
         (b"\xff: 1", "is not YAML: .*can't decode byte 0xff"),

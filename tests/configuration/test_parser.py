@@ -1,5 +1,6 @@
 """How options may be written: several values, hyphens; and what is said of a value of none of several types."""
 
+import json
 from argparse import ArgumentError
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,11 @@ class DataOptions:
 
     Args:
         batch_size: how much at once.
+        sizes: how large.
     """
 
     batch_size: int = 1
+    sizes: list[int] | None = None
 
 
 received: dict = {}
@@ -37,7 +40,7 @@ def measure(
     seeds: PositiveInt = 1,
     colours: Literal["red", "green"] | list[Literal["red", "green"]] = "red",
     names: list[str] | None = None,
-    values: dict[int, int] | None = None,
+    pairs: dict[int, int] | None = None,
 ) -> None:
     """Measure.
 
@@ -51,9 +54,10 @@ def measure(
         seeds: how often.
         colours: in what.
         names: of what.
-        values: what they mean.
+        pairs: what they mean.
     """
     received.update(path_name=path_name, num_boxes=num_boxes, modes=modes, data=data, overwrite=overwrite, names=names)
+    received.update(share=share, pairs=pairs)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,53 @@ def measure(
 def test_lists_and_hyphens(words: str, values: dict) -> None:
     call(measure, words.split())
     assert {name: received[name] for name in values} == values
+
+
+NAMES = ["no", "yes", "1e3", "012", "null", "1_000", "off", "5:30", "2024-01-01", "~", "a b", "é"]
+
+
+@pytest.mark.parametrize("names", [NAMES, ["a, b", "#x", "a: b", "[x]", "{y}", "-5", "", '"', "*", "true"]])
+def test_names_stay_as_they_are_typed(tmp_path: Path, names: list[str]) -> None:
+    call(measure, ["--names", *names])
+    assert received["names"] == names
+    for name in names:
+        call(measure, ["--names", name, "b"])
+        assert received["names"] == [name, "b"]
+    (tmp_path / "options.yaml").write_text(f"names: {json.dumps(names)}")
+    call(measure, [str(tmp_path / "options.yaml")])
+    assert received["names"] == names
+
+
+@pytest.mark.parametrize("text", [f"names: [{', '.join(NAMES)}]", "names:\n" + "".join(f"- {n}\n" for n in NAMES)])
+def test_names_in_a_file_need_no_quotes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "options.yaml").write_text(text, encoding="utf-8")
+    call(measure, [str(tmp_path / "options.yaml")])
+    assert received["names"] == NAMES
+
+
+@pytest.mark.parametrize("name", ["2024", "1e3", "#x", "~", "a: b", "[a", "{a}", "no", "a=b", "-x", "* ", "null.png"])
+def test_paths_stay_as_they_are_typed(tmp_path: Path, name: str) -> None:
+    call(measure, ["--path-name", name])
+    assert received["path_name"] == Path(name)
+    (tmp_path / "options.yaml").write_text(f"path_name: {json.dumps(name)}")
+    call(measure, [str(tmp_path / "options.yaml")])
+    assert received["path_name"] == Path(name)
+
+
+def test_a_file_says_numbers_switches_and_nothing_as_before(tmp_path: Path) -> None:
+    text = "overwrite: yes\nnum_boxes: [1_000, 2]\nnames:\nshare: 1e-1\npairs: {0: 1, 255: 0}\npath_name: 2024\n"
+    (tmp_path / "options.yaml").write_text(text)
+    call(measure, [str(tmp_path / "options.yaml")])
+    expected = {"overwrite": True, "num_boxes": [1000, 2], "names": None, "share": 0.1, "pairs": {0: 1, 255: 0}}
+    assert {name: received[name] for name in expected} == expected
+    assert received["path_name"] == Path("2024")
+
+
+@pytest.mark.parametrize(("words", "batches", "pairs"), [("[3, 4]", [3, 4], None), ("3 4", [3, 4], "{0:0,255:1}")])
+def test_lists_of_groups_and_pairs_may_be_written_without_care(words: str, batches: list, pairs: str | None) -> None:
+    call(measure, ["--data.sizes", *words.split(), "--pairs", pairs or "null"])
+    assert received["data"].sizes == batches
+    assert received["pairs"] == (pairs and {0: 0, 255: 1})
 
 
 @pytest.mark.parametrize(("yaml", "value"), [("num_boxes: 4", 4), ("num_boxes: [1, 2]", [1, 2]), ("{}", None)])
@@ -134,8 +185,8 @@ def test_options_of_a_function_keep_their_defaults_help_and_types(
         ("--num-boxs 1", "unrecognized arguments: --num_boxs 1; did you mean num_boxes?"),
         ("--batch-sise 1", "unrecognized arguments: --batch_sise 1; did you mean data.batch_size?"),
         ("--data.batch-size 1 2", "unrecognized arguments: 2"),
-        ("--values {0:0}", "option values: expected pairs of whole numbers such as {0: 0, 255: 1}, got {0:0}"),
-        ('--values {"a":0}', "option values: expected a whole number, got a"),
+        ("--pairs 0:0", "option pairs: expected pairs of whole numbers such as {0: 0, 255: 1}, got 0:0"),
+        ('--pairs {"a":0}', "option pairs: expected a whole number, got a"),
         ("--seeds null", "option seeds: expected a whole number above 0, got null"),
     ],
 )

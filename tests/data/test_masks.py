@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffperception.data.masks import MaskDataOptions, MaskFolder, read_mask
+from diffperception.data.masks import MaskDataOptions, MaskFolder, check_names, read_mask
 
 BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
 
@@ -147,7 +147,7 @@ def test_an_image_without_a_mask_is_named_or_left_out(folder: Path) -> None:
 
 def test_no_pair_is_an_error(folder: Path) -> None:
     (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no image in .* has a mask in .*empty: a mask has its image's name"):
+    with pytest.raises(ValueError, match=r"no image in .* has a mask in .*empty: a mask has its image's path and name"):
         MaskDataOptions(folder / "images", folder / "empty", list("abc"), unlabelled="skip").open()
     with pytest.raises(FileNotFoundError, match="no folder of masks"):
         MaskDataOptions(folder / "images", folder / "nowhere", list("abc")).open()
@@ -178,14 +178,19 @@ def test_the_value_of_ignored_pixels_is_no_class(folder: Path) -> None:
 def test_masks_without_a_label_are_an_error(tmp_path: Path) -> None:
     write(tmp_path / "images/a.png", np.zeros((2, 2, 3), np.uint8))
     write(tmp_path / "masks/a.png", np.full((2, 2), 255, np.uint8))
-    with pytest.raises(ValueError, match=r"all pixels of the masks in .* are ignored: label some"):
+    with pytest.raises(
+        ValueError, match=r"masks have no pixel of a class, all are ignored: .* 255 \(4 pixels, ignored\)"
+    ):
         opened(tmp_path)
 
 
 def test_what_is_no_mask_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "rgb.png", np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"rgb\.png has numbers of shape \(2, 2, 3\): a mask has one channel"):
+    write(tmp_path / "rgb.png", np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    with pytest.raises(ValueError, match=r"rgb\.png has colours \(#000102, #030405, #060708, \.\.\.\): say with"):
         read_mask(tmp_path / "rgb.png")
+    write(tmp_path / "one_hot.npy", np.eye(3, dtype=np.uint8)[[[0, 1, 2]]])
+    with pytest.raises(ValueError, match=r"one_hot\.npy has numbers of shape \(1, 3, 3\): a mask has one channel"):
+        read_mask(tmp_path / "one_hot.npy")
     write(tmp_path / "half.npy", np.full((2, 2), 0.5))
     with pytest.raises(ValueError, match=r"half\.npy has numbers that are not whole"):
         read_mask(tmp_path / "half.npy")
@@ -203,3 +208,108 @@ def test_the_blood_cells_have_masks() -> None:
     for image, mask in zip(data.images, data.masks, strict=True):
         assert image.shape[1:] == mask.shape == (160, 213)
         assert mask.unique().tolist() == [0, 1, 2]
+
+
+def test_black_and_white_masks_are_refused_with_what_to_say(tmp_path: Path) -> None:
+    """255 is ignored, so the object would never be learned and the score be that of the background alone."""
+    write(tmp_path / "images/a.png", np.zeros((2, 4, 3), np.uint8))
+    write(tmp_path / "masks/a.png", np.array([[0, 255, 0, 0]] * 2, np.uint8))
+    sentence = r"no pixel of class 1: they hold 0 \(6 pixels\) and 255 \(2 pixels, ignored\); .* '\{0: 0, 255: 1\}'"
+    options = MaskDataOptions(tmp_path / "images", tmp_path / "masks", ["0", "1"])
+    with pytest.raises(ValueError, match=sentence):
+        options.open()
+    with pytest.raises(ValueError, match=sentence):
+        MaskFolder(options)
+    assert opened(tmp_path, 2, mask_values={0: 0, 255: 1})[0][1].tolist() == [[0, 1, 0, 0]] * 2
+    assert "have pixels of 0 alone, none of 1, 2" in opened(tmp_path, 3).notes[0]
+    write(tmp_path / "masks/a.png", np.array([[0, 255, 1, 0]] * 2, np.uint8))
+    assert options.open().notes == []
+
+
+def test_two_classes_are_needed_to_learn_but_not_in_every_choice(folder: Path) -> None:
+    for path in (folder / "masks").glob("*.png"):
+        write(path, np.zeros_like(np.asarray(Image.open(path))))
+    options = MaskDataOptions(folder / "images", folder / "masks", list("abc"), max_images=3)
+    names = next(
+        set(f.names) for seed in range(99) if not {"1.jpg", "sub/2.bmp"} & set((f := options.open(seed)).names)
+    )
+    assert len(names) == 3, "masks of other images show the classes"
+    (folder / "masks/1.npy").unlink()
+    (folder / "masks/sub/2.png").unlink()
+    with pytest.raises(ValueError, match=r"masks have no pixel of class b, c: they hold 0 \(\d+ pixels\)"):
+        MaskDataOptions(folder / "images", folder / "masks", list("abc"), unlabelled="skip", max_images=3).open()
+
+
+def test_painted_masks_are_read_by_their_colours(tmp_path: Path) -> None:
+    write(tmp_path / "images/a.png", np.zeros((1, 3, 3), np.uint8))
+    colours = np.array([[[0, 0, 0], [255, 0, 0], [224, 224, 192]]], np.uint8)
+    values = {"#000000": 0, "#FF0000": 1, "#e0e0c0": 255}
+    palette = Image.fromarray(colours).quantize()
+    for picture in (Image.fromarray(colours), Image.fromarray(colours).convert("RGBA"), palette):
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        picture.save(tmp_path / "masks/a.png")
+        assert opened(tmp_path, 2, mask_values=values)[0][1].tolist() == [[0, 1, 255]]
+    with pytest.raises(ValueError, match="both colours and numbers"):
+        opened(tmp_path, 2, mask_values={"#000000": 0, 1: 1})
+    with pytest.raises(ValueError, match=r"names 'red', which is no number or colour"):
+        opened(tmp_path, 2, mask_values={"red": 0})
+    with pytest.raises(ValueError, match=r"unknown values? #ff0000, #e0e0c0|unknown values? #e0e0c0, #ff0000"):
+        opened(tmp_path, 2, mask_values={"#000000": 0, "#0000ff": 1})
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+@pytest.mark.parametrize("ending", [".png", ".PNG", ".tif", ".npy"])
+def test_a_grey_mask_is_read_whatever_its_mode(tmp_path: Path, mode: str, ending: str) -> None:
+    wanted = np.array([[0, 1, 1], [1, 0, 0]], np.uint8)
+    write(tmp_path / "images/a.png", np.zeros((2, 3, 3), np.uint8))
+    path = tmp_path / f"masks/a{ending}"
+    path.parent.mkdir()
+    if ending == ".npy":
+        np.save(path, wanted[..., None].astype({"1": bool, "L": float}.get(mode, int)))
+    elif mode == "1":
+        Image.fromarray(wanted.astype(bool)).save(path)
+    elif mode == "I;16":
+        Image.fromarray(wanted.astype(np.uint16)).save(path)
+    elif mode == "P":
+        picture = Image.fromarray(wanted, "P")
+        picture.putpalette([255, 0, 0, 0, 255, 0])
+        picture.save(path)
+    else:
+        Image.fromarray(wanted).convert(mode).save(path)
+    assert opened(tmp_path, 2)[0][1].tolist() == wanted.tolist()
+
+
+def test_a_mask_is_turned_as_its_own_exif_says(tmp_path: Path) -> None:
+    """Of a square image the sizes cannot tell; a mask that says nothing is drawn on what is seen."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    labels = np.array([[0, 1], [0, 0]], np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "images/a.png", exif=exif)
+    write(tmp_path / "masks/a.png", labels)
+    assert opened(tmp_path, 2)[0][1].tolist() == labels.tolist()
+    Image.fromarray(labels).save(tmp_path / "masks/a.png", exif=exif)
+    assert opened(tmp_path, 2)[0][1].tolist() == np.rot90(labels, -1).tolist()
+    Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "images/a.png", exif=exif)
+    write(tmp_path / "masks/a.png", np.array([[0, 1, 0]] * 2, np.uint8))
+    with pytest.raises(
+        ValueError, match=r"a\.png has 2 x 3 pixels, but its image .* has 3 x 2, for its EXIF orientation"
+    ):
+        opened(tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("classes", "sentence"),
+    [
+        (["a", " "], "class 1 has an empty name"),
+        (["a", ""], "class 1 has an empty name"),
+        (["a ", "b"], "the name of class 0, 'a ', has blanks around it"),
+        (["a", "b\nc"], "the name of class 1, .* ends of lines"),
+        (["a" * 300, "b"], "has a name of 300 letters"),
+        (["a", "b", "a"], "two classes are named a"),
+    ],
+)
+def test_names_of_classes_are_names(classes: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check_names(classes)
+    assert check_names(["no", "1e3", "می‌خواهم", "Car", "car"]) == ["no", "1e3", "می‌خواهم", "Car", "car"]

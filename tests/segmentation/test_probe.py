@@ -63,7 +63,7 @@ def test_images_are_scored_by_what_others_taught():
 def test_one_image_is_too_few():
     image, mask = scene()
     features = DiffusionFeatures(generator(), (0,), (50,))
-    with pytest.raises(ValueError, match="at least 2 labelled images"):
+    with pytest.raises(ValueError, match=r"at least 2 images with labelled pixels, .* but of 1 there is 1"):
         probe_features(features, [image], [mask], 3)
 
 

@@ -107,7 +107,7 @@ def test_an_unknown_task_is_refused(name: str) -> None:
         find_recipe(name)
 
 
-@pytest.mark.parametrize("task", [5, ["a"]])
+@pytest.mark.parametrize("task", [{"a": 5}, ["a"]])
 def test_a_task_is_a_text(tmp_path: Path, task: object) -> None:
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({"task": task}))
     with pytest.raises(ValueError, match="option task: expected a text"):

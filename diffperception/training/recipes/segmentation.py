@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffperception.data.masks import IGNORE_INDEX, MaskDataOptions, MaskFolder
 from diffperception.diffusion.noise import derive_seed
-from diffperception.echo import echo, plural
+from diffperception.echo import echo, echo_notes, plural
 from diffperception.files import OutputFolder, write_json
 from diffperception.models.warm_start import WarmStart, warm_start
 from diffperception.segmentation import FeatureExtractor, MeanIoU, PixelEnsemble, PixelSegmenter
@@ -347,6 +347,7 @@ class SegmentationRecipe(Recipe):
     def prepare(self, seed: int) -> Parts:
         train_set, val_set = self.data.open(seed), self.data.open_val()
         for folder in (train_set, *([val_set] if val_set else [])):
+            echo_notes(folder.notes)
             for index in range(len(folder)):
                 folder.images[index]  # a broken one is better found before the training than after
         features, classes, masks = self.features, self.data.classes, list(train_set.masks)
