@@ -8,7 +8,7 @@ from typing import Annotated
 from jsonargparse.typing import PositiveInt
 
 from diffperception.configuration.parser import OptionsOf
-from diffperception.data.annotations import labels_of, read_coco
+from diffperception.data.annotations import labels_of, read_coco, tabulate
 from diffperception.detection import DiffusionDet
 from diffperception.echo import echo, plural
 from diffperception.files import read_lines, require_file_name
@@ -101,8 +101,9 @@ def require_new_file(path: Path, overwrite: bool) -> None:
 def read_names(path: Path) -> list[str]:
     """The names of the classes in a COCO file (.json), or the lines of a text file; unique, see `labels_of`."""
     if path.suffix.lower() == ".json":
-        return labels_of(read_coco(path)["categories"])[1]
-    return labels_of([{"id": label, "name": name} for label, name in enumerate(read_lines(path))])[1]
+        return tabulate(read_coco(path), path).labels()[1]
+    names = read_lines(path)
+    return labels_of(range(len(names)), names)[1]
 
 
 def in_one_line(model: Reference) -> str:

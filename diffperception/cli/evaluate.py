@@ -15,7 +15,7 @@ from diffperception.data.listing import list_images
 from diffperception.data.masks import MaskDataOptions, MaskFolder
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, iou_types
-from diffperception.detection.inference import draw_predictions, evaluate_detector, write_result
+from diffperception.detection.inference import draw_predictions, evaluate_detector, require_classes, write_result
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
 from diffperception.devices import first_process, join_processes, pick_device
@@ -82,6 +82,9 @@ def evaluate_detector_file(
         detector = Detector.load(model, place)
         detector.pad_together = pad_together
         dataset = CocoDetection(annotations, images, masks=masks)
+        dataset.require_files()
+        require_classes(detector.classes, dataset)
+        dataset.order_classes(detector.classes)
         samplers, seeds = combine(detector, settings), range(seed, seed + num_seeds)
         if len(samplers) * num_seeds > 1:
             sweep = sweep_sampler(detector, dataset, samplers, seeds, workers=workers, **score.keywords)
@@ -106,6 +109,9 @@ def evaluate_results(
     overwrite: bool = False,
 ) -> None:
     """Score a COCO results file: print the COCO table and the AP of each class.
+
+    Its image and category ids must be those of the annotation file. Of a file that `predict` has written, whose ids are
+    listed in the images.json beside it, they are found by the names of files and classes.
 
     Args:
         results: the COCO results file.

@@ -21,6 +21,11 @@ class Problem:
     message: str  # what is wrong and what follows from it
     places: list[str] = field(default_factory=list)  # entries, images or files; none where it concerns the whole
 
+    def sentence(self) -> str:
+        """The message, how often it applies and where first."""
+        many = f" ({len(self.places)} times, first {self.places[0]})" if len(self.places) > 1 else ""
+        return self.message + (many or "".join(f": {place}" for place in self.places))
+
     def text(self, shown: int) -> str:
         """A headline and the first `shown` places."""
         count = f" ({len(self.places)} times)" if len(self.places) > 1 else ""
@@ -28,6 +33,11 @@ class Problem:
         if len(self.places) > shown:
             lines.append(f"    and {len(self.places) - shown} more")
         return "\n".join(lines)
+
+
+def found_at(level: Level, kind: str, message: str, places: list[str]) -> list[Problem]:
+    """The problem, if it was found at any place."""
+    return [Problem(level, kind, message, places)] if places else []
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Summary:
         small, medium, large = self.box_sizes
         rows = [*(astuple(entry) for entry in self.classes), ("all", self.objects, self.images)]
         figures = {
-            "image sizes": f"{self.image_sizes[0]} to {self.image_sizes[1]}",
+            "image sizes": " to ".join(self.image_sizes),
             "objects per image": f"{few} to {many}, median {middle}; {self.images_without_objects} images have none",
             "crowd regions": str(self.crowds),
             "box widths": _quantiles(self.box_width),
@@ -103,7 +113,8 @@ def summarize(table: CocoTable) -> Summary:
     counts = np.bincount(image, minlength=len(table.image_ids))
     sides = table.boxes[(table.boxes[:, 2:] > 0).all(axis=1), 2:]
     small, medium = (int((sides.prod(axis=1) < side**2).sum()) for side in (32, 96))
-    by_area = table.sizes[np.argsort(table.sizes.prod(axis=1), kind="stable")]
+    given = table.sizes[table.sizes[:, 0] > 0]
+    by_area = given[np.argsort(given.prod(axis=1), kind="stable")]
     return Summary(
         images=len(table.image_ids),
         objects=len(table.boxes),
@@ -137,7 +148,7 @@ def _three(values: np.ndarray, quantiles: tuple[float, float, float]) -> tuple[f
 
 
 def _size(sizes: np.ndarray) -> str:
-    return "x".join(str(side) for side in sizes.ravel())
+    return "x".join(str(side) for side in sizes.ravel()) or "unknown"
 
 
 def _quantiles(values: tuple[float, float, float]) -> str:

@@ -1,8 +1,8 @@
 """COCO detection data sets."""
 
-import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,12 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.annotations import ADVICE, CocoTable, labels_of, read_coco, tabulate
+from diffperception.data.annotations import CocoTable, read_coco, require_same_classes, tabulate
 from diffperception.data.batches import images_per_class
+from diffperception.data.check_report import Problem
 from diffperception.data.images import BrokenImageError, read_image, to_float
-from diffperception.data.outlines import decode_outlines, outline_of
+from diffperception.data.outlines import decode_outlines
+from diffperception.data.soundness import check_learning, clip_boxes, require_entries, with_sizes
 from diffperception.data.tiles import MIN_SEEN, RandomTile, Window, seen_share
 
 Target = dict[str, Any]
@@ -44,6 +46,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         masks: whether targets have masks, decoded from the file's outlines when a sample is read.
         tile: of images that are larger, samples are such random windows, before the transforms; objects of which a
             window shows less than MIN_SEEN of the area are left out of the sample.
+
+    Attributes:
+        table: the checked content of the file; None in a worker process.
+        problems: what hinders or changes learning from the file, a sentence each as message.
+
+    Raises:
+        FileNotFoundError: the file or the folder is missing.
+        ValueError: the file has an entry that cannot be used, or entries that do not fit one another.
     """
 
     def __init__(
@@ -57,22 +67,28 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     ):
         self.annotations, self.images, self.masks = Path(annotations), Path(images), masks
         self.transforms, self.on_broken, self.tile = transforms, on_broken, tile
-        content = read_coco(annotations, outlines=masks)
-        table = tabulate(content, annotations)
-        _require_sound(table, self.annotations)
+        table = tabulate(read_coco(annotations, outlines=masks), annotations, masks)
+        require_entries(table)
         if not self.images.is_dir():
             raise FileNotFoundError(f"there is no image folder {images}")
+        table = with_sizes(table, self.images)
 
-        self.category_ids, self.classes = labels_of(content["categories"])
+        self.table: CocoTable | None = table
+        self.category_ids, self.classes = table.labels()
         self.image_ids: list[int] = table.image_ids.tolist()
         self.file_names = table.file_names
         self.sizes = table.sizes
-        kept = self._index_boxes(table)
-        self._outlines = _Outlines([content["annotations"][i] for i in kept], str(annotations)) if masks else None
+        self._index_boxes(table)
+        self.problems = [replace(p, message=p.sentence(), places=[]) for p in self._learning_problems(table)]
         self._warned: set[int] = set()
 
-    def _index_boxes(self, table: CocoTable) -> np.ndarray:
-        """Sort the boxes by image: of image i rows offsets[i]..offsets[i+1]. Returns their rows in the file."""
+    def _learning_problems(self, table: CocoTable) -> list[Problem]:
+        largest_scale = getattr(self.transforms, "largest_scale", None)
+        seen = table.sizes if self.tile is None else np.minimum(table.sizes, self.tile.side)
+        return check_learning(table, scale=largest_scale(seen) if largest_scale else None)
+
+    def _index_boxes(self, table: CocoTable) -> None:
+        """Sort the boxes by image: of image i rows offsets[i]..offsets[i+1]."""
         image, _ = table.rows_of_images()
         boxes = clip_boxes(table.boxes, table.sizes[image])
         kept = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
@@ -84,7 +100,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.labels = np.searchsorted(self.category_ids, table.annotation_categories[kept])
         self.iscrowd = table.iscrowd[kept].astype(np.int64)
         self.areas = table.areas[kept].astype(np.float32)
-        return kept
+        self._outlines = table.require_outlines(kept, image[kept]) if self.masks else None
+        self._rows = kept if self.masks else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"table": None}  # which worker processes do not need
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -132,8 +152,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             "iscrowd": torch.from_numpy(self.iscrowd[rows]),
             "area": torch.from_numpy(self.areas[rows]),
         }
-        if self._outlines is not None:
-            outlines = (self._outlines[row] for row in rows.tolist())
+        if self._outlines is not None and self._rows is not None:
+            outlines = self._outlines.of(self._rows[rows])
             target["masks"] = tv_tensors.Mask(decode_outlines(outlines, height, width, window))
         return target
 
@@ -141,6 +161,32 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         """The labels of each image's boxes, one for each box; crowd regions are left out, as they are not learnt."""
         learnt = np.flatnonzero(self.iscrowd == 0)
         return np.split(self.labels[learnt], np.searchsorted(learnt, self.offsets[1:-1]))
+
+    def order_classes(self, classes: Sequence[str]) -> None:
+        """Let label k be `classes[k]`, whatever the order of the file's ids; ValueError if the file has others."""
+        require_same_classes(classes, self.classes, self.annotations)
+        new_label = np.array([list(classes).index(name) for name in self.classes])
+        self.labels = new_label[self.labels]
+        self.category_ids = [self.category_ids[old] for old in np.argsort(new_label)]
+        self.classes = list(classes)
+
+    def require_files(self) -> list[str]:
+        """What is to be said of image files that are not there, if broken images are skipped; does not open them.
+
+        Raises:
+            FileNotFoundError: some are missing and broken images are not skipped, or all are.
+        """
+        missing = [path for name in self.file_names if not (path := self.images / name).is_file()]
+        if not missing:
+            return []
+        found = f"{len(missing)} of the {len(self)} images of {self.annotations} are missing, first {missing[0]}"
+        if self.on_broken == "stop" or len(missing) == len(self):
+            raise FileNotFoundError(f"{found}: is {self.images} their folder?")
+        return [f"{found}: they are skipped"]
+
+    def objects_per_image(self) -> np.ndarray:
+        """(I,) how many objects each image has, crowd regions apart."""
+        return np.array([len(labels) for labels in self.labels_of_images()])
 
     def images_per_class(self) -> np.ndarray:
         """(K,) in how many images each class occurs."""
@@ -170,37 +216,3 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 f" {width}x{height}, so its boxes would be misplaced"
             )
         return image
-
-
-class _Outlines:
-    """Outlines of many objects in one piece of memory, which worker processes do not copy by reading it."""
-
-    def __init__(self, annotations: list[dict[str, Any]], source: str):
-        texts = [json.dumps(outline_of(annotation, source)).encode() for annotation in annotations]
-        self.ends = np.cumsum([0, *map(len, texts)])
-        self.text = np.frombuffer(b"".join(texts), dtype=np.uint8)
-
-    def __getitem__(self, row: int) -> Any:
-        return json.loads(self.text[self.ends[row] : self.ends[row + 1]].tobytes())
-
-
-def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Boxes (n, 4) x y width height -> float32 x1 y1 x2 y2 inside images of `sizes` (n, 2) width height."""
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    return np.clip(corners, 0, np.tile(sizes, 2)).astype(np.float32)
-
-
-def _require_sound(table: CocoTable, path: Path) -> None:
-    """Raise ValueError on what would make samples wrong or ambiguous."""
-    problems = (
-        (len(table.image_ids) == 0, "it lists no images"),
-        (len(table.category_ids) == 0, "it lists no categories"),
-        (len(np.unique(table.image_ids)) < len(table.image_ids), "two images have the same id"),
-        (len(np.unique(table.category_ids)) < len(table.category_ids), "two categories have the same id"),
-        (not np.isin(table.annotation_images, table.image_ids).all(), "an annotation names an unknown image id"),
-        (not np.isin(table.annotation_categories, table.category_ids).all(), "one names an unknown category id"),
-        (not np.isfinite(table.boxes).all(), "a box holds a number that is not finite"),
-    )
-    for found, sentence in problems:
-        if found:
-            raise ValueError(f"{path} cannot be used: {sentence} ({ADVICE})")

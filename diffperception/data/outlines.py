@@ -1,6 +1,7 @@
 """Outlines of objects as COCO files have them, polygons or run lengths, and the masks that they stand for."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,20 +9,52 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
+from diffperception.data.entries import number, whole
 from diffperception.data.tiles import Window
 
 RunLengths = dict[str, Any]  # `size`, height and width, and `counts`, COCO's compressed text
 
 
-def outline_of(annotation: dict[str, Any], source: str) -> Any:
-    """An annotation's outline; ValueError, naming the file, if it has none."""
-    outline = annotation.get("segmentation")
-    if outline:
-        return outline
-    raise ValueError(
-        f"annotation {annotation.get('id')} of {source} has no segmentation: masks need one of every object, so do"
-        " without masks, or add it"
-    )
+class Outlines:
+    """Outlines of many objects in one piece of memory, which worker processes do not copy by reading it.
+
+    Args:
+        outlines: as files have them; None or empty for an object without one.
+
+    Attributes:
+        absent: (n,) bool, which objects have none.
+        sizes: (n, 2) int64, height and width of run lengths; -1 for polygons, which have none.
+    """
+
+    def __init__(self, outlines: Sequence[Any]):
+        texts = [json.dumps(outline).encode() for outline in outlines]
+        self.ends = np.cumsum([0, *map(len, texts)])
+        self.text = np.frombuffer(b"".join(texts), dtype=np.uint8)
+        self.absent = np.array([not outline for outline in outlines], dtype=bool)
+        sizes = [outline["size"] if isinstance(outline, dict) and outline else (-1, -1) for outline in outlines]
+        self.sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+
+    def of(self, rows: Iterable[int]) -> list[Any]:
+        """The outlines of these objects."""
+        return [json.loads(self.text[self.ends[row] : self.ends[row + 1]].tobytes()) for row in rows]
+
+
+def outline(value: Any) -> Any:
+    """An outline as files have them, or nothing; ValueError or TypeError if it is no outline."""
+    if isinstance(value, dict) and value:
+        height, width = map(whole, value["size"])
+        if isinstance(value["counts"], list) and sum(map(whole, value["counts"])) != height * width:
+            raise ValueError(f"the run lengths do not fill {width}x{height} pixels")
+        try:
+            coco_mask.decode(run_lengths(value, height, width))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+    elif isinstance(value, list):
+        if any(len(polygon) < 6 or len(polygon) % 2 or not [number(x) for x in polygon] for polygon in value):
+            raise ValueError("a polygon has less than three points, or an x without a y")
+    elif value:
+        raise ValueError(f"{value!r} is no outline")
+    return value
 
 
 def decode_outlines(outlines: Iterable[Any], height: int, width: int, window: Window | None = None) -> Tensor:

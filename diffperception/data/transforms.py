@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from diffperception.data.soundness import resizing
+
 Target = dict[str, Any]
+STRIP = 20  # so many times as long as wide, or more, is an image that is not enlarged as others are before it is cut
+IOU_CROP = 0.3  # of the sides of an image are left at least by torchvision's RandomIoUCrop
 PER_BOX = ("boxes", "labels", "iscrowd", "area", "masks")
 
 
@@ -50,6 +55,9 @@ class TrainingTransforms:
         max_long_side: int = 1333,
         min_box_side: float = 1.0,
     ):
+        self.short_sides, self.max_long_side = tuple(short_sides), max_long_side
+        self.crop_short_sides, self.crop_sides = tuple(crop_short_sides), crop_sides
+        self.crop, self.iou_crop = crop, iou_crop
         probabilities = (horizontal_flip, vertical_flip, photometric, zoom_out, iou_crop, crop)
         if not all(0 <= p <= 1 for p in probabilities):
             raise ValueError(f"the probabilities of changes must lie in 0..1, not {probabilities}")
@@ -60,15 +68,42 @@ class TrainingTransforms:
             v2.RandomApply([v2.RandomPhotometricDistort(p=0.5)], photometric),
             v2.RandomZoomOut(fill={tv_tensors.Image: 127, "others": 0}, side_range=(1, 2), p=zoom_out),
             v2.RandomApply([v2.RandomIoUCrop()], iou_crop),
-            v2.RandomApply([v2.RandomShortestSize(list(crop_short_sides)), RandomSizeCrop(*crop_sides)], crop),
+            v2.RandomApply(
+                [ShortestSize(crop_short_sides, self._longest_to_crop()), RandomSizeCrop(*crop_sides)], crop
+            ),
         ]
         if short_sides:
-            steps.append(v2.RandomShortestSize(list(short_sides), max_size=max_long_side))
+            steps.append(ShortestSize(short_sides, max_long_side))
         self.steps = v2.Compose(steps)
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         image, target = self.steps(image, target)
         return image, clean(target, self.min_box_side)
+
+    def _longest_to_crop(self) -> int:
+        """So long may an image become before it is cut: a strip one pixel wide would else fill the memory."""
+        return STRIP * max(self.crop_short_sides, default=1)
+
+    def largest_scale(self, sizes: np.ndarray) -> np.ndarray:
+        """(n,) the most that images of `sizes` (n, 2), width and height, are enlarged by."""
+        short, side = max(self.short_sides, default=None), np.maximum(sizes, 1).min(axis=1)
+        largest = resizing(sizes, short, self.max_long_side)
+        if self.crop:
+            before = resizing(sizes, max(self.crop_short_sides), self._longest_to_crop())
+            cut = np.minimum(before * side, min(self.crop_sides))  # the short side of the smallest part
+            largest = np.maximum(largest, before * (1 if short is None else np.maximum(1, short / cut)))
+        return largest / (IOU_CROP if self.iou_crop else 1)
+
+
+class ShortestSize(v2.RandomShortestSize):
+    """torchvision's, but at least one pixel is left of the other side."""
+
+    def __init__(self, sides: Sequence[int], max_size: int):
+        super().__init__(list(sides), max_size=max_size)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = super().make_params(flat_inputs)
+        return params | {"size": tuple(max(1, side) for side in params["size"])}
 
 
 class RandomSizeCrop(v2.Transform):

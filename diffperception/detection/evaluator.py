@@ -4,10 +4,9 @@ Numbers are faster-coco-eval's, which agree with those of pycocotools and of the
 """
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,10 @@ from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from diffperception.data.annotations import labels_of, read_coco
-from diffperception.data.outlines import encode_masks, outline_of
+from diffperception.data.annotations import LVIS_LISTS, CocoTable, read_coco, tabulate
+from diffperception.data.outlines import encode_masks
+from diffperception.data.soundness import check_boxes, require_entries
+from diffperception.detection.results import read_results
 from diffperception.devices import gather
 from diffperception.table import format_table
 
@@ -51,6 +52,10 @@ class CocoResult:
     notes: list[str]  # what was left out of the evaluation or is missing from it, one sentence each
     explanation: str | None  # why AP is 0 or undefined, in one sentence; None where there is nothing to explain
 
+    def with_notes(self, notes: Sequence[str]) -> "CocoResult":
+        """The same with these notes before its own."""
+        return replace(self, notes=[*notes, *self.notes])
+
     @property
     def remarks(self) -> list[str]:
         """The notes and, if there is one, the explanation."""
@@ -79,25 +84,27 @@ class CocoEvaluator:
     not to be there, and unmatched ones not where its objects were not all annotated.
 
     Args:
-        annotations: COCO JSON file, or LVIS's, with the ground truth.
+        annotations: COCO JSON file, or LVIS's, with the ground truth; or the table of one, with outlines for masks.
         iou_types: what is compared: boxes (`bbox`), masks (`segm`) or both.
         max_dets: how many detections count per image, the best scores first: of each class, by default 100 (COCO), or
             of all classes, by default 300 (LVIS).
         image_ids: evaluate these images of the file only.
         protocol: coco, or lvis for annotation files of LVIS.
+        classes: names of the labels 0..K-1 of predictions; by default, the categories in the order of their ids.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing or is not what the protocol needs, masks are asked for and it
-            has none, or `max_dets` is below 1.
+        FileNotFoundError, ValueError: the file is missing, cannot be used (see `tabulate`) or is not what the protocol
+            needs, masks are asked for and it has none, it has other classes, or `max_dets` is below 1.
     """
 
     def __init__(
         self,
-        annotations: str | Path,
+        annotations: str | Path | CocoTable,
         iou_types: Sequence[IouType] = ("bbox",),
         max_dets: int | None = None,
         image_ids: Iterable[int] | None = None,
         protocol: Protocol = "coco",
+        classes: Sequence[str] | None = None,
     ) -> None:
         self.iou_types = tuple(iou_types)
         self.masks = "segm" in self.iou_types
@@ -107,7 +114,10 @@ class CocoEvaluator:
         self.max_dets = MAX_DETS[protocol] if max_dets is None else max_dets
         if self.max_dets < 1:
             raise ValueError(f"max_dets is {max_dets}: at least 1 detection per image must count")
-        self.truth = GroundTruth(annotations, image_ids, self.masks)
+        if not isinstance(annotations, CocoTable):
+            annotations = tabulate(read_coco(annotations, outlines=self.masks), annotations, self.masks)
+            require_entries(annotations)
+        self.truth = GroundTruth(annotations, image_ids, self.masks, classes)
         if protocol == "lvis":
             _require_lvis_file(self.truth)
         self.reset()
@@ -141,13 +151,16 @@ class CocoEvaluator:
         return result
 
     def score_results(self, results: str | Path) -> CocoResult:
-        """Score a COCO results file: a JSON list of rows with image_id, category_id, bbox (xywh in pixels) and score.
+        """Score a COCO results file, a JSON list of rows with image_id, category_id, bbox and score (`read_results`).
 
         Where masks are scored, rows must have a segmentation too, as run lengths. ValueError, or FileNotFoundError,
         says what is wrong with the file.
         """
-        rows = _read_results(Path(results), self.masks)
-        return self._score(rows, {row["image_id"] for row in rows})
+        found = read_results(results, self.truth.table, self.masks)
+        if not found.rows:
+            note = f"{results} has no rows: nothing was found in any image."
+            return self._score([], self.truth.image_ids).with_notes([*found.notes, note])
+        return self._score(found.rows, {row["image_id"] for row in found.rows}).with_notes(found.notes)
 
     def _score(self, rows: list[dict[str, Any]], seen: Set[int]) -> CocoResult:
         usable = [row for row in rows if self.truth.can_score(row)]
@@ -236,30 +249,61 @@ def results_rows(image_id: int, prediction: dict[str, Tensor], category_ids: Seq
 
 
 class GroundTruth:
-    """What an annotation file has in the chosen images; its `annotations` are those with an area."""
+    """What a checked annotation file has in the chosen images; its `annotations` are those with an area."""
 
-    def __init__(self, path: str | Path, image_ids: Iterable[int] | None, with_masks: bool = False) -> None:
-        content = read_coco(path, outlines=with_masks)
-        self.name = Path(path).name
-        self.categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.category_ids, self.classes = labels_of(self.categories)
+    def __init__(
+        self,
+        table: CocoTable,
+        image_ids: Iterable[int] | None,
+        with_masks: bool = False,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.table, self.name = table, table.name
+        self.category_ids, self.classes = table.labels(classes)
         self.known_ids = set(self.category_ids)
-        known = {image["id"]: image for image in content["images"]}
-        self.image_ids = set(known) if image_ids is None else known.keys() & set(image_ids)
-        self.images = [known[i] for i in self.image_ids]
-        found = [a for a in content["annotations"] if a["image_id"] in self.image_ids]
-        with_area = [a for a in found if len(a.get("bbox") or []) == 4 and all(side > 0 for side in a["bbox"][2:])]
-        if with_masks:
-            with_area = [a | {"segmentation": outline_of(a, self.name)} for a in with_area]
-        self.annotations = [
-            {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0} | a | {"id": i} for i, a in enumerate(with_area, 1)
+        frequency = dict(zip(table.category_ids.tolist(), table.frequencies, strict=True))
+        # (K,) LVIS's frequency of each class, r, c or f
+        self.group = np.array([frequency[number] for number in self.category_ids])
+        self.categories = [
+            {"id": number, "name": name, "frequency": frequency[number]}
+            for number, name in zip(self.category_ids, self.classes, strict=True)
         ]
-        # (K,) LVIS's frequency of each class, r, c or f; None in other files
-        self.group = np.array([category.get("frequency") for category in self.categories])
-        self.without_area = len(found) - len(self.annotations)
+        known = {number: row for row, number in enumerate(table.image_ids.tolist())}
+        self.image_ids = set(known) if image_ids is None else known.keys() & set(image_ids)
+        self.images = [self._image(number, known[number]) for number in self.image_ids]
+        chosen = np.isin(table.annotation_images, list(self.image_ids))
+        rows = np.flatnonzero(chosen & (table.boxes[:, 2:] > 0).all(axis=1))
+        self.annotations = self._annotations(rows)
+        if with_masks:
+            row_of_image = np.array(
+                [known[number] for number in table.annotation_images[rows].tolist()], dtype=np.int64
+            )
+            outlines = table.require_outlines(rows, row_of_image).of(rows)
+            for annotation, outline in zip(self.annotations, outlines, strict=True):
+                annotation["segmentation"] = outline
+        self.without_area = int(chosen.sum()) - len(rows)
+        self.doubts = [problem.message for problem in check_boxes(table) if problem.level == "error"]
         counts = Counter(o["category_id"] for o in self.annotations if not o["iscrowd"])
         self.objects = {name: counts[c] for c, name in zip(self.category_ids, self.classes, strict=True)}
         self.extent = max((sum(o["bbox"][i::2]) for o in self.annotations for i in (0, 1)), default=0.0)
+
+    def _image(self, number: int, row: int) -> dict[str, Any]:
+        width, height = self.table.sizes[row].tolist()
+        lists = {key: of_images[row] for key, of_images in self.table.image_lists.items()}
+        return {"id": number, "width": width, "height": height, **lists}
+
+    def _annotations(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """Annotations of the table as the evaluation takes them, with ids from 1: it takes 0 for no match."""
+        table = self.table
+        columns = {
+            "image_id": table.annotation_images,
+            "category_id": table.annotation_categories,
+            "bbox": table.boxes,
+            "area": table.areas,
+            "iscrowd": table.iscrowd.astype(np.int64),
+        }
+        values = zip(*(column[rows].tolist() for column in columns.values()), strict=True)
+        return [{"id": number, **dict(zip(columns, of_one, strict=True))} for number, of_one in enumerate(values, 1)]
 
     def can_score(self, row: dict[str, Any]) -> bool:
         """Whether the row's image and class are known, and its box has an area and is, like the score, finite."""
@@ -273,28 +317,11 @@ class GroundTruth:
         return [row for row in rows if (row["image_id"], row["category_id"]) in known]
 
 
-def _read_results(path: Path, with_masks: bool) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no results file {path}")
-    try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
-    keys = ("image_id", "category_id", "bbox", "score", *(["segmentation"] if with_masks else []))
-    if isinstance(rows, list) and all(
-        isinstance(row, dict) and row.keys() >= set(keys) and len(row["bbox"]) == 4 for row in rows
-    ):
-        return [{key: row[key] for key in keys} for row in rows]
-    raise ValueError(f"{path} is not a COCO results file: it must be a list of rows with {', '.join(sorted(keys))}")
-
-
 def _require_lvis_file(truth: GroundTruth) -> None:
-    lists = {"neg_category_ids", "not_exhaustive_category_ids"}
-    has_lists = all(lists <= image.keys() for image in truth.images)
-    if has_lists and all(group in FREQUENCIES for group in truth.group):
+    if truth.table.image_lists.keys() >= set(LVIS_LISTS) and all(group in FREQUENCIES for group in truth.group):
         return
     raise ValueError(
-        f"{truth.name} is not an LVIS annotation file: its images must have {' and '.join(sorted(lists))}, its"
+        f"{truth.name} is not an LVIS annotation file: its images must have {' and '.join(LVIS_LISTS)}, its"
         f" categories a frequency ({', '.join(FREQUENCIES)}); evaluate other files with --protocol coco"
     )
 
@@ -304,7 +331,7 @@ def _number(value: float) -> str:
 
 
 def _notes(truth: GroundTruth, predicted: int, usable: int) -> list[str]:
-    notes = []
+    notes = [f"In {truth.name} {doubt}." for doubt in truth.doubts]
     if truth.without_area:
         notes.append(f"{truth.without_area} objects of {truth.name} have no area and are left out.")
     if usable < predicted:

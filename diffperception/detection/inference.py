@@ -14,12 +14,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffperception.data import CocoDetection
+from diffperception.data.annotations import CocoTable, read_coco, shortened, tabulate
 from diffperception.data.batches import collate, spread
 from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead, to_float
 from diffperception.data.listing import list_images
+from diffperception.data.soundness import require_entries
 from diffperception.data.tiles import OVERLAP, Tiling
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
+from diffperception.detection.results import IMAGES, describe_results
 from diffperception.detection.sampler import BoxSampler
 from diffperception.detection.tiles import predict_images, require_no_masks
 from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
@@ -48,8 +51,41 @@ class FolderResult:
         if not whole:
             raise ValueError(f"no image can be read: {broken[0]}")
         images = [{"id": number, **image} for number, (image, _) in enumerate(whole, 1)]
-        rows = [row | {"image_id": number} for number, (_, of_image) in enumerate(whole, 1) for row in of_image]
-        return cls(images, rows, broken)
+        pairs = zip(images, (of_image for _, of_image in whole), strict=True)
+        return cls(images, [row | {"image_id": image["id"]} for image, rows in pairs for row in rows], broken)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """An image file to detect objects in."""
+
+    path: Path
+    image: dict[str, Any]  # of a COCO file: its file_name and, if it is known, its id
+    picture: Path  # of its detections, below the folder of pictures
+    seed: int  # of its noise
+
+
+def _subjects(images: str | Path, table: CocoTable | None, output: Path, seed: int) -> tuple[list[_Subject], str]:
+    """The images that a path or pattern names or, with a table, those of the data set in a folder; and a remark."""
+    remark = ""
+    if table is None:
+        root, paths, remark = list_images(images, leave_out=output)
+        names = [path.relative_to(root) for path in paths]
+        entries = [{"file_name": name.as_posix()} for name in names]
+        seeds = [name_seed(seed, name.name) for name in names]
+    else:
+        if not Path(images).is_dir():
+            raise FileNotFoundError(
+                f"there is no image folder {images}, in which the images of {table.source} would be"
+            )
+        paths = [Path(images, name) for name in table.file_names]
+        names = [safe_path(name) for name in table.file_names]
+        ids = table.image_ids.tolist()
+        entries = [{"id": number, "file_name": name} for number, name in zip(ids, table.file_names, strict=True)]
+        seeds = [sample_seed(seed, number) for number in ids]
+    pngs = png_names(names)
+    parts = zip(paths, entries, [pngs[name] for name in names], seeds, strict=True)
+    return [_Subject(*each) for each in parts], remark
 
 
 def detect_folder(
@@ -67,6 +103,7 @@ def detect_folder(
     overwrite: bool = False,
     tile: PositiveInt | None = None,
     overlap: NonNegativeInt = OVERLAP,
+    annotations: str | Path | None = None,
 ) -> FolderResult:
     """Detect objects in an image, or in all images of a folder.
 
@@ -75,12 +112,16 @@ def detect_folder(
     OUTPUT/trajectories, where noise turns into boxes. Images that cannot be read are left out and named at the end.
     Several processes, started by torchrun, share the images.
 
+    `evaluate --results` scores predictions.json: of the images of `annotations` it finds what `evaluate --model` finds;
+    without, the noise is drawn from names, so that scores differ a little.
+
     Args:
         detector: the detector, which computes where it is; or its file, for an accelerator if there is one.
         images: an image, a folder (its subfolders count too), a pattern in quotes such as 'photos/*.jpg', or a list in
             the images' folder: a COCO file, or a .txt file with a name per line.
         sampler: instead of the detector's own, see `Detector.sampler_with`.
-        seed: seed of the noise that boxes start from; it and the name of an image decide the noise of that image.
+        seed: seed of the noise that boxes start from; it and the name of an image, or its id in `annotations`, decide
+            the noise of that image.
         score_threshold: boxes with a lower score are not drawn; predictions.json has them all.
         num_pictures: the detections of at most this many images are drawn.
         num_trajectories: noise turning into boxes is drawn for at most this many images.
@@ -90,42 +131,49 @@ def detect_folder(
             the windows find is put together; of an image at most the 3000 best detections stay. Its trajectory is not
             drawn. Null predicts images whole.
         overlap: pixels that neighbouring windows share at least; best as large as most objects.
+        annotations: COCO file whose images, in the folder `images`, are predicted: with its image ids, and with the
+            ids of its categories for classes of their names.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such image or model, none can be read, or the folder is in use.
+        FileNotFoundError, ValueError: there is no such image or model, none can be read, the folder is in use, or the
+            annotations cannot be used or have other classes than the detector.
     """
     tiling = Tiling(tile, overlap)
     detector, folder = Detector.loaded(detector).eval(), OutputFolder(output, overwrite)
     require_no_masks(detector, tiling)
-    root, paths, remark = list_images(images, leave_out=folder.path)
-    names = png_names([path.relative_to(root) for path in paths])
+    table = None if annotations is None else tabulate(read_coco(annotations), annotations)
+    category_ids = range(1, len(detector.classes) + 1) if table is None else table.labels(detector.classes)[0]
+    if table is not None:
+        require_entries(table)
+    subjects, remark = _subjects(images, table, folder.path, seed)
     first_does(folder.clear)  # all have looked whether it is empty
     echo_remark(remark)
     found: list[tuple[dict[str, Any], list[dict[str, Any]]] | str] = []
     drawn = 0
-    batches = load_images(share(paths), 1 if tile else batch_size, workers, as_uint8=tile is not None)
-    for sample, detections in _detect(detector, batches, sampler, seed, precision, tiling, batch_size):
+    mine = share(subjects)
+    paths, seeds = [subject.path for subject in mine], [subject.seed for subject in mine]
+    batches = load_images(paths, 1 if tile else batch_size, workers, as_uint8=tile is not None)
+    detected = _detect(detector, batches, sampler, seeds, precision, tiling, batch_size)
+    for subject, (sample, detections) in zip(mine, detected, strict=True):
         if sample.image is None:
             found.append(sample.problem)
             continue
-        name = sample.path.relative_to(root)
         height, width = sample.image.shape[-2:]
-        rows = results_rows(0, detections, range(1, len(detector.classes) + 1))
-        found.append(({"file_name": name.as_posix(), "width": width, "height": height}, rows))
+        rows = results_rows(0, detections, category_ids)
+        found.append((subject.image | {"width": width, "height": height}, rows))
         if drawn < len(share(range(num_pictures))):
             picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
-            save_png(picture, folder.file("pictures" / names[name]))
+            save_png(picture, folder.file("pictures" / subject.picture))
         whole = len(tiling.windows(height, width)) == 1
         if drawn < len(share(range(num_trajectories))) and isinstance(detector, DiffusionDet) and whole:
-            noise = name_seed(seed, name.name)
-            picture = draw_trajectory(detector, to_float(sample.image), noise, sampler, score_threshold, precision)
-            save_png(picture, folder.file("trajectories" / names[name]))
+            image = to_float(sample.image)
+            picture = draw_trajectory(detector, image, subject.seed, sampler, score_threshold, precision)
+            save_png(picture, folder.file("trajectories" / subject.picture))
         drawn += 1
     result = FolderResult.of(gather(found))
     if first_process():
-        categories = [{"id": k, "name": name} for k, name in enumerate(detector.classes, 1)]
-        content = {"images": result.images, "annotations": [], "categories": categories}
-        write_json(folder.file("images.json"), content, None)
+        content = describe_results(result.images, category_ids, detector.classes, "predictions.json")
+        write_json(folder.file(IMAGES), content, None)
         write_json(folder.file("predictions.json"), result.detections, None)
     return result
 
@@ -134,18 +182,20 @@ def _detect(
     detector: Detector,
     batches: DataLoader[ImageSample],
     sampler: BoxSampler | None,
-    seed: int,
+    seeds: Sequence[int],
     precision: Precision,
     tiling: Tiling,
     batch_size: int,
 ) -> Iterator[tuple[ImageSample, dict[str, Tensor]]]:
     """Each image with its detections, on the CPU, as they are made; broken images have none. Shows the time left."""
+    noise = iter(seeds)
     with tqdm(total=len(batches.dataset), desc="predict", unit="image", disable=hide_bar()) as bar:  # type: ignore[arg-type]
         for batch in batches:
-            images = [sample.image for sample in batch if sample.image is not None]
-            seeds = [name_seed(seed, sample.path.name) for sample in batch if sample.image is not None]
+            pairs = [(sample.image, next(noise)) for sample in batch]
+            images = [image for image, _ in pairs if image is not None]
+            own = [seed for image, seed in pairs if image is not None]
             with autocast(detector.device, precision):
-                found = iter(predict_images(detector, images, seeds, sampler, tiling, batch_size) if images else [])
+                found = iter(predict_images(detector, images, own, sampler, tiling, batch_size) if images else [])
             for sample in batch:
                 detections = {} if sample.image is None else next(found)
                 yield sample, {name: value.cpu() for name, value in detections.items()}
@@ -194,7 +244,8 @@ def evaluate_detector(
     share_statistics(detector)
     chosen = spread(len(dataset), num_images)
     image_ids = [dataset.image_ids[i] for i in chosen]
-    evaluator = CocoEvaluator(dataset.annotations, iou_types(dataset.masks), max_dets, image_ids, protocol)
+    truth, compared = dataset.table or dataset.annotations, iou_types(dataset.masks)
+    evaluator = CocoEvaluator(truth, compared, max_dets, image_ids, protocol, detector.classes)
     detector.eval()
     read = dataset.stored if tile else dataset.__getitem__
     batches = read_ahead(LazyMap(read, share(chosen)), 1 if tile else batch_size, workers)
@@ -210,8 +261,8 @@ def evaluate_detector(
 
 
 def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
-    """ValueError that names the difference unless the model's classes are the annotation file's."""
-    if list(classes) == dataset.classes:
+    """ValueError that names the difference unless the model's classes are the annotation file's, in any order."""
+    if set(classes) == set(dataset.classes):
         return
     if list(classes) == [str(label) for label in range(len(dataset.classes))]:
         raise ValueError(
@@ -219,8 +270,9 @@ def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
             f" convert it again with --annotations {dataset.annotations}, if it was trained for those categories"
         )
     raise ValueError(
-        f"the model has {len(classes)} classes ({_short(classes)}), but {dataset.annotations} has"
-        f" {len(dataset.classes)} ({_short(dataset.classes)}): use the annotations it was trained for, or train it anew"
+        f"the model has {len(classes)} classes ({shortened(classes)}), but {dataset.annotations} has"
+        f" {len(dataset.classes)} ({shortened(dataset.classes)}): use the annotations it was trained for, or train it"
+        " anew"
     )
 
 
@@ -299,7 +351,3 @@ def draw_trajectory(
     with autocast(detector.device, precision):
         steps, detections = detector.trajectory(image, seed, sampler)
     return trajectory(image, steps, detections, detector.classes, threshold)
-
-
-def _short(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -160,7 +160,8 @@ def sweep_sampler(
         raise ValueError("a sweep scores boxes alone: leave masks out, or give one seed and one value of each option")
     if tile is not None:
         raise ValueError("a sweep takes images whole: leave tile out, or give one seed and one value of each option")
-    evaluator = CocoEvaluator(dataset.annotations, ("bbox",), max_dets, dataset.image_ids, protocol)
+    truth = dataset.table or dataset.annotations
+    evaluator = CocoEvaluator(truth, ("bbox",), max_dets, dataset.image_ids, protocol, detector.classes)
     detector.eval()
     runs = [[_Run(sampler or detector.sampler, seed) for seed in seeds] for sampler in combinations]
     images = LazyMap(dataset.__getitem__, share(range(len(dataset))))

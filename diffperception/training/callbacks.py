@@ -239,7 +239,8 @@ class Evaluations(Callback):
             model.train(training)
         self._record(trainer, step, metrics)
         if metrics:
-            echo(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in islice(metrics.items(), 3)))
+            shown = ((name, "-" if math.isnan(value) else f"{value:.3f}") for name, value in islice(metrics.items(), 3))
+            echo(f"step {step}: " + "  ".join(f"{name} {value}" for name, value in shown))
 
     def finish(self, trainer: Trainer, model: nn.Module) -> Metrics:
         """The final metrics of the trained model."""

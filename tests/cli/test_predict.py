@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from diffperception.cli.main import main
-from diffperception.data.annotations import labels_of
+from diffperception.data.annotations import tabulate
 from diffperception.data.images import read_image
 from diffperception.detection import FCOS, BoxSampler, DiffusionDet, DynamicHead
 from diffperception.detection.evaluator import CocoEvaluator, results_rows
@@ -65,7 +65,7 @@ def test_a_folder_gives_results_pictures_and_trajectories(model, photos, tmp_pat
     content, rows = read(output)
     assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "c.bmp", "d.png", "more/a.png"]
     assert [image["width"] for image in content["images"]] == [60, 70, 80, 90, 100]
-    assert labels_of(content["categories"]) == ([1, 2, 3], CLASSES)
+    assert tabulate(content, output).labels() == ([1, 2, 3], CLASSES)
     assert {row["image_id"] for row in rows} == {1, 2, 3, 4, 5}
     for row in rows:
         x, y, w, h = row["bbox"]

@@ -26,22 +26,38 @@ def test_a_sound_data_set_has_no_problems(folder, content, save):
 
 ENTRY_CHANGES = [
     ("images", {"id": 3}, "double image id", ["3: 2 times"]),
-    ("images", {"id": "7"}, "unusable entry", ["images[0] (id 7)", "\"id\" is '7', not a whole number"]),
-    ("images", {"width": 0}, "unusable entry", ['"width" is 0']),
+    ("images", {"id": "7b"}, "unusable entry", ["images[0] (id '7b')", "\"id\" is '7b', not a whole number"]),
+    ("images", {"id": 7.5}, "unusable entry", ["images[0] (id 7.5)", '"id" is 7.5, not a whole number']),
+    ("images", {"id": 2**70}, "unusable entry", ["not a whole number of at most 63 bits"]),
     ("images", {"height": -3}, "unusable entry", ['"height" is -3']),
     ("images", {"file_name": None}, "unusable entry", ['"file_name" is None']),
     ("images", {"file_name": "b.png"}, "double file name", ["b.png: 2 times"]),
     ("annotations", {"id": 2}, "double annotation id", ["2: 2 times"]),
-    ("annotations", {"image_id": 99}, "unknown image id", ["annotation 1: image id 99"]),
-    ("annotations", {"category_id": 99}, "unknown category id", ["annotation 1: category id 99"]),
-    ("annotations", {"bbox": [1, 2, 0, 5]}, "box without area", ["annotation 1 in b.png: box 1, 2, 0, 5"]),
-    ("annotations", {"bbox": [1, 2, 5, -5]}, "box without area", ["annotation 1 in b.png: box 1, 2, 5, -5"]),
-    ("annotations", {"bbox": [30, 2, 5, 5]}, "box outside", ["annotation 1 in b.png: box 30, 2, 5, 5"]),
-    ("annotations", {"bbox": [15, 2, 10, 5]}, "box over the border", ["annotation 1 in b.png: box 15, 2, 10, 5"]),
-    ("annotations", {"bbox": [-9, 2, 10, 5]}, "box over the border", ["annotation 1 in b.png: box -9, 2, 10, 5"]),
-    ("annotations", {"bbox": [1, 2, 3]}, "unusable entry", ["annotations[0] (id 1)", "not four finite numbers"]),
-    ("annotations", {"bbox": [1, 2, float("nan"), 4]}, "unusable entry", ["not four finite numbers"]),
-    ("annotations", {"bbox": [1, 2, float("inf"), 4]}, "unusable entry", ["not four finite numbers"]),
+    ("annotations", {"image_id": 99}, "unknown image id", ["annotations[0] (id 1): image id 99"]),
+    ("annotations", {"category_id": 99}, "unknown category id", ["annotations[0] (id 1): category id 99"]),
+    ("annotations", {"bbox": [1, 2, 0, 5]}, "box without area", ["annotations[0] (id 1) in b.png: box 1, 2, 0, 5"]),
+    ("annotations", {"bbox": [1, 2, 5, -5]}, "box without area", ["annotations[0] (id 1) in b.png: box 1, 2, 5, -5"]),
+    ("annotations", {"bbox": [30, 2, 5, 5]}, "box outside", ["annotations[0] (id 1) in b.png: box 30, 2, 5, 5"]),
+    (
+        "annotations",
+        {"bbox": [15, 2, 10, 5]},
+        "box over the border",
+        ["annotations[0] (id 1) in b.png: box 15, 2, 10, 5"],
+    ),
+    (
+        "annotations",
+        {"bbox": [-9, 2, 10, 5]},
+        "box over the border",
+        ["annotations[0] (id 1) in b.png: box -9, 2, 10, 5"],
+    ),
+    (
+        "annotations",
+        {"bbox": [1, 2, 3]},
+        "unusable entry",
+        ["annotations[0] (id 1)", "not a list of four finite numbers"],
+    ),
+    ("annotations", {"bbox": [1, 2, float("nan"), 4]}, "unusable entry", ["not a list of four finite numbers"]),
+    ("annotations", {"bbox": [1, 2, float("inf"), 4]}, "unusable entry", ["not a list of four finite numbers"]),
     ("annotations", {"area": -1}, "unusable entry", ['"area" is -1']),
     ("annotations", {"iscrowd": "no"}, "unusable entry", ["\"iscrowd\" is 'no', not 0 or 1"]),
     ("categories", {"id": 10}, "double category id", ["10: 2 times"]),
@@ -60,8 +76,8 @@ def test_a_wrong_value_is_named(folder, content, save, section, change, kind, te
 @pytest.mark.parametrize(
     ("section", "key"),
     [
-        *(("images", key) for key in ("id", "file_name", "width", "height")),
-        *(("annotations", key) for key in ("id", "image_id", "category_id", "bbox")),
+        *(("images", key) for key in ("id", "file_name")),
+        *(("annotations", key) for key in ("image_id", "category_id", "bbox")),
         *(("categories", key) for key in ("id", "name")),
     ],
 )
@@ -97,8 +113,9 @@ def test_area_and_iscrowd_may_be_left_out(content, save):
 
 def test_several_problems_are_all_found_errors_first(folder, content, save):
     (folder / "a.png").unlink()
-    content["images"][1]["width"] = 0
+    content["images"][1]["width"] = -1
     content["annotations"][1]["category_id"] = 4
+    content["annotations"][2]["image_id"] = 99
     content["categories"].append({"id": 77, "name": "unseen"})
     report = check_coco(save(content), folder)
     assert kinds(report.errors) == ["unusable entry", "unknown image id", "unknown category id", "missing image"]
@@ -207,8 +224,8 @@ def test_long_lists_are_shortened_with_a_count_and_whole_in_the_json(content, sa
     text = report.text(shown=10)
     assert "(47 times)" in text
     assert "and 37 more" in text
-    assert "annotation 9:" in text
-    assert "annotation 10:" not in text
+    assert "annotations[9] (id 9):" in text
+    assert "annotations[10]" not in text
     assert len(json.loads(json.dumps(asdict(report)))["problems"][0]["places"]) == 47
 
 

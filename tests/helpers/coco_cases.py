@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffperception.data.annotations import labels_of
+from diffperception.data.annotations import read_coco, tabulate
 
 
 def write_coco(path: Path, objects: list[dict[str, Any]], images: int, category_ids: list[int]) -> Path:
@@ -28,7 +28,7 @@ def item(image_id: int, category_id: int, *xywh: float, **extra: Any) -> dict[st
 def as_predictions(path: Path) -> tuple[list[int], list[dict[str, Tensor]]]:
     """The objects of a file, as a perfect detector would predict them."""
     content = json.loads(path.read_text())
-    label = {c: k for k, c in enumerate(labels_of(content["categories"])[0])}
+    label = {c: k for k, c in enumerate(tabulate(read_coco(path), path).labels()[0])}
     image_ids = [image["id"] for image in content["images"]]
     predictions = []
     for image_id in image_ids:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffperception.data import CocoDetection
 from diffperception.data.batches import repeat_factors
+from diffperception.data.soundness import crowded_images, objects_below, require, resizing
 from diffperception.data.tiles import OVERLAP, RandomTile, Tiling
 from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
@@ -32,6 +33,7 @@ from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipe import Evaluator, Metrics, Parts, Recipe, size_of
 
+MISWRITTEN = ("boxes as corners", "boxes as fractions")  # problems of a file that would make any score untrue
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
@@ -73,20 +75,31 @@ class DataOptions:
     object_tiles: ClosedUnitInterval = 0.8
 
     def open(self) -> tuple[CocoDetection, CocoDetection]:
-        """The data sets for training and for scoring; ValueError if their categories differ."""
+        """The data sets for training and for scoring, with labels alike.
+
+        Raises:
+            ValueError, FileNotFoundError: one of them cannot be used, nothing could be learned from the first, images
+                are missing, or the categories differ.
+        """
         tile = self.tile and RandomTile(self.tile, self.object_tiles)
         train = CocoDetection(
             self.train_annotations, self.train_images, self.transforms, self.on_broken, self.masks, tile
         )
         val = CocoDetection(self.val_annotations, self.val_images, on_broken=self.on_broken, masks=self.masks)
-        if not len(train.boxes):
-            raise ValueError(f"{self.train_annotations} holds no box with area: there is nothing to learn")
-        if train.classes != val.classes:
-            raise ValueError(
-                f"{self.train_annotations} and {self.val_annotations} list different categories: label numbers would"
-                " mean different things, so give both files the same list"
-            )
+        require([problem for problem in train.problems if problem.level == "error"], self.train_annotations)
+        require([problem for problem in val.problems if problem.kind in MISWRITTEN], self.val_annotations)
+        val.order_classes(train.classes)
         return train, val
+
+    def remarks(self, train: CocoDetection, val: CocoDetection) -> list[str]:
+        """What is to be said of the data before training, a sentence each: what learning or scores leave out."""
+        said = [f"{self.train_annotations}: {problem.message}" for problem in train.problems]
+        said += [
+            f"{self.val_annotations}: {problem.message}, so its score will be undefined"
+            for problem in val.problems
+            if problem.level == "error"
+        ]
+        return [*said, *train.require_files(), *val.require_files()]
 
     def batches(self, train: CocoDetection, seed: int) -> TrainingData:
         """Batches of the training set, of which images of rare classes are repeated if `repeat_threshold` says so."""
@@ -140,7 +153,17 @@ class DetectionModule(TrainingModule):
 
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         images, targets = batch
-        return self.model.loss(images, targets, generator=generator)
+        try:
+            return self.model.loss(images, targets, generator=generator)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            height, width = images[0].shape[-2:]
+            raise ValueError(
+                f"batch norm is left with one value per channel in a batch of {len(images)} of {width}x{height} pixels:"
+                " raise data.batch_size, let the transforms make images larger (short_sides), or train without the"
+                " statistics of batches (freeze_norm: true and fpn_norm: false in the model)"
+            ) from None
 
     def describe(self, batch: Batch) -> str:
         ids = ", ".join(str(target["image_id"]) for target in batch[1])
@@ -162,7 +185,8 @@ class DetectionEvaluator(Evaluator):
         self.dataset, self.options, self.workers, self.seed = dataset, options, workers, seed
         self.every = options.every
         # What cannot be scored is refused here, not after the training.
-        CocoEvaluator(dataset.annotations, iou_types(dataset.masks), options.max_dets, None, options.protocol)
+        truth = dataset.table or dataset.annotations
+        CocoEvaluator(truth, iou_types(dataset.masks), options.max_dets, None, options.protocol)
 
     def evaluate(self, averaged: Detector, raw: Detector, step: int, folder: OutputFolder | None) -> Metrics:
         return self._score(averaged, self.options.num_images).metrics
@@ -224,12 +248,15 @@ class DetectionRecipe(Recipe):
 
     def prepare(self, seed: int) -> Parts:
         train, val = self.data.open()
+        remarks = self.data.remarks(train, val)
         batches = self.data.batches(train, seed)
         evaluation = replace(self.evaluation, tile=self.evaluation.tile or self.data.tile)
         evaluator = DetectionEvaluator(val, evaluation, self.data.workers, seed)
         detector = self.model(train.classes)
         require_masks(detector, val)
         require_no_masks(detector, Tiling(evaluation.tile, evaluation.overlap))
+        for remark in [*remarks, *limits(detector, train, val, evaluation.tile)]:
+            echo(f"note: {remark}")
         detector.class_frequencies.copy_(torch.from_numpy(train.images_per_class()))
         return Parts(
             self.module(detector, self.optimizer, seed),
@@ -238,3 +265,20 @@ class DetectionRecipe(Recipe):
             f"{size_of(detector)} learns {len(train.classes)} classes from {len(train)} images and is scored on"
             f" {len(val)}",
         )
+
+
+def limits(detector: Detector, train: CocoDetection, val: CocoDetection, tile: int | None) -> list[str]:
+    """What a detector cannot learn or find of the data, a sentence each; it predicts large images in such tiles."""
+    said = []
+    if (num_boxes := getattr(detector, "num_boxes", None)) is not None:  # a user's detector may have no such number
+        crowded = crowded_images(train.image_ids, train.objects_per_image(), num_boxes)
+        said += [f"{train.annotations}: {problem.sentence()}" for problem in crowded]
+    seen = val.sizes if tile is None else np.minimum(val.sizes, tile)
+    scale = resizing(seen, detector.min_size, detector.max_size)
+    small = objects_below(val.boxes, scale.repeat(np.diff(val.offsets)))
+    if small.any():
+        said.append(
+            f"{val.annotations}: {small.sum()} of {len(small)} objects are less than a pixel wide or high as the model"
+            " sees its images in prediction, so they can hardly be found: raise its min_size and max_size"
+        )
+    return said
