@@ -113,14 +113,15 @@ def labels_of(category_ids: Sequence[int], names: Sequence[str]) -> tuple[list[i
     return [number for number, _ in pairs], unique
 
 
-def require_same_classes(wanted: Sequence[str], names: Sequence[str], source: str | Path) -> None:
-    """ValueError that says which classes differ unless a file's are those that are wanted, in whatever order."""
+def require_same_classes(wanted: Sequence[str], names: Sequence[str], source: str | Path, owner: str | Path) -> None:
+    """ValueError that says which classes differ unless a file's are those of their owner, in whatever order."""
     lacking, unknown = [x for x in wanted if x not in names], [x for x in names if x not in wanted]
     if lacking or unknown:
         parts = [f"it has no {shortened(lacking)}"] if lacking else []
         parts += [f"only it has {shortened(unknown)}"] if unknown else []
         raise ValueError(
-            f"{source} has other classes than the {len(wanted)} wanted ({shortened(wanted)}): {', and '.join(parts)}"
+            f"{source} has other classes than {owner}: {', and '.join(parts)}; label numbers would mean different"
+            " things, so give both the same"
         )
 
 
@@ -174,7 +175,7 @@ class CocoTable:
         category_ids, names = labels_of(self.category_ids.tolist(), self.category_names)
         if classes is None:
             return category_ids, names
-        require_same_classes(classes, names, self.source)
+        require_same_classes(classes, names, self.source, "the model")
         id_of = dict(zip(names, category_ids, strict=True))
         return [id_of[name] for name in classes], list(classes)
 

@@ -162,9 +162,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         learnt = np.flatnonzero(self.iscrowd == 0)
         return np.split(self.labels[learnt], np.searchsorted(learnt, self.offsets[1:-1]))
 
-    def order_classes(self, classes: Sequence[str]) -> None:
-        """Let label k be `classes[k]`, whatever the order of the file's ids; ValueError if the file has others."""
-        require_same_classes(classes, self.classes, self.annotations)
+    def order_classes(self, classes: Sequence[str], owner: str | Path = "the model") -> None:
+        """Let label k be `classes[k]` of their owner, whatever the file's ids; ValueError if the file has others."""
+        require_same_classes(classes, self.classes, self.annotations, owner)
         new_label = np.array([list(classes).index(name) for name in self.classes])
         self.labels = new_label[self.labels]
         self.category_ids = [self.category_ids[old] for old in np.argsort(new_label)]

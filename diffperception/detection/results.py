@@ -149,7 +149,7 @@ def translate(rows: Sequence[Row], described: CocoTable, table: CocoTable) -> tu
         ValueError: the annotation file has other classes, or none of the images.
     """
     label_ids, classes = described.labels()
-    require_same_classes(classes, table.labels()[1], table.source)
+    require_same_classes(classes, table.labels()[1], table.source, described.source)
     category_of = dict(zip(label_ids, table.labels(classes)[0], strict=True))
     image_of = match_images(described, table)
     if not image_of:

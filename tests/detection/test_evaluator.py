@@ -1,4 +1,5 @@
 import json
+import re
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from diffperception.data.annotations import labels_of
 from diffperception.data.outlines import decode_outlines
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult
+from diffperception.detection.results import describe_results
 from tests.helpers.coco_cases import as_predictions, boxes, item, random_case, write_coco
 
 BCCD = Path(__file__).parents[3] / "shared/data/bccd/annotations/instances_test.json"
@@ -321,3 +323,143 @@ def test_bad_results_files_are_named(tmp_path, content):
 def test_categories_of_the_same_name_stay_apart():
     """Exports of Roboflow hold an unused category 0 that is named like the first one."""
     assert labels_of([1, 0, 4], ["fish", "fish", "crab"]) == ([0, 1, 4], ["fish (id 0)", "fish (id 1)", "crab"])
+
+
+ROW = {"image_id": 0, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_id": ...}, 'it has no "image_id"'),
+        ({"score": ...}, 'it has no "score"'),
+        ({"image_id": 9}, '"image_id" is 9, which the annotation file does not list'),
+        ({"category_id": 0}, '"category_id" is 0, which the annotation file does not list'),
+        ({"image_id": "first"}, "\"image_id\" is 'first', not a whole number"),
+        ({"image_id": 0.5}, '"image_id" is 0.5, not a whole number'),
+        ({"bbox": [1, 2, 3]}, '"bbox" is [1, 2, 3], not a list of four finite numbers'),
+        ({"bbox": None}, '"bbox" is None'),
+        ({"bbox": [0, 0, float("inf"), 3]}, '"bbox" is [0, 0, inf, 3]'),
+        ({"bbox": [5, 5, -2, 3]}, '"bbox" is [5, 5, -2, 3], not a list of four finite numbers: x, y, and width'),
+        ({"score": float("nan")}, '"score" is nan, not a finite number'),
+        ({"score": "high"}, "\"score\" is 'high', not a finite number"),
+        ({"score": [0.5]}, '"score" is [0.5]'),
+        (None, "it is not an object with keys"),
+        ([0, 1, 2], "it is not an object with keys"),
+    ],
+)
+def test_a_wrong_row_of_a_results_file_is_named_with_its_number(tmp_path, change, words):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 2, [1])
+    wrong = {k: v for k, v in (ROW | change).items() if v is not ...} if isinstance(change, dict) else change
+    (tmp_path / "results.json").write_text(json.dumps([ROW, ROW, wrong]))
+    with pytest.raises(ValueError, match=rf"results\.json, row 3: {re.escape(words)}"):
+        CocoEvaluator(path).score_results(tmp_path / "results.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"annotations": [ROW]}, "holds an object (annotations), but a results file is a list of rows"),
+        ({"1": [ROW], "2": []}, "holds an object (1, 2), but a results file is a list of rows"),
+        ({}, "holds an object (empty), but a results file is a list of rows"),
+        ("rows", "but a results file is a list of rows"),
+        ([[ROW]], "row 1: it is not an object with keys"),
+    ],
+)
+def test_results_in_another_form_are_refused_with_what_is_expected(tmp_path, content, words):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        CocoEvaluator(path).score_results(tmp_path / "results.json")
+
+
+def test_numbers_as_text_in_a_results_file_are_numbers_and_equal_rows_stay(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
+    text = {"image_id": "0", "category_id": "1.0", "bbox": ["0", "0", "10", "10"], "score": "0.9"}
+    (tmp_path / "results.json").write_text(json.dumps([text, text]))
+    result = CocoEvaluator(path).score_results(tmp_path / "results.json")
+    assert result.metrics["AP"] == 1.0
+    assert result.detections == [ROW, ROW]
+
+
+def test_an_empty_results_file_scores_zero_and_that_is_said(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
+    (tmp_path / "results.json").write_text("[]")
+    result = CocoEvaluator(path).score_results(tmp_path / "results.json")
+    assert result.metrics["AP"] == 0
+    assert "results.json has no rows" in result.table()
+
+
+@pytest.mark.parametrize("counts", ["garbage", "", "1", [0, 5], [0, "x"], None])
+def test_masks_of_a_results_file_are_checked(tmp_path, counts):
+    objects = [item(0, 1, 0, 0, 10, 10, segmentation=[[0, 0, 10, 0, 10, 10, 0, 10]])]
+    path = write_coco(tmp_path / "a.json", objects, 1, [1])
+    row = ROW | {"segmentation": {"size": [300, 400], "counts": counts}}
+    (tmp_path / "results.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=r'results\.json, row 1: "segmentation" is .*, not run lengths'):
+        CocoEvaluator(path, iou_types=("bbox", "segm")).score_results(tmp_path / "results.json")
+
+
+def described(folder: Path, names: dict[int, str], classes: dict[int, str], rows: list[dict[str, Any]]) -> Path:
+    """A results file of `predict` and the images.json beside it."""
+    images = [{"id": number, "file_name": name, "width": 400, "height": 300} for number, name in names.items()]
+    content = describe_results(images, list(classes), list(classes.values()), "predictions.json")
+    folder.mkdir()
+    (folder / "images.json").write_text(json.dumps(content))
+    (folder / "predictions.json").write_text(json.dumps(rows))
+    return folder / "predictions.json"
+
+
+def test_ids_of_predict_are_found_by_the_names_of_files_and_classes(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, 5, 0, 0, 10, 10), item(1, 3, 20, 20, 30, 30)], 2, [3, 5])
+    rows = [
+        {"image_id": 2, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9},
+        {"image_id": 1, "category_id": 2, "bbox": [20, 20, 30, 30], "score": 0.9},
+        {"image_id": 3, "category_id": 2, "bbox": [20, 20, 30, 30], "score": 0.9},
+    ]
+    names, classes = {1: "part/1.png", 2: "part/0.png", 3: "part/other.png"}, {1: "class 5", 2: "class 3"}
+    result = CocoEvaluator(path).score_results(described(tmp_path / "out", names, classes, rows))
+    assert result.metrics["AP"] == 1.0
+    assert "Image ids are found by file name and classes by name" in result.table()
+    assert "1 of 3 predicted images are not in a.json" in result.table()
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "words"),
+    [
+        ({1: "x.png"}, {1: "class 3", 2: "class 5"}, "none of the images of"),
+        ({1: "0.png"}, {1: "class 3", 2: "class 7"}, "it has no class 7, and only it has class 5"),
+        ({1: "0.png", 2: "./0.png"}, {1: "class 3", 2: "class 5"}, None),
+    ],
+)
+def test_predictions_of_other_images_or_classes_are_refused(tmp_path, names, classes, words):
+    path = write_coco(tmp_path / "a.json", [item(0, 5, 0, 0, 10, 10)], 1, [3, 5])
+    rows = [{"image_id": 1, "category_id": 2, "bbox": [0, 0, 10, 10], "score": 0.9}]
+    results = described(tmp_path / "out", names, classes, rows)
+    if words is None:
+        assert CocoEvaluator(path).score_results(results).metrics["AP"] == 1.0
+        return
+    with pytest.raises(ValueError, match=re.escape(words)):
+        CocoEvaluator(path).score_results(results)
+
+
+def test_another_images_json_beside_results_is_left_alone(tmp_path):
+    path = write_coco(tmp_path / "images.json", [item(0, 1, 0, 0, 10, 10)], 1, [1])
+    (tmp_path / "predictions.json").write_text(json.dumps([ROW]))
+    assert CocoEvaluator(path).score_results(tmp_path / "predictions.json").metrics["AP"] == 1.0
+
+
+def test_labels_follow_the_names_of_classes(tmp_path):
+    path = write_coco(tmp_path / "a.json", [item(0, 5, 0, 0, 10, 10)], 1, [3, 5])
+    found = boxes((0, 0, 10, 10), label=0)
+    assert score(path, [0], [found]).metrics["AP"] == 0
+    assert score(path, [0], [found], classes=["class 5", "class 3"]).metrics["AP"] == 1.0
+
+
+def test_areas_that_are_none_count_as_those_of_the_boxes(tmp_path):
+    objects = [item(0, 1, 0, 0, 10, 10, area=area) for area in (float("nan"), None, "100")]
+    path = write_coco(tmp_path / "a.json", objects, 1, [1])
+    metrics = score(path, *as_predictions(path)).metrics
+    assert metrics["APs"] == 1.0
+    assert isnan(metrics["APm"])
+    assert isnan(metrics["APl"])

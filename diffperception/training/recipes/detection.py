@@ -88,7 +88,7 @@ class DataOptions:
         val = CocoDetection(self.val_annotations, self.val_images, on_broken=self.on_broken, masks=self.masks)
         require([problem for problem in train.problems if problem.level == "error"], self.train_annotations)
         require([problem for problem in val.problems if problem.kind in MISWRITTEN], self.val_annotations)
-        val.order_classes(train.classes)
+        val.order_classes(train.classes, self.train_annotations)
         return train, val
 
     def remarks(self, train: CocoDetection, val: CocoDetection) -> list[str]:
