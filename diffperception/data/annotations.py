@@ -15,22 +15,22 @@ from diffperception.data.entries import (
     boxes,
     category_name,
     faults,
+    finite_number,
     flag,
     flags,
     integers,
-    number,
     numbers,
     text,
-    whole,
+    whole_number,
 )
 from diffperception.data.outlines import Outlines, outline
 from diffperception.files import read_text
 
 ADVICE = "`diffperception check` lists every problem of the file"
 NO_ID = int(np.iinfo(np.int64).min)  # of annotations without one
-ID = Rule(whole, "a whole number of at most 63 bits")
+ID = Rule(whole_number, "a whole number of at most 63 bits")
 SIDE = Rule(lambda value: _side(value), "a whole number from 0", optional=True)
-IDS = Rule(lambda value: [whole(part) for part in value], "a list of whole numbers", optional=True)
+IDS = Rule(lambda value: [whole_number(part) for part in value], "a list of whole numbers", optional=True)
 LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 RULES: dict[str, dict[str, Rule]] = {
     "images": {
@@ -41,7 +41,7 @@ RULES: dict[str, dict[str, Rule]] = {
         **dict.fromkeys(LVIS_LISTS, IDS),
     },
     "annotations": {
-        "id": Rule(whole, ID.expected, optional=True),
+        "id": Rule(whole_number, ID.expected, optional=True),
         "image_id": ID,
         "category_id": ID,
         "bbox": Rule(box, "a list of four finite numbers"),
@@ -89,7 +89,7 @@ def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _side(value: Any) -> int:
-    if (read := whole(value)) < 0:
+    if (read := whole_number(value)) < 0:
         raise ValueError(f"{value!r} is below 0")
     return read
 
@@ -98,7 +98,7 @@ def _area(value: Any) -> float:
     """An area in pixels; nan, for none, where the value is so or null."""
     if value is None or value != value:
         return np.nan
-    if (read := number(value)) < 0:
+    if (read := finite_number(value)) < 0:
         raise ValueError(f"{value!r} is below 0")
     return read
 

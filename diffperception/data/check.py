@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffperception.data.annotations import RULES, CocoTable, entry_faults, read_coco, tabulate
 from diffperception.data.check_report import Problem, Report, found_at, summarize
-from diffperception.data.entries import whole
+from diffperception.data.entries import whole_number
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.data.soundness import check_ids, check_learning, resizing, with_sizes
 
@@ -77,7 +77,7 @@ def _sound_part(
     for section, index in left_out:
         if section in sections:
             with suppress(KeyError, TypeError, ValueError):
-                listed[sections[section]].append(whole(content[section][index]["id"]))
+                listed[sections[section]].append(whole_number(content[section][index]["id"]))
     return replace(table, entries=np.array(kept["annotations"], dtype=np.int64)), listed
 
 

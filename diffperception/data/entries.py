@@ -20,7 +20,7 @@ class Rule:
     optional: bool = False  # the key may be missing, or its value null
 
 
-def whole(value: Any) -> int:
+def whole_number(value: Any) -> int:
     """A whole number: 12, 12.0, "12" or "12.0", but not 12.5, true or what int64 cannot hold; else ValueError."""
     if isinstance(value, str):
         text = value.strip()
@@ -32,7 +32,7 @@ def whole(value: Any) -> int:
     return value
 
 
-def number(value: Any) -> float:
+def finite_number(value: Any) -> float:
     """A finite number, as JSON's or as text; else ValueError."""
     if not isinstance(value, int | float | str) or not math.isfinite(read := float(value)):
         raise ValueError(f"{value!r} is no finite number")
@@ -43,7 +43,7 @@ def box(value: Any) -> list[float]:
     """Four finite numbers in a list; else ValueError."""
     if not isinstance(value, list | tuple) or len(value) != 4:
         raise ValueError(f"{value!r} is not a list of four")
-    return [number(part) for part in value]
+    return [finite_number(part) for part in value]
 
 
 def text(value: Any) -> str:
@@ -62,18 +62,18 @@ def flag(value: Any) -> bool:
     """0 or 1, also as text, and true or false; else ValueError."""
     if isinstance(value, bool):
         return value
-    if (read := number(value)) not in (0, 1):
+    if (read := finite_number(value)) not in (0, 1):
         raise ValueError(f"{value!r} is neither 0 nor 1")
     return bool(read)
 
 
 def integers(values: Sequence[Any]) -> np.ndarray:
-    """(n,) int64 of values that `whole` reads; ValueError, TypeError or OverflowError if it does not read one."""
+    """(n,) int64 of values that `whole_number` reads; else ValueError, TypeError or OverflowError."""
     plain = {*map(type, values)} <= {int}
-    return np.array(values if plain else [whole(value) for value in values], dtype=np.int64)
+    return np.array(values if plain else [whole_number(value) for value in values], dtype=np.int64)
 
 
-def numbers(values: Sequence[Any], read: Callable[[Any], float] = number) -> np.ndarray:
+def numbers(values: Sequence[Any], read: Callable[[Any], float] = finite_number) -> np.ndarray:
     """(n,) float64 of values that `read` reads; ValueError, TypeError or OverflowError if it does not read one."""
     plain = {*map(type, values)} <= {int, float}
     array = np.array(values if plain else [read(value) for value in values], dtype=np.float64)

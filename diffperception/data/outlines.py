@@ -9,7 +9,7 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
-from diffperception.data.entries import number, whole
+from diffperception.data.entries import finite_number, whole_number
 from diffperception.data.tiles import Window
 
 RunLengths = dict[str, Any]  # `size`, height and width, and `counts`, COCO's compressed text
@@ -42,15 +42,15 @@ class Outlines:
 def outline(value: Any) -> Any:
     """An outline as files have them, or nothing; ValueError or TypeError if it is no outline."""
     if isinstance(value, dict) and value:
-        height, width = map(whole, value["size"])
-        if isinstance(value["counts"], list) and sum(map(whole, value["counts"])) != height * width:
+        height, width = map(whole_number, value["size"])
+        if isinstance(value["counts"], list) and sum(map(whole_number, value["counts"])) != height * width:
             raise ValueError(f"the run lengths do not fill {width}x{height} pixels")
         try:
             coco_mask.decode(run_lengths(value, height, width))
         except RuntimeError as error:
             raise ValueError(str(error)) from None
     elif isinstance(value, list):
-        if any(len(polygon) < 6 or len(polygon) % 2 or not [number(x) for x in polygon] for polygon in value):
+        if any(len(polygon) < 6 or len(polygon) % 2 or not [finite_number(x) for x in polygon] for polygon in value):
             raise ValueError("a polygon has less than three points, or an x without a y")
     elif value:
         raise ValueError(f"{value!r} is no outline")

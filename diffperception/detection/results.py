@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffperception.data.annotations import ID, CocoTable, read_coco, require_same_classes, tabulate
-from diffperception.data.entries import Rule, box, boxes, faults, integers, number, numbers
+from diffperception.data.entries import Rule, box, boxes, faults, finite_number, integers, numbers
 from diffperception.data.outlines import outline
 from diffperception.files import read_text
 
@@ -27,7 +27,7 @@ RULES = {
     "image_id": ID,
     "category_id": ID,
     "bbox": Rule(_result_box, "a list of four finite numbers: x, y, and width and height from 0"),
-    "score": Rule(number, "a finite number"),
+    "score": Rule(finite_number, "a finite number"),
 }
 RUN_LENGTHS = {"segmentation": Rule(lambda value: _run_lengths(value), "run lengths: an object with size and counts")}
 
