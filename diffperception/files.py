@@ -296,12 +296,18 @@ class OutputFolder:
         self.append({"file": path.relative_to(self.path).as_posix(), **stamp._asdict()})
         self._stamps.setdefault(path, []).append(stamp)
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line to the record of this process, for several must not write to one file."""
+    def append(self, entry: Mapping[str, Any], lasting: bool = False) -> None:
+        """Add a line to the record of this process, for several must not write to one file.
+
+        Args:
+            lasting: wait until it is on disk.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self._record, "ab") as record:
             # What comes first ends a line that a power cut left unfinished.
             record.write(f"\n{json.dumps(entry)}".encode())
+        if lasting:
+            flush(self._record)
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """The lines of the records, as far as they can be read."""

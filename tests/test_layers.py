@@ -19,12 +19,13 @@ ALLOWED: dict[str, set[str]] = {
     "echo": {"devices"},
     "table": set(),
     "configuration": {"files"},
+    "resumable": {"files", "devices", "echo", "configuration"},
     "diffusion": set(),
     "models": {"diffusion", "files", "devices"},
     "data": {"files", "devices", "table"},
     "visualization": {"files", "data"},
 }
-BESIDE = {"files", "devices", "echo", "table", "configuration", "data", "visualization"}
+BESIDE = {"files", "devices", "echo", "table", "configuration", "resumable", "data", "visualization"}
 TASKS = {"detection", "generation", "segmentation"}
 for task in TASKS:
     ALLOWED[task] = {*BESIDE, "models", "diffusion"}

@@ -9,23 +9,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffperception.data.image_folder import require_image_channels
+from diffperception.data.images import read_image, to_float
 from diffperception.devices import (
     Precision,
     autocast,
-    first_does,
+    barrier,
     first_process,
-    gather,
     hide_bar,
     join_processes,
     pick_device,
     share,
 )
 from diffperception.diffusion import classifier_guidance
-from diffperception.files import OutputFolder, safe_names
+from diffperception.files import safe_names
 from diffperception.generation.sampling import SamplingOptions, sample
 from diffperception.models import DiffusionModel, NoisyClassifier
+from diffperception.models.base import describe, fingerprint
 from diffperception.models.conditioners import labels_in_turn
 from diffperception.models.unet.encoder import both_sides
+from diffperception.resumable import Item, ResumableFolder
 from diffperception.visualization.draw import save_png, to_pil
 from diffperception.visualization.panels import image_grid
 
@@ -89,7 +91,8 @@ def sample_folder(
     """Draw images from a trained generator: numbered PNG files in OUTPUT/images, and OUTPUT/grid.png.
 
     Every image is a function of the seed and its number, up to rounding. Where there are classes, they take turns; the
-    files of class K are in OUTPUT/images/K. Several processes, started by torchrun, share the images.
+    files of class K are in OUTPUT/images/K. Several processes, started by torchrun, share the images. The command can
+    be interrupted: given again, it goes on with the images that are missing, also where more are asked for.
 
     Args:
         model: the file of a generator, model.safetensors, or the generator itself.
@@ -103,7 +106,7 @@ def sample_folder(
             learned from.
         batch_size: images drawn at once.
         seed: seed of the noise.
-        overwrite: write into a folder that is not empty; the images that an earlier call wrote are removed.
+        overwrite: begin anew in a folder that is not empty; what earlier calls wrote is removed, and nothing else.
 
     Raises:
         FileNotFoundError, ValueError: no such file, a scale without a classifier, or as :func:`draw_samples`.
@@ -112,28 +115,36 @@ def sample_folder(
         raise ValueError("classifier_scale is given without a classifier: name one with --classifier, or leave it out")
     scale = 1.0 if classifier_scale is None else classifier_scale
     size = None if image_size is None else both_sides(image_size)
-    folder, place = OutputFolder(output, overwrite), pick_device(device)
+    folder, place = ResumableFolder(output, overwrite), pick_device(device)
     model = DiffusionModel.loaded(model).to(place)
     if classifier is not None:
         classifier = NoisyClassifier.loaded(classifier).to(place)
     require_image_channels(model.space.image_channels)
     names = list(classes or (classifier.classes if classifier is not None else model.classes) or [])
     folders = safe_names(names)
-    first: list[Tensor] = []
+    places = [
+        Path("images", folders[names[index % len(names)]] if names else "", f"{index:06}.png").as_posix()
+        for index in range(num_samples)
+    ]
+    settings = {"command": "sample", "model": fingerprint(model), "sampling": describe(sampling), "seed": seed}
+    settings |= {"classes": names, "image_size": size, "precision": precision}
+    if classifier is not None:
+        settings |= {"classifier": fingerprint(classifier), "classifier_scale": scale}
     with join_processes(), autocast(place, precision):
-        numbers = share(range(num_samples))
+        items = [Item(str(index), files=(places[index],)) for index in share(range(num_samples))]
+        numbers = [int(item.name) for item in folder.left_of(settings, items, "sample", batch_size)]
         drawn = draw_samples(model, numbers, sampling, seed, classes, batch_size, size, classifier, scale)
         batches = chain([next(drawn)] if numbers else [], drawn)
-        first_does(folder.clear)  # all options have proved sound
+        folder.begin()  # all options have proved sound
         with tqdm(total=len(numbers), desc="sample", unit="image", disable=hide_bar()) as bar:
             for batch, images in batches:
                 for index, image in zip(batch, images.cpu(), strict=True):
-                    place_in = Path("images", folders[names[index % len(names)]] if names else "", f"{index:06}.png")
-                    save_png(to_pil(image.expand(3, -1, -1)), folder.file(place_in))
-                    first += [image] if index < MAX_IN_GRID else []
+                    save_png(to_pil(image.expand(3, -1, -1)), folder.file(places[index]))
+                    folder.add(Item(str(index), files=(places[index],)), [places[index]], None)
                 bar.update(len(batch))
-        shown = gather(first)
+        barrier()
     if first_process():
+        shown = [to_float(read_image(folder.path / place)) for place in places[:MAX_IN_GRID]]
         save_png(image_grid(shown), folder.file("grid.png"))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -167,6 +168,15 @@ def describe(value: Any) -> Any:
     raise ValueError(
         f"a {type(value).__name__} cannot be kept in a model file: give numbers, texts, Models or dataclasses"
     )
+
+
+def fingerprint(model: Model) -> dict[str, Any]:
+    """What a model's results depend on, as JSON has it: class, arguments, and a number of the weights."""
+    weights = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(value.float().cpu().numpy().tobytes())
+    return {**describe(model), "weights": weights.hexdigest()[:16]}
 
 
 def class_name(kind: type) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffperception.files import written_beside
 from diffperception.models import FeatureInfo
-from diffperception.models.base import describe
+from diffperception.models.base import fingerprint
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps
 
@@ -109,12 +109,8 @@ def _opened_maps(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def settings_of(features: FeatureExtractor) -> dict[str, Any]:
     """What the maps of an extractor depend on besides the images, as JSON has it: class, arguments and weights."""
-    weights = hashlib.sha256()
-    for name, value in features.state_dict().items():
-        weights.update(name.encode())
-        weights.update(value.float().cpu().numpy().tobytes())
-    described = describe(features)
-    return {"class": described["class"], "features": described["arguments"], "weights": weights.hexdigest()[:16]}
+    about = fingerprint(features)
+    return {"class": about["class"], "features": about["arguments"], "weights": about["weights"]}
 
 
 def parse_bytes(text: str) -> int:
