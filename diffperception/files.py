@@ -337,14 +337,14 @@ class OutputFolder:
         """
         self.require_unchanged()
         self.remove_parts()
-        self.remove(self.written())
+        self.remove(self._stamps)
         for record in filter(is_record, self.path.glob(f"{RECORD}*")):
             record.unlink()
         self._stamps = {}
 
     def remove(self, paths: Iterable[Path]) -> None:
-        """Remove files of ours, and the subfolders that are empty then."""
-        for path in paths:
+        """Remove files, as far as they are ours, and the subfolders that are empty then."""
+        for path in filter(self._is_ours, paths):
             path.unlink()
             self._remove_empty(path.parent)
 

@@ -55,7 +55,8 @@ class ResumableFolder(OutputFolder):
                 that depend on it, by rounding, are the same as in a run without interruption.
 
         Raises:
-            ValueError: the folder holds results of other settings or items, or files of somebody else.
+            ValueError: the folder holds results of other settings or items, files of somebody else in the way of
+                these, or a file that was changed since it was written.
         """
         self._settings = json.loads(json.dumps(settings))
         self._done: dict[tuple[str, str], dict[str, Any]] = {}
@@ -69,23 +70,32 @@ class ResumableFolder(OutputFolder):
                 f"{self.path} holds results of other settings ({', '.join(changed)}): choose another --output, or"
                 " replace them with --overwrite"
             )
+        self.require_unchanged()
         self._require_no_others(gather([(item.name, item.files) for item in items]))
         for name in (name for item in items for name in item.files):
             self.file(name)
         self._new = before is None
         batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         left = [item for batch in batches if not all(map(self._is_done, batch)) for item in batch]
-        self._say(len(gather(items)), gather([item.name for item in left]), unit)
+        names = gather([item.name for item in left])
+        self._left = len(names)
+        self._say(len(gather(items)), names, unit)
         return left
 
-    def begin(self) -> None:
-        """Remove what earlier runs wrote, if it is to be overwritten. Every process calls this."""
-        first_does(self._begin)  # all have looked what is there
+    def begin(self, of_all: Sequence[str] = ()) -> None:
+        """Remove what earlier runs wrote, if it is to be overwritten. Every process calls this.
 
-    def _begin(self) -> None:
+        Args:
+            of_all: names of files that are made of all items, and go where one is left.
+        """
+        first_does(lambda: self._begin(of_all))  # all have looked what is there
+
+    def _begin(self, of_all: Sequence[str]) -> None:
         if self.overwrite:
             self.clear()
         self.remove_parts()
+        if self._left:
+            self.remove(self.path / name for name in of_all)
         if self._new:
             self.append({"settings": self._settings}, lasting=True)
 

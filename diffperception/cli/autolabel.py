@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from tqdm import tqdm
 
 from diffperception.configuration.parser import OptionsOf
 from diffperception.devices import pick_device
 from diffperception.echo import echo, echo_left_out, plural
 from diffperception.generation import SamplingOptions
-from diffperception.generation.inference import draw_samples
+from diffperception.generation.inference import SampledImages
 from diffperception.models import DiffusionModel
 from diffperception.segmentation import PixelSegmenter, autolabel
 from diffperception.segmentation.autolabel import LabelledSet
@@ -19,7 +18,7 @@ from diffperception.segmentation.autolabel import LabelledSet
 
 def command(
     model: Path,
-    label: Annotated[partial[LabelledSet], OptionsOf(autolabel, "model", "images", "source")],
+    label: Annotated[partial[LabelledSet], OptionsOf(autolabel, "model", "images", "source", "drawn")],
     images: str | None = None,
     generator: Path | None = None,
     num_samples: PositiveInt = 1000,
@@ -34,7 +33,8 @@ def command(
     pixel its class's number), which `train --task segmentation` takes as data.images and data.masks, and
     OUTPUT/dataset.json: the classes, each image's uncertainty (in nats, the mean of its most uncertain tenth) and
     fractions of classes, and which images were dropped for being the most uncertain. Images that cannot be read are
-    left out and named at the end. The folder appears once all of it is finished.
+    left out and named at the end. dataset.json is written once all images are done. The command can be interrupted:
+    given again, it goes on with the images that are missing, and does those anew that have changed.
 
     Args:
         generator: a model.safetensors file to draw images from instead; the classes that it has take turns.
@@ -50,11 +50,8 @@ def command(
     if generator is None:
         result = label(segmenter, str(images))
     else:
-        source = DiffusionModel.load(generator, place)
-        batches = draw_samples(source, range(num_samples), sampling, seed, batch_size=batch_size)
-        pool = (image.cpu().expand(3, -1, -1) for _, batch in batches for image in batch)
-        shown = tqdm(pool, "autolabel", num_samples, unit="image", disable=None)
-        result = label(segmenter, shown, source=str(generator))
+        samples = SampledImages(DiffusionModel.load(generator, place), num_samples, sampling, seed, batch_size)
+        result = label(segmenter, samples, source=str(generator), drawn=samples.about)
     masks = f"{plural(len(result.kept), 'image')} with masks of {', '.join(segmenter.classes)}"
     echo(f"{label.keywords['output']}: {masks}; dropped as the most uncertain: {len(result.dropped)}")
     echo_left_out(result.broken)

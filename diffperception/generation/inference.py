@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
@@ -73,6 +75,30 @@ def draw_samples(
         yield batch, sample(model, batch, sampling, seed, None, image_size, denoiser).float()
 
 
+class SampledImages(Sequence[Tensor]):
+    """Images (3, H, W), 0..1, on the CPU, of a generator, each drawn, in its batch, when it is asked for.
+
+    The arguments are as for :func:`draw_samples`; `number` is that of the images. `about` is what they hang on.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, number: int, sampling: SamplingOptions, seed: int = 0, batch_size: int = 16
+    ) -> None:
+        self.about = {"model": fingerprint(model), "sampling": describe(sampling), "seed": seed}
+        self.batches = [range(start, min(start + batch_size, number)) for start in range(0, number, batch_size)]
+        self.draw = lambda batch: next(draw_samples(model, batch, sampling, seed, batch_size=batch_size))
+        self.drawn: tuple[range, Tensor] = range(0), torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.batches[-1].stop
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self.drawn[0]:
+            batch = next(batch for batch in self.batches if index in batch)
+            self.drawn = batch, self.draw(batch)[1].cpu()
+        return self.drawn[1][self.drawn[0].index(index)].expand(3, -1, -1)
+
+
 def sample_folder(
     model: DiffusionModel | str | Path,
     output: Path,
@@ -135,7 +161,7 @@ def sample_folder(
         numbers = [int(item.name) for item in folder.left_of(settings, items, "sample", batch_size)]
         drawn = draw_samples(model, numbers, sampling, seed, classes, batch_size, size, classifier, scale)
         batches = chain([next(drawn)] if numbers else [], drawn)
-        folder.begin()  # all options have proved sound
+        folder.begin(["grid.png"])  # all options have proved sound
         with tqdm(total=len(numbers), desc="sample", unit="image", disable=hide_bar()) as bar:
             for batch, images in batches:
                 for index, image in zip(batch, images.cpu(), strict=True):

@@ -4,20 +4,18 @@ import shutil
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from diffperception.configuration.settings import differences, read_settings
 from diffperception.data.images import BrokenImageError, load_images, read_size, resize_short_side, short_side_size
 from diffperception.data.listing import list_images
 from diffperception.devices import (
     Precision,
     autocast,
-    barrier,
     first_process,
     gather,
     hide_bar,
@@ -27,6 +25,7 @@ from diffperception.devices import (
 )
 from diffperception.echo import echo, echo_remark, plural
 from diffperception.files import write_json
+from diffperception.resumable import Item, ResumableFolder, content_of
 from diffperception.segmentation.feature_cache import (
     file_bytes,
     image_key,
@@ -42,7 +41,6 @@ from diffperception.segmentation.maps import FeatureMaps
 
 EXTRACTOR = "extractor.safetensors"
 SETTINGS = "settings.json"
-LEFT_OUT = "left_out.json"  # images whose headers can be read, but not their pixels: their problems, and of which file
 
 
 class ExtractedFeatures(FeatureExtractor):
@@ -87,12 +85,13 @@ def extract_features(
     workers: NonNegativeInt = 2,
     device: str = "auto",
     precision: Precision = "32",
+    overwrite: bool = False,
 ) -> list[str]:
     """Write the feature maps of images to disk, at their native resolutions: a safetensors file per image.
 
     Before it starts it says how many bytes that will be. It can be interrupted: given again, it goes on with the images
-    whose files are missing or incomplete. Images that cannot be read are left out and named at the end. Several
-    processes, started by torchrun, share the images.
+    whose files are missing, and does those anew that have changed. Images that cannot be read are left out and named at
+    the end. Several processes, started by torchrun, share the images.
 
     For example: `diffperception extract --features diffperception.segmentation.DiffusionFeatures
     --features.generator runs/shapes_ddpm/model.safetensors --images photos --output features --max_bytes 2GB`.
@@ -107,6 +106,7 @@ def extract_features(
         short_side: resize the images to this short side first.
         dtype: type of the numbers.
         max_bytes: refuse to start if all files would take more than this, such as 2GB.
+        overwrite: begin anew in a folder that is not empty; what earlier calls wrote is removed, and nothing else.
 
     Returns: what is wrong with images that cannot be read, a sentence each.
 
@@ -120,52 +120,45 @@ def extract_features(
     root, paths, remark = list_images(images, leave_out=output)
     maps_of = [[info.name, info.channels, info.stride] for info in features.info]
     settings = {**settings_of(features), "maps": maps_of, "dtype": dtype, "short_side": short_side}
-    _require_same(output / SETTINGS, settings)
-    known = read_settings(output / LEFT_OUT) if (output / LEFT_OUT).exists() else {}
-    sizes, broken = _sizes(paths, short_side, known)
-    files = {path: output / path.relative_to(root).with_name(f"{path.name}.safetensors") for path in sizes}
+    folder = ResumableFolder(output, overwrite)
+    sizes, broken = _sizes(paths, short_side)
     each = {path: file_bytes(features, size, number_type) for path, size in sizes.items()}
-    left = [path for path, file in files.items() if not (file.exists() and file.stat().st_size == each[path])]
     with join_processes():
+        of_item = {_item(path, root): path for path in share(list(sizes))}
+        left = {of_item[item]: item for item in folder.left_of({"command": "extract", **settings}, list(of_item))}
+        to_write = sum(gather([each[path] for path in left]))
         echo_remark(remark)
-        _require_room(features, sizes, each, sum(each[path] for path in left), number_type, limit, output)
-        barrier()  # all have looked what is in the folder
+        _require_room(features, sizes, each, to_write, number_type, limit, output)
+        folder.begin()
         if first_process():
-            write_json(output / SETTINGS, settings)
-            features.save(output / EXTRACTOR)
-        mine, found = share(left), {}
-        for (sample,) in tqdm(load_images(mine, workers=workers), "extract", unit="image", disable=hide_bar()):
+            write_json(folder.file(SETTINGS), settings)
+            features.save(folder.file(EXTRACTOR))
+        for (sample,) in tqdm(load_images(list(left), workers=workers), "extract", unit="image", disable=hide_bar()):
+            item = left[sample.path]
             if sample.image is None:
-                found[str(sample.path)] = {"problem": sample.problem, "file": _stamp(sample.path)}
+                folder.add(item, [], sample.problem)
                 continue
             image = resize_short_side(sample.image, short_side)
             with autocast(features.device, precision):
                 maps = features.maps(image).stored(number_type, str(sample.path))
-            save_maps(maps, features.info, files[sample.path], image_key(image))
-        found = dict(gather(list(found.items())))
-    if found and first_process():
-        write_json(output / LEFT_OUT, known | found)
-    broken += [about["problem"] for about in found.values()]
+            save_maps(maps, features.info, folder.file(item.files[0]), image_key(image))
+            folder.add(item, item.files, None)
+        broken += [problem for problem in folder.results(gather(list(of_item))) if problem]
     if len(broken) == len(paths):
         raise ValueError(f"no image can be read: {broken[0]}")
     echo("\n".join([f"{output}: feature maps", *(["left out:", *broken] if broken else [])]))
     return broken
 
 
-def _sizes(
-    paths: Sequence[Path], short_side: int | None, known: dict[str, Any]
-) -> tuple[dict[Path, tuple[int, int]], list[str]]:
-    """Height and width that images will have, by their headers; and what is wrong with those that cannot be read.
+def _item(path: Path, root: Path) -> Item:
+    name = path.relative_to(root)
+    return Item(name.as_posix(), content_of(path), (name.with_name(f"{name.name}.safetensors").as_posix(),))
 
-    Args:
-        known: those that could not be read before, as LEFT_OUT has them.
-    """
+
+def _sizes(paths: Sequence[Path], short_side: int | None) -> tuple[dict[Path, tuple[int, int]], list[str]]:
+    """Height and width that images will have, by their headers; and what is wrong with those that cannot be read."""
     sizes, broken = {}, []
     for path in paths:
-        before = known.get(str(path))
-        if before and before["file"] == _stamp(path):
-            broken.append(before["problem"])
-            continue
         try:
             sizes[path] = short_side_size(*read_size(path), short_side)
         except BrokenImageError as error:
@@ -173,23 +166,6 @@ def _sizes(
     if not sizes:
         raise ValueError(f"no image can be read: {broken[0]}")
     return sizes, broken
-
-
-def _stamp(path: Path) -> list[int]:
-    """What tells a file from the one that had its name before: bytes, and when it was written."""
-    about = path.stat()
-    return [about.st_size, about.st_mtime_ns]
-
-
-def _require_same(path: Path, settings: dict[str, Any]) -> None:
-    """ValueError if the folder of a settings file holds maps of other settings or other things."""
-    if path.exists():
-        if changed := differences(read_settings(path), settings):
-            raise ValueError(
-                f"{path.parent} holds features of other settings ({', '.join(changed)}): choose another --output"
-            )
-    elif path.parent.is_dir() and any(path.parent.iterdir()):
-        raise ValueError(f"the folder {path.parent} holds other files: choose another --output")
 
 
 def _require_room(

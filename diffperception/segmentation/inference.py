@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from diffperception.data.listing import list_images
 from diffperception.data.masks import MaskFolder
 from diffperception.data.pairing import find_pairs
 from diffperception.data.tiles import OVERLAP, Tiling
-from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
+from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
 from diffperception.echo import echo_remark
 from diffperception.files import OutputFolder, png_names, safe_path, write_json, write_text
+from diffperception.models.base import fingerprint
+from diffperception.resumable import Item, ResumableFolder, content_of
 from diffperception.segmentation.ensemble import Segmentation
 from diffperception.segmentation.evaluator import MeanIoU
 from diffperception.segmentation.segmenter import PixelSegmenter
@@ -56,9 +58,12 @@ class FolderScores:
     broken: list[str]
 
     @classmethod
-    def of(cls, found: Sequence[ImageScore | str]) -> "FolderScores":
-        """ValueError if no image can be read."""
-        scores, broken = [f for f in found if isinstance(f, ImageScore)], [f for f in found if isinstance(f, str)]
+    def of(cls, found: Sequence[dict[str, Any] | str]) -> "FolderScores":
+        """From each score as a dictionary, or what is wrong with the image; ValueError if no image can be read."""
+        scores, broken = (
+            [ImageScore(**f) for f in found if isinstance(f, dict)],
+            [f for f in found if isinstance(f, str)],
+        )
         if not scores:
             raise ValueError(f"no image can be read: {broken[0]}")
         return cls(scores, broken)
@@ -86,8 +91,9 @@ def segment_folder(
     Writes OUTPUT/masks (PNG, in each pixel its class's number), OUTPUT/overlays (the images with their classes in
     colours), OUTPUT/uncertainty (where the members of the ensemble disagree) and OUTPUT/scores.csv: each image's
     uncertainty (in nats, the mean of its most uncertain tenth) and the fractions of the classes. scores.csv is written
-    once all images are done: a folder without it is of a run that was interrupted. Images that cannot be read are left
-    out and named at the end. Several processes, started by torchrun, share the images.
+    once all images are done. The command can be interrupted: given again, it goes on with the images that are missing,
+    and does those anew that have changed. Images that cannot be read are left out and named at the end. Several
+    processes, started by torchrun, share the images.
 
     Args:
         model: the segmenter, which computes where it is; or its file, for an accelerator if there is one.
@@ -110,27 +116,34 @@ def segment_folder(
     paths = _without_mask(paths, root, labelled)
     if rank and model.classifier.members < 2:
         raise ValueError("a segmenter with a single member agrees with itself: to rank, train it with several")
-    folder = OutputFolder(output, overwrite)
-    first_does(folder.clear)  # all have looked whether it is empty
-    echo_remark(remark)
+    folder = ResumableFolder(output, overwrite)
     files = png_names(path.relative_to(root) for path in paths)
     drawn = set(paths[:num_pictures])
-    found: list[ImageScore | str] = []
-    samples = load_images(share(paths), workers=workers, as_uint8=tile is not None)
+    settings: dict[str, Any] = {"command": "predict", "model": fingerprint(model)}
+    settings |= {"images": str(Path(images).absolute()), "tile": tile, "overlap": overlap, "precision": precision}
+    of_item: dict[Item, Path] = {}
+    for path in share(paths):
+        png = files[name := path.relative_to(root)]
+        planned = [Path(kind) / png for kind in ("masks", "overlays", "uncertainty")[: 3 if path in drawn else 1]]
+        of_item[Item(name.as_posix(), content_of(path), tuple(each.as_posix() for each in planned))] = path
+    left = {of_item[item]: item for item in folder.left_of(settings, list(of_item))}
+    folder.begin(["scores.csv", "rank.csv", "rank.png"])
+    echo_remark(remark)
+    samples = load_images(list(left), workers=workers, as_uint8=tile is not None)
     with autocast(model.device, precision):
         for (sample,) in tqdm(samples, "segment", unit="image", disable=hide_bar()):
+            item = left[sample.path]
             if sample.image is None:
-                found.append(sample.problem)
+                folder.add(item, [], sample.problem)
                 continue
-            name = sample.path.relative_to(root)
-            mask = folder.file("masks" / files[name])
-            segmentation, score = segment_image(model, sample.image, name, mask, tiling)
-            found.append(score)
+            places = [folder.file(name) for name in item.files]
+            segmentation, score = segment_image(model, sample.image, Path(item.name), places[0], tiling)
             if sample.path in drawn:
                 overlay = mask_overlay(to_float(sample.image), segmentation.labels.cpu())
-                save_png(to_pil(overlay), folder.file("overlays" / files[name]))
-                save_png(to_pil(uncertainty_map(segmentation.uncertainty)), folder.file("uncertainty" / files[name]))
-        scores = FolderScores.of(gather(found))
+                save_png(to_pil(overlay), places[1])
+                save_png(to_pil(uncertainty_map(segmentation.uncertainty)), places[2])
+            folder.add(item, item.files, asdict(score))
+        scores = FolderScores.of(folder.results(gather(list(of_item))))
         if rank and first_process():
             _write_rank(model, scores.ranked(), root, folder, tiling)
     if first_process():

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_generators_samples_become_one(root: Path, tmp_path: Path) -> None:
         ([], "either --images or a --generator"),
         (["--images", "a", "--generator", "b"], "either --images or a --generator"),
         (["--images", "a", "--drop", "1"], "would leave no image"),
-        (["--images", "a", "--output", "."], "not an empty folder"),
+        (["--images", "a", "--output", "."], "is not empty: choose another"),
     ],
 )
 def test_what_cannot_be_done(root: Path, tmp_path: Path, options: list[str], message: str) -> None:
@@ -93,27 +94,33 @@ def test_the_classes_of_a_generator_take_turns(root: Path, tmp_path: Path) -> No
         assert alike == [number % 2 == 0, number % 2 == 1]
 
 
-def test_an_interrupted_run_is_no_data_set_and_can_be_begun_again(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("drop", ["0", "0.4"])
+def test_an_interrupted_run_is_no_data_set_and_is_gone_on_with(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop: str
 ) -> None:
     whole, segmented = PixelSegmenter.segment, []
 
-    def interrupted(self: PixelSegmenter, image: torch.Tensor) -> Segmentation:
+    def interrupted(self: PixelSegmenter, image: torch.Tensor, **options: Any) -> Segmentation:
         segmented.append(image)
-        if len(segmented) == 2:
+        if len(segmented) == 3:
             raise KeyboardInterrupt
-        return whole(self, image)
+        return whole(self, image, **options)
 
-    options = ["--images", str(root / "images"), "--drop", "0"]
+    options = ["--images", str(root / "images"), "--drop", drop]
     monkeypatch.setattr(PixelSegmenter, "segment", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(root, tmp_path / "data", *options)
-    monkeypatch.undo()
-    assert not (tmp_path / "data").exists()
-    (tmp_path / "data").mkdir()
+    assert not (tmp_path / "data/dataset.json").exists()
     run(root, tmp_path / "data", *options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
-    assert len(list((tmp_path / "data/masks").iterdir())) == 5
+    assert len(segmented) == 6  # of five images
+    run(root, tmp_path / "data", *options)
+    assert len(segmented) == 6
+    run(root, tmp_path / "at_once", *options)
+    one, other = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("[!.]*.*")}
+        for name in ("data", "at_once")
+    )
+    assert one == other
 
 
 def test_a_share_of_images_is_rounded(root: Path, tmp_path: Path) -> None:

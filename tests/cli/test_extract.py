@@ -1,12 +1,15 @@
 """`diffperception extract`: what it writes, what it says before, and how it goes on."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffperception.configuration.parser import call
 from diffperception.data.images import read_image, to_float
@@ -45,7 +48,7 @@ def features_of(root: Path) -> DiffusionFeatures:
 def test_the_files_hold_the_extractors_maps(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "features"
     run(root, output)
-    written = sorted(str(path.relative_to(output)) for path in output.rglob("*.*"))
+    written = sorted(str(path.relative_to(output)) for path in output.rglob("[!.]*.*"))
     assert written == [
         "a.png.safetensors",
         "b.png.safetensors",
@@ -98,19 +101,25 @@ def test_an_interrupted_run_is_gone_on_with(root: Path, tmp_path: Path, monkeypa
     monkeypatch.undo()
     first = output / "a.png.safetensors"
     before, lost = first.stat().st_mtime_ns, output / "b.png.safetensors"
-    lost.with_name(f"{lost.name}.part").write_bytes(first.read_bytes())  # of one that was killed while it wrote
+    part = output / ".diffperception-part-1"
+    part.write_bytes(first.read_bytes())  # of one that was killed while it wrote
     assert not lost.exists()
     run(root, output)
     assert first.stat().st_mtime_ns == before
+    assert not part.exists()
     run(root, tmp_path / "at_once")
     assert lost.read_bytes() == (tmp_path / "at_once" / lost.name).read_bytes()
 
 
-def test_a_file_that_is_cut_is_written_anew(root: Path, tmp_path: Path) -> None:
+def test_a_file_that_was_changed_is_named_and_written_anew_once_it_is_gone(root: Path, tmp_path: Path) -> None:
     run(root, tmp_path / "features")
     file = tmp_path / "features" / "b.png.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=r"b\.png\.safetensors was changed since a run wrote it"):
+        run(root, tmp_path / "features")
+    assert file.read_bytes() == content[:-100]
+    file.unlink()
     run(root, tmp_path / "features")
     assert file.read_bytes() == content
 
@@ -157,7 +166,6 @@ def test_a_picture_of_broken_pixels_is_tried_once(
     capsys.readouterr()
     run(root, tmp_path / "features", *options)
     said = capsys.readouterr().out
-    assert "1 image with 96 features" in said
     assert "of which 0 bytes are to be written" in said
     assert "cut.png" in said
     (images / "cut.png").write_bytes(whole)
@@ -171,10 +179,29 @@ def test_broken_files_are_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no image can be read: .*bad\.png"):
         run(root, tmp_path / "features", "--images", str(tmp_path / "images"))
     assert not (tmp_path / "features").exists()
-    (tmp_path / "features").mkdir()
-    (tmp_path / "features" / "settings.json").write_text('{"dtype": ')
-    with pytest.raises(ValueError, match=r"settings\.json is broken: remove it"):
-        run(root, tmp_path / "features")
+
+
+def test_a_picture_that_was_replaced_is_extracted_anew(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root / "images", tmp_path / "images")
+    options = ["--images", str(tmp_path / "images")]
+    run(root, tmp_path / "features", *options)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("*.png.safetensors")}
+    about = (tmp_path / "images/a.png").stat()
+    # Of the same size and time, as tools that keep times leave it.
+    picture = (tmp_path / "images/a.png").read_bytes()
+    Image.fromarray(255 - np.asarray(Image.open(tmp_path / "images/a.png"))).save(tmp_path / "images/a.png")
+    os.utime(tmp_path / "images/a.png", ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert (tmp_path / "images/a.png").read_bytes() != picture
+    capsys.readouterr()
+    run(root, tmp_path / "features", *options)
+    assert "are kept from an earlier call, 1 are to be made, 1 of them again" in capsys.readouterr().out
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("*.png.safetensors")}
+    assert [name for name in after if after[name] != before[name]] == ["a.png.safetensors"]
+    run(root, tmp_path / "anew", *options)
+    for name in after:
+        assert (tmp_path / "features" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes()
 
 
 def test_a_limit_that_is_too_small_says_what_would_fit(root: Path, tmp_path: Path) -> None:
@@ -197,7 +224,7 @@ def test_broken_images_and_other_files(root: Path, tmp_path: Path, capsys: pytes
     assert "bad.png" in said
     assert load_maps(tmp_path / "features" / "good.png.safetensors").size == (16, 19)
     assert json.loads((tmp_path / "features" / "settings.json").read_text())["short_side"] == 16
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match="is not empty: choose another"):
         run(root, tmp_path / "images")
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -288,17 +289,27 @@ def test_of_equally_uncertain_images_the_first_comes_first() -> None:
     assert [score.name for score in FolderScores(scores, []).ranked()] == ["b", "d", "c", "a"]
 
 
-def test_a_run_that_is_not_finished_has_no_scores(
-    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_is_not_finished_has_no_scores_and_is_gone_on_with(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert segment(run, folder / "images/val", tmp_path / "out", "--rank") == 0
 
-    def interrupted(*_: object) -> None:
-        raise ValueError("no room")
+    whole, scores, segmented = PixelSegmenter.segment, (tmp_path / "out/scores.csv").read_text(), []
+
+    def interrupted(self: PixelSegmenter, *image: Any, **options: Any) -> Any:
+        segmented.append(image)
+        if len(segmented) == 3:
+            raise ValueError("no room")
+        return whole(self, *image, **options)
 
     monkeypatch.setattr(PixelSegmenter, "segment", interrupted)
     assert segment(run, folder / "images/val", tmp_path / "out", "--rank", "--overwrite") == 2
     assert not {"scores.csv", "rank.csv", "rank.png"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert segment(run, folder / "images/val", tmp_path / "out", "--rank") == 0
+    assert len(segmented) == 3 + 2 + 4  # the two that were left of four, and all for rank.png
+    assert (tmp_path / "out/scores.csv").read_text() == scores
+    assert segment(run, folder / "images/val", tmp_path / "out", "--tile", "128") == 2
+    assert "holds results of other settings (tile)" in capsys.readouterr().err
 
 
 def convert(output: Path, files: list[Path], *more: str) -> int:
