@@ -108,6 +108,18 @@ def safe_path(name: str) -> Path:
     return Path(*(safe_name(part) for part in parts or ["_"]))
 
 
+def existing(path: Path) -> Path:
+    """A path as the disk spells it, where names are in another normal form of Unicode (ü as one letter or two)."""
+    if str(path).isascii() or path.exists():
+        return path
+    for count in range(1, len(path.parts) + 1):  # of the last parts, as the folders may be in another form
+        for form in ("NFC", "NFD"):
+            end = (unicodedata.normalize(form, part) for part in path.parts[-count:])
+            if (other := Path(*path.parts[:-count], *end)).exists():
+                return other
+    return path
+
+
 def png_names(names: Iterable[Path]) -> dict[Path, Path]:
     """A PNG's name for each image, no two alike in any case: a/b.jpg gives a/b.png, or a/b.jpg.png beside an a/b.png.
 

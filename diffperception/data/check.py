@@ -18,6 +18,7 @@ from diffperception.data.check_report import Problem, Report, found_at, summariz
 from diffperception.data.entries import whole_number
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.data.soundness import check_ids, check_learning, resizing, with_sizes
+from diffperception.files import existing
 
 # What cannot be said of a file of which some of these entries had to be left out.
 UNKNOWN = {
@@ -106,7 +107,7 @@ def check_files(table: CocoTable, folder: Path, open_images: bool) -> Iterator[P
 
 def _file_problem(path: Path, size: list[int], open_image: bool) -> tuple[str, str] | None:
     """Which of FILE_PROBLEMS a file has that should be an image of this width and height, and what to say of it."""
-    if not path.is_file():
+    if not existing(path).is_file():
         return "missing image", str(path)
     if not open_image:
         return None

@@ -20,7 +20,7 @@ class ImageDataOptions:
     """Which images the generator learns from.
 
     Args:
-        images: folder with images, in folders of their classes if `labelled`.
+        images: folder with images, in folders of their classes if `labelled`; or an image, a pattern or a list of them.
         annotations: COCO JSON file; only the images it lists are used.
         val_images: folder with images to measure the loss on during training; null for none.
         val_annotations: COCO JSON file with the images to use of `val_images`.

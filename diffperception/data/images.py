@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,10 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from diffperception.files import existing
+
 Result = TypeVar("Result")
 MAX_PIXELS = 2**30  # of an image: 3 GB in RGB, 13 GB as numbers to compute with
 SNIFFED = 64  # bytes at the beginning of a file, by which it is known
 TAIL = 2**16  # bytes at the end of a PNG in which metadata is looked for
+OPENING = Lock()  # Pillow's limit belongs to the process, and its threads open images too
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
@@ -100,36 +104,47 @@ def resize_short_side(image: Tensor, short_side: int | None, nearest: bool = Fal
 
 
 @contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
+def open_image(path: str | Path, kind: str = "image") -> Iterator[Image.Image]:
     """An image file as Pillow opens it, its pixels not read yet; HEIF too, and more pixels than Pillow's limit.
+
+    Args:
+        kind: what the file is called in errors.
 
     Raises:
         BrokenImageError: here or in the block, whatever goes wrong with the file.
     """
-    if not Path(path).is_file():
-        raise BrokenImageError(f"the image {path} is missing")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    path = existing(Path(path))
+    if not path.is_file():
+        raise BrokenImageError(f"the {kind} {path} is missing")
     try:
         # From a file that is open, not from its name: those Pillow maps into memory, and then scrambles TIFFs that are
         # stored on their side.
         with open(path, "rb") as file, _identified(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImageError(
-                    f"the image {path} has {image.height} x {image.width} pixels, more than the {MAX_PIXELS} that are"
+                    f"the {kind} {path} has {image.height} x {image.width} pixels, more than the {MAX_PIXELS} that are"
                     " read at once: cut it into tiles"
                 )
             yield image
     except (BrokenImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and others on bad bytes
-        raise BrokenImageError(f"the image {path} cannot be read: {error}") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        raise BrokenImageError(f"the {kind} {path} cannot be read: {error}") from error
+
+
+def _opened(file: BufferedReader) -> Image.Image:
+    """What Pillow opens, without its limit of pixels: that is for files from strangers."""
+    with OPENING:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _identified(file: BufferedReader) -> Image.Image:
     try:
-        return Image.open(file)
+        return _opened(file)
     except UnidentifiedImageError:
         file.seek(0)
         head = file.read(SNIFFED)
@@ -140,7 +155,7 @@ def _identified(file: BufferedReader) -> Image.Image:
         except ImportError:
             raise ValueError("it is HEIF, which needs pillow-heif: pip install 'diffperception[heif]'") from None
         pillow_heif.register_heif_opener()
-        return Image.open(file)
+        return _opened(file)
     raise ValueError(_what_else(head))
 
 
@@ -163,7 +178,7 @@ def _what_else(head: bytes) -> str:
 def read_size(path: str | Path) -> tuple[int, int]:
     """Height and width, as `read_image` gives them, from an image's header; BrokenImageError if it cannot be read."""
     with open_image(path) as image:
-        if image.format == "PNG" and _ends_with_metadata(path):
+        if image.format == "PNG" and _ends_with_metadata(existing(Path(path))):
             image.load()
         exif = Image.Image.getexif(image)  # that of PngImageFile would decode all pixels first
         size = (exif[256], exif[257]) if image.format == "TIFF" else image.size  # newer Pillows turn that of a TIFF

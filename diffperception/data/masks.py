@@ -16,7 +16,15 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffperception.data.images import LazyMap, read_image, read_size, resize_short_side, to_float
+from diffperception.data.images import (
+    BrokenImageError,
+    LazyMap,
+    open_image,
+    read_image,
+    read_size,
+    resize_short_side,
+    to_float,
+)
 from diffperception.data.listing import list_images
 from diffperception.data.pairing import Pairing, find_pairs, require_pairs
 
@@ -334,8 +342,10 @@ def read_mask(path: Path, painted: bool = False) -> np.ndarray:
         if path.suffix.lower() == ".npy":
             mask = np.load(path, allow_pickle=False)
         else:
-            with Image.open(path) as picture:
+            with open_image(path, "mask") as picture:
                 mask = _pixels(ImageOps.exif_transpose(picture), painted)
+    except BrokenImageError as error:
+        raise MaskError("broken mask", str(error)) from None
     except Exception as error:  # Pillow and numpy raise many kinds on bad bytes
         raise MaskError("broken mask", f"the mask {path} cannot be read: {error}") from None
     mask = mask[..., 0] if mask.ndim == 3 and (mask.shape[2] == 1 or _is_grey(mask)) else mask
@@ -376,7 +386,7 @@ def _is_grey(mask: np.ndarray) -> bool:
 
 def is_turned(image: Path) -> bool:
     """Whether the EXIF orientation of an image turns it by a quarter."""
-    with Image.open(image) as picture:
+    with open_image(image) as picture:
         return int(Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)) > 4
 
 

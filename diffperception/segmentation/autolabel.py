@@ -49,8 +49,8 @@ def autolabel(
 
     Args:
         model: as for :func:`segment_folder`.
-        images: an image, a folder (its subfolders count too), or a pattern such as 'photos/*.jpg'; in Python also
-            images (3, H, W; RGB, 0..1), such as samples of a generator, which are named by their numbers.
+        images: an image, a folder (its subfolders count too), a pattern such as 'photos/*.jpg', or a list of names; in
+            Python also images (3, H, W; RGB, 0..1), such as samples of a generator, which are named by their numbers.
         output: folder for the data set.
         drop: fraction of the images to drop, the most uncertain.
         overwrite: begin anew in a folder that is not empty; what earlier calls wrote is removed, and nothing else.

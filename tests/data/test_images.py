@@ -2,6 +2,8 @@
 
 import struct
 import sys
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -307,4 +309,17 @@ def test_large_images_are_read_and_too_large_ones_named(tmp_path: Path) -> None:
     assert read_size(tmp_path / "20000.bmp") == (20_000, 20_000)
     with pytest.raises(BrokenImageError, match=r"40000 x 40000 pixels, more than the 1073741824 .* cut it into tiles"):
         read_size(tmp_path / "40000.bmp")
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(read_size, [tmp_path / "20000.bmp"] * 200)) == {(20_000, 20_000)}
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_in_another_normal_form_is_the_same_file(tmp_path: Path, form: str) -> None:
+    """macOS splits letters with marks, Windows and Linux mostly do not, and annotations go from one to the other."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    folder = tmp_path / unicodedata.normalize("NFC", "Übung")
+    write(folder / unicodedata.normalize(form, "Höhe/größe.png"), 51)
+    path = folder / unicodedata.normalize(other, "Höhe/größe.png")
+    assert read_image(path).unique().tolist() == [51]
+    assert read_size(path) == (4, 6)
