@@ -18,7 +18,7 @@ from diffperception.cli.failures import Terminated, close_output, failure, spoke
 
 COMMANDS = {
     "shapes": "draw the shapes data set (images, COCO annotations, masks)",
-    "check": "name every problem of a COCO data set",
+    "check": "name every problem of a data set: objects, masks, or pictures alone",
     "train": "train a detector, a generator, the classifier that guides it, a segmenter, or a UNet from scratch",
     "evaluate": "score a detector, a results file, generated images, or a segmenter",
     "benchmark": "measure speeds as ratios to a well-known unit",
@@ -98,7 +98,7 @@ def dispatch(name: str, arguments: Sequence[str]) -> int:
 
     spread = spread_files(arguments)
     by_kind = functions(name)
-    kind = find_kind(spread, by_kind)
+    kind = find_task(name, spread) or find_kind(spread, by_kind)
     if kind is not None:
         with trusting(given(spread, "trust")):
             return call(by_kind[kind], arguments, name)
@@ -115,6 +115,19 @@ def functions(name: str) -> Mapping[str, Callable[..., int | None]]:
     """The functions of a command by the kind of thing that they work on; a single one by the command's name."""
     module = importlib.import_module(f"diffperception.cli.{name.replace('-', '_')}")
     return getattr(module, "BY_KIND", None) or {name: module.command}
+
+
+def find_task(name: str, arguments: Sequence[str]) -> str | None:
+    """The kind that the arguments name by their `task`, for a command that knows tasks."""
+    tasks: Mapping[str, str] = getattr(importlib.import_module(f"diffperception.cli.{name}"), "BY_TASK", {})
+    from diffperception.configuration.inheritance import given
+
+    task = given(arguments, "task") if tasks else None
+    if task is None:
+        return None
+    if task not in tasks:
+        raise ValueError(f"there is no task {task} to {name} for: the tasks are {', '.join(tasks)}")
+    return tasks[task]
 
 
 def find_kind(arguments: Sequence[str], kinds: Collection[str]) -> str | None:

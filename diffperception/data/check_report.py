@@ -1,7 +1,7 @@
 """What a check of a data set found: its problems, and what it holds in figures."""
 
 from dataclasses import astuple, dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -80,12 +80,18 @@ class Summary:
         return "\n".join([format_table(rows, ("class", "objects", "images")), "", *lines])
 
 
+class Figures(Protocol):
+    """What a data set holds, as lines of text: a dataclass such as Summary."""
+
+    def text(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Report:
     """All problems of a data set, errors first, and what it holds; None where the file cannot be read."""
 
     problems: list[Problem]
-    summary: Summary | None
+    summary: Figures | None
 
     @property
     def errors(self) -> list[Problem]:

@@ -110,8 +110,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
             except BrokenImageError as error:
                 if self.options.on_broken == "stop":
                     raise _advised(error) from error
-        least = [side // 2 for side in self.image_size]  # smaller ones would be enlarged to more than twice their size
-        small = {path: size for path, size in sizes.items() if size[0] < least[0] or size[1] < least[1]}
+        small = {path: size for path, size in sizes.items() if is_too_small(size, self.image_size)}
         if small and self.options.on_broken == "stop":
             first, (height, width) = next(iter(small.items()))
             raise ValueError(
@@ -169,6 +168,11 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 def _advised(error: BrokenImageError) -> BrokenImageError:
     return BrokenImageError(f"{error}: remove it, or pass over such images with data.on_broken skip")
+
+
+def is_too_small(size: tuple[int, int], image_size: tuple[int, int]) -> bool:
+    """Whether an image, of this height and width, would be enlarged to more than twice its size."""
+    return any(side < wanted // 2 for side, wanted in zip(size, image_size, strict=True))
 
 
 def require_image_channels(channels: int) -> None:

@@ -218,7 +218,7 @@ class MaskValues:
         """How many pixels of each value a mask has; MaskError or BrokenImageError if it does not go with its image."""
         mask, (height, width) = read_mask(path, self.painted), read_size(image)
         if mask.shape != (height, width):
-            turned = is_turned(image) and mask.shape == (width, height)
+            turned = orientation(image) > 4 and mask.shape == (width, height)
             why = ", for its EXIF orientation turns it: draw masks on what is seen" if turned else ""
             raise MaskError(
                 "mask size",
@@ -262,9 +262,10 @@ class MaskValues:
         swallowed = self.ignored == 255 and set(counts) == {0, 255} and len(self.classes) == 2
         if not present:
             return f"have no pixel of a class, all are ignored: label some, for {held}"
-        if swallowed or (learn and len(present) < 2 <= len(self.classes)):
+        if swallowed or (learn and len(present) < 2):
             missing = _some([name for k, name in enumerate(self.classes) if k not in present])
-            return f"have no pixel of class {missing}: {held}{self._advice(list(counts))}"
+            what = f"no pixel of class {missing}" if missing else f"pixels of {self.classes[0]} alone"
+            return f"have {what}: {held}{self._advice(list(counts))}"
         return ""
 
     def absent(self, counts: Mapping[int, int]) -> str:
@@ -296,7 +297,7 @@ class MaskValues:
 
     def _advice(self, values: Sequence[int]) -> str:
         """How masks with as many values as there are classes might be meant."""
-        if len(values) != len(self.classes) or sorted(values) == [*range(len(values))] or len(values) > 8:
+        if len(values) != max(2, len(self.classes)) or sorted(values) == [*range(len(values))] or len(values) > 8:
             return ""
         colour = '"' * self.painted
         pairs = ", ".join(f"{colour}{self._some([v])}{colour}: {k}" for k, v in enumerate(sorted(values)))
@@ -384,10 +385,10 @@ def _is_grey(mask: np.ndarray) -> bool:
     return mask.shape[2] in (2, 3, 4) and bool((colours == colours[..., :1]).all() and (alpha == alpha[:1, :1]).all())
 
 
-def is_turned(image: Path) -> bool:
-    """Whether the EXIF orientation of an image turns it by a quarter."""
+def orientation(image: Path) -> int:
+    """The EXIF orientation of an image, 1 if it is stored as it is seen, above 4 if it is turned by a quarter."""
     with open_image(image) as picture:
-        return int(Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)) > 4
+        return int(Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1))
 
 
 def _counts(mask: np.ndarray) -> Counter[int]:
