@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffperception.files import CHECKPOINT
 from diffperception.models.backbones.base import Backbone
-from diffperception.models.base import Model, is_model_file
+from diffperception.models.base import Model, describe, is_model_file
 from diffperception.models.convert.checkpoints import state_of
 
 LEAST = 0.1  # of some part of the model must fit, or the file is of something else
@@ -36,6 +36,7 @@ class Source:
     state: Mapping[str, Tensor]
     rows: Mapping[str, ClassRows]
     what: str
+    model: Model | None = None  # that was described in the file
 
 
 @dataclass
@@ -47,8 +48,10 @@ class WarmStart:
         parts: numbers of parameters, taken and in all, of each part of the model.
         classes: of the model's classes, those whose rows were taken, and their names in the file.
         new_classes: the others; empty for a model without classes.
-        anew: names of the model's weights that begin anew, with their shapes, and the file's where it has others.
+        anew: names of weights that begin anew in parts of which something is taken, with their shapes, and the file's
+            where it has others.
         unused: names of the file's weights that were not taken.
+        settings: arguments that have no weights and other values in the file, and so may mean something else.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class WarmStart:
     new_classes: list[str] = field(default_factory=list)
     anew: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         taken, whole = (sum(numbers) for numbers in zip(*self.parts.values(), strict=True))
@@ -67,9 +71,11 @@ class WarmStart:
             renamed = (new if new == old else f"{new} (there {old})" for new, old in self.classes.items())
             lines.append(f"classes taken by name: {_listed(list(renamed))}; anew: {_listed(self.new_classes)}")
         if self.anew:
-            lines.append(f"weights anew: {_listed(_grouped(self.anew))}")
+            lines.append(f"weights anew in parts that are taken: {_listed(_grouped(self.anew))}")
         if self.unused:
             lines.append(f"left in the file: {_listed(_grouped(dict.fromkeys(self.unused, '')))}")
+        if self.settings:
+            lines.append(f"set otherwise there: {_listed(self.settings)}")
         return "\n  ".join(lines)
 
 
@@ -115,7 +121,7 @@ def read_source(path: Path, allow: tuple[str, ...] = ()) -> Source:
         model = Model.load(path, allow=allow)
         classes = getattr(model, "classes", None)
         of_classes = f" of {len(classes)} class{'es' if len(classes) > 1 else ''}" if classes else ""
-        return Source(path, model.state_dict(), class_rows(model), f"{type(model).__name__}{of_classes}")
+        return Source(path, model.state_dict(), class_rows(model), f"{type(model).__name__}{of_classes}", model)
     if path.name == CHECKPOINT:
         raise ValueError(f"{path} is what --resume goes on from: name the model.safetensors beside it instead")
     state = state_of(path)
@@ -286,6 +292,7 @@ def _report(
             part = _part(name, places)
             taken, whole = report.parts.get(part, (0, 0))
             report.parts[part] = (taken + round(share * value.numel()), whole + value.numel())
+    report.anew = {name: said for name, said in report.anew.items() if report.parts.get(_part(name, places), (1,))[0]}
     classes = getattr(model, "classes", None) or []
     ours = [name for name in pairs if name in rows and list(rows[name].classes) == list(classes)]
     found = source.rows[pairs[ours[0]]].classes if ours else []
@@ -293,7 +300,20 @@ def _report(
     report.new_classes = [name for name in classes if name not in report.classes]
     used = set(pairs.values())
     report.unused = [name for name in source.state if name not in used and not name.endswith("num_batches_tracked")]
+    if isinstance(model, Model) and type(source.model) is type(model):
+        ours_set, theirs_set = (dict(_settings(describe(m.arguments))) for m in (model, source.model))
+        both = [name for name in ours_set if name in theirs_set and ours_set[name] != theirs_set[name]]
+        report.settings = [f"{name} {theirs_set[name]} (here {ours_set[name]})" for name in both]
     return report
+
+
+def _settings(described: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers, texts and switches among a model's and its parts' arguments, by dotted names; not those of classes."""
+    for name, value in described.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value.get("arguments", value), f"{before}{name}.")
+        elif not isinstance(value, list) and name != "num_classes":
+            yield f"{before}{name}", value
 
 
 def _taken_share(ours: Tensor, our_rows: ClassRows | None, their_rows: ClassRows | None) -> float:

@@ -1,6 +1,7 @@
 """The base of all training steps: loss, seeds, optimiser and learning rate, as a LightningModule."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,12 +54,46 @@ class TrainingModule(LightningModule):
     def __init__(self, model: nn.Module, options: Any, seed: int):
         super().__init__()
         self.model, self.options, self.seed = model, options, seed
+        self.frozen: list[nn.Module] = []  # parts that stay in evaluation mode, so that their statistics do not change
         self.term_names: list[str] = []
         self.noted: list[NotedLoss] = []  # since the last row of numbers
 
     def start_from(self, path: Path) -> WarmStart:
         """Give the model the weights of a file that fit it, before it is trained; errors as of `warm_start`."""
         return warm_start(self.model, path)
+
+    def layers(self, stages: bool = False) -> dict[str, int]:
+        """The layer, or stage, of each parameter of what may have been trained before, by its name in the model.
+
+        They are numbered from the images on, from 0 on. By default there is no such part.
+        """
+        return {}
+
+    def freeze_stages(self) -> None:
+        """Exempt what `OptimizerOptions.frozen_stages` says from training; ValueError if there are not so many stages.
+
+        Constructors of modules that have `layers` call it.
+        """
+        wanted = self.options.frozen_stages
+        if not wanted:
+            return
+        numbers = self.layers(stages=True)
+        count = 1 + max(numbers.values(), default=-1)
+        if not count or (wanted != "all" and wanted > count):
+            raise ValueError(
+                f"optimizer.frozen_stages is {wanted}, but this {type(self.model).__name__} has {count or 'no'} stages"
+                " to freeze: give fewer"
+            )
+        for name, number in numbers.items():
+            if wanted == "all" or number < wanted:
+                self.model.get_parameter(name).requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(f"optimizer.frozen_stages {wanted} leaves nothing to train: give fewer")
+        self.frozen = [m for m in self.model.modules() if _is_frozen(m)]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        for module in self.frozen:
+            module.eval()
 
     def loss_terms(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """0-d tensors whose sum is the loss of the batch; all its noise comes from the generator, one of the CPU."""
@@ -131,10 +166,17 @@ class TrainingModule(LightningModule):
 
     def rate_in_words(self) -> str:
         """How the learning rate follows from the options."""
-        return (
+        said = (
             f"{self.images_per_step} images per step, so the learning rate is {self.options.lr:g} x"
             f" {self.images_per_step} / {self.options.base_batch_size} = {self.lr:g}"
         )
+        if self.options.layer_decay != 1:
+            scales = [self.lr_scale(name) for name in self._layers]
+            said += f"; {min(scales):.2g} to {max(scales):.2g} of that in layers from the images on"
+        if self.frozen:
+            frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+            said += f"; {frozen / 1e6:.2f} M parameters are frozen, with the statistics of their norms"
+        return said
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, its learning rate set anew for every step."""
@@ -165,7 +207,18 @@ class TrainingModule(LightningModule):
 
     def lr_scale(self, name: str) -> float:
         """What the learning rate of the model's parameter of this name is multiplied by."""
-        return 1.0
+        decay = float(self.options.layer_decay)
+        numbers = {} if decay == 1 else self._layers
+        if decay != 1 and max(numbers.values(), default=0) == 0:
+            raise ValueError(
+                f"optimizer.layer_decay is {decay:g}, but this {type(self.model).__name__} has no layers to tell apart:"
+                " leave it at 1"
+            )
+        return decay ** (1 + max(numbers.values()) - numbers[name]) if name in numbers else 1.0
+
+    @cached_property
+    def _layers(self) -> dict[str, int]:
+        return self.layers()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameters in groups of one learning rate and one decay: vectors, such as biases, have none."""
@@ -179,3 +232,9 @@ class TrainingModule(LightningModule):
             {"params": parameters, "lr": self.lr * scale, "weight_decay": decay if decayed else 0.0}
             for (scale, decayed), parameters in groups.items()
         ]
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether it has parameters, and none of them is trained."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

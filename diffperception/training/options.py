@@ -18,6 +18,10 @@ class OptimizerOptions:
         lr: learning rate for a batch of `base_batch_size` images.
         base_batch_size: the learning rate is multiplied by (images per step, over all processes) / this.
         backbone_lr_factor: the learning rate of the backbone is this times the others'; below 1 for pretrained ones.
+        layer_decay: the learning rate of each layer of the backbone, or of the diffusion network, is this times that of
+            the next one towards the output (0.65 to 0.9 where it is pretrained); 1 for one rate for all.
+        frozen_stages: so many of its first stages are not trained, statistics of their norms included: 1 is the stem,
+            2 the stem and the first stage, all the whole of it; of a diffusion network each block is one.
         weight_decay: decay of matrices and kernels; biases and normalisation have none.
         warmup_steps: steps over which the learning rate rises from a hundredth to its value.
         schedule: after the warm-up, cosine goes down to zero, steps drops tenfold at `milestones`, constant stays.
@@ -30,6 +34,8 @@ class OptimizerOptions:
     lr: NonNegativeFloat = 2.5e-5
     base_batch_size: PositiveInt = 16
     backbone_lr_factor: NonNegativeFloat = 1.0
+    layer_decay: PositiveFloat = 1.0
+    frozen_stages: NonNegativeInt | Literal["all"] = 0
     weight_decay: NonNegativeFloat = 1e-4
     warmup_steps: NonNegativeInt = 1000
     schedule: Literal["cosine", "steps", "constant"] = "cosine"

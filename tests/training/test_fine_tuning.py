@@ -77,3 +77,28 @@ def test_a_generator_starts_from_another_ones_weights(tmp_path: Path, capsys: py
     assert "classes taken by name: even; anew: strange" in capsys.readouterr().out
     base, tuned = (Model.load(tmp_path / run / "model.safetensors", allow="tests") for run in ("base", "tuned"))
     assert all(torch.equal(value, base.network.state_dict()[n]) for n, value in tuned.network.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_frozen_stages_end_as_they_began_average_and_statistics_included(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    assert train(config, tmp_path / "base", *SMALL) == 0
+    frozen = ["--optimizer.frozen_stages", "2", "--evaluation.every", "2", "--trainer.max_steps", "4"]
+    frozen += ["--init", str(tmp_path / "base/model.safetensors"), "--trainer.precision", precision]
+    assert train(config, tmp_path / "tuned", *SMALL, *frozen) == 0
+    assert "M parameters are frozen, with the statistics of their norms" in capsys.readouterr().out
+    base, tuned = (
+        Model.load(tmp_path / run / "model.safetensors", allow="tests").state_dict() for run in ("base", "tuned")
+    )
+    first = ("backbone.backbone.body.conv1", "backbone.backbone.body.bn1", "backbone.backbone.body.layer1")
+    assert all(torch.equal(value, base[name]) for name, value in tuned.items() if name.startswith(first))
+    for name in ("bn1.weight", "bn1.running_mean", "conv1.weight"):
+        trained = f"backbone.backbone.body.layer2.0.{name}"
+        assert not torch.equal(tuned[trained], base[trained])
+    longer = [*SMALL, *frozen, "--trainer.max_steps", "5", "--resume"]
+    assert train(config, tmp_path / "tuned", *longer, "--optimizer.frozen_stages", "1") == 2
+    assert "optimizer.frozen_stages is 1" in complaint(capsys)
+    state = torch.load(tmp_path / "tuned/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    model = Model.load(tmp_path / "tuned/model.safetensors", allow="tests")
+    assert len(state) == sum(not name.startswith(first) for name, _ in model.named_parameters())

@@ -22,6 +22,7 @@ from diffperception.training.loggers import CsvLog
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.detection import DataOptions, DetectionModule
 from tests.helpers.devices import Device
+from tests.helpers.networks import two_level_unet
 from tests.training.tiny_data import write_tiny_data
 from tests.training.tiny_detector import TinyDetector
 
@@ -160,3 +161,59 @@ def test_a_detector_of_other_classes_is_refused(tmp_path: Path) -> None:
     dataset = CocoDetection(*write_tiny_data(tmp_path / "data"))
     with pytest.raises(ValueError, match=r"3 classes \(a, b, c\).*2 \(disc, square\)"):
         evaluate_detector(TinyDetector(["a", "b", "c"]), dataset)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224", "tf_efficientnet_lite0"])
+def test_layers_nearer_the_images_learn_more_slowly_where_asked_for(name: str) -> None:
+    head = partial(DynamicHead, width=16, stages=1, ffn_width=16, num_heads=2)
+    detector = DiffusionDet(["a"], name, head, strides=(8, 16))
+    module = Groups(detector, OptimizerOptions(layer_decay=0.5, backbone_lr_factor=0.1), seed=0)
+    numbers = module.layers()
+    assert numbers.keys() == {name for name, _ in detector.named_parameters() if name.startswith("backbone.backbone.")}
+    assert set(numbers.values()) == set(range(len(set(numbers.values())))) >= set(range(4))
+    first = next(iter(detector.backbone.backbone.body.parameters()))
+    rates = {id(p): group["lr"] for group in module.parameter_groups() for p in group["params"]}
+    assert rates[id(first)] == pytest.approx(0.5 * 0.1 * 0.5 ** len(set(numbers.values())))
+    for path, parameter in detector.named_parameters():
+        number = numbers.get(path)
+        scale = 1.0 if number is None else 0.1 * 0.5 ** (max(numbers.values()) + 1 - number)
+        assert rates[id(parameter)] == pytest.approx(0.5 * scale)
+
+
+def test_a_unets_blocks_are_layers_from_its_stem_to_its_output() -> None:
+    unet = two_level_unet()
+    numbers = unet.layers()
+    assert numbers.keys() == {name for name, _ in unet.named_parameters()}
+    order = ["time_embed.0.bias", "encoder.0.0.conv1.bias", "middle.0.conv1.bias", "decoder.0.0.conv1.bias"]
+    assert sorted(order, key=lambda name: numbers[name]) == order
+    assert numbers["stem.weight"] == numbers["time_embed.0.bias"] == 0
+    assert (
+        numbers["out_conv.weight"] == max(numbers.values()) == numbers[f"decoder.{len(unet.decoder) - 1}.0.conv1.bias"]
+    )
+
+
+@pytest.mark.parametrize("stages", [1, 2, "all"])
+def test_frozen_stages_are_not_trained_and_stay_in_evaluation(stages: int | str) -> None:
+    detector = DiffusionDet(["a"], "resnet10t", partial(DynamicHead, width=16, stages=1, num_heads=2), strides=(8, 16))
+    module = Groups(detector, OptimizerOptions(frozen_stages=stages), seed=0)
+    module.train()
+    module.on_train_batch_start(None, 0)
+    body = detector.backbone.backbone.body
+    for name, parameter in body.named_parameters():
+        first = {1: ("conv1", "bn1"), 2: ("conv1", "bn1", "layer1"), "all": ("",)}[stages]
+        assert parameter.requires_grad != name.startswith(first), name
+    for name, norm in body.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.training == norm.weight.requires_grad, name
+    assert all(parameter.requires_grad for parameter in detector.head.parameters())
+    grouped = {id(p) for group in module.parameter_groups() for p in group["params"]}
+    assert grouped == {id(p) for p in detector.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("stages", [7, 100])
+def test_more_stages_than_there_are_cannot_be_frozen(stages: int) -> None:
+    detector = DiffusionDet(["a"], "resnet10t", partial(DynamicHead, width=16, stages=1, num_heads=2), strides=(8, 16))
+    with pytest.raises(ValueError, match=rf"frozen_stages is {stages}, but this DiffusionDet has \d stages"):
+        DetectionModule(detector, OptimizerOptions(frozen_stages=stages), seed=0)
+    with pytest.raises(ValueError, match="has no stages to freeze"):
+        DetectionModule(TinyDetector(["a"]), OptimizerOptions(frozen_stages="all"), seed=0)

@@ -1,6 +1,6 @@
 """Backbones, images to feature maps: what detectors are built on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -19,6 +19,13 @@ class Backbone(Model):
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
     is_pyramid: bool = False  # whether its maps are a pyramid of one width: a head of that width builds no other on it
 
+    def layers(self, stages: bool = False) -> dict[str, int]:
+        """The number of the layer, or of the stage, of each parameter by its name, from the images on, from 0 on.
+
+        By default all are one.
+        """
+        return dict.fromkeys((name for name, _ in self.named_parameters()), 0)
+
     @property
     def channels(self) -> list[int]:
         return [info.channels for info in self.info]
@@ -26,6 +33,13 @@ class Backbone(Model):
     @property
     def strides(self) -> list[int]:
         return [info.stride for info in self.info]
+
+
+def numbered(groups: Mapping[str, int | None]) -> dict[str, int]:
+    """The groups that names are in, numbered from 0 on in their order; names in none are in the last."""
+    order = {group: number for number, group in enumerate(sorted({g for g in groups.values() if g is not None}))}
+    last = max(order.values(), default=0)
+    return {name: last if group is None else order[group] for name, group in groups.items()}
 
 
 def pad_images(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int) -> Tensor:

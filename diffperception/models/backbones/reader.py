@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffperception.models.backbones.base import Backbone
+from diffperception.models.backbones.base import Backbone, numbered
 from diffperception.models.generator import DiffusionModel
 from diffperception.models.ops.normalization import group_norm
 from diffperception.models.reader import ActivationReader, strides_in_words
@@ -59,6 +59,12 @@ class UNetBackbone(Backbone):
         for module in [generator] if frozen else self.reader.unused():
             module.requires_grad_(False)
         self.train()
+
+    def layers(self, stages: bool = False) -> dict[str, int]:
+        """See `Backbone.layers`: each block of the UNet is one; the norms of the maps are of the last."""
+        network = self.reader.generator.network
+        inside = {f"reader.generator.network.{name}": number for name, number in network.layers().items()}
+        return numbered({name: inside.get(name) for name, parameter in self.named_parameters()})
 
     def train(self, mode: bool = True) -> "UNetBackbone":
         """As every module's, but a frozen UNet stays in evaluation mode."""

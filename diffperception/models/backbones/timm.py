@@ -10,11 +10,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
+from timm.models import group_parameters
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from diffperception.models.backbones.base import Backbone
+from diffperception.models.backbones.base import Backbone, numbered
 from diffperception.models.feature_info import FeatureInfo
 
 
@@ -37,6 +38,7 @@ class TimmBackbone(Backbone):
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`timm.list_models()` names all"
             raise ValueError(f"timm has no model {name!r}: {hint}")
+        self.name = name
         # Swins are built for one image size unless told otherwise, and do not shift windows as large as its maps.
         swin = name.startswith("swin")
         any_size: dict[str, Any] = {"strict_img_size": False, "always_partition": True} if swin else {}
@@ -66,6 +68,21 @@ class TimmBackbone(Backbone):
                 module.__class__ = PaddedSwinBlock
             elif isinstance(module, FrozenBatchNorm2d):
                 module.__class__ = FusedFrozenBatchNorm2d
+
+    def layers(self, stages: bool = False) -> dict[str, int]:
+        """See `Backbone.layers`: blocks or stages as timm groups them; the norms of the maps are of the last."""
+        with torch.device("meta"):
+            network: Any = timm.create_model(self.name)
+        if not hasattr(network, "group_matcher"):
+            return super().layers(stages)
+        groups = group_parameters(network, network.group_matcher(coarse=stages), reverse=True)
+        # A network that gives maps has _ for some dots in the names.
+        by_name = {name.replace(".", "_"): number for name, number in groups.items()}
+        found = {
+            f"body.{name}": by_name.get(name.removeprefix("model.").replace(".", "_"))
+            for name, _ in self.body.named_parameters()
+        }
+        return numbered({name: found.get(name) for name, _ in self.named_parameters()})
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W), normalised -> one (B, channels[l], H / strides[l], W / strides[l]) a level."""

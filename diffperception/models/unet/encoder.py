@@ -37,6 +37,16 @@ class Encoder(Model):
         self.encoder, self.skip_widths = layers.encoder()
         self.middle = layers.middle()
 
+    def layers(self) -> dict[str, int]:
+        """The number of the block of each parameter by its name, from the image on, from 0 on.
+
+        The stem and the time's embedding are the first; what follows the last block is of that.
+        """
+        blocks = [*self.encoder, self.middle, *getattr(self, "decoder", [])]
+        number = {id(p): i for i, block in enumerate(blocks, 1) for p in block.parameters()}
+        first = {id(p) for module in (self.stem, self.time_embed) for p in module.parameters()}
+        return {name: 0 if id(p) in first else number.get(id(p), len(blocks)) for name, p in self.named_parameters()}
+
     def embed(self, x: Tensor, t: Tensor) -> Tensor:
         """The embedding (B, E) of times (B,), in the dtype of ``x``, before its activation."""
         return self.time_embed(time_embedding(t, self.channels).to(x.dtype))

@@ -150,6 +150,14 @@ class DetectionModule(TrainingModule):
         super().__init__(model, options, seed)
         modules = model.named_modules()
         self.backbones = tuple(f"{name}." for name, module in modules if isinstance(module, Backbone))
+        self.freeze_stages()
+
+    def layers(self, stages: bool = False) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for path, module in self.model.named_modules():
+            if isinstance(module, Backbone):
+                found |= {f"{path}.{name}": number for name, number in module.layers(stages).items()}
+        return found
 
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         images, targets = batch
@@ -170,7 +178,8 @@ class DetectionModule(TrainingModule):
         return f"the boxes of the images with ids {ids} with `diffperception check`"
 
     def lr_scale(self, name: str) -> float:
-        return self.options.backbone_lr_factor if name.startswith(self.backbones) else 1.0
+        factor = self.options.backbone_lr_factor if name.startswith(self.backbones) else 1.0
+        return factor * super().lr_scale(name)
 
     def compile_networks(self) -> None:
         for name in ("backbone", "head"):  # a user's detector may have others

@@ -84,6 +84,7 @@ class GenerationModule(TrainingModule):
 
     def __init__(self, model: DiffusionModel, options: OptimizerOptions, seed: int, objective: ObjectiveOptions):
         super().__init__(model, options, seed)
+        self.freeze_stages()
         if objective.label_dropout and (model.conditioner is None or not model.conditioner.has_absent):
             raise ValueError("objective.label_dropout needs classes and model.null_class: true")
         self.times: UniformTimes | LossSecondMoment = UniformTimes(model.schedule)
@@ -92,6 +93,9 @@ class GenerationModule(TrainingModule):
         self.objective = model.objective(objective.min_snr)
         self.label_dropout = objective.label_dropout
         self.noise = objective.noise
+
+    def layers(self, stages: bool = False) -> dict[str, int]:
+        return {f"network.{name}": number for name, number in self.model.network.layers().items()}
 
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         images, targets = batch

@@ -68,6 +68,13 @@ class NoisyClassifierModule(TrainingModule):
 
     model: NoisyClassifier
 
+    def __init__(self, model: NoisyClassifier, options: OptimizerOptions, seed: int):
+        super().__init__(model, options, seed)
+        self.freeze_stages()
+
+    def layers(self, stages: bool = False) -> dict[str, int]:
+        return self.model.layers()
+
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         images, targets = batch
         places = torch.rand(len(images), generator=generator)
