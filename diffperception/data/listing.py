@@ -94,9 +94,11 @@ def _below(folder: Path, left: "_LeftOut") -> Iterator[Path]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders[:] = sorted(left.without_hidden(folders))
+            # Of a command's own output only the images are counted.
+            counts = _LeftOut(None) if left.output is not None and is_in(Path(real), left.output) else left
+            folders[:] = sorted(counts.without_hidden(folders))
             starts += [Path(here, name) for name in folders if Path(here, name).is_symlink()]
-            yield from left.images(Path(here, name) for name in left.without_hidden(files))
+            yield from counts.images(Path(here, name) for name in counts.without_hidden(files))
 
 
 def _matching(pattern: str, left: "_LeftOut") -> Iterator[Path]:

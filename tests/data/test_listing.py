@@ -66,11 +66,11 @@ def test_a_linked_file_counts_under_each_of_its_names(tmp_path: Path) -> None:
 
 def test_what_a_command_writes_is_not_its_input(tmp_path: Path) -> None:
     photo, other = touch(tmp_path, "1.png", "pictures/2.png")
-    touch(tmp_path, "out/pictures/1.png", "out/pictures/2.png")
+    touch(tmp_path, "out/pictures/1.png", "out/pictures/2.png", "out/scores.csv", "out/.diffperception")
     (tmp_path / "link").symlink_to(tmp_path / "out/pictures")
     root, paths, remark = list_images(tmp_path, leave_out=tmp_path / "out")
     assert (root, paths) == (tmp_path, [photo, other])  # a folder's name alone means nothing
-    assert remark.startswith(f"left out of {tmp_path}: 2 in the output folder {tmp_path / 'out'}")
+    assert remark == f"left out of {tmp_path}: 2 in the output folder {tmp_path / 'out'}, 1 linked a second time"
     assert list_images(f"{tmp_path}/**/*.png", leave_out=tmp_path / "link/..").paths == [photo, other]
 
 
