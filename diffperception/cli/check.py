@@ -26,9 +26,9 @@ def check_coco_files(
 ) -> int:
     """Read a COCO data set, say what it holds and name every problem of it.
 
-    Errors make training or its measurement fail or be wrong: missing keys, double or unknown ids, boxes without area
-    or outside of their image or written as corners, missing or broken images, images of another size. Warnings may be
-    meant: boxes over the border, classes without objects, more objects than proposals. The exit code is 1 if there are
+    Errors are what training refuses: entries that cannot be used, double or unknown ids, nothing to learn, boxes in
+    0..1 or written as corners, missing or broken images, images of another size. Warnings may be meant: boxes without
+    area or out of their image, classes without objects, more objects than proposals. The exit code is 1 if there are
     errors.
 
     Args:

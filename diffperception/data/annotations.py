@@ -4,6 +4,7 @@ import json
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +163,10 @@ class CocoTable:
 
     def rows_of_images(self) -> tuple[np.ndarray, np.ndarray]:
         """(n,) the image row of each annotation whose image is listed, and (n,) the row of that annotation."""
+        return self._rows_of_images
+
+    @cached_property
+    def _rows_of_images(self) -> tuple[np.ndarray, np.ndarray]:
         known = np.flatnonzero(np.isin(self.annotation_images, self.image_ids))
         order = np.argsort(self.image_ids, kind="stable")
         return order[np.searchsorted(self.image_ids, self.annotation_images[known], sorter=order)], known

@@ -10,10 +10,12 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from diffperception.cli.main import main
+from diffperception.data import CocoDetection
 from diffperception.data.annotations import tabulate
 from diffperception.data.images import read_image
 from diffperception.detection import FCOS, BoxSampler, DiffusionDet, DynamicHead
 from diffperception.detection.evaluator import CocoEvaluator, results_rows
+from diffperception.detection.inference import evaluate_detector
 from diffperception.diffusion import name_seed
 from tests.helpers.runs import TORCHRUN, python
 
@@ -211,3 +213,60 @@ def test_the_tool_is_the_command(model, photos, tmp_path, monkeypatch):
     assert ended.value.code == 0
     assert run(model, photos / "a.png", tmp_path / "command") == 0
     assert by_name(tmp_path / "tool") == by_name(tmp_path / "command")
+
+
+def data_set(photos: Path) -> tuple[Path, CocoDetection]:
+    """A COCO file of some of the photos, with ids and an order of its own, and other images in their folder."""
+    sizes = {"more/a.png": 100, "b.jpg": 70, "a.png": 60}
+    images = [
+        {"id": 40 - number, "file_name": name, "width": width, "height": 80}
+        for number, (name, width) in enumerate(sizes.items())
+    ]
+    categories = [{"id": 7 - number, "name": name} for number, name in enumerate(CLASSES)]
+    boxes = [{"image_id": image["id"], "category_id": 6, "bbox": [5, 5, 40, 50]} for image in images]
+    path = photos / "data.json"
+    path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    return path, CocoDetection(path, photos)
+
+
+def sorted_rows(rows: list[dict]) -> list[tuple]:
+    return sorted((row["image_id"], row["category_id"], row["score"], *row["bbox"]) for row in rows)
+
+
+def test_predictions_with_the_ids_of_a_data_set_are_those_that_are_scored(model, photos, tmp_path):
+    path, dataset = data_set(photos)
+    plain = ("--num_pictures", "0", "--num_trajectories", "0", "--steps", "2")
+    assert run(model, photos, tmp_path / "out", "--annotations", str(path), *plain) == 0
+    content, rows = read(tmp_path / "out")
+    assert [image["id"] for image in content["images"]] == [40, 39, 38]
+    detector = DiffusionDet.load(model)
+    scored = evaluate_detector(detector, dataset, sampler=detector.sampler_with(steps=2), batch_size=1)
+    assert sorted_rows(scored.detections) == sorted_rows(rows)
+    assert {row["category_id"] for row in rows} <= {5, 6, 7}
+    again = CocoEvaluator(path).score_results(tmp_path / "out/predictions.json")
+    assert again.metrics == scored.metrics
+    assert again.notes == []
+
+
+def test_predictions_without_the_data_set_get_its_ids_by_name(model, photos, tmp_path):
+    path, _ = data_set(photos)
+    assert run(model, photos, tmp_path / "out", "--num_pictures", "0", "--num_trajectories", "0") == 0
+    content, rows = read(tmp_path / "out")
+    name_of = {image["id"]: image["file_name"] for image in content["images"]}
+    result = CocoEvaluator(path).score_results(tmp_path / "out/predictions.json")
+    ids, classes = {"more/a.png": 40, "b.jpg": 39, "a.png": 38}, {1: 7, 2: 6, 3: 5}
+    expected = [
+        row | {"image_id": ids[name_of[row["image_id"]]], "category_id": classes[row["category_id"]]}
+        for row in rows
+        if name_of[row["image_id"]] in ids
+    ]
+    assert sorted_rows(result.detections) == sorted_rows(expected)
+    assert "2 of 5 predicted images are not in data.json" in result.table()
+
+
+def test_annotations_of_other_classes_are_refused(model, photos, tmp_path, capsys):
+    path, _ = data_set(photos)
+    path.write_text(path.read_text().replace(CLASSES[0], "zebra"))
+    assert run(model, photos, tmp_path / "out", "--annotations", str(path)) == 2
+    assert f"it has no {CLASSES[0]}, and only it has zebra" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -217,3 +217,15 @@ def test_more_stages_than_there_are_cannot_be_frozen(stages: int) -> None:
         DetectionModule(detector, OptimizerOptions(frozen_stages=stages), seed=0)
     with pytest.raises(ValueError, match="has no stages to freeze"):
         DetectionModule(TinyDetector(["a"]), OptimizerOptions(frozen_stages="all"), seed=0)
+
+
+def test_a_batch_too_small_for_batch_norm_says_what_to_change() -> None:
+    torch.manual_seed(0)
+    head = partial(DynamicHead, width=16, stages=1, ffn_width=16, num_heads=2)
+    detector = DiffusionDet(["a"], "resnet10t", head, strides=(8, 16, 32), fpn_norm=True, num_boxes=5).train()
+    module = DetectionModule(detector, OptimizerOptions(), seed=0)
+    target = {"boxes": torch.tensor([[5.0, 5, 19, 19]]), "labels": torch.tensor([0]), "image_id": 3}
+    images = [torch.rand(3, 32, 32)]
+    with pytest.raises(ValueError, match=r"32x32 pixels: raise data.batch_size, .*short_sides.*freeze_norm"):
+        module.loss_terms((images, [target]), torch.Generator())
+    assert module.loss_terms((images * 2, [target] * 2), torch.Generator())
