@@ -219,11 +219,11 @@ class MaskValues:
         mask, (height, width) = read_mask(path, self.painted), read_size(image)
         if mask.shape != (height, width):
             turned = orientation(image) > 4 and mask.shape == (width, height)
-            why = ", for its EXIF orientation turns it: draw masks on what is seen" if turned else ""
+            why = "; EXIF turns the image, and a mask is drawn on what is seen" if turned else ""
             raise MaskError(
                 "mask size",
                 f"the mask {path} has {mask.shape[0]} x {mask.shape[1]} pixels, but its image {image} has"
-                f" {height} x {width}{why}: they must be alike",
+                f" {height} x {width}: they must be alike{why}",
             )
         counts = _counts(mask)
         self._require_known(path, sorted(counts))

@@ -293,7 +293,7 @@ def test_a_mask_is_turned_as_its_own_exif_says(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "images/a.png", exif=exif)
     write(tmp_path / "masks/a.png", np.array([[0, 1, 0]] * 2, np.uint8))
     with pytest.raises(
-        ValueError, match=r"a\.png has 2 x 3 pixels, but its image .* has 3 x 2, for its EXIF orientation"
+        ValueError, match=r"a\.png has 2 x 3 pixels, but its image .* has 3 x 2: they must be alike; EXIF turns"
     ):
         opened(tmp_path, 2)
 
