@@ -1,23 +1,33 @@
 """`diffperception convert`: checkpoints of the reference programs as model files of ours."""
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 from jsonargparse.typing import PositiveInt
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from diffperception.configuration.parser import OptionsOf
 from diffperception.data.annotations import labels_of, read_coco, tabulate
+from diffperception.data.images import read_image, to_float
+from diffperception.data.listing import list_images
 from diffperception.detection import DiffusionDet
+from diffperception.devices import pick_device
 from diffperception.echo import echo, plural
 from diffperception.files import read_lines, require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import read_weights
+from diffperception.models.convert.trial import CLEARLY, HOPELESS, SLIGHTLY, differences, try_conventions
+from diffperception.models.unet.encoder import both_sides
 from diffperception.segmentation import FeatureExtractor, PixelEnsemble, PixelSegmenter
 
 Reference = DiffusionDet | DiffusionModel | NoisyClassifier
+MOST_PICTURES = 4  # that a checkpoint is tried on
 USES = {
     "detector": "`diffperception evaluate`, `predict` and `train --init`",
     "generator": "`diffperception sample`, and as the network of detectors and pixel classifiers",
@@ -31,6 +41,7 @@ def convert_checkpoint(
     generator: Annotated[partial[DiffusionModel], OptionsOf(DiffusionModel.from_reference, "state", "classes")],
     ema: bool = False,
     annotations: Path | None = None,
+    image: Path | None = None,
     num_res_blocks: int | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -39,8 +50,10 @@ def convert_checkpoint(
     Three kinds are known by their weights' names: detectors of DiffusionDet (ResNet-50/101, Swin-T/S/B), diffusion
     models of guided-diffusion and improved-diffusion, and noisy classifiers of guided-diffusion. Widths, classes and
     layouts are read off names and shapes; what those cannot tell of the last two kinds is said by --num-res-blocks and
-    the options from --image-size on. Only weights and numbers are read: a checkpoint that would run code is refused.
-    The pixel classifiers of ddpm-segmentation become a segmenter by `--checkpoints`, with options of their own.
+    the options from --image-size on. With --image a diffusion model is tried on a picture: options that are left open
+    are found, and options under which it denoises clearly worse than under others are refused. Only weights and numbers
+    are read: a checkpoint that would run code is refused. The pixel classifiers of ddpm-segmentation become a segmenter
+    by `--checkpoints`, with options of their own.
 
     For example: `diffperception convert --checkpoint lsun_cat.pt --output cat.safetensors --num-head-channels 64
     --image-size 256`.
@@ -54,6 +67,8 @@ def convert_checkpoint(
         annotations: a COCO JSON file whose categories name the classes, or a text file with one name per line; equal
             names are told apart by their ids, or their labels 0, 1, ..., in brackets. Without it a detector's 80
             classes get COCO's names, any others are numbered.
+        image: a picture such as a diffusion model was trained on, or a folder of them, of which the first 4 are taken:
+            the path, how times are told, prediction and attention heads are tried on it.
         num_res_blocks: residual blocks per level, for a classifier whose names fit several numbers.
         overwrite: replace the output file.
     """
@@ -61,12 +76,15 @@ def convert_checkpoint(
     found = read_weights(checkpoint, ema)
     weights = found.state
     classes = None if annotations is None else read_names(annotations)
+    if image is not None and not adm.is_unet(weights):
+        raise ValueError("option image: only diffusion models are tried on pictures, and this checkpoint holds none")
     of_both = {name: value for name, value in generator.keywords.items() if name not in ("image_size", "prediction")}
     model: Reference
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always", UserWarning)
         if adm.is_unet(weights):
-            model = generator(weights, classes=classes)
+            tried = {} if image is None else find_conventions(weights, image, generator.keywords)
+            model = generator(weights, classes=classes, **tried)
         elif adm.is_classifier(weights):
             model = NoisyClassifier.from_reference(weights, classes, num_res_blocks=num_res_blocks, **of_both)
         elif any("head.head_series." in name for name in weights):
@@ -80,6 +98,8 @@ def convert_checkpoint(
     for remark in remarks:
         echo(str(remark.message))
     echo(f"{checkpoint}{f' ({found.place})' if found.place else ''}: {in_one_line(model)}")
+    if isinstance(model, DiffusionModel) and image is None:
+        echo(f"assumed, as no checkpoint tells it: {conventions(model)}; --image PICTURE tries it out")
     if found.left_out:
         echo(
             f"{plural(len(found.left_out), 'weight')} beside the network left out: {', '.join(found.left_out[:3])}, ..."
@@ -89,6 +109,53 @@ def convert_checkpoint(
     if model.classes and model.classes[0] == "0":
         echo("its classes are numbered: --annotations FILE names them after a COCO file's categories or a .txt's lines")
     echo(f"{output}: for {USES[model.kind]}")
+
+
+def find_conventions(weights: Mapping[str, Tensor], image: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a diffusion model that fit it best on pictures, where those given do not fit as well.
+
+    Raises:
+        ValueError: others than those given fit clearly better; it names them.
+    """
+    if given["image_size"] is None:
+        raise ValueError("give image_size, the side of the images it was trained on: a checkpoint does not tell it")
+    size = list(both_sides(given["image_size"]))
+    pictures = [to_float(read_image(path)) for path in list_images(image).paths[:MOST_PICTURES]]
+    covering = [F.resize(picture, max(size), antialias=True) for picture in pictures]  # by their short sides
+    images = torch.stack([F.center_crop(picture, size) for picture in covering]).to(pick_device())
+    fit, best = try_conventions(weights, images, given)
+    better = differences(given, best.options)
+    if fit is not None and fit.error > CLEARLY * best.error:
+        raise ValueError(
+            f"{image} is denoised {fit.error / best.error:.1f} times better with {better}, with {best.error:.0%} of the"
+            f" error of a blind guess instead of {fit.error:.0%}: give these options, or leave out --image if you know"
+            " better"
+        )
+    taken = best if fit is None else fit
+    others = ", and with no other options better"
+    if fit is None:
+        others = f"; found by trying: {better}"
+    elif fit.error > SLIGHTLY * best.error:
+        others = f", and with {better} {best.error:.0%}: try more pictures"
+    echo(f"{image}: it is denoised with {taken.error:.0%} of the error of a blind guess{others}")
+    if best.error > HOPELESS:
+        echo(
+            "which tells nothing: the checkpoint has not learned such pictures, or another convention is not as assumed"
+        )
+    return {**taken.options}
+
+
+def conventions(model: DiffusionModel) -> str:
+    """What a checkpoint does not tell of a diffusion model, as it was taken."""
+    told = model.schedule.conditioning(torch.tensor([(model.schedule.num_timesteps or 1) - 1]))
+    layout = model.network.arguments
+    heads = (
+        f"{layout['num_heads']} heads" if layout["num_heads"] else f"heads of {layout['num_head_channels']} channels"
+    )
+    return (
+        f"{model.arguments['schedule']} path, whose times the network is told as 0 to {float(told):g}, prediction of"
+        f" {model.prediction}, attention in {heads}"
+    )
 
 
 def require_new_file(path: Path, overwrite: bool) -> None:

@@ -55,7 +55,7 @@ class Schedule(ABC):
         return self.from_fraction(torch.rand(count, generator=generator, device=generator.device))
 
     def conditioning(self, t: Tensor) -> Tensor:
-        """The time as a network is told it, about 0 to 1000 whatever the path's own unit."""
+        """The time as a network is told it, 0 to 1000 on most paths; those of discrete steps may tell others."""
         return t
 
     def even_grid(self, steps: int) -> Tensor:
@@ -89,6 +89,7 @@ class DiscreteSchedule(Schedule):
     """
 
     num_timesteps: int
+    rescale_timesteps: bool = False  # a network is told t * 1000 / T (``rescale_timesteps`` of improved-diffusion)
 
     def __init__(self, betas: Tensor) -> None:
         betas = betas.to("cpu", torch.float64)
@@ -157,6 +158,9 @@ class DiscreteSchedule(Schedule):
 
     def from_fraction(self, fraction: Tensor) -> Tensor:
         return (fraction * self.num_timesteps).long()
+
+    def conditioning(self, t: Tensor) -> Tensor:
+        return t.float() * (1000 / self.num_timesteps) if self.rescale_timesteps else t
 
     def uniform(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
@@ -246,11 +250,13 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
     return DiscreteSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
 
-def named_schedule(name: ScheduleName, num_timesteps: int) -> Schedule:
-    """The path of this name; ``flow`` has no discrete steps and ignores their number."""
+def named_schedule(name: ScheduleName, num_timesteps: int, rescale_timesteps: bool = False) -> Schedule:
+    """The path of this name, see :class:`DiscreteSchedule`; ``flow`` has no discrete steps and ignores the others."""
     if name == "flow":
         return FlowSchedule()
-    return linear_schedule(num_timesteps) if name == "linear" else cosine_schedule(num_timesteps)
+    schedule = linear_schedule(num_timesteps) if name == "linear" else cosine_schedule(num_timesteps)
+    schedule.rescale_timesteps = rescale_timesteps
+    return schedule
 
 
 def precise(device: torch.device) -> torch.dtype:

@@ -42,6 +42,7 @@ class DiffusionModel(Model):
         schedule: linear (DDPM), cosine (Improved DDPM) or flow (the straight path of flow matching; its ``prediction``
             is ``flow``).
         num_timesteps: T of the discrete schedules.
+        rescale_timesteps: the network is told times of 0 to 1000 whatever T is, as improved-diffusion's default is.
         prediction: what the network predicts.
         learned_range: the network learns the variance too (Improved DDPM, arXiv 2102.09672).
         image_size: side, or height and width, of the images it learns from; samples have it by default.
@@ -62,12 +63,13 @@ class DiffusionModel(Model):
         learned_range: bool = False,
         image_size: int | tuple[int, int] = 64,
         null_class: bool = False,
+        rescale_timesteps: bool = False,
     ) -> None:
         super().__init__()
         self.classes = None if classes is None else list(classes)
         self.network = network
         self.space = space or Pixels(network.in_channels)
-        self.schedule = named_schedule(schedule, num_timesteps)
+        self.schedule = named_schedule(schedule, num_timesteps, rescale_timesteps)
         self.prediction = prediction
         self.learned_range = learned_range
         self.image_size = both_sides(image_size)
@@ -88,8 +90,11 @@ class DiffusionModel(Model):
         num_heads: int | None = None,
         num_head_channels: int | None = None,
         new_attention_order: bool = False,
+        rescale_timesteps: bool | None = None,
     ) -> "DiffusionModel":
         """The generator of a guided-diffusion or improved-diffusion checkpoint, with its weights.
+
+        What a checkpoint does not tell can be tried out: :func:`~diffperception.models.convert.trial.try_conventions`.
 
         Args:
             state: the checkpoint's state dict; its tensors become the model's.
@@ -101,10 +106,13 @@ class DiffusionModel(Model):
             num_heads: attention heads at every width.
             num_head_channels: channels of a head (64 in ADM's models); this or num_heads.
             new_attention_order: q, k and v come before heads in the attention's weights (use_new_attention_order).
+            rescale_timesteps: whether the network is told times of 0 to 1000 whatever their number is
+                (rescale_timesteps, true by default in improved-diffusion, false in guided-diffusion); to be said of
+                other numbers of steps than 1000.
 
         Raises:
-            ValueError: as :meth:`UNet.from_reference`; without image_size; for another number of classes; or if it
-                enlarges images.
+            ValueError: as :meth:`UNet.from_reference`; without image_size or rescale_timesteps; for another number of
+                classes; or if it enlarges images.
         """
         labels = state.get(adm.LABELS)
         unlabelled = {name: value for name, value in state.items() if name != adm.LABELS}
@@ -128,7 +136,14 @@ class DiffusionModel(Model):
             prediction=prediction,
             learned_range=outputs == 2 * channels,
             image_size=image_size,
+            rescale_timesteps=bool(rescale_timesteps),
         )
+        if rescale_timesteps is None and num_timesteps != 1000 and schedule != "flow":
+            raise ValueError(
+                f"give rescale_timesteps, whether the network is told its {num_timesteps} times as 0 to 1000 (true, by"
+                " default in improved-diffusion) or as they are (false, by default in guided-diffusion): a checkpoint"
+                " does not tell it"
+            )
         if model.conditioner is not None:
             model.conditioner.load_state_dict({"embedding.weight": labels})
         return model.eval()

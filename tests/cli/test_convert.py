@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffperception.cli.main import main
@@ -14,6 +16,7 @@ from diffperception.detection import DiffusionDet
 from diffperception.diffusion import clip, linear_schedule, sample_ddim
 from diffperception.generation import DiffusionModel
 from diffperception.models import NoisyClassifier
+from diffperception.models.convert import trial
 from tests.parity import FOLDER, arrays, distance, fill_state
 from tests.parity.diffusiondet import RESNET50, SMALL_HEAD, head_shapes, resnet_shapes
 
@@ -186,13 +189,17 @@ def test_a_converted_generator_samples_what_the_reference_samples(tmp_path, caps
 def test_a_class_conditional_generator_of_another_layout(tmp_path, capsys):
     """Four heads, the new order of qkv, five numbered or named classes, grey images that are not square."""
     path, state = reference("layouts", "conv", tmp_path)
-    options = ["--num-heads", "4", "--new-attention-order", "--num-timesteps", "4000", "--image-size"]
+    options = ["--num-heads", "4", "--new-attention-order", "--rescale-timesteps", "true", "--num-timesteps", "4000"]
+    options += ["--image-size"]
     assert run(path, tmp_path / "model.safetensors", *options, "[16, 24]") == 0
     model = DiffusionModel.load(tmp_path / "model.safetensors")
     expected = DiffusionModel.from_reference(state, (16, 24), num_heads=4, new_attention_order=True).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert (model.classes, model.image_size, model.schedule.num_timesteps) == (list("01234"), (16, 24), 4000)
-    assert "numbered" in capsys.readouterr().out
+    assert model.schedule.conditioning(torch.tensor([3000, 10])).tolist() == [750.0, 2.5]
+    said = capsys.readouterr().out
+    assert "numbered" in said
+    assert "assumed, as no checkpoint tells it: linear path, whose times the network is told as 0 to 999.75" in said
 
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\nelk\n")
     named = ["--overwrite", "--annotations", str(tmp_path / "names.txt")]
@@ -221,6 +228,7 @@ def test_a_converted_classifier_classifies_as_the_reference(tmp_path, capsys):
     [
         ("layouts", "half", ["--num-head-channels", "32"], "give image_size"),
         ("layouts", "half", ["--image-size", "8"], "Give either num_heads or num_head_channels"),
+        ("layouts", "half", ["--num-heads", "2", "--image-size", "8", "--num-timesteps", "4000"], "rescale_timesteps"),
         ("layouts", "half", ["--num-heads", "5", "--image-size", "8"], "cannot be split evenly by num_heads = 5"),
         ("layouts", "half", ["--num-heads", "2", "--image-size", "9"], "9 x 9 pixels do not allow"),
         ("layouts", "half", ["--num-heads", "0", "--image-size", "8"], "num_heads must be above 0, not 0"),
@@ -277,3 +285,39 @@ def test_upsamplers_and_wrong_numbers_of_names_are_refused(tmp_path, capsys):
     torch.save(state, path)
     assert run(path, tmp_path / "model.safetensors", *options) == 2
     assert "takes 6 channels and gives 6: it enlarges images" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_tried_on_pictures(tmp_path, capsys, monkeypatch):
+    """Weights drawn at random denoise nothing, whatever is assumed of them; the heads left open are found."""
+    path, _ = reference("layouts", "half", tmp_path)
+    monkeypatch.setattr(trial, "FEWEST_VALUES", 2**9)
+    grains = np.random.default_rng(0).integers(0, 2, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(255 * grains).save(tmp_path / "a.png")
+    options = ["--image-size", "8", "--image", str(tmp_path / "a.png")]
+    assert run(path, tmp_path / "model.safetensors", *options) == 0
+    said = capsys.readouterr().out
+    assert "a.png: it is denoised with" in said
+    assert "found by trying: --" in said
+    assert "which tells nothing: the checkpoint has not learned such pictures" in said
+    assert "assumed, as no" not in said
+
+
+def test_only_diffusion_models_are_tried_on_pictures(checkpoint, tmp_path, capsys):
+    assert run(checkpoint, tmp_path / "model.safetensors", "--image", str(tmp_path)) == 2
+    assert "option image: only diffusion models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "ema_model."])
+def test_wrapped_checkpoints_of_all_kinds_become_the_same_models(weights, tmp_path, capsys, prefix):
+    unet = reference("layouts", "half", tmp_path)[1]
+    classifier = reference("classifiers", "block", tmp_path)[1]
+    kinds = ((unet, ["--num-heads", "2", "--image-size", "8"]), (classifier, ["--num-heads", "2"]), (weights, []))
+    for number, (state, options) in enumerate(kinds):
+        wrapped = {f"{prefix}{name}": value for name, value in state.items()}
+        torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "wrapped.ckpt")
+        torch.save(state, tmp_path / "plain.pth")
+        assert run(tmp_path / "plain.pth", tmp_path / f"plain{number}.safetensors", *options) == 0
+        assert run(tmp_path / "wrapped.ckpt", tmp_path / f"wrapped{number}.safetensors", *options) == 0
+        plain, other = (load_file(tmp_path / f"{name}{number}.safetensors") for name in ("plain", "wrapped"))
+        assert plain.keys() == other.keys()
+        assert all(torch.equal(plain[name], other[name]) for name in plain)

@@ -110,3 +110,11 @@ def test_names_stand_for_their_paths_on_any_default_device() -> None:
     for schedule, expected in zip(named, (linear_schedule(50), cosine_schedule(50)), strict=True):
         assert torch.equal(schedule.alpha(times), expected.alpha(times))
     assert isinstance(named_schedule("flow", 50), FlowSchedule)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_rescaled_times_are_those_of_improved_diffusion(name) -> None:
+    t = torch.tensor([0, 1, 1234, 3999])
+    assert torch.equal(named_schedule(name, 4000, True).conditioning(t), t.float() * (1000.0 / 4000))
+    assert torch.equal(named_schedule(name, 4000).conditioning(t), t)
+    assert named_schedule(name, 4000, True).levels([1234])[0][2] == 308.5

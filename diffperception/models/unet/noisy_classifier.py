@@ -25,6 +25,7 @@ class NoisyClassifier(Encoder):
     Args:
         classes: names of the labels 0..K-1.
         schedule, num_timesteps: the path its images are noised on, that of the diffusion model it is to guide.
+        rescale_timesteps: it is told times of 0 to 1000 whatever their number is.
         image_size: height and width of the images, or one number for both; ValueError if they do not halve evenly
             between levels. Attention pooling takes this size alone.
         pool: one query of attention, made of the mean, over all positions of the last map; or the mean alone.
@@ -53,13 +54,14 @@ class NoisyClassifier(Encoder):
         resampling: Resampling = "block",
         pool: Pooling = "attention",
         checkpointing: bool = False,
+        rescale_timesteps: bool = False,
     ) -> None:
         sizes = (in_channels, channels, channel_mult, num_res_blocks)
         layers = Layers(*sizes, attention, num_heads, num_head_channels, dropout, scale_shift, resampling)
         super().__init__(layers, checkpointing)
         self.image_size = both_sides(image_size)
         self.classes = list(classes)
-        self.schedule = named_schedule(schedule, num_timesteps)
+        self.schedule = named_schedule(schedule, num_timesteps, rescale_timesteps)
         self.check_size(*self.image_size)
         width = layers.widths[-1]
         self.out_norm = nn.GroupNorm(NORM_GROUPS, width)
@@ -81,6 +83,7 @@ class NoisyClassifier(Encoder):
         num_head_channels: int | None = None,
         new_attention_order: bool = False,
         num_res_blocks: int | None = None,
+        rescale_timesteps: bool | None = None,
     ) -> "NoisyClassifier":
         """The classifier of a guided-diffusion checkpoint, with its weights.
 
@@ -89,10 +92,13 @@ class NoisyClassifier(Encoder):
                 errors; published classifiers have 64 channels per head too.
             classes: names of the classes; numbers by default.
             schedule, num_timesteps: of the path it was trained on, which a checkpoint does not tell.
+            rescale_timesteps: whether it is told times of 0 to 1000 whatever their number is; false by default, as
+                classifiers are trained.
             num_res_blocks: residual blocks per level; needed where the names fit several numbers.
         """
         layout, number = adm.classifier_arguments(state, num_res_blocks)
-        make = partial(cls, class_names(classes, number), schedule, num_timesteps)
+        names = class_names(classes, number)
+        make = partial(cls, names, schedule, num_timesteps, rescale_timesteps=bool(rescale_timesteps))
         return adm.build(make, layout, state, num_heads, num_head_channels, new_attention_order)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
