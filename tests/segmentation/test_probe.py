@@ -67,6 +67,12 @@ def test_one_image_is_too_few():
         probe_features(features, [image], [mask], 3)
 
 
+def test_too_few_pixels_are_not_called_too_few_images():
+    images, masks = zip(scene(0), scene(1), strict=True)
+    with pytest.raises(ValueError, match=r"there are images of 3 classes: look at 3 or more pixels per image, not 1"):
+        probe_features(DiffusionFeatures(generator(), (0,), (50,)), images, masks, 3, pixels=1)
+
+
 def test_an_image_that_does_not_fit_is_named():
     images, masks = zip(scene(0), scene(1), strict=True)
     features = DiffusionFeatures(generator(), (0,), (50,))
