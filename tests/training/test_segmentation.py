@@ -288,3 +288,29 @@ def test_the_unet_from_scratch_is_a_run_too(data: Path, tmp_path: Path):
     state = torch.load(tmp_path / "begun/last.ckpt", weights_only=True)
     assert state["global_step"] == 4
     assert state["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.5  # as the options say now
+
+
+def test_a_segmenter_of_other_classes_is_started_from(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(data, tmp_path / "base") == 0
+    capsys.readouterr()
+    start = [
+        "--trust",
+        "tests",
+        "--init",
+        str(tmp_path / "base/model.safetensors"),
+        "--fit.lr",
+        "1e-12",
+        "--fit.max_minibatches",
+        "1",
+    ]
+    assert train(data, tmp_path / "tuned", "--data.classes=[c, x, a]", *start) == 0
+    assert "classes taken by name: c, a; anew: x" in capsys.readouterr().out
+    base, tuned = (
+        Model.load(tmp_path / name / "model.safetensors", allow="tests").classifier.mlps.state_dict()
+        for name in ("base", "tuned")
+    )
+    for name in ("layers.0.weight", "layers.3.bias"):
+        assert torch.allclose(tuned[name], base[name], atol=1e-9)
+    for ours, theirs in ((0, 2), (2, 0)):
+        assert torch.allclose(tuned["layers.6.weight"][:, ours], base["layers.6.weight"][:, theirs], atol=1e-9)
+    assert not torch.allclose(tuned["layers.6.weight"][:, 1], base["layers.6.weight"][:, 1], atol=1e-3)
