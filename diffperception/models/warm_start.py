@@ -16,8 +16,8 @@ from diffperception.models.backbones.base import Backbone
 from diffperception.models.base import Model, describe, is_model_file
 from diffperception.models.convert.checkpoints import state_of
 
-LEAST = 0.1  # of some part of the model must fit, or the file is of something else
-LISTED = 6  # names or groups of names in a line of the report
+LEAST = 1 / 3  # of some part of the model must fit, or the file is of something else
+LISTED = 4  # names or groups of names in a line of the report
 REFERENCES = ("head_series.", "input_blocks.")  # in the names of checkpoints that `diffperception convert` reads
 
 
@@ -97,7 +97,7 @@ def warm_start(model: nn.Module, path: str | Path, below: str = "") -> WarmStart
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it holds no model or weights, not a tenth of any part of the model, or numbers that are not finite.
+        ValueError: it holds no model or weights, not a third of any part of the model, or numbers that are not finite.
     """
     source = read_source(Path(path), (type(model).__module__.split(".")[0],))
     state = {name: value for name, value in model.state_dict().items() if name.startswith(below)}
@@ -206,7 +206,7 @@ def _bodies(backbone: nn.Module) -> Iterator[str]:
 def _pairs(
     state: Mapping[str, Tensor], rows: Mapping[str, ClassRows], source: Source, roots: Sequence[str]
 ) -> dict[str, str]:
-    """The file's name of each of the model's weights that fits.
+    """The file's name of each of the model's weights that fits; of a layer of which one has another shape there, none.
 
     Below each root, outer ones first, names are the same but for one prefix in the file: that with which most numbers
     fit. timm writes _ for the dots in names of a network that gives feature maps, so no difference is made.
@@ -220,19 +220,26 @@ def _pairs(
         for plain, theirs in free.items():
             for start in [0, *(found.end() for found in re.finditer("_", plain))]:
                 ours = below.get(plain[start:])
-                if ours is not None and _fits(
-                    state[ours], source.state[theirs], rows.get(ours), source.rows.get(theirs)
-                ):
+                if ours is not None and _may_give(state, rows, source, ours, theirs):
                     votes[plain[:start]] += state[ours].numel()
         if votes:
             prefix = max(votes, key=lambda prefix: (votes[prefix], -len(prefix)))
-            candidates = {ours: free.get(prefix + plain) for plain, ours in below.items()}
-            pairs |= {
-                ours: theirs
-                for ours, theirs in candidates.items()
-                if theirs and _fits(state[ours], source.state[theirs], rows.get(ours), source.rows.get(theirs))
-            }
+            there = {ours: free[prefix + plain] for plain, ours in below.items() if prefix + plain in free}
+            wrong = {ours for ours, theirs in there.items() if not _may_give(state, rows, source, ours, theirs)}
+            layers = {_layer(ours) for ours in wrong}  # a bias is of no use without its weight
+            pairs |= {ours: theirs for ours, theirs in there.items() if _layer(ours) not in layers}
     return pairs
+
+
+def _may_give(
+    state: Mapping[str, Tensor], rows: Mapping[str, ClassRows], source: Source, ours: str, theirs: str
+) -> bool:
+    return _fits(state[ours], source.state[theirs], rows.get(ours), source.rows.get(theirs))
+
+
+def _layer(name: str) -> str:
+    """The name of the module that a weight is of."""
+    return name.rpartition(".")[0]
 
 
 def _plain(name: str) -> str:
@@ -360,7 +367,7 @@ def _require_fit(model: nn.Module, report: WarmStart, values: Mapping[str, Tenso
         names = _listed(_grouped(dict.fromkeys(report.unused, ""))[:3])
         raise ValueError(
             f"{report.path} ({report.what}: {names}) fits too little of this {type(model).__name__}: by name and shape"
-            f" less than a tenth of any part; {convert if of_reference else other}"
+            f" less than a third of any part; {convert if of_reference else other}"
         )
     for name, value in values.items():
         if value.is_floating_point() and not value.isfinite().all():

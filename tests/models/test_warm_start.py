@@ -101,6 +101,23 @@ def test_fewer_stages_and_another_backbone_take_what_fits(tmp_path: Path) -> Non
     assert "left in the file: " in str(report)
 
 
+def test_a_layer_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
+    path, model = saved(detector(["a"]), tmp_path), detector(["a"], head=partial(HEAD, width=32))
+    before = state(model)
+    report = warm_start(model, path)
+    now = model.state_dict()
+    for name in ("head.stages.0.class_logits.bias", "head.stages.1.box_deltas.bias"):  # of the same shape in both
+        assert torch.equal(now[name], before[name])
+    assert report.classes == {}
+    assert report.parts["head"][0] < 0.1 * report.parts["head"][1]
+
+
+def test_another_networks_weights_are_refused_though_some_have_the_same_shape(tmp_path: Path) -> None:
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(ValueError, match="less than a third of any part"):
+        warm_start(detector(["a"], "resnet50"), tmp_path / "resnet18.pth")
+
+
 def test_more_stages_begin_anew_in_the_last_ones(tmp_path: Path) -> None:
     path, model = saved(detector(["a"]), tmp_path), detector(["a"], head=partial(HEAD, stages=3))
     last = state(model.head.stages[2])
@@ -269,8 +286,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_changes_nothing(tmp_pa
     (tmp_path / "last.ckpt").write_bytes(b"")
     for name, words in {
         "nan.safetensors": r"not finite in its weights for head\.stages\.1\.box_deltas\.weight",
-        "other.safetensors": "PixelSegmenter of 3 classes.*less than a tenth of any part",
-        "little.safetensors": "less than a tenth of any part",
+        "other.safetensors": "PixelSegmenter of 3 classes.*less than a third of any part",
+        "little.safetensors": "less than a third of any part",
         "reference.safetensors": "`diffperception convert` first",
         "text.pth": "damaged, or of another format",
         "number.pth": "holds no weights|else than tensors",
