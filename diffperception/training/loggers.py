@@ -31,7 +31,7 @@ class CsvLog(Logger):
         self.path = path
         self.rows: dict[int, dict[str, str]] = {}
         if after and path.is_file():
-            with open(path, newline="") as file:
+            with open(path, encoding="utf-8", newline="") as file:
                 rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
             self.rows = {int(row["step"]): row for row in rows if int(row["step"]) <= after}
 
@@ -41,7 +41,7 @@ class CsvLog(Logger):
         row = self.rows.setdefault(step, {"step": str(step)})
         row.update({name: f"{value:.6g}" for name, value in metrics.items()})
         columns = dict.fromkeys(name for row in self.rows.values() for name in row)  # in order of appearance
-        with written_beside(self.path) as beside, open(beside, "w", newline="") as file:
+        with written_beside(self.path) as beside, open(beside, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self.rows.items()))

@@ -130,7 +130,7 @@ def heat_map(
 def read_metrics(csv_path: str | Path) -> dict[str, Points]:
     """The steps and finite values of each column of a metrics.csv, whose cells may be empty."""
     series: dict[str, Points] = {}
-    with open(csv_path, newline="") as file:
+    with open(csv_path, encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             for name, value in line.items():
                 if name not in ("step", "epoch") and value and math.isfinite(float(value)):
