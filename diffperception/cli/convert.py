@@ -22,7 +22,7 @@ from diffperception.files import read_lines, require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import read_weights
-from diffperception.models.convert.trial import CLEARLY, HOPELESS, SLIGHTLY, differences, try_conventions
+from diffperception.models.convert.trial import CLEARLY, HOPELESS, SLIGHTLY, changed_options, try_conventions
 from diffperception.models.unet.encoder import both_sides
 from diffperception.segmentation import FeatureExtractor, PixelEnsemble, PixelSegmenter
 
@@ -124,7 +124,7 @@ def find_conventions(weights: Mapping[str, Tensor], image: Path, given: Mapping[
     covering = [F.resize(picture, max(size), antialias=True) for picture in pictures]  # by their short sides
     images = torch.stack([F.center_crop(picture, size) for picture in covering]).to(pick_device())
     fit, best = try_conventions(weights, images, given)
-    better = differences(given, best.options)
+    better = changed_options(given, best.options)
     if fit is not None and fit.error > CLEARLY * best.error:
         raise ValueError(
             f"{image} is denoised {fit.error / best.error:.1f} times better with {better}, with {best.error:.0%} of the"

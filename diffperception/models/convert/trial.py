@@ -57,7 +57,7 @@ def try_conventions(state: Mapping[str, Tensor], images: Tensor, options: Option
     return given, best
 
 
-def differences(given: Options, better: Options) -> str:
+def changed_options(given: Options, better: Options) -> str:
     """The options of the better conventions that differ from those given, as a command line has them."""
     given = _with_times(given) if _tells_times(given) else given
     changed = {n: value for n, value in better.items() if value != given.get(n) and value is not None}

@@ -12,7 +12,13 @@ from torch import Tensor
 from diffperception.diffusion import Objective, named_schedule
 from diffperception.models import DiffusionModel, UNet
 from diffperception.models.convert import trial
-from diffperception.models.convert.trial import CLEARLY, NOISE_LEVELS, denoising_errors, differences, try_conventions
+from diffperception.models.convert.trial import (
+    CLEARLY,
+    NOISE_LEVELS,
+    changed_options,
+    denoising_errors,
+    try_conventions,
+)
 
 NAMES = [
     (r"^stem\.", "input_blocks.0.0."),
@@ -102,7 +108,7 @@ def test_wrong_ones_are_told_with_what_is_better(
     given, best = try_conventions(checkpoint, picture, TRUE | wrong)
     assert given is not None
     assert given.error > CLEARLY * best.error
-    said = differences(given.options, best.options)
+    said = changed_options(given.options, best.options)
     for name in wrong:
         assert f"--{name} {str(TRUE[name]).lower()}" in said
 
