@@ -179,7 +179,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         missing = [path for name in self.file_names if not (path := self.images / name).is_file()]
         if not missing:
             return []
-        found = f"{len(missing)} of the {len(self)} images of {self.annotations} are missing, first {missing[0]}"
+        number = f"all {len(self)}" if len(missing) == len(self) else f"{len(missing)} of the {len(self)}"
+        found = f"{number} images of {self.annotations} are missing, first {missing[0]}"
         if self.on_broken == "stop" or len(missing) == len(self):
             raise FileNotFoundError(f"{found}: is {self.images} their folder?")
         return [f"{found}: they are skipped"]

@@ -50,7 +50,8 @@ def require_entries(table: CocoTable) -> None:
 def require(errors: Sequence[Problem], source: str | Path) -> None:
     """ValueError with the first of the errors that were found in a file, if there are any."""
     if errors:
-        raise ValueError(f"{source} cannot be used: {errors[0].sentence()} ({ADVICE})")
+        advice = f" ({ADVICE})" if errors[0].places else ""
+        raise ValueError(f"{source} cannot be used: {errors[0].sentence()}{advice}")
 
 
 def check_learning(table: CocoTable, num_boxes: int | None = None, scale: np.ndarray | None = None) -> list[Problem]:
@@ -182,7 +183,8 @@ def check_objects(table: CocoTable, scale: np.ndarray | None) -> Iterator[Proble
                 "error" if tiny == all_of_them else "warning",
                 "objects below a pixel",
                 f"{tiny} of {all_of_them} objects are less than a pixel wide or high after resizing, so they are not"
-                " learned: larger images are needed (short_sides and max_long_side of the transforms), or their parts",
+                " learned: larger images are needed (short_sides and max_long_side of the transforms), or windows of"
+                " them (data.tile)",
             )
 
 

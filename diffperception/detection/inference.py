@@ -172,7 +172,8 @@ def detect_folder(
         drawn += 1
     result = FolderResult.of(gather(found))
     if first_process():
-        content = describe_results(result.images, category_ids, detector.classes, "predictions.json")
+        seeds_of = "names" if table is None else "ids"
+        content = describe_results(result.images, category_ids, detector.classes, "predictions.json", seeds_of)
         write_json(folder.file(IMAGES), content, None)
         write_json(folder.file("predictions.json"), result.detections, None)
     return result

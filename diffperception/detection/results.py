@@ -62,8 +62,14 @@ def read_results(path: str | Path, table: CocoTable, with_masks: bool = False) -
         raise FileNotFoundError(f"there is no results file {path}")
     rows = _read_rows(path, RULES | RUN_LENGTHS if with_masks else RULES)
     notes: list[str] = []
-    if (described := read_described(path)) is not None:
+    if (found := read_described(path)) is not None:
+        described, by_name = found
         rows, notes = translate(rows, described, table)
+        if by_name:
+            notes.append(
+                "Noise was drawn from the images' names, so the score may differ from that of the model as between seeds:"
+                " predict with --annotations for the same."
+            )
     known: dict[str, set[int]] = {
         "image_id": set(table.image_ids.tolist()),
         "category_id": set(table.category_ids.tolist()),
@@ -90,7 +96,7 @@ def _read_rows(path: Path, rules: dict[str, Rule]) -> list[Row]:
         advice = f": save its list {inside[0]!r} alone" if len(inside) == 1 else ""
         raise ValueError(f"{path} holds an object ({keys or 'empty'}), but {expected}{advice}")
     if not isinstance(content, list):
-        raise ValueError(f"{path} holds {type(content).__name__} {str(content)[:20]!r}, but {expected}")
+        raise ValueError(f"{path} holds {json.dumps(content)[:20]}, but {expected}")
     try:
         return _columns(content, rules)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
@@ -119,16 +125,19 @@ def _columns(content: list[Any], rules: dict[str, Rule]) -> list[Row]:
 
 
 def describe_results(
-    images: list[dict[str, Any]], category_ids: Sequence[int], classes: Sequence[str], results: str
+    images: list[dict[str, Any]], category_ids: Sequence[int], classes: Sequence[str], results: str, seeds_of: str
 ) -> dict[str, Any]:
-    """The content of IMAGES beside a results file of that name."""
+    """The content of IMAGES beside a results file of that name, whose noise was drawn from `names` or `ids`."""
     categories = [{"id": category, "name": name} for category, name in zip(category_ids, classes, strict=True)]
-    info = {"by": WRITER, "results": results}
+    info = {"by": WRITER, "results": results, "noise": seeds_of}
     return {"info": info, "images": images, "annotations": [], "categories": categories}
 
 
-def read_described(results: Path) -> CocoTable | None:
-    """The images and categories that the ids of a results file are of, where `predict` has written them beside it."""
+def read_described(results: Path) -> tuple[CocoTable, bool] | None:
+    """The images and categories that the ids of a results file are of, where `predict` has written them beside it.
+
+    And whether its noise was drawn from the names of the images.
+    """
     path = results.with_name(IMAGES)
     if not path.is_file():
         return None
@@ -139,7 +148,7 @@ def read_described(results: Path) -> CocoTable | None:
     info = content.get("info")
     if not isinstance(info, dict) or info.get("by") != WRITER or info.get("results") != results.name:
         return None
-    return tabulate(content, path)
+    return tabulate(content, path), info.get("noise") == "names"
 
 
 def translate(rows: Sequence[Row], described: CocoTable, table: CocoTable) -> tuple[list[Row], list[str]]:

@@ -262,6 +262,7 @@ def test_predictions_without_the_data_set_get_its_ids_by_name(model, photos, tmp
     ]
     assert sorted_rows(result.detections) == sorted_rows(expected)
     assert "2 of 5 predicted images are not in data.json" in result.table()
+    assert "Noise was drawn from the images' names" in result.table()
 
 
 def test_annotations_of_other_classes_are_refused(model, photos, tmp_path, capsys):

@@ -403,7 +403,7 @@ def test_masks_of_a_results_file_are_checked(tmp_path, counts):
 def described(folder: Path, names: dict[int, str], classes: dict[int, str], rows: list[dict[str, Any]]) -> Path:
     """A results file of `predict` and the images.json beside it."""
     images = [{"id": number, "file_name": name, "width": 400, "height": 300} for number, name in names.items()]
-    content = describe_results(images, list(classes), list(classes.values()), "predictions.json")
+    content = describe_results(images, list(classes), list(classes.values()), "predictions.json", "ids")
     folder.mkdir()
     (folder / "images.json").write_text(json.dumps(content))
     (folder / "predictions.json").write_text(json.dumps(rows))
