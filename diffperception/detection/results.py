@@ -67,8 +67,8 @@ def read_results(path: str | Path, table: CocoTable, with_masks: bool = False) -
         rows, notes = translate(rows, described, table)
         if by_name:
             notes.append(
-                "Noise was drawn from the images' names, so the score may differ from that of the model as between seeds:"
-                " predict with --annotations for the same."
+                "Noise was drawn from the images' names, so the score may differ from that of the model as between"
+                " seeds: predict with --annotations for the same."
             )
     known: dict[str, set[int]] = {
         "image_id": set(table.image_ids.tolist()),
