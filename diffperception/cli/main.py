@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             close_output()
             return NOBODY_READS
         except BaseException as error:
-            if "--debug" in arguments:
+            if {"--debug", "--debug=true"} & set(arguments):
                 raise
             text, code = failure(error, name)
             sys.stderr.write(f"diffperception {name}: {text}\n")

@@ -87,7 +87,7 @@ def test_no_traceback_unless_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: 
     said = capsys.readouterr().err
     assert said.count("\n") == 2
     with pytest.raises(KeyError):
-        main(["check", "key", "--debug"])
+        main(["check", "key", "--debug=true"])
 
 
 def test_warnings_are_one_line_without_source(
