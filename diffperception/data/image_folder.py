@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from diffperception.data.images import BrokenImageError, read_image, read_size, to_float
 from diffperception.data.listing import list_images
+from diffperception.data.split import part_of
 
 
 @dataclass
@@ -24,6 +25,8 @@ class ImageDataOptions:
         annotations: COCO JSON file; only the images it lists are used.
         val_images: folder with images to measure the loss on during training; null for none.
         val_annotations: COCO JSON file with the images to use of `val_images`.
+        val_share: instead of `val_images`, this share of the images is held out to measure the loss on, such as 0.1.
+        split_seed: chooses them, with their names: images that are added move few others.
         short_side: images are first resized to this short side, then a random part is cut out; null resizes them
             until they are as small as holds the part.
         labelled: the folders in `images` are the classes; the model must have as many.
@@ -39,6 +42,8 @@ class ImageDataOptions:
     annotations: Path | None = None
     val_images: Path | None = None
     val_annotations: Path | None = None
+    val_share: float | None = None
+    split_seed: NonNegativeInt = 0
     short_side: PositiveInt | None = None
     labelled: bool = False
     horizontal_flip: ClosedUnitInterval = 0.5
@@ -54,6 +59,10 @@ class ImageDataOptions:
 
     def open(self, image_size: tuple[int, int], channels: int) -> "tuple[ImageFolder, ImageFolder | None]":
         """The images to learn from, and those to measure on; ValueError if their folders are of other classes."""
+        if self.val_share is not None:
+            if self.val_images is not None:
+                raise ValueError("give either data.val_images or data.val_share, which holds images out of data.images")
+            return ImageFolder(self, image_size, channels, False), ImageFolder(self, image_size, channels, True)
         train = ImageFolder(self, image_size, channels)
         if self.val_images is None:
             return train, None
@@ -77,13 +86,20 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
             or wide.
         image_size: height and width of the crops.
         channels: 3 (RGB) or 1 (grey).
+        held_out: the part of the images that `val_share` holds out (true), or the others (false); null for all.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
         ValueError: an image is broken, or smaller than a crop.
     """
 
-    def __init__(self, options: ImageDataOptions, image_size: tuple[int, int], channels: int = 3):
+    def __init__(
+        self,
+        options: ImageDataOptions,
+        image_size: tuple[int, int],
+        channels: int = 3,
+        held_out: bool | None = None,
+    ):
         if options.short_side is not None and options.short_side < max(image_size):
             raise ValueError(
                 f"data.short_side is {options.short_side}, but crops of {image_size[0]} x {image_size[1]} pixels are"
@@ -92,6 +108,8 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         require_image_channels(channels)
         self.options, self.image_size, self.channels = options, image_size, channels
         self.root, found, self.remark = list_images(options.images, options.annotations)
+        if held_out is not None and options.val_share is not None:
+            found = part_of(found, self.root, options.val_share, options.split_seed, held_out)
         self.paths = self._usable(found)
         self.skipped = len(found) - len(self.paths)
         self.classes = options.classes()

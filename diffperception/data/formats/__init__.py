@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from diffperception.data.formats.coco_export import ROBOFLOW, read_coco_export
-from diffperception.data.formats.collected import MarkedImage, Remarks, to_coco
+from diffperception.data.formats.collected import MarkedImage, Remarks, class_names, to_coco
 from diffperception.data.formats.csv_table import read_csv
 from diffperception.data.formats.cvat import read_cvat
 from diffperception.data.formats.labelme import read_labelme
@@ -80,7 +80,9 @@ def open_annotations(
         content, found = read_coco_export(place, part, folder, outlines, remarks)
         return Annotations(content, found, remarks.sentences())
     marked, listed, found = READERS[str(chosen)](place, part, folder, remarks)
-    content = to_coco(marked, listed if chosen == "yolo" or classes is None else classes, remarks, path)
+    if listed is None or chosen != "yolo":  # YOLO's classes are numbers, which only its own list names
+        listed = class_names(marked, listed, remarks) if classes is None else list(classes)
+    content = to_coco(marked, listed, remarks, path)
     if not outlines:
         for entry in content["annotations"]:
             entry.pop("segmentation", None)
@@ -122,9 +124,11 @@ def _format_of_folder(path: Path) -> str | None:
         return "voc"
     if (path / ROBOFLOW).is_file() or any(path.glob(f"*/{ROBOFLOW}")):
         return "coco"
+    if (path / "labels").is_dir():
+        return "yolo"
     for ending in ("*.xml", "*.json"):
         if first := next(path.glob(ending), None):
             return detect_format(first)
-    if (path / "labels").is_dir() or find_classes(path).names is not None:
+    if find_classes(path).names is not None:
         return "yolo"
     return detect_format(first) if (first := next(path.rglob("*.xml"), None)) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffperception.data.annotations import read_coco
-from diffperception.data.formats.collected import Remarks
+from diffperception.data.formats.collected import Remarks, folder_of_part
 from diffperception.data.formats.pictures import find_images, tidy
 
 ROBOFLOW = "_annotations.coco.json"
@@ -23,7 +23,7 @@ def read_coco_export(
         path: the file, or a folder in which it is the one JSON file.
         split: a folder in that.
     """
-    file = _file(path if split is None else path / split)
+    file = _file(path if split is None else folder_of_part(path, split))
     content = read_coco(file, outlines)
     _leave_out_project(content, remarks)
     folder = images if images is not None else file.parent

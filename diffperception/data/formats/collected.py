@@ -18,6 +18,7 @@ from diffperception.files import read_text
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2 in pixels, from the outer corner of the first pixel
+CHUNK = 64  # files that a thread takes at a time
 DIGITS = 4  # decimals of pixels that are kept: as many as those of results
 
 
@@ -56,13 +57,24 @@ class Remarks:
         return [f"{kind}: {count}, the first is {first}" for kind, (count, first) in self.counts.items()]
 
 
+def class_names(images: Sequence[MarkedImage], listed: Sequence[str] | None, remarks: Remarks) -> list[str]:
+    """The classes in order: those of a list that lies beside the files if it has all that occur, else these, sorted."""
+    found = {thing.name: thing.place for image in images for thing in image.objects}
+    absent = [name for name in sorted(found) if listed is not None and name not in listed]
+    for name in absent:
+        remarks.add(
+            "classes that the list beside the files lacks occur, so it is not used", f"{name!r} in {found[name]}"
+        )
+    return sorted(found) if listed is None or absent else list(listed)
+
+
 def to_coco(
-    images: Iterable[MarkedImage], classes: Sequence[str] | None, remarks: Remarks, source: str | Path
+    images: Iterable[MarkedImage], classes: Sequence[str], remarks: Remarks, source: str | Path
 ) -> dict[str, Any]:
     """A COCO dictionary. Images count from 1 in the order of their names, categories from 1 in that of the classes.
 
     Args:
-        classes: the names of all classes in order; None for those that occur, sorted.
+        classes: the names of all classes in order; objects of others are left out and counted.
 
     Raises:
         ValueError: two files speak of one image, or no image is left; boxes seem to be no pixels.
@@ -74,10 +86,9 @@ def to_coco(
         if one.file_name == other.file_name:
             raise ValueError(f"{one.place} and {other.place} both speak of the image {one.file_name}: remove one")
     _require_pixels(images, source)
-    names = sorted({thing.name for image in images for thing in image.objects}) if classes is None else list(classes)
-    if not names:
+    if not classes:
         raise ValueError(f"{source} has no object and no list of classes: there is nothing to learn or to find")
-    ids = {name: number for number, name in enumerate(names, 1)}
+    ids = {name: number for number, name in enumerate(classes, 1)}
     annotations = []
     for image_id, image in enumerate(images, 1):
         kept = [thing for thing in image.objects if _is_usable(thing, image.size, ids, remarks)]
@@ -164,6 +175,15 @@ def number(text: Any, what: str, place: str) -> float:
     return value
 
 
+def folder_of_part(path: Path, part: str) -> Path:
+    """The folder of a part such as train, val or test in another; Roboflow calls val valid."""
+    names = [part, *({"val": ["valid"], "valid": ["val"]}.get(part, []))]
+    found = next((path / name for name in names if (path / name).is_dir()), None)
+    if found is None:
+        raise ValueError(f"{path} has no folder {part}: give the path of what is meant")
+    return found
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file; ValueError naming it if it is none."""
     text = read_text(path)
@@ -175,9 +195,16 @@ def read_json(path: Path) -> Any:
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], title: str) -> list[Result]:
     """`function` of each item, several at a time, for it waits for the disk; shows a bar."""
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        results = pool.map(function, items)
-        return list(tqdm(results, title, len(items), leave=False, disable=None))
+    chunks = [items[k : k + CHUNK] for k in range(0, len(items), CHUNK)]
+    results: list[Result] = []
+    with (
+        ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool,
+        tqdm(total=len(items), desc=title, leave=False, disable=None) as bar,
+    ):
+        for part in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
+            results += part
+            bar.update(len(part))
+    return results
 
 
 def size_of_image(path: Path) -> tuple[int, int] | str:

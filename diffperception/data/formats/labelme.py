@@ -15,6 +15,7 @@ from diffperception.data.formats.collected import (
     Remarks,
     box_around,
     flat,
+    folder_of_part,
     in_threads,
     number,
     read_json,
@@ -36,7 +37,7 @@ def read_labelme(
         path: the folder with the JSON files, or one of them.
         split: a folder in it.
     """
-    path = path if split is None else path / split
+    path = path if split is None else folder_of_part(path, split)
     folder = path if path.is_dir() else path.parent
     files = sorted(folder.rglob("*.json")) if path.is_dir() else [path]
     contents = in_threads(read_json, files, "annotations")

@@ -23,6 +23,7 @@ from diffperception.data.formats.collected import (
     MarkedObject,
     Remarks,
     box_around,
+    folder_of_part,
     in_threads,
     number,
     size_of_image,
@@ -54,7 +55,7 @@ def read_voc(
     Args:
         path: the folder with the XML files, or one above it with `Annotations`, or a list of images such as
             ImageSets/Main/train.txt.
-        split: the name of such a list in the folder.
+        split: the name of such a list in the folder, or of a folder in it.
     """
     folder, files = _files(path, split, remarks)
     read_files = in_threads(_read_file, files, "annotations")
@@ -76,9 +77,7 @@ def _files(path: Path, split: str | None, remarks: Remarks) -> tuple[Path, list[
     if split is not None:
         lists = [path / "ImageSets" / "Main" / f"{split}.txt", path / f"{split}.txt"]
         listing = next((file for file in lists if file.is_file()), None)
-        if listing is None:
-            raise ValueError(f"{path} has no list {lists[0].relative_to(path)} of the images of the part {split}")
-        path = listing
+        path = folder_of_part(path, split) if listing is None else listing
     listed = None
     if path.is_file():
         listed = path

@@ -191,8 +191,9 @@ def _images(
         index = find_images(images, [*classes.folders[:2], path.parent])
         chosen = _listed(path, index, remarks) if index else []
     else:
-        index = find_images(images, classes.folders)
-        chosen = [name for value in _part(path, split, classes) for name in _of_part(value, index, classes, remarks)]
+        places = [_place(value, path, classes) for value in _part(path, split, classes)]
+        index = find_images(images, [_root(places, classes)])
+        chosen = [name for place in places for name in _of_part(place, index, remarks)] if index else []
     if index is None or not chosen:
         raise ValueError(f"there are no images of {path}: give the folder with the images too")
     return index, list(dict.fromkeys(chosen))
@@ -211,16 +212,25 @@ def _part(path: Path, split: str | None, classes: Classes) -> list[str]:
     return classes.parts[split]
 
 
-def _of_part(value: str, index: ImageIndex | None, classes: Classes, remarks: Remarks) -> Sequence[str]:
-    """The names of the images that a part of a data.yaml means: those in a folder, or in a list."""
-    if index is None:
-        return []
+def _place(value: str, path: Path, classes: Classes) -> Path:
+    """The folder or list that a part of a data.yaml names."""
     # Roboflow writes ../train/images for a folder that lies beside the data.yaml.
     places = [folder / name for name in (value, value.removeprefix("../")) for folder in classes.folders]
     place = next((place for place in places if place.exists()), None)
     if place is None:
-        remarks.add("folders of a data.yaml are not there, so all images below the folder of images are taken", value)
-        return index.names
+        raise ValueError(f"{path} names {value}, which is neither at {places[0]} nor beside it: correct `path` in it")
+    return place
+
+
+def _root(places: Sequence[Path], classes: Classes) -> Path:
+    """The folder of the images by default: that of the data.yaml, or that above its parts if they are outside."""
+    above = [os.path.realpath(place if place.is_dir() else place.parent) for place in places]
+    root = os.path.realpath(classes.root)
+    return classes.root if os.path.commonpath([root, *above]) == root else Path(os.path.commonpath(above))
+
+
+def _of_part(place: Path, index: ImageIndex, remarks: Remarks) -> Sequence[str]:
+    """The names of the images in a folder, or in a list."""
     if place.is_file():
         return _listed(place, index, remarks)
     inside = Path(os.path.relpath(place.resolve(), index.folder.resolve())).as_posix()

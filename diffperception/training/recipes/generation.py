@@ -242,9 +242,11 @@ class GenerationRecipe(Recipe):
 
 
 def left_out(images: ImageFolder, held_out: ImageFolder | None) -> str:
-    """How many images of the first folder, and what else in both, is not used, if any."""
-    remarks = [folder.remark for folder in (images, held_out) if folder is not None and folder.remark]
-    return "\n".join([f"; {images.skipped} are left out" if images.skipped else "", *remarks])
+    """How many images are held out, how many of the first folder, and what else in both, is not used, if any."""
+    remarks = dict.fromkeys(folder.remark for folder in (images, held_out) if folder is not None and folder.remark)
+    parts = [f"; {len(held_out)} are held out"] if held_out is not None and images.options.val_share else []
+    parts += [f"; {images.skipped} are left out"] if images.skipped else []
+    return "\n".join(["".join(parts), *remarks])
 
 
 def training_crops(config: Path, number: int, seed: int) -> LazyMap[Tensor]:

@@ -48,7 +48,7 @@ def test_lists_choose_the_images_of_a_part_and_name_what_is_missing(tmp_path: Pa
         assert found.notes == [
             "images that train.txt lists have no XML file and are left out: 1, the first is ghost -1"
         ]
-    with pytest.raises(ValueError, match=r"has no list ImageSets/Main/val\.txt"):
+    with pytest.raises(ValueError, match="has no folder val"):
         read_annotations(f"{tmp_path / 'VOC'}:val", format="voc")
 
 
@@ -70,15 +70,21 @@ def test_a_size_that_is_missing_is_the_images(tmp_path: Path, draw, write):
     assert any("say no size" in note for note in found.notes)
 
 
-def test_a_list_of_classes_gives_their_order_and_others_are_counted(tmp_path: Path, draw, write):
+def test_a_list_of_classes_gives_their_order_unless_it_lacks_one(tmp_path: Path, draw, write):
     draw("a.jpg", folder="voc")
-    write("voc/a.xml", xml("a.jpg", FULL, ("ant", *FULL[1:]), ("Cat", *FULL[1:])))
-    write("voc/labelmap.txt", "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:1,2,3::\nant:4,5,6::\n")
+    write("voc/a.xml", xml("a.jpg", FULL, ("ant", *FULL[1:])))
+    labelmap = "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:1,2,3::\nant:4,5,6::\nunused:7,8,9::\n"
+    write("voc/labelmap.txt", labelmap)
     found = open_annotations(tmp_path / "voc", format="voc")
-    assert [category["name"] for category in found.content["categories"]] == ["cat", "ant"]
-    assert "objects of the unknown class 'Cat' are left out: 1, the first is" in found.notes[0]
+    assert [category["name"] for category in found.content["categories"]] == ["cat", "ant", "unused"]
+    assert found.notes == []
+    write("voc/a.xml", xml("a.jpg", FULL, ("Cat", *FULL[1:])))
+    found = open_annotations(tmp_path / "voc", format="voc")
+    assert [category["name"] for category in found.content["categories"]] == ["Cat", "cat"]
+    assert "that the list beside the files lacks occur, so it is not used: 1, the first is 'Cat' in" in found.notes[0]
     given = open_annotations(tmp_path / "voc", format="voc", classes=["Cat"])
     assert [name for _, name, _ in objects(given.content)] == ["Cat"]
+    assert "objects of the unknown class 'cat' are left out: 1, the first is" in given.notes[0]
 
 
 def test_difficult_objects_are_crowds_and_rotated_boxes_are_enclosed(tmp_path: Path, draw, write):

@@ -156,3 +156,20 @@ def test_broken_images_are_counted_and_turned_ones_have_their_upright_size(tmp_p
         ("turned.jpg", 48, 64),
     ]
     assert "images of unknown size are left out: 1, the first is the image" in found.notes[0]
+
+
+def test_a_part_that_is_not_there_is_an_error_for_other_images_would_be_taken(tmp_path: Path, draw, write):
+    images = draw("a.jpg", folder="data/images/train")
+    yaml = write("data/data.yaml", "train: images/train\nval: images/val\nnames: [cat]")
+    with pytest.raises(ValueError, match=r"data\.yaml names images/val, which is neither at"):
+        read_annotations(f"{yaml}:val", images, "yolo")
+
+
+def test_parts_outside_of_the_yamls_folder(tmp_path: Path, draw, write):
+    images = draw("a.jpg", "b.jpg", folder="elsewhere/images")
+    draw("unrelated.jpg", folder="here")
+    write("elsewhere/labels/a.txt", HALF)
+    yaml = write("here/data.yaml", f"train: {images}\nnames: [cat]")
+    found = open_annotations(yaml, format="yolo")
+    assert (names(found.content), found.images) == (["a.jpg", "b.jpg"], images)
+    assert objects(found.content) == [("a.jpg", "cat", BOX)]
