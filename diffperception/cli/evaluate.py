@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import CocoDetection
+from diffperception.data.formats import Format, open_annotations
 from diffperception.data.listing import list_images
 from diffperception.data.masks import MaskDataOptions, MaskFolder
 from diffperception.detection import Detector
@@ -31,11 +32,12 @@ VAL = ("val_images", "val_masks", "val_annotations")  # of a training
 def evaluate_detector_file(
     model: Path,
     annotations: Path,
-    images: Path,
     score: Annotated[
         partial[CocoResult],
         OptionsOf(evaluate_detector, "detector", "dataset", "num_images", "workers", "seed", "sampler"),
     ],
+    images: Path | None = None,
+    format: Format = "coco",
     output: Path | None = None,
     device: str = "auto",
     pad_together: bool = False,
@@ -53,7 +55,7 @@ def evaluate_detector_file(
     num_pictures: NonNegativeInt = 8,
     overwrite: bool = False,
 ) -> None:
-    """Score a detector on a COCO data set.
+    """Score a detector on a COCO data set, or one of another format.
 
     Prints the COCO table and the AP of each class. Where options have several values, as in `--steps 1 2 4`, or there
     are several seeds, it is a sweep instead: AP and seconds of every combination as a table, sweep.json and sweep.png.
@@ -62,8 +64,9 @@ def evaluate_detector_file(
     command with `torchrun --nproc_per_node=N -m diffperception evaluate ...`.
 
     Args:
-        annotations: COCO JSON file with the ground truth.
-        images: the folder that its file names are relative to.
+        annotations: COCO JSON file, or what `format` says, with the ground truth; `data.yaml:val` is one part of it.
+        images: the folder that its file names are relative to; by default where the format has it.
+        format: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv; auto looks for itself.
         output: folder for metrics.json, detections.json and pictures, or for the sweep; nothing is written without it.
         mode: ddim; or a control, which shows what ddim is worth: fixed_time (the time is held) or fresh_boxes (every
             step starts from new noise).
@@ -81,7 +84,10 @@ def evaluate_detector_file(
     with join_processes():
         detector = Detector.load(model, place)
         detector.pad_together = pad_together
-        dataset = CocoDetection(annotations, images, masks=masks)
+        found = open_annotations(annotations, images, format, masks, detector.classes)
+        dataset = CocoDetection(found, masks=masks)
+        for note in found.notes:
+            echo(f"note: {note}")
         dataset.require_files()
         require_classes(detector.classes, dataset)
         dataset.order_classes(detector.classes)

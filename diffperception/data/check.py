@@ -13,9 +13,10 @@ import numpy as np
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from diffperception.data.annotations import RULES, CocoTable, entry_faults, read_coco, tabulate
+from diffperception.data.annotations import RULES, CocoTable, entry_faults, tabulate
 from diffperception.data.check_report import Problem, Report, found_at, summarize
 from diffperception.data.entries import whole_number
+from diffperception.data.formats import Format, open_annotations
 from diffperception.data.images import BrokenImageError, read_image
 from diffperception.data.soundness import check_ids, check_learning, resizing, with_sizes
 from diffperception.files import existing
@@ -35,29 +36,32 @@ def check_coco(
     num_boxes: PositiveInt | None = None,
     short_side: PositiveInt | None = None,
     max_long_side: PositiveInt | None = None,
+    format: Format = "coco",
 ) -> Report:
-    """Read a COCO data set and name every problem of it.
+    """Read a data set and name every problem of it.
 
     An entry with a missing key or a value that cannot be used is named and left out of what is checked after it.
 
     Args:
-        annotations: COCO JSON file.
+        annotations: COCO JSON file, or what `format` says.
         images: folder of its images; null: only the annotations are checked.
         open_images: decode every image and compare its size; false only looks whether the files are there.
         num_boxes: proposals of the detector to train; images with more objects are named.
         short_side: largest of the short sides that training resizes images to, in pixels (`short_sides` of its
             transforms); objects that are less than a pixel wide or high then are counted.
         max_long_side: in pixels, as in those transforms; where the long side would exceed it, images become smaller.
+        format: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv; auto looks for itself.
     """
     try:
-        content = read_coco(annotations)
+        _, content, _, notes = open_annotations(annotations, images, format)
     except (OSError, ValueError) as error:
         return Report([Problem("error", "unreadable file", str(error))], None)
     faulty = list(entry_faults(content))
     table, listed = _sound_part(content, annotations, {(section, index) for section, index, _, _ in faulty})
     del content  # gigabytes, for a large file
+    problems = [Problem("warning", "passed over", note) for note in notes]
     places = [fault.sentence() for fault in faulty]
-    problems = found_at("error", "unusable entry", "an entry lacks a key or has a value that cannot be used", places)
+    problems += found_at("error", "unusable entry", "an entry lacks a key or has a value that cannot be used", places)
     table = table if images is None else with_sizes(table, Path(images))
     scale = None if short_side is None else resizing(table.sizes, short_side, max_long_side)
     problems += [*check_ids(table, listed), *check_learning(table, num_boxes, scale)]

@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.annotations import CocoTable, read_coco, require_same_classes, tabulate
+from diffperception.data.annotations import CocoTable, require_same_classes, tabulate
 from diffperception.data.batches import images_per_class
 from diffperception.data.check_report import Problem
+from diffperception.data.formats import Annotations, Format, open_annotations
 from diffperception.data.images import BrokenImageError, read_image, to_float
 from diffperception.data.outlines import decode_outlines
 from diffperception.data.soundness import check_learning, clip_boxes, require_entries, with_sizes
@@ -25,7 +26,7 @@ Target = dict[str, Any]
 
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
-    """Images and boxes of a COCO annotation file.
+    """Images and boxes of a COCO annotation file, or of what is read as one.
 
     Sample i is `(image, target)`: image float32 (3, H, W), RGB, 0..1; target a dict of
     - boxes (n, 4) float32, x1 y1 x2 y2 in pixels, clipped to the image;
@@ -37,8 +38,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     objects) stay for pictures and evaluation; `TrainingTransforms` removes them, as they must not be learned as one.
 
     Args:
-        annotations: the COCO JSON file.
-        images: the folder that the file names in it are relative to.
+        annotations: the COCO JSON file, or what `format` says; or what :func:`open_annotations` gave.
+        images: the folder that the file names in it are relative to; by default where the format has it.
         transforms: called as `transforms(image, target)` with a uint8 `tv_tensors.Image` and `tv_tensors.BoundingBoxes`
             for the boxes, so torchvision's v2 transforms fit; conversion to float comes after it.
         on_broken: "stop" raises BrokenImageError on an image that is missing, unreadable or of another size than the
@@ -46,8 +47,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         masks: whether targets have masks, decoded from the file's outlines when a sample is read.
         tile: of images that are larger, samples are such random windows, before the transforms; objects of which a
             window shows less than MIN_SEEN of the area are left out of the sample.
+        format: of the annotations, see :func:`open_annotations`.
 
     Attributes:
+        notes: sentences on what reading the format passed over.
         table: the checked content of the file; None in a worker process.
         problems: what hinders or changes learning from the file, a sentence each as message.
 
@@ -58,19 +61,23 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def __init__(
         self,
-        annotations: str | Path,
-        images: str | Path,
+        annotations: str | Path | Annotations,
+        images: str | Path | None = None,
         transforms: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None,
         on_broken: Literal["stop", "skip"] = "stop",
         masks: bool = False,
         tile: RandomTile | None = None,
+        format: Format = "coco",
     ):
-        self.annotations, self.images, self.masks = Path(annotations), Path(images), masks
+        if not isinstance(annotations, Annotations):
+            annotations = open_annotations(annotations, images, format, masks)
+        self.annotations, self.images, self.masks = Path(annotations.source), annotations.images, masks
+        self.notes = annotations.notes
         self.transforms, self.on_broken, self.tile = transforms, on_broken, tile
-        table = tabulate(read_coco(annotations, outlines=masks), annotations, masks)
+        table = tabulate(annotations.content, annotations.source, masks)
         require_entries(table)
         if not self.images.is_dir():
-            raise FileNotFoundError(f"there is no image folder {images}")
+            raise FileNotFoundError(f"there is no image folder {self.images}")
         table = with_sizes(table, self.images)
 
         self.table: CocoTable | None = table

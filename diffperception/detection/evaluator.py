@@ -17,7 +17,8 @@ from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from diffperception.data.annotations import LVIS_LISTS, CocoTable, read_coco, tabulate
+from diffperception.data.annotations import LVIS_LISTS, CocoTable, tabulate
+from diffperception.data.formats import Format, read_annotations
 from diffperception.data.outlines import encode_masks
 from diffperception.data.soundness import check_boxes, require_entries
 from diffperception.detection.results import read_results
@@ -84,13 +85,15 @@ class CocoEvaluator:
     not to be there, and unmatched ones not where its objects were not all annotated.
 
     Args:
-        annotations: COCO JSON file, or LVIS's, with the ground truth; or the table of one, with outlines for masks.
+        annotations: COCO JSON file, LVIS's, or what `format` says, with the ground truth; or the table of one, with
+            outlines for masks.
         iou_types: what is compared: boxes (`bbox`), masks (`segm`) or both.
         max_dets: how many detections count per image, the best scores first: of each class, by default 100 (COCO), or
             of all classes, by default 300 (LVIS).
         image_ids: evaluate these images of the file only.
         protocol: coco, or lvis for annotation files of LVIS.
         classes: names of the labels 0..K-1 of predictions; by default, the categories in the order of their ids.
+        format: of the annotations: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, cannot be used (see `tabulate`) or is not what the protocol
@@ -105,6 +108,7 @@ class CocoEvaluator:
         image_ids: Iterable[int] | None = None,
         protocol: Protocol = "coco",
         classes: Sequence[str] | None = None,
+        format: Format = "coco",
     ) -> None:
         self.iou_types = tuple(iou_types)
         self.masks = "segm" in self.iou_types
@@ -115,7 +119,7 @@ class CocoEvaluator:
         if self.max_dets < 1:
             raise ValueError(f"max_dets is {max_dets}: at least 1 detection per image must count")
         if not isinstance(annotations, CocoTable):
-            annotations = tabulate(read_coco(annotations, outlines=self.masks), annotations, self.masks)
+            annotations = tabulate(read_annotations(annotations, None, format, self.masks), annotations, self.masks)
             require_entries(annotations)
         self.truth = GroundTruth(annotations, image_ids, self.masks, classes)
         if protocol == "lvis":

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffperception.data import CocoDetection
-from diffperception.data.annotations import CocoTable, read_coco, shortened, tabulate
+from diffperception.data.annotations import CocoTable, shortened, tabulate
 from diffperception.data.batches import collate, spread
+from diffperception.data.formats import Format, open_annotations
 from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead, to_float
 from diffperception.data.listing import list_images
 from diffperception.data.soundness import require_entries
@@ -104,6 +105,7 @@ def detect_folder(
     tile: PositiveInt | None = None,
     overlap: NonNegativeInt = OVERLAP,
     annotations: str | Path | None = None,
+    format: Format = "coco",
 ) -> FolderResult:
     """Detect objects in an image, or in all images of a folder.
 
@@ -133,6 +135,7 @@ def detect_folder(
         overlap: pixels that neighbouring windows share at least; best as large as most objects.
         annotations: COCO file whose images, in the folder `images`, are predicted: with its image ids, and with the
             ids of its categories for classes of their names.
+        format: of the annotations: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv.
 
     Raises:
         FileNotFoundError, ValueError: there is no such image or model, none can be read, the folder is in use, or the
@@ -141,7 +144,10 @@ def detect_folder(
     tiling = Tiling(tile, overlap)
     detector, folder = Detector.loaded(detector).eval(), OutputFolder(output, overwrite)
     require_no_masks(detector, tiling)
-    table = None if annotations is None else tabulate(read_coco(annotations), annotations)
+    table = None
+    if annotations is not None:
+        content = open_annotations(annotations, images, format, classes=detector.classes).content
+        table = tabulate(content, annotations)
     category_ids = range(1, len(detector.classes) + 1) if table is None else table.labels(detector.classes)[0]
     if table is not None:
         require_entries(table)

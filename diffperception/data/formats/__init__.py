@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from diffperception.data.annotations import tabulate
 from diffperception.data.formats.coco_export import ROBOFLOW, read_coco_export
 from diffperception.data.formats.collected import MarkedImage, Remarks, class_names, to_coco
 from diffperception.data.formats.csv_table import read_csv
@@ -16,6 +19,7 @@ from diffperception.data.formats.labelme import read_labelme
 from diffperception.data.formats.labelstudio import read_label_studio
 from diffperception.data.formats.voc import read_voc
 from diffperception.data.formats.yolo import find_classes, read_yolo
+from diffperception.data.split import held_out
 
 Format = Literal["coco", "voc", "yolo", "cvat", "labelstudio", "labelme", "csv", "auto"]
 Reader = Callable[[Path, str | None, Path | None, Remarks], tuple[list[MarkedImage], list[str] | None, Path]]
@@ -32,6 +36,7 @@ READERS: dict[str, Reader] = {
 class Annotations(NamedTuple):
     """What was read."""
 
+    source: str  # the file or folder, for messages
     content: dict[str, Any]  # of COCO
     images: Path  # the folder that its file names are relative to
     notes: list[str]  # what was passed over, or taken in another way than it is written
@@ -78,7 +83,7 @@ def open_annotations(
     remarks = Remarks()
     if chosen == "coco":
         content, found = read_coco_export(place, part, folder, outlines, remarks)
-        return Annotations(content, found, remarks.sentences())
+        return Annotations(str(path), content, found, remarks.sentences())
     marked, listed, found = READERS[str(chosen)](place, part, folder, remarks)
     if listed is None or chosen != "yolo":  # YOLO's classes are numbers, which only its own list names
         listed = class_names(marked, listed, remarks) if classes is None else list(classes)
@@ -86,7 +91,31 @@ def open_annotations(
     if not outlines:
         for entry in content["annotations"]:
             entry.pop("segmentation", None)
-    return Annotations(content, found, remarks.sentences())
+    return Annotations(str(path), content, found, remarks.sentences())
+
+
+def split_annotations(found: Annotations, share: float, seed: int) -> tuple[Annotations, Annotations]:
+    """Annotations without the images that are held out, and those of these; see :func:`held_out`.
+
+    Raises:
+        ValueError: an entry cannot be used, or the share is not between 0 and 1.
+    """
+    table = tabulate(found.content, found.source)
+    out = np.array(held_out(table.file_names, share, seed))
+    of_held_out = np.isin(table.annotation_images, table.image_ids[out])
+    kept, held = (
+        found.content | {"images": _chosen(found, "images", images), "annotations": _chosen(found, "annotations", rows)}
+        for images, rows in ((~out, ~of_held_out), (out, of_held_out))
+    )
+    note = f"{out.sum()} of {len(out)} images are held out to be scored on, chosen by their names and the seed {seed}"
+    return (
+        found._replace(content=kept, notes=[*found.notes, note]),
+        found._replace(content=held, notes=[], source=f"{found.source} (held out)"),
+    )
+
+
+def _chosen(found: Annotations, section: str, rows: np.ndarray) -> list[Any]:
+    return [entry for entry, chosen in zip(found.content[section], rows.tolist(), strict=True) if chosen]
 
 
 def split_part(path: str) -> tuple[Path, str | None]:

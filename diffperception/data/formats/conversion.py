@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from diffperception.data.annotations import tabulate
 from diffperception.data.formats import Format, open_annotations
 from diffperception.data.formats.writers import write_voc, write_yolo
+from diffperception.data.soundness import require_entries, with_sizes
 from diffperception.files import OutputFolder, require_file_name, write_json
 
 
@@ -43,7 +44,8 @@ def convert_annotations(
         FileNotFoundError, ValueError: the annotations cannot be read, or the output would replace something.
     """
     found = open_annotations(annotations, images, format, outlines=to == "coco", classes=classes)
-    table = tabulate(found.content, annotations)
+    table = with_sizes(tabulate(found.content, annotations), found.images)
+    require_entries(table)
     notes = list(found.notes)
     if to == "coco":
         require_file_name(output)

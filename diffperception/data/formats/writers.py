@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 import yaml
 
-from diffperception.data.annotations import CocoTable
+from diffperception.data.annotations import NO_ID, CocoTable
 from diffperception.data.formats.collected import whole
 from diffperception.files import OutputFolder, safe_path, write_text
 
@@ -82,11 +82,43 @@ def _line(label: int, box: Sequence[float], size: tuple[int, int]) -> str:
     return " ".join([str(label), *(f"{value:.10g}" for value in values)]) + "\n"
 
 
+def coco_content(table: CocoTable) -> dict[str, Any]:
+    """A table as the content of a COCO file, with outlines where it has some."""
+    rows = np.arange(len(table.boxes))
+    ids = np.where(table.annotation_ids == NO_ID, rows + 1, table.annotation_ids).tolist()
+    columns = (
+        table.annotation_images,
+        table.annotation_categories,
+        table.boxes,
+        table.areas,
+        table.iscrowd.astype(int),
+    )
+    names = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    annotations = [dict(zip(names, row, strict=True)) for row in zip(ids, *(c.tolist() for c in columns), strict=True)]
+    if table.outlines is not None:
+        for entry, outline, is_absent in zip(annotations, table.outlines.of(rows), table.outlines.absent, strict=True):
+            entry |= {} if is_absent else {"segmentation": outline}
+    images = [
+        {"id": number, "file_name": name, "width": width, "height": height}
+        for number, name, (width, height) in zip(
+            table.image_ids.tolist(), table.file_names, table.sizes.tolist(), strict=True
+        )
+    ]
+    for key, lists in table.image_lists.items():
+        for image, categories in zip(images, lists, strict=True):
+            image[key] = categories
+    known = zip(table.category_ids.tolist(), table.category_names, table.frequencies, strict=True)
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name, "frequency": frequency} for number, name, frequency in known],
+    }
+
+
 def classes_and_labels(table: CocoTable) -> tuple[list[str], np.ndarray]:
-    """The names of the classes in the order of their ids, and (A,) the label of each annotation."""
-    order = np.argsort(table.category_ids)
-    labels = np.searchsorted(table.category_ids[order], table.annotation_categories)
-    return [table.category_names[k] for k in order], labels
+    """The name of each class, and (A,) the label of each annotation."""
+    category_ids, classes = table.labels()
+    return classes, np.searchsorted(category_ids, table.annotation_categories)
 
 
 def _images(table: CocoTable, suffix: str) -> Iterator[WrittenImage]:

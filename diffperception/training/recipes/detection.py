@@ -13,6 +13,8 @@ from torch import Tensor
 
 from diffperception.data import CocoDetection
 from diffperception.data.batches import repeat_factors
+from diffperception.data.formats import Annotations, Format, open_annotations, split_annotations
+from diffperception.data.formats.writers import coco_content
 from diffperception.data.soundness import crowded_images, objects_below, require, resizing
 from diffperception.data.tiles import OVERLAP, RandomTile, Tiling
 from diffperception.data.transforms import TrainingTransforms
@@ -26,7 +28,7 @@ from diffperception.detection.inference import (
 )
 from diffperception.detection.tiles import require_no_masks
 from diffperception.echo import echo
-from diffperception.files import OutputFolder
+from diffperception.files import OutputFolder, write_json
 from diffperception.models import Backbone
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
@@ -34,18 +36,20 @@ from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipe import Evaluator, Metrics, Parts, Recipe, size_of
 
 MISWRITTEN = ("boxes as corners", "boxes as fractions")  # problems of a file that would make any score untrue
+HELD_OUT = "val.json"
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
 @dataclass
 class DataOptions:
-    """Which images the detector learns from and is scored on: two COCO data sets with the same categories.
+    """Which images the detector learns from and is scored on: two data sets with the same classes, or one to be split.
 
     Args:
-        train_annotations: COCO JSON file to learn from; number and names of the classes come from it.
-        train_images: the folder that its file names are relative to.
-        val_annotations: COCO JSON file to be scored on.
-        val_images: the folder that its file names are relative to.
+        train_annotations: COCO JSON file, or what `format` says, to learn from; number and names of the classes come
+            from it. `data.yaml:train` or `VOC2007:train` is one part of what is listed there.
+        train_images: the folder that its file names are relative to; by default where the format has it.
+        val_annotations: the same to be scored on; null with `val_share`.
+        val_images: the folder that its file names are relative to; by default where the format has it.
         transforms: random changes of training images; any callable (image, target) -> (image, target), such as
             torchvision's v2 transforms.
         batch_size: images per training batch, for each process.
@@ -59,12 +63,17 @@ class DataOptions:
             resolution, before the transforms; an epoch shows as many of each image as cover it. Objects of which a
             window shows less than 0.4 of the area are not learned from it. Null takes images whole.
         object_tiles: share of the windows that are drawn around an object; the others lie anywhere.
+        format: of both annotations: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv; auto looks for
+            itself.
+        val_share: instead of `val_annotations`, this share of the images is held out to be scored on, such as 0.1; the
+            run's val.json lists them.
+        split_seed: chooses them, with their names: images that are added later move few others.
     """
 
     train_annotations: Path
-    train_images: Path
-    val_annotations: Path
-    val_images: Path
+    train_images: Path | None = None
+    val_annotations: Path | None = None
+    val_images: Path | None = None
     transforms: Callable = field(default_factory=lambda: lazy_instance(TrainingTransforms))
     batch_size: PositiveInt = 16
     workers: NonNegativeInt = 4
@@ -73,6 +82,9 @@ class DataOptions:
     masks: bool = False
     tile: PositiveInt | None = None
     object_tiles: ClosedUnitInterval = 0.8
+    format: Format = "coco"
+    val_share: float | None = None
+    split_seed: NonNegativeInt = 0
 
     def open(self) -> tuple[CocoDetection, CocoDetection]:
         """The data sets for training and for scoring, with labels alike.
@@ -81,21 +93,35 @@ class DataOptions:
             ValueError, FileNotFoundError: one of them cannot be used, nothing could be learned from the first, images
                 are missing, or the categories differ.
         """
+        learned, scored = self.read()
         tile = self.tile and RandomTile(self.tile, self.object_tiles)
-        train = CocoDetection(
-            self.train_annotations, self.train_images, self.transforms, self.on_broken, self.masks, tile
-        )
-        val = CocoDetection(self.val_annotations, self.val_images, on_broken=self.on_broken, masks=self.masks)
-        require([problem for problem in train.problems if problem.level == "error"], self.train_annotations)
-        require([problem for problem in val.problems if problem.kind in MISWRITTEN], self.val_annotations)
-        val.order_classes(train.classes, self.train_annotations)
+        train = CocoDetection(learned, None, self.transforms, self.on_broken, self.masks, tile)
+        val = CocoDetection(scored, on_broken=self.on_broken, masks=self.masks)
+        require([problem for problem in train.problems if problem.level == "error"], train.annotations)
+        require([problem for problem in val.problems if problem.kind in MISWRITTEN], val.annotations)
+        val.order_classes(train.classes, train.annotations)
         return train, val
+
+    def read(self) -> tuple[Annotations, Annotations]:
+        """What is learned from and what is scored on; ValueError if the latter is told twice or not at all."""
+        learned = open_annotations(self.train_annotations, self.train_images, self.format, self.masks)
+        if self.val_share is not None:
+            if self.val_annotations is not None:
+                raise ValueError("give either data.val_annotations or data.val_share, with the other at null")
+            return split_annotations(learned, self.val_share, self.split_seed)
+        if self.val_annotations is None:
+            raise ValueError("give data.val_annotations, or hold images out with data.val_share 0.1 for example")
+        classes = (
+            [str(category["name"]) for category in learned.content["categories"]] if self.format != "coco" else None
+        )
+        return learned, open_annotations(self.val_annotations, self.val_images, self.format, self.masks, classes)
 
     def remarks(self, train: CocoDetection, val: CocoDetection) -> list[str]:
         """What is to be said of the data before training, a sentence each: what learning or scores leave out."""
-        said = [f"{self.train_annotations}: {problem.message}" for problem in train.problems]
+        said = [f"{data.annotations}: {note}" for data in (train, val) for note in data.notes]
+        said += [f"{train.annotations}: {problem.message}" for problem in train.problems]
         said += [
-            f"{self.val_annotations}: {problem.message}, so its score will be undefined"
+            f"{val.annotations}: {problem.message}, so its score will be undefined"
             for problem in val.problems
             if problem.level == "error"
         ]
@@ -190,8 +216,16 @@ class DetectionModule(TrainingModule):
 class DetectionEvaluator(Evaluator):
     """COCO or LVIS metrics on a data set, and pictures of predictions at the end; `seed` is that of the noise."""
 
-    def __init__(self, dataset: CocoDetection, options: EvaluationOptions, workers: int, seed: int):
+    def __init__(
+        self,
+        dataset: CocoDetection,
+        options: EvaluationOptions,
+        workers: int,
+        seed: int,
+        is_held_out: bool = False,
+    ):
         self.dataset, self.options, self.workers, self.seed = dataset, options, workers, seed
+        self.is_held_out = is_held_out
         self.every = options.every
         # What cannot be scored is refused here, not after the training.
         truth = dataset.table or dataset.annotations
@@ -205,6 +239,9 @@ class DetectionEvaluator(Evaluator):
         echo(result.table())
         if folder is not None:
             write_result(result, folder)
+            if self.is_held_out and self.dataset.table is not None:
+                write_json(folder.file(HELD_OUT), coco_content(self.dataset.table), None)
+                echo(f"{folder.path / HELD_OUT}: the annotations of the images that were held out")
             shared = {name: getattr(self.options, name) for name in ("batch_size", "tile", "overlap")}
             draw_predictions(model, self.dataset, folder, self.options.num_pictures, self.seed, **shared)
         return result.metrics
@@ -260,7 +297,8 @@ class DetectionRecipe(Recipe):
         remarks = self.data.remarks(train, val)
         batches = self.data.batches(train, seed)
         evaluation = replace(self.evaluation, tile=self.evaluation.tile or self.data.tile)
-        evaluator = DetectionEvaluator(val, evaluation, self.data.workers, seed)
+        split = self.data.val_share is not None
+        evaluator = DetectionEvaluator(val, evaluation, self.data.workers, seed, split)
         detector = self.model(train.classes)
         require_masks(detector, val)
         require_no_masks(detector, Tiling(evaluation.tile, evaluation.overlap))
