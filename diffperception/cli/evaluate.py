@@ -26,7 +26,7 @@ from diffperception.generation.evaluator import ScoringOptions, evaluate_samples
 from diffperception.segmentation import PixelSegmenter, evaluate_segmenter
 from diffperception.segmentation.inference import iou_table
 
-VAL = ("val_images", "val_masks", "val_annotations")  # of a training
+VAL = ("val_images", "val_masks", "val_annotations", "val_share", "split_seed")  # of a training
 
 
 def evaluate_detector_file(

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from diffperception.cli.failures import Terminated, close_output, failure, spoken_plainly
@@ -111,15 +112,20 @@ def dispatch(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def module_of(name: str) -> ModuleType:
+    """The module of a command: that of convert-data is convert_data."""
+    return importlib.import_module(f"diffperception.cli.{name.replace('-', '_')}")
+
+
 def functions(name: str) -> Mapping[str, Callable[..., int | None]]:
     """The functions of a command by the kind of thing that they work on; a single one by the command's name."""
-    module = importlib.import_module(f"diffperception.cli.{name.replace('-', '_')}")
+    module = module_of(name)
     return getattr(module, "BY_KIND", None) or {name: module.command}
 
 
 def find_task(name: str, arguments: Sequence[str]) -> str | None:
     """The kind that the arguments name by their `task`, for a command that knows tasks."""
-    tasks: Mapping[str, str] = getattr(importlib.import_module(f"diffperception.cli.{name}"), "BY_TASK", {})
+    tasks: Mapping[str, str] = getattr(module_of(name), "BY_TASK", {})
     from diffperception.configuration.inheritance import given
 
     task = given(arguments, "task") if tasks else None

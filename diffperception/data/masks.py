@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,6 +27,7 @@ from diffperception.data.images import (
 )
 from diffperception.data.listing import list_images
 from diffperception.data.pairing import Pairing, find_pairs, require_pairs
+from diffperception.data.split import part_of
 
 IGNORE_INDEX = 255  # the label of pixels that have none
 COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
@@ -48,6 +49,8 @@ class MaskDataOptions:
         val_images: folder with images to measure on; null for none.
         val_masks: folder with the masks of `val_images`.
         val_annotations: only those of `val_images` are used that this COCO JSON or text file lists.
+        val_share: instead of `val_images`, this share of the images is held out to measure on, such as 0.1.
+        split_seed: chooses them, with their names: images that are added move few others.
         ignore: the value in masks of pixels without a label; null for none.
         mask_values: class numbers of the values in masks where they differ, such as {0: 0, 255: 1}; or, where masks are
             painted, of their colours, such as {"#000000": 0, "#ff0000": 1}.
@@ -66,6 +69,8 @@ class MaskDataOptions:
     val_images: Path | None = None
     val_masks: Path | None = None
     val_annotations: Path | None = None
+    val_share: float | None = None
+    split_seed: NonNegativeInt = 0
     ignore: int | None = IGNORE_INDEX
     mask_values: dict[int, int] | dict[str, int] | None = None
     mask_suffix: str = ""
@@ -82,6 +87,10 @@ class MaskDataOptions:
 
     def open_val(self) -> "MaskFolder | None":
         """The images to measure on, at their own size."""
+        if self.val_share is not None:
+            if self.val_images is not None or self.val_masks is not None:
+                raise ValueError("give either data.val_images or data.val_share, which holds images out of data.images")
+            return MaskFolder(replace(self, max_images=None, short_side=None), held_out=True)
         if self.val_images is None or self.val_masks is None:
             if self.val_images is not self.val_masks:
                 raise ValueError("give both data.val_images and data.val_masks, or neither")
@@ -101,6 +110,7 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         options: what there is, without `val_images`; an image resized to `short_side` is antialiased, its mask is not.
         seed: chooses `max_images` of the images; a larger number chooses the same and others.
         learn: whether it is to be learned from, which takes two classes.
+        held_out: where `val_share` splits the images, whether these are the ones held out or the others.
 
     Attributes:
         names: the images' paths below their folder.
@@ -113,12 +123,18 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
             has a label, or there is nothing to tell apart.
     """
 
-    def __init__(self, options: MaskDataOptions, seed: int = 0, learn: bool = False) -> None:
+    def __init__(self, options: MaskDataOptions, seed: int = 0, learn: bool = False, held_out: bool = False) -> None:
         self.short_side = options.short_side
         self.values = MaskValues.of(options)
         masks = Path(options.masks)
         pairing = open_pairs(options)
         pairs = pairing.pairs
+        if options.val_share is not None:
+            parts = part_of(
+                [image for image, _ in pairs], pairing.root, options.val_share, options.split_seed, held_out
+            )
+            chosen = set(parts)
+            pairs = [pair for pair in pairs if pair[0] in chosen]
         if options.max_images is not None:
             order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
             pairs = [pairs[i] for i in order.tolist()]

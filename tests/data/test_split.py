@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from PIL import Image
 
 from diffperception.data.image_folder import ImageDataOptions
+from diffperception.data.masks import MaskDataOptions
 from diffperception.data.split import held_out
 
 NAMES = [f"folder {k % 7}/ü {k}.jpg" for k in range(200)]
@@ -53,3 +55,18 @@ def test_a_generators_images_are_split_into_two_parts_that_make_the_whole(tmp_pa
     assert sorted([*train.paths, *val.paths]) == sorted(tmp_path.glob("*.png"))
     with pytest.raises(ValueError, match=r"either data\.val_images or data\.val_share"):
         ImageDataOptions(images=tmp_path, val_share=0.3, val_images=tmp_path).open((8, 8), 3)
+
+
+def test_images_with_masks_are_split_into_two_parts_that_make_the_whole(tmp_path: Path):
+    for k in range(10):
+        for folder, pixels in (("images", np.full((8, 8, 3), k, np.uint8)), ("masks", np.eye(8, dtype=np.uint8))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{k}.png")
+    options = MaskDataOptions(tmp_path / "images", tmp_path / "masks", ["a", "b"], val_share=0.3, max_images=5)
+    train, val = options.open(), options.open_val()
+    assert val is not None
+    assert (len(train), len(val)) == (5, 3)
+    assert not set(train.names) & set(val.names)
+    assert {len(options.open(seed)) for seed in range(3)} == {5}
+    with pytest.raises(ValueError, match=r"either data\.val_images or data\.val_share"):
+        replace(options, val_images=tmp_path).open_val()

@@ -12,7 +12,7 @@ import numpy as np
 
 from diffperception.data.annotations import tabulate
 from diffperception.data.formats.coco_export import ROBOFLOW, read_coco_export
-from diffperception.data.formats.collected import MarkedImage, Remarks, class_names, to_coco
+from diffperception.data.formats.collected import MarkedImage, Remarks, classes_in_order, to_coco
 from diffperception.data.formats.csv_table import read_csv
 from diffperception.data.formats.cvat import read_cvat
 from diffperception.data.formats.labelme import read_labelme
@@ -86,7 +86,7 @@ def open_annotations(
         return Annotations(str(path), content, found, remarks.sentences())
     marked, listed, found = READERS[str(chosen)](place, part, folder, remarks)
     if listed is None or chosen != "yolo":  # YOLO's classes are numbers, which only its own list names
-        listed = class_names(marked, listed, remarks) if classes is None else list(classes)
+        listed = classes_in_order(marked, listed, remarks) if classes is None else list(classes)
     content = to_coco(marked, listed, remarks, path)
     if not outlines:
         for entry in content["annotations"]:

@@ -57,7 +57,7 @@ class Remarks:
         return [f"{kind}: {count}, the first is {first}" for kind, (count, first) in self.counts.items()]
 
 
-def class_names(images: Sequence[MarkedImage], listed: Sequence[str] | None, remarks: Remarks) -> list[str]:
+def classes_in_order(images: Sequence[MarkedImage], listed: Sequence[str] | None, remarks: Remarks) -> list[str]:
     """The classes in order: those of a list that lies beside the files if it has all that occur, else these, sorted."""
     found = {thing.name: thing.place for image in images for thing in image.objects}
     absent = [name for name in sorted(found) if listed is not None and name not in listed]
