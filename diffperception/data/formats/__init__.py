@@ -141,8 +141,8 @@ def detect_format(path: Path) -> str | None:
         beginning = file.read(4096).decode(errors="ignore").lstrip("\ufeff \n\r\t")
     if suffix == ".xml":
         return "cvat" if "<annotations" in beginning else "voc"
-    if suffix == ".json" and beginning.startswith("["):
-        return "labelstudio"
+    if suffix == ".json" and beginning.startswith("["):  # a file of results is a list too
+        return "labelstudio" if '"annotations"' in beginning or "labels" in beginning else None
     if suffix == ".json":
         return "labelme" if '"shapes"' in beginning and '"categories"' not in beginning else "coco"
     return None

@@ -4,6 +4,7 @@ Roboflow's file `_annotations.coco.json` lies among the images, and its category
 super-category of the others. Label Studio's file names begin with images/ or are addresses; CVAT's are in order.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ def read_coco_export(
     file = _file(path if split is None else folder_of_part(path, split))
     content = read_coco(file, outlines)
     _leave_out_project(content, remarks)
-    folder = images if images is not None else file.parent
-    if _are_lost([entry for entry in content["images"] if isinstance(entry, dict)], folder):
-        _find_images(content, folder, file, images is not None, remarks)
-    return content, folder
+    if images is None:
+        return content, file.parent
+    if _are_lost([entry for entry in content["images"] if isinstance(entry, dict)], images):
+        _find_images(content, images, remarks)
+    return content, images
 
 
 def _file(path: Path) -> Path:
@@ -62,16 +64,16 @@ def _are_lost(images: list[dict[str, Any]], folder: Path) -> bool:
     return folder.is_dir() and any(not (folder / name).is_file() for name in names)
 
 
-def _find_images(content: dict[str, Any], folder: Path, file: Path, given: bool, remarks: Remarks) -> None:
-    """Give the images the names of the files that are meant; those that are not found keep theirs."""
+def _find_images(content: dict[str, Any], folder: Path, remarks: Remarks) -> None:
+    """Give the images the names of the files that are meant; those that are not found, or not one, keep theirs."""
     index = find_images(None, [folder])
     if index is None:
         return
     for entry in content["images"]:
         if isinstance(entry, dict) and isinstance(entry.get("file_name"), str):
-            name = index.find(entry["file_name"])
-            if name is not None and name != entry["file_name"]:
-                remarks.add(
-                    "images are found under other names than the file's", f"{tidy(entry['file_name'])} as {name}"
-                )
-                entry["file_name"] = name
+            with suppress(ValueError):
+                name = index.find(entry["file_name"])
+                if name is not None and name != entry["file_name"]:
+                    place = f"{tidy(entry['file_name'])} as {name}"
+                    remarks.add("images are found under other names than the file's", place)
+                    entry["file_name"] = name
