@@ -78,7 +78,9 @@ def open_annotations(
     if format == "auto" and kind is None:
         raise ValueError(f"the format of {place} is not clear: name one of {', '.join(['coco', *READERS])}")
     if format == "coco" and kind not in (None, "coco"):
-        raise ValueError(f"{place} seems to be of the format {kind}, not coco: give the option format {kind}")
+        raise ValueError(
+            f"{place} seems to be of the format {kind}, not coco: give --format {kind}, in training --data.format"
+        )
     chosen = kind if format == "auto" else format
     remarks = Remarks()
     if chosen == "coco":
