@@ -151,13 +151,16 @@ def written_beside(path: Path) -> Iterator[Path]:
     An interruption or an error leaves what was at `path` before, and nothing beside it; a process that is killed leaves
     a hidden file of no use, which the next run in an :class:`OutputFolder` removes.
     """
+    folder = _folders.get(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.enter(path.parent)
     part = path.with_name(f"{PART}{uuid4().hex}")
     part.touch(exist_ok=False)
     try:
         yield part
         flush(part)
-        if (folder := _folders.get(path)) is not None:
+        if folder is not None:
             folder.note(path, part)  # before it is there, so that a file that is there has always been noted
         os.replace(part, path)
         flush(path.parent)
@@ -259,13 +262,18 @@ class OutputFolder:
     >>> folder.clear()  # once all options have proved sound: what earlier runs wrote goes
     >>> write_text(folder.file("masks/a.txt"), "...")  # stamped as it is written
 
+    Args:
+        path: the folder, which need not be there.
+        overwrite: whether it may hold what earlier runs wrote, which `clear` removes.
+        goes_on: name of a file; the folder may hold anything where a run wrote that, for it goes on with what is there.
+
     Raises:
         ValueError: it is a file, holds a training run, is not empty and not to be overwritten, or holds a file that was
             changed since a run wrote it.
     """
 
-    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
-        self.path, self.overwrite = Path(path), overwrite
+    def __init__(self, path: str | Path, overwrite: bool = False, goes_on: str | None = None) -> None:
+        self.path, self.overwrite, self.goes_on = Path(path), overwrite, goes_on
         if (self.path.is_file() or self.path.is_symlink()) and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: name a folder for the results")
         self.require_place()
@@ -276,7 +284,7 @@ class OutputFolder:
             raise ValueError(
                 f"the folder {self.path} holds a training run, which would be lost: choose another --output"
             )
-        if self.overwrite:
+        if self.overwrite or (self.goes_on and self._is_ours(self.path / self.goes_on)):
             self.require_unchanged()
         elif self.path.is_dir() and not all(map(_is_trace, self.path.iterdir())):
             raise ValueError(
@@ -352,7 +360,7 @@ class OutputFolder:
         self.remove(self._stamps)
         for record in filter(is_record, self.path.glob(f"{RECORD}*")):
             record.unlink()
-        self._stamps = {}
+        self._stamps, self._entered = {}, {self.path}
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove files, as far as they are ours, and the subfolders that are empty then."""
@@ -362,9 +370,20 @@ class OutputFolder:
 
     def remove_parts(self) -> None:
         """Remove what processes that were killed had begun to write."""
-        for folder in {self.path, *(path.parent for path in self._stamps)}:
+        for folder in self._entered:
             for part in folder.glob(f"{PART}*"):
                 part.unlink()
+
+    def enter(self, folder: Path) -> None:
+        """Record that files are written in a folder within, before any is, for what a killed process leaves there."""
+        if folder not in self._entered:
+            self._entered.add(folder)
+            self.append({"folder": folder.relative_to(self.path).as_posix()})
+
+    @cached_property
+    def _entered(self) -> set[Path]:
+        names = [entry["folder"] for entry in self.entries() if isinstance(entry.get("folder"), str)]
+        return {self.path, *(self.path / name for name in names if is_in(self.path / name, self.path))}
 
     @cached_property
     def _record(self) -> Path:

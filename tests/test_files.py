@@ -280,6 +280,8 @@ def test_links_in_the_folder_lead_nowhere(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_began_goes_and_a_users_half_files_stay(tmp_path: Path) -> None:
     run(tmp_path, "pictures/1.png")
+    with pytest.raises(KeyboardInterrupt), written_beside(OutputFolder(tmp_path, True).file("new/2.png")):
+        interrupt_after(touch(tmp_path, "new/.diffperception-part-3"))
     touch(tmp_path, ".diffperception-part-1", "pictures/.diffperception-part-2", "pictures/1.png.part")
     run(tmp_path)
     assert files_in(tmp_path) == ["pictures/1.png.part"]

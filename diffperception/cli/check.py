@@ -1,6 +1,7 @@
 """`diffperception check`: name every problem of a data set; which function it is depends on what is given."""
 
-from dataclasses import asdict
+import json
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -96,9 +97,22 @@ def report_problems(found: Report, show: int, report: Path | None) -> int:
     """Print a report and write it, if it is asked for; returns the exit code."""
     echo(found.text(show))
     if report is not None:
+        require_report(report)
         write_json(report, asdict(found))
         echo(f"every place of every problem is in {report}")
     return 1 if found.errors else 0
+
+
+def require_report(path: Path) -> None:
+    """ValueError if there is a file that is not the report of an earlier check, which alone may be replaced."""
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if not isinstance(before, dict) or before.keys() != {field.name for field in fields(Report)}:
+        raise ValueError(f"{path} is there already, and no report of an earlier check: name another file for --report")
 
 
 BY_KIND = {"masks": check_mask_folders, "annotations": check_coco_files, "images": check_image_folder}

@@ -20,6 +20,7 @@ from diffperception.devices import pick_device
 from diffperception.echo import echo, plural
 from diffperception.files import read_lines, require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
+from diffperception.models.base import file_kind
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import read_weights
 from diffperception.models.convert.trial import CLEARLY, HOPELESS, SLIGHTLY, changed_options, try_conventions
@@ -70,7 +71,7 @@ def convert_checkpoint(
         image: a picture such as a diffusion model was trained on, or a folder of them, of which the first 4 are taken:
             the path, how times are told, prediction and attention heads are tried on it.
         num_res_blocks: residual blocks per level, for a classifier whose names fit several numbers.
-        overwrite: replace the output file.
+        overwrite: replace the output file, if it is a model file of ours.
     """
     require_new_file(output, overwrite)
     found = read_weights(checkpoint, ema)
@@ -159,10 +160,16 @@ def conventions(model: DiffusionModel) -> str:
 
 
 def require_new_file(path: Path, overwrite: bool) -> None:
-    """ValueError if `path` is a folder, or a file that may not be replaced."""
+    """ValueError if `path` is a folder, or a file that may not be replaced: only model files of ours ever may."""
     require_file_name(path)
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there already: name another file, or replace it with --overwrite")
+    if not path.exists():
+        return
+    try:
+        kind = file_kind(path)
+    except ValueError:
+        raise ValueError(f"{path} is there already, and no model file of ours: name another file") from None
+    if not overwrite:
+        raise ValueError(f"{path} is there already, a {kind}: name another file, or replace it with --overwrite")
 
 
 def read_names(path: Path) -> list[str]:
@@ -214,7 +221,7 @@ def convert_ensemble(
         classes: names of the classes 0, 1, ...
         output: the file to write.
         short_side: images are resized to this short side first; null for not.
-        overwrite: replace the output file.
+        overwrite: replace the output file, if it is a model file of ours.
     """
     require_new_file(output, overwrite)
     PixelSegmenter(features, PixelEnsemble.from_reference(checkpoints), classes, short_side).save(output)

@@ -96,6 +96,7 @@ def evaluate_detector_file(
             sweep = sweep_sampler(detector, dataset, samplers, seeds, workers=workers, **score.keywords)
             echo(sweep.table())
             if folder is not None and first_process():
+                folder.clear()
                 write_sweep(sweep, folder)
                 echo(f"\n{folder.path / 'sweep.json'}: these numbers")
                 echo(f"{folder.path / 'sweep.png'}: AP against passes and seconds")
@@ -132,6 +133,7 @@ def finish(result: CocoResult, folder: OutputFolder | None) -> None:
     """Print the table and write the numbers."""
     echo(result.table())
     if folder is not None and first_process():
+        folder.clear()
         write_result(result, folder)
         echo(f"\n{folder.path / 'metrics.json'}: these numbers\n{folder.path / 'detections.json'}: every predicted box")
 
@@ -195,6 +197,7 @@ def evaluate_sample_folder(
     for note in report.notes:
         echo(f"note: {note}")
     if folder is not None:
+        folder.clear()
         path = folder.file("metrics.json")
         write_json(path, asdict(report))
         echo(f"{path}: these numbers")

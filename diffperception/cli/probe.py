@@ -64,6 +64,7 @@ def command(
         )
     masks = list(folder.masks)
     scores = probe_features(features, images, masks, len(data.classes), seconds, pixels, seed, folder.names, precision)
+    results.clear()
     write_probe(scores, features, results)
     echo(probe_table(scores))
     options = (f"--features.{k} '[{', '.join(f'{v:g}' for v in values)}]'" for k, values in suggest(scores).items())

@@ -26,14 +26,17 @@ from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protoc
 from diffperception.detection.results import IMAGES, describe_results
 from diffperception.detection.sampler import BoxSampler
 from diffperception.detection.tiles import predict_images, require_no_masks
-from diffperception.devices import Precision, autocast, first_does, first_process, gather, hide_bar, share
+from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
 from diffperception.echo import echo_remark
 from diffperception.files import OutputFolder, png_names, safe_path, write_json
+from diffperception.models.base import describe, fingerprint
+from diffperception.resumable import Item, ResumableFolder, content_of
 from diffperception.visualization.draw import THRESHOLD, draw_detections, save_png
 from diffperception.visualization.panels import side_by_side, trajectory
 
 TRAJECTORY_STEPS = 4  # of the pictures of trajectories, where no number of steps is asked for
+PREDICTIONS = "predictions.json"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class FolderResult:
     broken: list[str]  # what is wrong with each image that could not be read, one sentence each
 
     @classmethod
-    def of(cls, found: Sequence[tuple[dict[str, Any], list[dict[str, Any]]] | str]) -> "FolderResult":
+    def of(cls, found: Sequence[list[Any] | str]) -> "FolderResult":
         """From each image with its rows, or what is wrong with it; ValueError if none can be read."""
         broken = [each for each in found if isinstance(each, str)]
         whole = [each for each in found if not isinstance(each, str)]
@@ -112,7 +115,8 @@ def detect_folder(
     Writes OUTPUT/predictions.json, a COCO results file with all detections; OUTPUT/images.json, a COCO file with the
     images' ids, names and sizes and with the categories; OUTPUT/pictures, the images with their detections; and
     OUTPUT/trajectories, where noise turns into boxes. Images that cannot be read are left out and named at the end.
-    Several processes, started by torchrun, share the images.
+    Several processes, started by torchrun, share the images. The command can be interrupted: given again, it goes on
+    with the images that are missing, and does those anew that have changed.
 
     `evaluate --results` scores predictions.json: of the images of `annotations` it finds what `evaluate --model` finds;
     without, the noise is drawn from names, so that scores differ a little.
@@ -142,7 +146,7 @@ def detect_folder(
             annotations cannot be used or have other classes than the detector.
     """
     tiling = Tiling(tile, overlap)
-    detector, folder = Detector.loaded(detector).eval(), OutputFolder(output, overwrite)
+    detector, folder = Detector.loaded(detector).eval(), ResumableFolder(output, overwrite)
     require_no_masks(detector, tiling)
     table = None
     if annotations is not None:
@@ -152,36 +156,47 @@ def detect_folder(
     if table is not None:
         require_entries(table)
     subjects, remark = _subjects(images, table, folder.path, seed)
-    first_does(folder.clear)  # all have looked whether it is empty
+    settings = {"command": "predict", "model": fingerprint(detector), "sampler": describe(sampler), "seed": seed}
+    settings |= {"images": str(Path(images).absolute()), "annotations": annotations and content_of(annotations)}
+    settings |= {"score_threshold": score_threshold, "precision": precision, "tile": tile, "overlap": overlap}
+    drawn = {subject.picture: ["pictures"] for subject in subjects[:num_pictures]}
+    for subject in subjects[:num_trajectories] if isinstance(detector, DiffusionDet) else []:
+        drawn.setdefault(subject.picture, []).append("trajectories")
+    of_item: dict[Item, _Subject] = {}
+    for subject in share(subjects):
+        planned = tuple((kind / subject.picture).as_posix() for kind in drawn.get(subject.picture, ()))
+        of_item[Item(subject.image["file_name"], content_of(subject.path), planned)] = subject
+    together = 1 if tile else batch_size
+    left = folder.left_of(settings, list(of_item), batch_size=together)
+    folder.begin([IMAGES, PREDICTIONS])
     echo_remark(remark)
-    found: list[tuple[dict[str, Any], list[dict[str, Any]]] | str] = []
-    drawn = 0
-    mine = share(subjects)
-    paths, seeds = [subject.path for subject in mine], [subject.seed for subject in mine]
-    batches = load_images(paths, 1 if tile else batch_size, workers, as_uint8=tile is not None)
+    paths, seeds = [of_item[item].path for item in left], [of_item[item].seed for item in left]
+    batches = load_images(paths, together, workers, as_uint8=tile is not None)
     detected = _detect(detector, batches, sampler, seeds, precision, tiling, batch_size)
-    for subject, (sample, detections) in zip(mine, detected, strict=True):
+    for item, (sample, detections) in zip(left, detected, strict=True):
         if sample.image is None:
-            found.append(sample.problem)
+            folder.add(item, [], sample.problem)
             continue
+        subject, written = of_item[item], []
         height, width = sample.image.shape[-2:]
+        for name in item.files:
+            if name.startswith("pictures/"):
+                picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
+            elif len(tiling.windows(height, width)) == 1 and isinstance(detector, DiffusionDet):
+                image = to_float(sample.image)
+                picture = draw_trajectory(detector, image, subject.seed, sampler, score_threshold, precision)
+            else:
+                continue
+            save_png(picture, folder.file(name))
+            written.append(name)
         rows = results_rows(0, detections, category_ids)
-        found.append((subject.image | {"width": width, "height": height}, rows))
-        if drawn < len(share(range(num_pictures))):
-            picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
-            save_png(picture, folder.file("pictures" / subject.picture))
-        whole = len(tiling.windows(height, width)) == 1
-        if drawn < len(share(range(num_trajectories))) and isinstance(detector, DiffusionDet) and whole:
-            image = to_float(sample.image)
-            picture = draw_trajectory(detector, image, subject.seed, sampler, score_threshold, precision)
-            save_png(picture, folder.file("trajectories" / subject.picture))
-        drawn += 1
-    result = FolderResult.of(gather(found))
+        folder.add(item, written, [subject.image | {"width": width, "height": height}, rows])
+    result = FolderResult.of(folder.results(gather(list(of_item))))
     if first_process():
         seeds_of = "names" if table is None else "ids"
-        content = describe_results(result.images, category_ids, detector.classes, "predictions.json", seeds_of)
+        content = describe_results(result.images, category_ids, detector.classes, PREDICTIONS, seeds_of)
         write_json(folder.file(IMAGES), content, None)
-        write_json(folder.file("predictions.json"), result.detections, None)
+        write_json(folder.file(PREDICTIONS), result.detections, None)
     return result
 
 

@@ -1,11 +1,14 @@
 """Models on disk: weights and the constructor's arguments in one safetensors file, which runs no code when loaded."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib
 import inspect
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -64,10 +67,7 @@ class Model(nn.Module):
         described = describe(self)
         arguments = json.dumps(described["arguments"])
         header = {"format": FORMAT, "kind": self.kind, "class": described["class"], "arguments": arguments}
-        with written_beside(path) as beside:
-            permissions = beside.stat().st_mode
-            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, beside, header)
-            beside.chmod(permissions)  # as of any new file: safetensors makes its own readable by the owner alone
+        save_tensors({name: value.contiguous() for name, value in self.state_dict().items()}, path, header)
 
     @classmethod
     def load(
@@ -168,6 +168,19 @@ def describe(value: Any) -> Any:
     raise ValueError(
         f"a {type(value).__name__} cannot be kept in a model file: give numbers, texts, Models or dataclasses"
     )
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; OSError where there is no room for it."""
+    with written_beside(path) as beside:
+        permissions = beside.stat().st_mode
+        try:
+            save_file(tensors, beside, header)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from None
+        beside.chmod(permissions)  # as of any new file: safetensors makes its own readable by the owner alone
 
 
 def fingerprint(model: Model) -> dict[str, Any]:

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from diffperception.files import written_beside
 from diffperception.models import FeatureInfo
-from diffperception.models.base import fingerprint
+from diffperception.models.base import fingerprint, save_tensors
 from diffperception.segmentation.features import FeatureExtractor
 from diffperception.segmentation.maps import FeatureMaps
 
@@ -71,10 +69,7 @@ def image_key(image: Tensor) -> str:
 def save_maps(maps: FeatureMaps, info: Sequence[FeatureInfo], path: Path, key: str) -> None:
     """Write the maps of an image of some :func:`image_key` to a safetensors file, by their names and in their type."""
     tensors = {about.name: m.cpu().contiguous() for about, m in zip(info, maps.maps, strict=True)}
-    with written_beside(path) as part:
-        permissions = part.stat().st_mode
-        save_file(tensors, part, _metadata(info, maps.size, key))
-        part.chmod(permissions)  # as of any new file: safetensors makes its own readable by the owner alone
+    save_tensors(tensors, path, _metadata(info, maps.size, key))
 
 
 def _metadata(info: Sequence[FeatureInfo], size: tuple[int, int], key: str) -> dict[str, str]:

@@ -1,9 +1,11 @@
 """The folder of a training run: what may become of an old one, and what is in it."""
 
+import dataclasses
 import json
 import os
 import pickle
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ from torch import nn
 
 from diffperception.configuration.inheritance import read_settings_file
 from diffperception.configuration.settings import ABSENT, differences, format_value
-from diffperception.files import CHECKPOINT, OutputFolder, write_text
+from diffperception.files import CHECKPOINT, OutputFolder, digest, write_text
 from diffperception.models.base import describe
 from diffperception.training.loggers import BOARD, METRICS
-from diffperception.training.module import ARGUMENTS
+from diffperception.training.module import ARGUMENTS, CONTENTS
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
@@ -26,7 +28,10 @@ FILES = {
     CONFIG: "all options; use it as --config to repeat the run",
 }
 # Options that decide what the weights or the optimizer's state mean, besides the model's and the recipe's.
-LASTING = ("task", "init", "optimizer.backbone_lr_factor", "optimizer.frozen_stages", "optimizer.layer_decay")
+LASTING = (
+    *("task", "init", "data.batch_size"),
+    *("optimizer.backbone_lr_factor", "optimizer.frozen_stages", "optimizer.layer_decay"),
+)
 AVERAGES = ("optimizer.ema_decay", "fit.ema_decay")  # may change, but not appear or go
 PASSING = ("checkpointing", "dropout")  # arguments of models that say nothing of their weights
 
@@ -89,7 +94,12 @@ class RunFolder(OutputFolder):
 
 
 def read_to_resume(
-    folder: RunFolder, settings: Mapping[str, Any], lasting: tuple[str, ...], max_steps: int, model: nn.Module
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    lasting: tuple[str, ...],
+    max_steps: int,
+    model: nn.Module,
+    contents: Mapping[str, str] | None = None,
 ) -> dict[str, Any] | None:
     """The checkpoint, as Lightning wrote it, that a run goes on from; None if there is none.
 
@@ -98,6 +108,7 @@ def read_to_resume(
         lasting: names of options that must be as they were.
         max_steps: steps of the run that is to go on.
         model: what it trains.
+        contents: numbers of what it learns from, see `contents_of`.
 
     Raises:
         ValueError: the checkpoint would mean something else with these settings, which it names, and this model; or it
@@ -124,6 +135,12 @@ def read_to_resume(
                 f"{name.replace('.arguments.', '.')} is {format_value(new)}, but the run in {folder.path} was begun"
                 f" with {format_value(old)}: go on with that, or begin another run in another --output"
             )
+    before = json.loads(saved.get(CONTENTS, "{}"))
+    if changed := [name for name, content in (contents or {}).items() if before.get(name, content) != content]:
+        raise ValueError(
+            f"what is in {', '.join(changed)} has changed since the run in {folder.path} was begun: bring back what was"
+            " there, or begin another run in another --output"
+        )
     if shapes != {f"model.{name}": value.shape for name, value in model.state_dict().items()}:
         raise ValueError(
             f"{path} holds the weights of another model than this {type(model).__name__}: give model as"
@@ -132,6 +149,32 @@ def read_to_resume(
     if max_steps < step:
         raise ValueError(f"trainer.max_steps is {max_steps}, but {path} was written after step {step}: give no fewer")
     return saved
+
+
+def contents_of(data: Any) -> dict[str, str]:
+    """Numbers of what a run learns from, by the names of its options: a file's content, a folder's files and contents.
+
+    A folder of images is known by the files' names and sizes, for reading all would take long, and not at all where
+    annotations say which of them count.
+
+    Args:
+        data: a dataclass with paths, of which those for validation do not count.
+    """
+    if not dataclasses.is_dataclass(data):
+        return {}
+    fields = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if not f.name.startswith("val_")}
+    paths = {name: Path(value) for name, value in fields.items() if isinstance(value, Path)}
+    if any(name.endswith("annotations") for name in paths):
+        paths = {name: path for name, path in paths.items() if not name.endswith("images")}
+    return {f"data.{name}": _content(path, by_size=name.endswith("images")) for name, path in paths.items()}
+
+
+def _content(path: Path, by_size: bool) -> str:
+    if not path.is_dir():
+        return digest(path) if path.is_file() else ""
+    files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+    about = [[f.relative_to(path).as_posix(), f.stat().st_size if by_size else digest(f)] for f in files]
+    return blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
 
 
 def _lasts(name: str, old: Any, new: Any, lasting: tuple[str, ...]) -> bool:

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from diffperception.data.batches import spread
 from diffperception.data.masks import MaskDataOptions, MaskFolder, read_mask
 from diffperception.devices import Precision, autocast, pick_device
 from diffperception.echo import echo, echo_notes, plural
-from diffperception.files import write_json, write_text
+from diffperception.files import OutputFolder, digest, safe_path, write_json, write_text
 from diffperception.models import DiffusionModel, UNet
 from diffperception.models.base import describe
 from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, MeanIoU, PixelSegmenter, RGBFeatures
@@ -36,6 +37,7 @@ from diffperception.visualization.draw import save_png
 from diffperception.visualization.panels import PANEL_SIDE, image_row, legend, mask_overlay, stack
 
 Method = Literal["diffusion", "untrained", "rgb", "scratch"]
+COMPARISON = "compare.json"
 TITLES = {
     "diffusion": "diffusion features",
     "untrained": "untrained UNet's features",
@@ -53,16 +55,21 @@ class Learner:
     trainer: TrainerOptions
 
 
+Run = tuple[str, int, int]  # method, number of labelled images, seed
+
+
 class Results:
     """compare.json: settings, and a row for each method, number of labelled images and seed that is finished.
 
-    A file that is there is read, if it is not to be overwritten; ValueError if it is of other settings.
+    Those of earlier calls are kept, if they are not to be overwritten and the content that they were made of is still
+    the same; ValueError if they are of other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, folder: OutputFolder, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
         self.rows: list[dict[str, Any]] = []
-        if overwrite or not path.exists():
+        path = folder.path / COMPARISON
+        if folder.overwrite or not path.exists():
             return
         kept = read_settings(path)
         changed = differences(kept["settings"], settings)
@@ -73,7 +80,26 @@ class Results:
             )
         self.rows = kept["results"]
 
-    def missing(self, *wanted: Iterable[Any]) -> list[tuple[str, int, int]]:
+    def choices(self, *wanted: Iterable[int]) -> list[tuple[int, int]]:
+        """Numbers of labelled images and seeds: those wanted, and those that there are results of."""
+        return list(dict.fromkeys([*product(*wanted), *((row["labels"], row["seed"]) for row in self.rows)]))
+
+    def begin(self, contents: Mapping[tuple[int, int], str]) -> None:
+        """Let go of results whose images or masks were others, and say so; what is to be overwritten goes too.
+
+        Args:
+            contents: of what is learned from and tested on, for the :meth:`choices`.
+        """
+        same = [row for row in self.rows if row["content"] == contents[row["labels"], row["seed"]]]
+        if changed := len(self.rows) - len(same):
+            echo(f"{plural(changed, 'result')} of images or masks that have changed since: made anew where asked for")
+        self.rows = same
+        if self.folder.overwrite:
+            self.folder.clear()
+        self.folder.remove_parts()
+        self.write()
+
+    def missing(self, *wanted: Iterable[Any]) -> list[Run]:
         """What is still to be done of some methods, numbers of labelled images and seeds."""
         done = {(row["method"], row["labels"], row["seed"]) for row in self.rows}
         return [run for run in product(*wanted) if run not in done]
@@ -81,8 +107,12 @@ class Results:
     def add(self, row: dict[str, Any]) -> None:
         """Keep a finished row, on disk too."""
         self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
         content = {"settings": self.settings, "summary": mean_and_spread(self.rows), "results": self.rows}
-        write_json(self.path, content)
+        write_json(self.folder.file(COMPARISON), content)
 
 
 def compare_label_efficiency(
@@ -111,7 +141,8 @@ def compare_label_efficiency(
 
     Writes compare.json (every result), compare.md (the table of means and spreads), compare.png (curves) and
     examples.png (predictions with the fewest labelled images). The command can be interrupted: given again, it goes on
-    with what is missing, also where seeds, methods or numbers of labelled images have been added.
+    with what is missing, also where seeds, methods or numbers of labelled images have been added, and makes those
+    results anew whose images or masks have changed.
 
     For example: `diffperception compare configs/segmentation/bccd_compare.yaml --labels 5 10 20 --num_seeds 3`.
 
@@ -151,15 +182,17 @@ def compare_label_efficiency(
     # All that results depend on, but not what only chooses which are made.
     about = {"data": asdict(replace(data, max_images=None)), "fit": asdict(fit), "baseline": asdict(baseline)}
     settings = describe({**about, **settings_of(features), "members": members, "precision": trainer.precision})
-    results = Results(output / "compare.json", settings, overwrite)
+    results = Results(OutputFolder(output, overwrite, goes_on=COMPARISON), settings)
     tried = range(seed, seed + num_seeds)
-    left = len(results.missing(methods, labels, tried))
-    echo(f"{left} of {len(methods) * len(labels) * num_seeds} results are still to be made")
     test = data.open_val()
     if test is None:
         raise ValueError("give data.val_images and data.val_masks, the images to score on")
     echo_notes(test.notes)
+    contents = contents_of_choices(data, test, results.choices(labels, tried))
     images = [*map(data.resized, test.images), *images_to_learn_from(data, max(labels), tried)]
+    results.begin(contents)
+    left = len(results.missing(methods, labels, tried))
+    echo(f"{left} of {len(methods) * len(labels) * num_seeds} results are still to be made")
 
     def learner(method: Method) -> Learner:
         if method == "scratch":
@@ -176,13 +209,34 @@ def compare_label_efficiency(
             row, predictions = measure_learner(known, replace(data, max_images=count), test, number)
             if count == min(labels) and number == seed:
                 for name, found in zip(test.names, predictions, strict=True):
-                    save_png(Image.fromarray(found.numpy()), _example(output, method, name))
-            results.add({"method": method, "labels": count, "seed": number, **row})
+                    save_png(Image.fromarray(found.numpy()), results.folder.file(_example(method, name)))
+            content = contents[count, number]
+            results.add({"method": method, "labels": count, "seed": number, "content": content, **row})
             left, so_far = left - 1, tqdm.format_interval(time.monotonic() - began)
             echo(f"{_in_words(results.rows[-1])}; {so_far} so far, {left} results left")
     summary = mean_and_spread(results.rows)
-    _report(summary, data.classes, test, num_pictures, output)
+    _report(summary, data.classes, test, num_pictures, results.folder)
     return summary
+
+
+def contents_of_choices(
+    data: MaskDataOptions, test: MaskFolder, choices: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], str]:
+    """A number of the content of images and masks: those tested on, and so many labelled ones of a seed's choice."""
+    files: dict[Path, str] = {}
+
+    def content(folder: MaskFolder, count: int) -> list[tuple[str, str, str]]:
+        chosen = list(zip(folder.names, folder.images.items, folder.masks.items, strict=True))[:count]
+        files.update({path: digest(path) for pair in chosen for path in pair[1:] if path not in files})
+        return [(name, files[image], files[mask]) for name, image, mask in chosen]
+
+    most = max(count for count, _ in choices)
+    folders = {seed: replace(data, max_images=most).open(seed) for seed in {seed for _, seed in choices}}
+    tested = content(test, len(test))
+    return {
+        (count, seed): blake2b(repr((content(folders[seed], count), tested)).encode(), digest_size=16).hexdigest()
+        for count, seed in choices
+    }
 
 
 def images_to_learn_from(data: MaskDataOptions, count: int, seeds: Iterable[int]) -> list[Tensor]:
@@ -309,28 +363,33 @@ def _in_words(row: Mapping[str, Any]) -> str:
     )
 
 
-def _example(output: Path, method: str, name: str) -> Path:
+def _example(method: str, name: str) -> Path:
     """Where a method's prediction of a test image is kept, whether it is to be drawn now, later or never."""
-    return output / "examples" / method / f"{name}.png"
+    path = "examples" / Path(method) / safe_path(name)
+    return path.with_name(f"{path.name}.png")
 
 
 def _report(
-    summary: Sequence[Mapping[str, Any]], classes: Sequence[str], test: MaskFolder, num_pictures: int, output: Path
+    summary: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
+    test: MaskFolder,
+    num_pictures: int,
+    folder: OutputFolder,
 ) -> None:
     """Print the table; write it, its curves and the pictures."""
     text = f"{label_table(summary)}\n\n{lead_sentence(summary)}"
-    write_text(output / "compare.md", text + "\n")
-    save_png(label_curves(summary, TITLES), output / "compare.png")
-    rows = [_example_row(test, index, output) for index in spread(len(test), num_pictures)]
+    write_text(folder.file("compare.md"), text + "\n")
+    save_png(label_curves(summary, TITLES), folder.file("compare.png"))
+    rows = [_example_row(test, index, folder.path) for index in spread(len(test), num_pictures)]
     if rows:
-        save_png(stack([*rows, legend(classes)], vertical=True), output / "examples.png")
-    echo(f"{text}\n{output / 'compare.json'}: every result; beside it compare.md, compare.png and examples.png")
+        save_png(stack([*rows, legend(classes)], vertical=True), folder.file("examples.png"))
+    echo(f"{text}\n{folder.path / COMPARISON}: every result; beside it compare.md, compare.png and examples.png")
 
 
 def _example_row(test: MaskFolder, index: int, output: Path) -> Image.Image:
     """An image beside its mask and what each method predicted from the fewest labelled images."""
     image, mask = test[index]
-    files = {title: _example(output, method, test.names[index]) for method, title in TITLES.items()}
+    files = {title: output / _example(method, test.names[index]) for method, title in TITLES.items()}
     predicted = {title: torch.tensor(read_mask(file)) for title, file in files.items() if file.exists()}
     panels = {title: mask_overlay(image, labels) for title, labels in {"truth": mask, **predicted}.items()}
     return image_row({"image": image, **panels}, PANEL_SIDE)

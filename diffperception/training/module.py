@@ -17,6 +17,7 @@ from diffperception.models.base import describe
 from diffperception.models.warm_start import WarmStart, warm_start
 
 ARGUMENTS = "model_arguments"  # in a checkpoint, as JSON
+CONTENTS = "contents"  # in a checkpoint, as JSON: numbers of what is learned from
 
 
 class NonFiniteLossError(ValueError):
@@ -55,6 +56,7 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.model, self.options, self.seed = model, options, seed
         self.frozen: list[nn.Module] = []  # parts that stay in evaluation mode, so that their statistics do not change
+        self.contents: dict[str, str] = {}  # of what is learned from, as a checkpoint keeps it
         self.term_names: list[str] = []
         self.noted: list[NotedLoss] = []  # since the last row of numbers
 
@@ -200,6 +202,7 @@ class TrainingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the weights belong to, for a resumed run to compare."""
         checkpoint[ARGUMENTS] = json.dumps(describe(self.model)["arguments"])
+        checkpoint[CONTENTS] = json.dumps(self.contents)
 
     def lr_factor(self, step: int) -> float:
         """What all learning rates are multiplied by at a step."""

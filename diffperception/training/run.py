@@ -20,7 +20,7 @@ from diffperception.devices import first_process, prefer_fast_products
 from diffperception.echo import echo
 from diffperception.training.callbacks import Averaging, Checkpoints, Evaluations, Reporter
 from diffperception.training.data import TrainingData
-from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, RunFolder, read_to_resume
+from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, RunFolder, contents_of, read_to_resume
 from diffperception.training.loggers import METRICS, open_loggers, require_loggers
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import RunOptions, TrainerOptions
@@ -67,8 +67,9 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
         raise ValueError(f"trainer.max_steps is not for {recipe.task}: its options fit say how long it takes")
     trainer = replace(options.trainer, max_steps=parts.module.max_steps or options.trainer.max_steps)
     checkpoint = None
+    contents = parts.module.contents = {} if folder is None else contents_of(getattr(recipe, "data", None))
     if folder is not None and options.resume:
-        checkpoint = read_to_resume(folder, settings, recipe.lasting, trainer.max_steps, parts.module.model)
+        checkpoint = read_to_resume(folder, settings, recipe.lasting, trainer.max_steps, parts.module.model, contents)
     started = None if checkpoint or recipe.init is None else parts.module.start_from(recipe.init)
     if folder is not None and first_process():
         folder.begin(options.overwrite, settings)

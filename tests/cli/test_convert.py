@@ -82,9 +82,21 @@ def test_averaged_weights_and_names_of_classes(checkpoint, weights, tmp_path, ca
 def test_a_file_is_replaced_only_when_asked(checkpoint, tmp_path, capsys):
     output = tmp_path / "model.safetensors"
     output.write_text("mine")
+    assert run(checkpoint, output, "--overwrite") == 2
+    assert "no model file of ours: name another file" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    before = checkpoint.read_bytes()
+    assert run(checkpoint, checkpoint, "--overwrite") == 2
+    assert checkpoint.read_bytes() == before
+    output.unlink()
+    assert run(checkpoint, output) == 0
+    written = output.stat().st_mtime_ns
+    capsys.readouterr()
     assert run(checkpoint, output) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert output.read_text() == "mine"
+    assert output.stat().st_mtime_ns == written
+    assert run(checkpoint, output, "--overwrite") == 0
+    assert output.stat().st_mtime_ns > written
 
 
 def test_a_folder_as_output_is_refused_and_nothing_is_left(tmp_path, capsys):

@@ -63,7 +63,8 @@ def by_name(output: Path) -> dict[str, list]:
 
 def test_a_folder_gives_results_pictures_and_trajectories(model, photos, tmp_path, capsys):
     output = tmp_path / "out"
-    assert run(model, photos, output, "--num_trajectories", "2", "--num_pictures", "3", "--score_threshold", "0") == 0
+    # One of the first four is broken.
+    assert run(model, photos, output, "--num_trajectories", "2", "--num_pictures", "4", "--score_threshold", "0") == 0
     content, rows = read(output)
     assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "c.bmp", "d.png", "more/a.png"]
     assert [image["width"] for image in content["images"]] == [60, 70, 80, 90, 100]
@@ -107,7 +108,7 @@ def test_batches_and_other_images_do_not_change_detections(model, photos, tmp_pa
 
 
 def test_two_processes_share_the_images(model, photos, tmp_path):
-    options = ("--num_pictures", "3", "--num_trajectories", "1", "--device", "cpu", "--workers", "0")
+    options = ("--num_pictures", "4", "--num_trajectories", "1", "--device", "cpu", "--workers", "0")
     assert run(model, photos, tmp_path / "one", *options) == 0
     where = ["--model", str(model), "--images", str(photos), "--output", str(tmp_path / "two")]
     assert python(*TORCHRUN, "-m", "diffperception", "predict", *where, *options) == 0
@@ -201,7 +202,7 @@ def test_a_mistake_ends_in_one_sentence(model, photos, tmp_path, capsys, change,
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("[!.]*"))
 
 
 def test_the_tool_is_the_command(model, photos, tmp_path, monkeypatch):

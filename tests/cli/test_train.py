@@ -363,3 +363,20 @@ def test_a_refused_resume_leaves_the_options_of_the_run(
     assert train(config, run, "--resume") == 2
     assert "cut short" in complaint(capsys)
     assert (run / "config.yaml").read_text() == "kept: true"
+
+
+def test_a_run_goes_on_with_the_data_that_it_was_begun_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_tiny_config(tmp_path / "tiny")
+    assert train(config, tmp_path / "run", "--trainer.max_steps", "1") == 0
+    truth = next((tmp_path / "tiny").rglob("annotations.json"))
+    whole = truth.read_text()
+    content = json.loads(whole)
+    content["annotations"][0]["bbox"][0] += 1
+    truth.write_text(json.dumps(content))
+    again = ["--trainer.max_steps", "2", "--resume"]
+    assert train(config, tmp_path / "run", *again) == 2
+    assert "what is in data.train_annotations has changed since the run" in complaint(capsys)
+    truth.write_text(whole)
+    assert train(config, tmp_path / "run", *again, "--data.batch_size", "3") == 2
+    assert "data.batch_size is 3, but the run" in complaint(capsys)
+    assert train(config, tmp_path / "run", *again) == 0

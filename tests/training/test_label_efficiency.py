@@ -1,8 +1,10 @@
 """`diffperception compare` on pictures of three colours, with a small generator that has learned nothing."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -164,10 +166,33 @@ def test_results_of_another_generator_are_not_mixed(root: Path, first: Path) -> 
         file.write_bytes(before)
 
 
-def test_a_broken_file_of_results_is_named(root: Path, tmp_path: Path) -> None:
+def test_a_file_of_results_that_no_call_wrote_is_never_replaced(root: Path, tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text('{"settings": {')
-    with pytest.raises(ValueError, match=r"compare\.json is broken: remove it"):
+    with pytest.raises(ValueError, match="is not empty: choose another"):
         run(root, tmp_path, "--labels", "1", "--methods", "rgb")
+    with pytest.raises(ValueError, match=r"compare\.json would be replaced, which no earlier run wrote"):
+        run(root, tmp_path, "--labels", "1", "--methods", "rgb", "--overwrite")
+    assert (tmp_path / "compare.json").read_text() == '{"settings": {'
+
+
+def test_results_of_masks_that_were_corrected_are_made_anew(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root / "train/masks", tmp_path / "masks")
+    options = ["--labels", "1", "--methods", "rgb", "--num_seeds", "1", "--data.masks", str(tmp_path / "masks")]
+    options += ["--fit.max_minibatches", "5"]
+    run(root, tmp_path / "out", *options)
+    for file in (tmp_path / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(file))[::-1].copy()).save(file)
+    capsys.readouterr()
+    again = run(root, tmp_path / "out", *options)
+    said = capsys.readouterr().out
+    assert "1 result of images or masks that have changed since: made anew" in said
+    assert "1 of 1 results are still to be made" in said
+    anew = run(root, tmp_path / "anew", *options)
+    assert [(row["miou"], row["content"]) for row in again["results"]] == [
+        (row["miou"], row["content"]) for row in anew["results"]
+    ]
 
 
 @pytest.mark.parametrize(
