@@ -93,18 +93,9 @@ def damage_any(damage: Callable[[Random, Path], None], *folders: str) -> Callabl
     """Damage one or two of the files in the folders."""
 
     def damage_some(random: Random, folder: Path) -> None:
-        for _ in range(random.randint(1, 2)):
-            damage(
-                random,
-                random.choice(
-                    [
-                        p
-                        for name in folders
-                        for p in sorted((folder / name).iterdir())
-                        if p.suffix == ".png" and p.is_file()
-                    ]
-                ),
-            )
+        files = [path for name in folders for path in sorted((folder / name).glob("*.png"))]
+        for path in random.sample(files, random.randint(1, 2)):
+            damage(random, path)
 
     return damage_some
 
