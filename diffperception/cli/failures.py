@@ -44,7 +44,7 @@ _LOST_PEER = re.compile(
 )
 
 
-def failure(error: BaseException, command: str) -> tuple[str, int]:
+def failure(error: Exception, command: str) -> tuple[str, int]:
     """What to say of an error that ended a command, in one line, and the exit code."""
     kind, text = type(error).__name__, str(error)
     if found := _WORKERS_ERROR.match(text):

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             close_output()
             return NOBODY_READS
-        except BaseException as error:
+        except Exception as error:
             if {"--debug", "--debug=true"} & set(arguments):
                 raise
             text, code = failure(error, name)
