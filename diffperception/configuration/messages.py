@@ -1,7 +1,10 @@
-"""From a parser's complaint to one sentence."""
+"""From a complaint of a parser, or of a constructor, to one sentence."""
 
 import re
 from collections.abc import Callable
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 KINDS = {
     "PositiveInt": "a whole number above 0",
@@ -24,6 +27,15 @@ def sentence(error: Exception) -> str:
         starts = [n for n, line in enumerate(lines) if re.match(r"[\w.]+(: |$)", line)]
         return " ".join(lines[starts[-1] :]).partition(": ")[2] if starts else lines[-1]
     return _plain(" ".join(lines))
+
+
+def construct(make: Callable[..., Made], *arguments: Any) -> Made:
+    """What a constructor makes of users' options; ValueError, with what Python or torch says of them, if it fails."""
+    try:
+        return make(*arguments)
+    except (RuntimeError, ArithmeticError, LookupError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"the model cannot be built with these options ({type(error).__name__}: {text})") from error
 
 
 def _plain(message: str) -> str:

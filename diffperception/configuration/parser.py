@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_sett
 
 from diffperception.configuration.as_written import load_as_written
 from diffperception.configuration.inheritance import spread_files
-from diffperception.configuration.messages import sentence
+from diffperception.configuration.messages import construct, sentence
 
 T = TypeVar("T")
 MODE = "yaml as written"  # of parsers
@@ -152,7 +152,7 @@ class Options:
             import torch
 
             torch.manual_seed(options.seed)
-        values = vars(self.parser.instantiate(options))
+        values = vars(construct(self.parser.instantiate, options))
         for name, mark in self.flat.items():
             filled = partial(mark.part, **{option: values[option] for option in self.of_part[mark.part]})
             values[name] = filled() if inspect.isclass(mark.part) and not mark.given else filled

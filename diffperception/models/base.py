@@ -24,7 +24,7 @@ from typing_extensions import Self
 
 from diffperception.devices import pick_device
 from diffperception.files import require_file_name, written_beside
-from diffperception.models.convert.checkpoints import folder_in_words
+from diffperception.models.convert.checkpoints import assign, folder_in_words
 
 FORMAT = "diffperception-2"
 PACKAGE = "diffperception"
@@ -112,11 +112,7 @@ class Model(nn.Module):
         for name, built in model.state_dict().items():  # what is assigned keeps the layout that the constructor chose
             if name in state and state[name].shape == built.shape and state[name].stride() != built.stride():
                 state[name] = torch.empty_like(built, dtype=state[name].dtype).copy_(state[name])
-        try:
-            model.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} does not fit the {type(model).__name__} it describes: {reason}") from None
+        assign(model, state, f"{path} does not fit the {type(model).__name__} it describes")
         return model.to(device=device, dtype=dtype).eval()
 
     @classmethod

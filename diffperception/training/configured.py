@@ -77,7 +77,10 @@ def options_for(arguments: Sequence[str]) -> Options:
 
 def find_recipe(task: str) -> type[Recipe]:
     """The recipe of a task, or of a user's own by its import path; ValueError, naming the nearest, if there is none."""
-    found = pydoc.locate(f"{__package__}.recipes.{RECIPES[task]}" if task in RECIPES else task)
+    try:
+        found = pydoc.locate(f"{__package__}.recipes.{RECIPES[task]}" if task in RECIPES else task)
+    except pydoc.ErrorDuringImport as error:
+        raise ValueError(f"the task {task} cannot be imported: {error.value}") from error
     if isinstance(found, type) and issubclass(found, Recipe):
         return found
     near = difflib.get_close_matches(task, RECIPES, n=1)

@@ -97,6 +97,13 @@ def test_the_rate_follows_the_images_a_step_and_is_said(
     assert {group["lr"] for group in state["optimizer_states"][0]["param_groups"]} == {0.03}
 
 
+def test_a_model_that_cannot_be_built_is_said(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config, tmp_path / "run", "--model.init_args.width", "-3") == 2
+    assert "the model cannot be built with these options (RuntimeError: Trying to create" in complaint(capsys)
+    assert train(config, tmp_path / "run", "--task", "/") == 2
+    assert "the task / cannot be imported" in complaint(capsys)
+
+
 def test_a_folder_that_holds_a_run_is_refused_or_replaced(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,7 +49,9 @@ def damage_tree(random: Random, tree: Any, avoid: frozenset[str] = frozenset()) 
     tree = {"": copy.deepcopy(tree)}
     for _ in range(random.randint(1, 3)):
         every = places(tree, avoid)
-        shallow = [place for place in every if place[0] in (tree, tree[""])]
+        if not every:
+            break
+        shallow = [place for place in every if place[0] is tree or place[0] is tree.get("")]
         holder, key = random.choice(shallow if random.random() < 0.15 else every)
         _damage_place(random, holder, key, every)
     return tree.get("", {})

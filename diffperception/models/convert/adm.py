@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffperception.models.convert.checkpoints import complaints
+from diffperception.models.convert.checkpoints import assign, complaints
 
 State = Mapping[str, Tensor]
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -87,7 +87,7 @@ def build(
         for name in (_ours(name) for name in state if ".qkv." in name):  # by heads and then by q, k, v; ours by these
             rows = renamed[name].unflatten(0, (num_heads or len(renamed[name]) // 3 // num_head_channels, 3, -1))
             renamed[name] = rows.transpose(0, 1).flatten(0, 2)
-    model.load_state_dict(renamed, assign=True)
+    assign(model, renamed, f"the checkpoint does not fit the {type(model).__name__}")
     return model
 
 

@@ -12,7 +12,7 @@ from zipfile import is_zipfile
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 # Where training programs put the weights, the likeliest first; any other key that holds tensors counts if it is alone.
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "module", "weights", "params")
@@ -152,6 +152,17 @@ def complaints(given: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]
         for kind, names in found.items()
         if names
     )
+
+
+def assign(model: nn.Module, state: Mapping[str, Tensor], problem: str) -> None:
+    """Make the tensors of `state` the model's; ValueError, which begins with the problem, if they do not fit."""
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if wrong := complaints(state, expected):
+        raise ValueError(f"{problem}: {wrong}")
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # numbers of a wrong type
+        raise ValueError(f"{problem}: {str(error).splitlines()[-1].strip()}") from error
 
 
 def _first(names: Sequence[str], shown: int = 6) -> str:

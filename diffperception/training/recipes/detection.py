@@ -11,6 +11,7 @@ from jsonargparse import lazy_instance
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from diffperception.configuration.messages import construct
 from diffperception.data import CocoDetection
 from diffperception.data.batches import repeat_factors
 from diffperception.data.formats import Annotations, Format, open_annotations, split_annotations
@@ -299,7 +300,7 @@ class DetectionRecipe(Recipe):
         evaluation = replace(self.evaluation, tile=self.evaluation.tile or self.data.tile)
         split = self.data.val_share is not None
         evaluator = DetectionEvaluator(val, evaluation, self.data.workers, seed, split)
-        detector = self.model(train.classes)
+        detector = construct(self.model, train.classes)
         require_masks(detector, val)
         require_no_masks(detector, Tiling(evaluation.tile, evaluation.overlap))
         for remark in [*remarks, *limits(detector, train, val, evaluation.tile)]:

@@ -12,6 +12,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from diffperception.configuration.inheritance import given, spread_files
+from diffperception.configuration.messages import construct
 from diffperception.data.batches import SeededSamples, collate
 from diffperception.data.image_folder import ImageDataOptions, ImageFolder
 from diffperception.data.images import LazyMap
@@ -230,7 +231,7 @@ class GenerationRecipe(Recipe):
     init: Path | None = None
 
     def prepare(self, seed: int) -> Parts:
-        model = self.model(self.data.classes())
+        model = construct(self.model, self.data.classes())
         train, val = self.data.open(model.image_size, model.space.image_channels)
         height, width = model.image_size
         return Parts(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
+from diffperception.configuration.messages import construct
 from diffperception.data.batches import spread
 from diffperception.data.image_folder import ImageDataOptions, ImageFolder
 from diffperception.devices import to_device
@@ -183,7 +184,7 @@ class NoisyClassifierRecipe(Recipe):
     init: Path | None = None
 
     def prepare(self, seed: int) -> Parts:
-        model = self.model(self.data.classes())
+        model = construct(self.model, self.data.classes())
         train, val = self.data.open(model.image_size, model.in_channels)
         return Parts(
             NoisyClassifierModule(model, self.optimizer, seed),
