@@ -21,7 +21,7 @@ from diffperception.configuration.inheritance import spread_files
 from diffperception.configuration.messages import construct, sentence
 
 T = TypeVar("T")
-MODE = "yaml as written"  # of parsers
+MODE, DUMPED = "yaml as written", "yaml as dumped"  # of parsers: how they read what people wrote, what they dumped
 HELP = {  # of options that several commands have, where a docstring says nothing of its own
     "model": "a file that training or `diffperception convert` wrote, model.safetensors.",
     "images": "an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.",
@@ -73,6 +73,7 @@ class Options:
 
     def __init__(self, name: str, *parts: Callable[..., Any], description: str | None = None, task: str | None = None):
         set_loader(MODE, _load, (yaml.YAMLError,))
+        set_loader(DUMPED, yaml.safe_load, (yaml.YAMLError,))
         set_parsing_settings(unset_sentinel=True)  # without it null passes for a value of any type
         self.parts = parts
         own = [p for part in parts for p in inspect.signature(part).parameters.values()]
@@ -161,7 +162,11 @@ class Options:
 
     def settings(self, options: Namespace) -> dict[str, Any]:
         """All options, as a configuration has them."""
-        return yaml.safe_load(self.parser.dump(options, skip_unset=False))
+        self.parser.parser_mode = DUMPED  # what the options of a class become passes through text and back
+        try:
+            return yaml.safe_load(self.parser.dump(options, skip_unset=False, skip_validation=True))
+        finally:
+            self.parser.parser_mode = MODE
 
 
 def call(command: Callable[..., Any], arguments: Sequence[str], name: str | None = None) -> int:

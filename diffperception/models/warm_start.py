@@ -16,7 +16,8 @@ from diffperception.models.backbones.base import Backbone
 from diffperception.models.base import Model, describe, is_model_file
 from diffperception.models.convert.checkpoints import state_of
 
-LEAST = 1 / 3  # of some part of the model must fit, or the file is of something else
+LEAST = 1 / 3  # of some part of the model, or of the file, must fit, or the file is of something else
+COUNTER = "num_batches_tracked"  # of norms, where people turn all of a file to float16 too
 LISTED = 4  # names or groups of names in a line of the report
 REFERENCES = ("head_series.", "input_blocks.")  # in the names of checkpoints that `diffperception convert` reads
 
@@ -97,7 +98,8 @@ def warm_start(model: nn.Module, path: str | Path, below: str = "") -> WarmStart
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it holds no model or weights, not a third of any part of the model, or numbers that are not finite.
+        ValueError: it holds no model or weights, not a third of any part of the model nor of the file fits, or numbers
+            are not finite.
     """
     source = read_source(Path(path), (type(model).__module__.split(".")[0],))
     state = {name: value for name, value in model.state_dict().items() if name.startswith(below)}
@@ -108,7 +110,7 @@ def warm_start(model: nn.Module, path: str | Path, below: str = "") -> WarmStart
         for ours, theirs in pairs.items()
     }
     report = _report(model, state, rows, source, pairs)
-    _require_fit(model, report, values)
+    _require_fit(model, source, report, {name: value.to(state[name].dtype) for name, value in values.items()})
     with torch.no_grad():
         for name, value in values.items():
             state[name].copy_(value)
@@ -226,8 +228,8 @@ def _pairs(
             prefix = max(votes, key=lambda prefix: (votes[prefix], -len(prefix)))
             there = {ours: free[prefix + plain] for plain, ours in below.items() if prefix + plain in free}
             wrong = {ours for ours, theirs in there.items() if not _may_give(state, rows, source, ours, theirs)}
-            layers = {_layer(ours) for ours in wrong}  # a bias is of no use without its weight
-            pairs |= {ours: theirs for ours, theirs in there.items() if _layer(ours) not in layers}
+            layers = {_layer(ours) for ours in wrong if not ours.endswith(COUNTER)}  # no bias without its weight
+            pairs |= {ours: n for ours, n in there.items() if ours not in wrong and _layer(ours) not in layers}
     return pairs
 
 
@@ -306,7 +308,7 @@ def _report(
     report.classes = {classes[i]: found[place] for i, place in same_classes(classes, found).items()}
     report.new_classes = [name for name in classes if name not in report.classes]
     used = set(pairs.values())
-    report.unused = [name for name in source.state if name not in used and not name.endswith("num_batches_tracked")]
+    report.unused = [name for name in source.state if name not in used and not name.endswith(COUNTER)]
     if isinstance(model, Model) and type(source.model) is type(model):
         ours_set, theirs_set = (dict(_settings(describe(m.arguments))) for m in (model, source.model))
         both = [name for name in ours_set if name in theirs_set and ours_set[name] != theirs_set[name]]
@@ -359,15 +361,16 @@ def _part(name: str, places: Mapping[str, str]) -> str:
     return name.removeprefix("model.").partition(".")[0]
 
 
-def _require_fit(model: nn.Module, report: WarmStart, values: Mapping[str, Tensor]) -> None:
+def _require_fit(model: nn.Module, source: Source, report: WarmStart, values: Mapping[str, Tensor]) -> None:
     """ValueError if too little fits, or something that does is not finite."""
-    if not any(taken >= LEAST * whole > 0 for taken, whole in report.parts.values()):
+    of_file = [sum(value.numel() for value in weights.values()) for weights in (values, source.state)]
+    if not any(taken >= LEAST * whole > 0 for taken, whole in (*report.parts.values(), of_file)):
         of_reference = any(place in name for name in report.unused for place in REFERENCES)
         convert, other = "make a model file of it with `diffperception convert` first", "name another file"
         names = _listed(_grouped(dict.fromkeys(report.unused, ""))[:3])
         raise ValueError(
             f"{report.path} ({report.what}: {names}) fits too little of this {type(model).__name__}: by name and shape"
-            f" less than a third of any part; {convert if of_reference else other}"
+            f" less than a third of any part, and of the file; {convert if of_reference else other}"
         )
     for name, value in values.items():
         if value.is_floating_point() and not value.isfinite().all():

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from diffperception.configuration.messages import sentence
-from diffperception.configuration.parser import OptionsOf, call
+from diffperception.configuration.parser import Options, OptionsOf, call
 
 
 @dataclass
@@ -204,3 +205,42 @@ def test_help_spells_options_one_way(capsys: pytest.CaptureFixture[str]) -> None
     assert "--num_boxes NUM_BOXES ..." in text
     assert "--num-boxes" not in text
     assert "--num_boxes+" not in text
+
+
+class Ingredient:
+    """Something with options of its own.
+
+    Args:
+        count: how many.
+        share: of the whole.
+        fresh: whether it is.
+        names: texts that YAML would read as something else.
+        sizes: numbers.
+        inner: one in it.
+    """
+
+    def __init__(
+        self,
+        count: int = 1,
+        share: float = 0.5,
+        fresh: bool = False,
+        names: list[str] | None = None,
+        sizes: list[int] | None = None,
+        inner: "Ingredient | str | None" = None,
+    ) -> None:
+        self.count, self.share, self.fresh, self.inner = count, share, fresh, inner
+        self.names, self.sizes = names, sizes
+
+
+def cook(ingredient: Ingredient) -> None:
+    """Cook."""
+
+
+def test_settings_of_nested_classes_have_the_types_of_their_options() -> None:
+    names = ["no", "012", "1e3", "null", "5:30"]
+    own = {"count": 3, "share": 0.25, "fresh": True, "names": names, "sizes": [1, 2], "inner": None}
+    nested = {"class_path": f"{__name__}.Ingredient", "init_args": {**own, "inner": "012"}}
+    given = {"class_path": f"{__name__}.Ingredient", "init_args": {**own, "inner": nested}}
+    options = Options("cook", cook)
+    parsed = options.parse(["--config", yaml.safe_dump({"ingredient": given})])
+    assert options.settings(parsed)["ingredient"] == given

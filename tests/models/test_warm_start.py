@@ -90,6 +90,12 @@ def test_which_classes_are_the_same(ours: list[str], theirs: list[str], places: 
     assert same_classes(ours, theirs) == places
 
 
+def test_a_shorter_backbone_is_taken_whole_though_it_is_a_small_part_of_a_longer_one(tmp_path: Path) -> None:
+    path, model = saved(detector(["a"]), tmp_path), FCOS(["b"], "resnet10t")
+    taken, whole = warm_start(model, path).parts["backbone"]
+    assert 0 < taken < whole / 3
+
+
 def test_fewer_stages_and_another_backbone_take_what_fits(tmp_path: Path) -> None:
     source = detector(["a"], head=partial(HEAD, stages=3))
     path, model = saved(source, tmp_path), detector(["a"], "resnet18")
@@ -169,6 +175,20 @@ def test_timms_names_of_networks_that_give_maps(tmp_path: Path, name: str) -> No
     body = {n for n, _ in model.named_parameters() if ".body." in n}
     assert body
     assert not body & set(report.anew)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_files_of_other_number_types_counters_of_norms_included(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {name: value.to(dtype) for name, value in timm.create_model("resnet10t").state_dict().items()}
+    save_file(weights, tmp_path / "w.safetensors")
+    model = detector(["a"])
+    report = warm_start(model, tmp_path / "w.safetensors")
+    assert report.parts["backbone"][0] == report.parts["backbone"][1]
+    assert torch.equal(model.backbone.backbone.body.layer1[0].bn1.weight, weights["layer1.0.bn1.weight"].float())
+    weights["layer1.0.bn1.weight"][0] = 1e39 if dtype == torch.float64 else torch.inf  # more than a float32 holds
+    save_file(weights, tmp_path / "large.safetensors")
+    with pytest.raises(ValueError, match=r"not finite in its weights for .*layer1\.0\.bn1\.weight"):
+        warm_start(model, tmp_path / "large.safetensors")
 
 
 def test_a_frozen_norm_takes_the_statistics_too(tmp_path: Path) -> None:
