@@ -39,7 +39,7 @@ def check_coco_files(
     """
     found = check()
     code = report_problems(found, show, report)
-    if check.keywords["images"] is None:
+    if check.keywords["images"] is None and check.keywords["format"] == "coco":
         echo("Only the annotations were checked; --images FOLDER checks the image files too.")
     return code
 

@@ -44,7 +44,7 @@ def check_coco(
 
     Args:
         annotations: COCO JSON file, or what `format` says.
-        images: folder of its images; null: only the annotations are checked.
+        images: folder of its images; null: where the format has them; of COCO only the annotations are checked.
         open_images: decode every image and compare its size; false only looks whether the files are there.
         num_boxes: proposals of the detector to train; images with more objects are named.
         short_side: largest of the short sides that training resizes images to, in pixels (`short_sides` of its
@@ -53,7 +53,7 @@ def check_coco(
         format: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv; auto looks for itself.
     """
     try:
-        _, content, _, notes = open_annotations(annotations, images, format)
+        _, content, found_images, notes = open_annotations(annotations, images, format)
     except (OSError, ValueError) as error:
         return Report([Problem("error", "unreadable file", str(error))], None)
     faulty = list(entry_faults(content))
@@ -62,10 +62,11 @@ def check_coco(
     problems = [Problem("warning", "passed over", note) for note in notes]
     places = [fault.sentence() for fault in faulty]
     problems += found_at("error", "unusable entry", "an entry lacks a key or has a value that cannot be used", places)
-    table = table if images is None else with_sizes(table, Path(images))
+    folder = found_images if images is not None or format != "coco" else None
+    table = table if folder is None else with_sizes(table, folder)
     scale = None if short_side is None else resizing(table.sizes, short_side, max_long_side)
     problems += [*check_ids(table, listed), *check_learning(table, num_boxes, scale)]
-    problems += [] if images is None else check_files(table, Path(images), open_images)
+    problems += [] if folder is None else check_files(table, folder, open_images)
     unknown = {kind for section in {fault.section for fault in faulty} for kind in UNKNOWN[section]}
     problems = [problem for problem in problems if problem.kind not in unknown]
     return Report(sorted(problems, key=lambda problem: problem.level), summarize(table))

@@ -19,7 +19,7 @@ from diffperception.data.check_report import Problem
 from diffperception.data.formats import Annotations, Format, open_annotations
 from diffperception.data.images import BrokenImageError, read_image, to_float
 from diffperception.data.outlines import decode_outlines
-from diffperception.data.soundness import check_learning, clip_boxes, require_entries, with_sizes
+from diffperception.data.soundness import check_ids, check_learning, clip_boxes, require_entries, with_sizes
 from diffperception.data.tiles import MIN_SEEN, RandomTile, Window, seen_share
 
 Target = dict[str, Any]
@@ -86,7 +86,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.file_names = table.file_names
         self.sizes = table.sizes
         self._index_boxes(table)
-        self.problems = [replace(p, message=p.sentence(), places=[]) for p in self._learning_problems(table)]
+        problems = [*check_ids(table), *self._learning_problems(table)]
+        self.problems = [replace(problem, message=problem.sentence(), places=[]) for problem in problems]
         self._warned: set[int] = set()
 
     def _learning_problems(self, table: CocoTable) -> list[Problem]:

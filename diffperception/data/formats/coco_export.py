@@ -4,6 +4,7 @@ Roboflow's file `_annotations.coco.json` lies among the images, and its category
 super-category of the others. Label Studio's file names begin with images/ or are addresses; CVAT's are in order.
 """
 
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,21 @@ def _are_lost(images: list[dict[str, Any]], folder: Path) -> bool:
 
 
 def _find_images(content: dict[str, Any], folder: Path, remarks: Remarks) -> None:
-    """Give the images the names of the files that are meant; those that are not found, or not one, keep theirs."""
+    """Give the images the names of the files that are meant.
+
+    Those that are not found, that may be several files, or of which several would be one file keep theirs.
+    """
     index = find_images(None, [folder])
     if index is None:
         return
-    for entry in content["images"]:
-        if isinstance(entry, dict) and isinstance(entry.get("file_name"), str):
-            with suppress(ValueError):
-                name = index.find(entry["file_name"])
-                if name is not None and name != entry["file_name"]:
-                    place = f"{tidy(entry['file_name'])} as {name}"
-                    remarks.add("images are found under other names than the file's", place)
-                    entry["file_name"] = name
+    entries = [e for e in content["images"] if isinstance(e, dict) and isinstance(e.get("file_name"), str)]
+    meant: dict[str, str] = {}
+    for written in {entry["file_name"]: None for entry in entries}:
+        with suppress(ValueError):
+            meant[written] = index.find(written) or ""
+    count = Counter(meant.values())
+    for entry in entries:
+        written, name = entry["file_name"], meant.get(entry["file_name"], "")
+        if name not in ("", written) and count[name] == 1:
+            remarks.add("images are found under other names than the file's", f"{tidy(written)} as {name}")
+            entry["file_name"] = name

@@ -77,17 +77,22 @@ def to_coco(
         classes: the names of all classes in order; objects of others are left out and counted.
 
     Raises:
-        ValueError: two files speak of one image, or no image is left; boxes seem to be no pixels.
+        ValueError: two files speak of one image, or no image is left; boxes seem to be no pixels; classes share a name.
     """
     images = sorted(images, key=lambda image: image.file_name)
     if not images:
-        raise ValueError(f"{source} gives no image: is it the right path and the right format?")
+        passed_over = "".join(f" ({sentence})" for sentence in remarks.sentences())
+        raise ValueError(f"{source} gives no image{passed_over}: is it the right path and the right format?")
     for one, other in itertools.pairwise(images):
         if one.file_name == other.file_name:
             raise ValueError(f"{one.place} and {other.place} both speak of the image {one.file_name}: remove one")
     _require_pixels(images, source)
     if not classes:
         raise ValueError(f"{source} has no object and no list of classes: there is nothing to learn or to find")
+    if twice := [name for name in classes if classes.count(name) > 1]:
+        raise ValueError(f"the classes of {source} have {twice[0]!r} more than once: give each a name of its own")
+    if not all(name.strip() for name in classes):
+        raise ValueError(f"the classes of {source} have an empty name: give each one")
     ids = {name: number for number, name in enumerate(classes, 1)}
     annotations = []
     for image_id, image in enumerate(images, 1):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from diffperception.data.annotations import tabulate
-from diffperception.data.formats import Format, open_annotations
+from diffperception.data.formats import Format, open_annotations, split_part
 from diffperception.data.formats.writers import write_voc, write_yolo
 from diffperception.data.soundness import require_entries, with_sizes
 from diffperception.files import OutputFolder, require_file_name, write_json
@@ -43,12 +43,18 @@ def convert_annotations(
     Raises:
         FileNotFoundError, ValueError: the annotations cannot be read, or the output would replace something.
     """
+    if images is not None and not images.is_dir():
+        raise FileNotFoundError(f"there is no image folder {images}")
     found = open_annotations(annotations, images, format, outlines=to == "coco", classes=classes)
     table = with_sizes(tabulate(found.content, annotations), found.images)
     require_entries(table)
-    notes = list(found.notes)
+    notes, num_objects = list(found.notes), len(table.boxes)
+    if classes is not None and classes != table.category_names:
+        notes.append(f"{annotations} lists its classes itself, so --classes is not used")
     if to == "coco":
         require_file_name(output)
+        if output.exists() and output.samefile(split_part(str(annotations))[0]):
+            raise ValueError(f"{output} is what is to be converted: choose another --output")
         if output.exists() and not overwrite:
             raise ValueError(f"{output} is there already: choose another, or allow to replace it with --overwrite")
         write_json(output, found.content, indent=None)
@@ -58,4 +64,5 @@ def convert_annotations(
         (write_voc if to == "voc" else write_yolo)(table, folder)
         if to == "yolo" and table.iscrowd.any():
             notes.append(f"crowd regions, which YOLO does not know, are left out: {table.iscrowd.sum()}")
-    return Conversion(found.images, len(table.image_ids), len(table.boxes), list(table.category_names), notes)
+            num_objects -= int(table.iscrowd.sum())
+    return Conversion(found.images, len(table.image_ids), num_objects, list(table.category_names), notes)

@@ -99,11 +99,17 @@ def read_csv(
     index = find_images(images, (path.parent / "images", path.parent, path.parent.parent / "images"))
     by_image: dict[str, list[tuple[int, list[str]]]] = {}
     found: dict[str, str | None] = {}
+    written_as: dict[str, str] = {}
     for line, row in rows:
         written = _cell(row, columns.image)
         if written not in found:
             found[written] = _find(written, index)
         name = found[written]
+        if name is not None and written_as.setdefault(name, tidy(written)) != tidy(written):
+            raise ValueError(
+                f"{path}, line {line}: {written} and {written_as[name]} would both be the image {name}: give a folder"
+                " with both, as they are named"
+            )
         if name is None:
             remarks.add("rows whose image is missing are left out", f"{path}, line {line} ({written})")
         else:
@@ -182,20 +188,23 @@ def _sizes(
     remarks: Remarks,
 ) -> dict[str, tuple[int, int]]:
     """Width and height of each image: what the file says, or else the images' headers."""
-    if columns.size is not None:
-        told = {}
-        for name, rows in by_image.items():
-            line, row = rows[0]
-            width, height = (number(_cell(row, c), "the size", f"{path}, line {line}") for c in columns.size)
-            told[name] = (int(width), int(height))
-        return told
-    if index is None:
-        raise ValueError(f"{path} gives no sizes of its images: give the folder with the images too")
-    measured = in_threads(size_of_image, [index.folder / name for name in by_image], "sizes of images")
-    for size in measured:
+    told: dict[str, tuple[int, int] | str] = {}
+    for name, rows in by_image.items() if columns.size else ():
+        line, row = rows[0]
+        sides = (number(_cell(row, c) or 0, "the size", f"{path}, line {line}") for c in columns.size or ())
+        width, height = map(int, sides)
+        if min(width, height) > 0:
+            told[name] = (width, height)
+    unknown = [name for name in by_image if name not in told]
+    if unknown and index is None:
+        raise ValueError(f"{path} gives no size of {unknown[0]}: give the folder with the images too")
+    if index is not None:
+        measured = in_threads(size_of_image, [index.folder / name for name in unknown], "sizes of images")
+        told |= dict(zip(unknown, measured, strict=True))
+    for size in told.values():
         if isinstance(size, str):
             remarks.add("images of unknown size are left out", size)
-    return {name: size for name, size in zip(by_image, measured, strict=True) if not isinstance(size, str)}
+    return {name: size for name in by_image if not isinstance(size := told[name], str)}
 
 
 def _object(

@@ -34,7 +34,9 @@ def read_cvat(
         split: of images, the `subset` that CVAT gives them.
     """
     path = path / "annotations.xml" if path.is_dir() else path
-    root = read_xml(path, "annotations")
+    root = read_xml(path)
+    if root.tag != "annotations":
+        raise ValueError(f"{path} holds <{root.tag}>, not <annotations>: is the format the right one?")
     if root.find("track") is not None:
         raise ValueError(f"{path} is CVAT's format for videos: export the task as `CVAT for images 1.1`, or as COCO")
     index = find_images(images, (path.parent / "images", path.parent))

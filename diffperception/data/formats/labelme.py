@@ -21,8 +21,9 @@ from diffperception.data.formats.collected import (
     read_json,
     size_of_image,
 )
-from diffperception.data.formats.pictures import ImageIndex, find_images, tidy
-from diffperception.data.formats.voc import read_class_file
+from diffperception.data.formats.pictures import ImageIndex, count_unmarked, find_images, tidy
+from diffperception.data.formats.voc import NO_CLASSES, read_class_file
+from diffperception.data.listing import files_below
 
 POLYGONS = ("polygon", "rotation")
 BOXES = ("rectangle", "mask")
@@ -39,7 +40,7 @@ def read_labelme(
     """
     path = path if split is None else folder_of_part(path, split)
     folder = path if path.is_dir() else path.parent
-    files = sorted(folder.rglob("*.json")) if path.is_dir() else [path]
+    files = files_below(folder, {".json"}) if path.is_dir() else [path]
     contents = in_threads(read_json, files, "annotations")
     index = find_images(images, (folder, folder.parent / "images", folder.parent))
     found = []
@@ -48,6 +49,8 @@ def read_labelme(
             remarks.add("JSON files without `shapes`, which are not LabelMe's, are left out", str(file))
         elif image := _image(file, content, folder, index, remarks):
             found.append(image)
+    if path.is_dir():
+        count_unmarked(index, found, remarks)
     return found, read_class_file(folder), index.folder if index else folder
 
 
@@ -93,6 +96,9 @@ def _objects(file: Path, shapes: list[Any], remarks: Remarks) -> list[MarkedObje
 
 def _object(shape: dict[str, Any], place: str, remarks: Remarks) -> MarkedObject | None:
     name, kind = str(shape["label"]).strip(), shape.get("shape_type") or "polygon"
+    if name in NO_CLASSES["labels.txt"]:
+        remarks.add(f"shapes labelled {name}, which is no class, are left out", place)
+        return None
     points = [[number(value, "a point", place) for value in point] for point in _pairs(shape.get("points"), place)]
     if kind == "circle" and len(points) == 2:  # its centre, and a point on it
         (x, y), radius = points[0], math.dist(*points)

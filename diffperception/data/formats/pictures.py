@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from diffperception.data.formats.collected import MarkedImage, Remarks
 from diffperception.data.listing import list_images
 
 UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the names of uploaded files
@@ -64,6 +65,14 @@ class ImageIndex:
         if len(best) > 1:
             raise ValueError(f"{path} may be {best[0]} or {best[1]} in {self.folder}: give the folder nearer to one")
         return best[0]
+
+
+def count_unmarked(index: ImageIndex | None, marked: Iterable[MarkedImage], remarks: Remarks) -> None:
+    """Count the images without a file of their own, of formats that have one for each image."""
+    spoken_of = {image.file_name for image in marked}
+    for name in index.names if index else ():
+        if name not in spoken_of:
+            remarks.add("images without an annotation file are left out", name)
 
 
 def tidy(name: str) -> str:

@@ -1,7 +1,8 @@
 """Pascal VOC: a folder of XML files, one an image, as in the VOCdevkit and as LabelImg, Roboflow and CVAT write them.
 
 VOC counts pixels from 1 and includes the last one: a box that fills an image of 640 x 480 is 1, 1, 640, 480, so that
-x1 = xmin - 1 and x2 = xmax. A folder with an xmin or ymin of 0 counts from 0, and its numbers are taken as they are.
+x1 = xmin - 1 and x2 = xmax. A folder with an xmin or ymin from 0 to below 1 counts from 0, and its numbers are taken as
+they are, unless `convert-data` wrote it (`source/database`), which counts from 1 even where a box leaves its image.
 Numbers need not be whole. What is `difficult` becomes `iscrowd`: VOC's rules neither count it nor its detections.
 
 Why not a library: globox 2.9 takes xmin for x1, so boxes shift by a pixel, and drops `difficult`; supervision 0.31
@@ -29,12 +30,16 @@ from diffperception.data.formats.collected import (
     size_of_image,
     turned,
 )
-from diffperception.data.formats.pictures import ImageIndex, find_images, tidy
-from diffperception.data.listing import image_endings
+from diffperception.data.formats.pictures import ImageIndex, count_unmarked, find_images, tidy
+from diffperception.data.listing import files_below, image_endings
 from diffperception.files import read_lines
 
+WRITER = "diffperception"  # the source/database of the files that we write
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 CLASS_FILES = ("labelmap.txt", "classes.txt", "labels.txt", "predefined_classes.txt")  # CVAT's, LabelImg's, others'
+
+
+NO_CLASSES = {"labelmap.txt": ("background",), "labels.txt": ("__ignore__", "_background_")}  # CVAT's, LabelMe's
 
 
 @dataclass
@@ -45,6 +50,7 @@ class XmlFile:
     filename: str
     size: tuple[int, int]  # 0, 0 if it does not say
     objects: list[MarkedObject]
+    is_ours: bool
 
 
 def read_voc(
@@ -57,23 +63,33 @@ def read_voc(
             ImageSets/Main/train.txt.
         split: the name of such a list in the folder, or of a folder in it.
     """
-    folder, files = _files(path, split, remarks)
-    read_files = in_threads(_read_file, files, "annotations")
+    folder, files, listed = _files(path, split, remarks)
+    found_files = in_threads(_read_file, files, "annotations")
+    read_files = [file for file in found_files if isinstance(file, XmlFile)]
+    if not read_files:
+        raise ValueError(f"{found_files[0]}: is the format the right one?")
+    for other in (file for file in found_files if isinstance(file, str)):
+        remarks.add("XML files of another kind are left out", other)
     places = (folder.parent / "JPEGImages", folder / "JPEGImages", folder.parent / "images", folder)
     index = find_images(images, places)
     found = [_image(file, folder, index, remarks) for file in read_files]
-    from_zero = any(min(thing.box[:2]) == 0 for file in read_files for thing in file.objects)
+    corners = [min(thing.box[:2]) for file in read_files if not file.is_ours for thing in file.objects]
+    from_zero = any(0 <= corner < 1 for corner in corners)
     if from_zero:
-        remarks.add("an xmin or ymin is 0, so boxes are read as counted from 0, not from 1 as VOC's; files", str(path))
+        remarks.add(
+            "an xmin or ymin is below 1, so boxes are read as counted from 0, not from 1 as VOC's; files", str(path)
+        )
     shift = 0.0 if from_zero else 1.0
     marked = [image._replace(objects=[_shifted(o, shift) for o in image.objects]) for image in found if image]
+    if listed is None:
+        count_unmarked(index, marked, remarks)
     return marked, read_class_file(folder), index.folder if index else folder
 
 
-def _files(path: Path, split: str | None, remarks: Remarks) -> tuple[Path, list[Path]]:
-    """The folder of XML files, and those of them that are wanted."""
+def _files(path: Path, split: str | None, remarks: Remarks) -> tuple[Path, list[Path], Path | None]:
+    """The folder of XML files, those of them that are wanted, and the file that chooses them, if there is one."""
     if path.suffix.lower() == ".xml":
-        return path.parent, [path]
+        return path.parent, [path], path
     if split is not None:
         lists = [path / "ImageSets" / "Main" / f"{split}.txt", path / f"{split}.txt"]
         listing = next((file for file in lists if file.is_file()), None)
@@ -83,14 +99,10 @@ def _files(path: Path, split: str | None, remarks: Remarks) -> tuple[Path, list[
         listed = path
         path = next((parent for parent in path.parents[:4] if (parent / "Annotations").is_dir()), path.parent)
     folder = path / "Annotations" if (path / "Annotations").is_dir() else path
-    files = sorted(
-        file
-        for file in folder.rglob("*.[xX][mM][lL]")
-        if not any(p.startswith(".") for p in file.relative_to(folder).parts)
-    )
+    files = files_below(folder, {".xml"})
     if not files:
         raise ValueError(f"there is no XML file in {folder}: give the folder with the annotations of Pascal VOC")
-    return folder, files if listed is None else _listed(listed, folder, files, remarks)
+    return folder, files if listed is None else _listed(listed, folder, files, remarks), listed
 
 
 def _listed(listing: Path, folder: Path, files: Sequence[Path], remarks: Remarks) -> list[Path]:
@@ -121,30 +133,30 @@ def read_class_file(folder: Path) -> list[str] | None:
             if (place / name).is_file():
                 lines = [line for line in read_lines(place / name) if not line.startswith("#")]
                 names = [re.sub(r":\d+,\d+,\d+:.*$|:::?$", "", line) for line in lines]  # of labelmap.txt
-                return [line for line in dict.fromkeys(names) if name != "labelmap.txt" or line != "background"]
+                return [line for line in dict.fromkeys(names) if line not in NO_CLASSES.get(name, ())]
     return None
 
 
-def _read_file(path: Path) -> XmlFile:
-    root = read_xml(path, "annotation")
+def _read_file(path: Path) -> XmlFile | str:
+    """What a file says, or that it holds something else, as the files that GDAL leaves beside images do."""
+    root = read_xml(path)
+    if root.tag != "annotation":
+        return f"{path} holds <{root.tag}>, not <annotation>"
     objects = [_object(element, f"{path}, object {k}") for k, element in enumerate(root.findall("object"), 1)]
     sides = [root.findtext(f"size/{side}") or "0" for side in ("width", "height")]
     width, height = (int(number(side, "the size", str(path))) for side in sides)
     name = root.findtext("filename") or root.findtext("path") or ""
-    return XmlFile(path, name.strip(), (width, height), objects)
+    return XmlFile(path, name.strip(), (width, height), objects, root.findtext("source/database") == WRITER)
 
 
-def read_xml(path: Path, tag: str) -> ElementTree.Element:
-    """The outermost element of an XML file, which has this name; ValueError naming the file otherwise."""
+def read_xml(path: Path) -> ElementTree.Element:
+    """The outermost element of an XML file; ValueError naming the file if it is none."""
     try:
-        root = ElementTree.parse(path).getroot()
+        return ElementTree.parse(path).getroot()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{path} is not an XML file ({error}): was it cut short?") from None
-    if root.tag != tag:
-        raise ValueError(f"{path} holds <{root.tag}>, not <{tag}>: is the format the right one?")
-    return root
 
 
 def _object(element: ElementTree.Element, place: str) -> MarkedObject:

@@ -10,6 +10,7 @@ import yaml
 
 from diffperception.data.annotations import NO_ID, CocoTable
 from diffperception.data.formats.collected import whole
+from diffperception.data.formats.voc import WRITER
 from diffperception.files import OutputFolder, safe_path, write_text
 
 
@@ -32,9 +33,10 @@ def write_voc(table: CocoTable, folder: OutputFolder) -> None:
         ValueError: two images would share a file, or one has no size.
     """
     classes, labels = classes_and_labels(table)
-    for image in _images(table, ".xml"):
+    for image in list(_images(table, ".xml")):  # all names are known to be good before a file is written
         root = ElementTree.Element("annotation")
         _add(root, {"folder": "JPEGImages", "filename": image.name})
+        _add(ElementTree.SubElement(root, "source"), {"database": WRITER})
         size = ElementTree.SubElement(root, "size")
         _add(size, {"width": image.size[0], "height": image.size[1], "depth": 3})
         for row in image.rows:

@@ -76,6 +76,7 @@ def read_yolo(
     labels = _label_folder(path, classes)
     index, chosen = _images(path, split, images, classes, labels, remarks)
     files = [_label_file(index.folder / name, name, labels) for name in chosen]
+    _count_shared(files, chosen, remarks)
     rows = in_threads(_read_label_file, files, "labels")
     sizes = in_threads(size_of_image, [index.folder / name for name in chosen], "sizes of images")
     marked = []
@@ -99,7 +100,7 @@ def find_classes(path: Path) -> Classes:
     folder = path if path.is_dir() else path.parent
     for place in [folder, *folder.absolute().parents[:LEVELS]]:
         for file in sorted(place.glob("*.y*ml")) + sorted(place.glob("*.data")):
-            if (found := _read_classes(file, quietly=True)).names is not None:
+            if (found := _read_classes(file, quietly=True, is_beside=place == folder)).names is not None:
                 return found
         names = [place / name for name in CLASS_FILES] + sorted(place.glob("*.names"))
         listing = next((file for file in names if file.is_file()), None)
@@ -108,26 +109,30 @@ def find_classes(path: Path) -> Classes:
     return Classes(None, None, {})
 
 
-def _read_classes(path: Path, quietly: bool = False) -> Classes:
-    """The content of a data.yaml or obj.data; one without names is nobody's where it was not asked for (`quietly`)."""
+def _read_classes(path: Path, quietly: bool = False, is_beside: bool = True) -> Classes:
+    """The content of a data.yaml or obj.data.
+
+    One that was not asked for (`quietly`) may be anybody's: it needs names, and above the data a part or nc too.
+    """
     try:
-        content = _darknet(path) if path.suffix.lower() == ".data" else yaml.safe_load(read_text(path))
+        # Not safe_load, by which a class `no` would be False and 010 would be 8.
+        content = _darknet(path) if path.suffix.lower() == ".data" else yaml.load(read_text(path), yaml.BaseLoader)
     except (yaml.YAMLError, ValueError) as error:
         if quietly:
             return Classes(None, None, {})
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     names = content.get("names") if isinstance(content, dict) else None
-    if names is None or not isinstance(names, list | dict | str):
+    if not names or (quietly and not is_beside and not content.keys() & {*SPLITS, "nc"}):
         if quietly:
             return Classes(None, None, {})
         raise ValueError(f"{path} has no `names`: a data.yaml of YOLO lists its classes there")
-    parts = {part: content[part] for part in SPLITS if content.get(part)}
+    parts = {part: value for part in SPLITS if (value := content.get(part)) and value not in ("null", "~")}
     lists = {
         part: [str(v) for v in value] if isinstance(value, list) else [str(value)] for part, value in parts.items()
     }
     root = path.parent / str(content.get("path") or "")
     points = content.get("kpt_shape")
-    values = 5 + points[0] * points[1] if isinstance(points, list) and len(points) == 2 else None
+    values = 5 + int(points[0]) * int(points[1]) if isinstance(points, list) and len(points) == 2 else None
     return Classes(_names(names, path), path, lists, values, root if root.is_dir() else path.parent)
 
 
@@ -149,10 +154,10 @@ def _names(names: list[Any] | dict[Any, Any] | str, path: Path) -> list[str]:
     if isinstance(names, str):
         raise ValueError(f"{path}: names is the text {names!r}, not a list of the classes")
     if isinstance(names, dict):
-        numbers = sorted(names, key=str) if not all(isinstance(key, int) for key in names) else sorted(names)
-        if numbers != list(range(len(names))):
+        numbered = {str(number): number for number in range(len(names))}
+        if names.keys() != numbered.keys():
             raise ValueError(f"{path}: names must number the classes from 0 to {len(names) - 1}, each once")
-        names = [names[key] for key in numbers]
+        names = [names[key] for key in numbered]
     return [str(name) for name in names]
 
 
@@ -215,7 +220,9 @@ def _part(path: Path, split: str | None, classes: Classes) -> list[str]:
 def _place(value: str, path: Path, classes: Classes) -> Path:
     """The folder or list that a part of a data.yaml names."""
     # Roboflow writes ../train/images for a folder that lies beside the data.yaml.
+    # The obj.data of CVAT's export names data/train.txt, which lies beside it.
     places = [folder / name for name in (value, value.removeprefix("../")) for folder in classes.folders]
+    places += [path.parent / Path(value).name] if value.endswith(".txt") else []
     place = next((place for place in places if place.exists()), None)
     if place is None:
         raise ValueError(f"{path} names {value}, which is neither at {places[0]} nor beside it: correct `path` in it")
@@ -306,6 +313,14 @@ def _require_fractions(images: Sequence[MarkedImage], path: Path) -> None:
         raise ValueError(
             f"{far[0].place}: the numbers seem to be pixels, but YOLO's are fractions of the image ({path})"
         )
+
+
+def _count_shared(files: Sequence[Path | None], names: Sequence[str], remarks: Remarks) -> None:
+    """Count the images whose label file another one, of the same name but for the ending, has too."""
+    owner: dict[Path, str] = {}
+    for file, name in zip(files, names, strict=True):
+        if file is not None and (other := owner.setdefault(file, name)) is not name:
+            remarks.add("images have the label file of another image too", f"{name}, as {other}")
 
 
 def _count_unused(files: Sequence[Path | None], labels: Path | None, index: ImageIndex, remarks: Remarks) -> None:

@@ -57,7 +57,8 @@ def test_crowd_regions_become_difficult_and_come_back(tmp_path: Path, coco):
     assert any("difficult" in note and ": 1," in note for note in back.notes)
     made = convert_annotations(path, tmp_path / "yolo", images, to="yolo")
     assert made.notes == ["crowd regions, which YOLO does not know, are left out: 1"]
-    assert len(read_annotations(tmp_path / "yolo", images, "yolo")["annotations"]) == made.num_objects - 1
+    assert made.num_objects == len(content["annotations"]) - 1
+    assert len(read_annotations(tmp_path / "yolo", images, "yolo")["annotations"]) == made.num_objects
 
 
 def test_files_of_others_stay_and_names_stay_in_the_folder(tmp_path: Path, draw):
@@ -74,17 +75,19 @@ def test_files_of_others_stay_and_names_stay_in_the_folder(tmp_path: Path, draw)
         convert_annotations(path, mine.parent, to="voc")
     convert_annotations(path, mine.parent, to="voc", overwrite=True)
     assert mine.read_text() == "mine"
-    with pytest.raises(ValueError, match=r"coco\.json is there already"):
+    with pytest.raises(ValueError, match=r"coco\.json is what is to be converted"):
         convert_annotations(path, path)
     with pytest.raises(ValueError, match="can have no label file of its name"):
         convert_annotations(path, tmp_path / "yolo", to="yolo")
 
 
-def test_images_that_would_share_a_file_of_labels_are_refused(tmp_path: Path):
+@pytest.mark.parametrize(("to", "ending"), [("yolo", "txt"), ("voc", "xml")])
+def test_images_that_would_share_a_file_are_refused_before_any_is_written(tmp_path: Path, to, ending):
     path = tmp_path / "coco.json"
     path.write_text(json.dumps(random_coco(0, ["a.png", "a.jpg"], ["x"])))
-    with pytest.raises(ValueError, match=r"a\.png and a\.jpg would share the file a\.txt"):
-        convert_annotations(path, tmp_path / "yolo", to="yolo")
+    with pytest.raises(ValueError, match=rf"a\.png and a\.jpg would share the file a\.{ending}"):
+        convert_annotations(path, tmp_path / "made", to=to)
+    assert not list(tmp_path.rglob(f"*.{ending}"))
 
 
 def test_the_command_says_what_it_left_out_and_where_the_images_are(tmp_path: Path, draw, write, capsys):
@@ -130,3 +133,21 @@ def test_a_format_that_is_not_clear_has_to_be_named(tmp_path: Path, write):
         read_annotations(path, format="auto")
     with pytest.raises(FileNotFoundError, match="there is no annotation file or folder"):
         read_annotations(tmp_path / "absent", format="auto")
+
+
+def test_a_box_over_the_border_moves_no_other_on_the_way_to_voc_and_back(tmp_path: Path, coco):
+    path, content, images = coco(0)
+    content["annotations"][0]["bbox"][0] = -1
+    path.write_text(json.dumps(content))
+    convert_annotations(path, tmp_path / "voc", images, to="voc")
+    back = objects(read_annotations(tmp_path / "voc", images, "voc"))
+    difference = np.subtract([box for *_, box in objects(content)], [box for *_, box in back])
+    assert np.abs(difference).max() < 1e-3
+
+
+def test_a_folder_of_images_that_is_not_there_is_named_and_classes_that_are_not_used(tmp_path: Path, coco):
+    path, _, images = coco(0)
+    with pytest.raises(FileNotFoundError, match=r"there is no image folder .*nope"):
+        convert_annotations(path, tmp_path / "a.json", tmp_path / "nope")
+    made = convert_annotations(path, tmp_path / "b.json", images, classes=["x"])
+    assert any("so --classes is not used" in note for note in made.notes)

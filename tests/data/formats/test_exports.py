@@ -246,3 +246,53 @@ def test_names_of_label_studios_coco_files_are_found(tmp_path: Path, draw, write
     found = open_annotations(path, images)
     assert [entry["file_name"] for entry in found.content["images"]] == ["1a2b3c4d-a.jpg", "b.jpg", "gone.jpg"]
     assert "images are found under other names than the file's: 2" in found.notes[0]
+
+
+def test_names_of_labelme_that_are_no_classes_hidden_copies_and_images_without_a_file(tmp_path: Path, draw, write):
+    draw("a.jpg", "b.jpg", folder="data")
+    text = labelme("a.jpg", *(shape(name, [[2, 3], [20, 30]], "rectangle") for name in ("Cat", "_background_")))
+    write("data/a.json", text)
+    write("data/.ipynb_checkpoints/a-checkpoint.json", text)
+    write("labels.txt", "__ignore__\n_background_\nCat\nDog\n")
+    found = open_annotations(tmp_path / "data", format="labelme")
+    assert [category["name"] for category in found.content["categories"]] == ["Cat", "Dog"]
+    assert objects(found.content) == [("a.jpg", "Cat", [2, 3, 18, 27])]
+    assert [note.split(":")[0] for note in found.notes] == [
+        "shapes labelled _background_, which is no class, are left out",
+        "images without an annotation file are left out",
+    ]
+
+
+def test_rows_of_two_images_are_not_those_of_one(tmp_path: Path, draw, write):
+    draw("1.jpg", folder="a")
+    path = write("boxes.csv", "filename,xmin,ymin,xmax,ymax,class\na/1.jpg,1,2,30,40,Cat\nb/1.jpg,2,2,9,9,Cat\n")
+    with pytest.raises(ValueError, match=r"line 3: b/1\.jpg and a/1\.jpg would both be the image 1\.jpg"):
+        open_annotations(path, tmp_path / "a", "csv")
+
+
+@pytest.mark.parametrize("size", ["0,0", ","])
+def test_a_size_that_a_table_leaves_open_is_the_images(tmp_path: Path, draw, write, size):
+    draw("a.jpg", folder=".")
+    path = write("boxes.csv", f"filename,width,height,class,xmin,ymin,xmax,ymax\na.jpg,{size},Cat,10,2,30,32\n")
+    content = read_annotations(path, format="csv")
+    assert objects(content) == [("a.jpg", "Cat", BOX)]
+    assert (content["images"][0]["width"], content["images"][0]["height"]) == (64, 48)
+
+
+def test_where_no_image_is_left_it_is_said_why(tmp_path: Path, draw, write):
+    draw("a.jpg", folder=".")
+    path = write("boxes.csv", "filename,xmin,ymin,xmax,ymax,class\ngone.jpg,1,2,3,4,Cat\n")
+    with pytest.raises(ValueError, match=r"gives no image \(rows whose image is missing are left out: 1, the first"):
+        read_annotations(path, format="csv")
+
+
+def test_two_names_of_a_coco_file_are_not_one_image(tmp_path: Path, draw):
+    images = draw("b.jpg")
+    content = {
+        "images": [{"id": k, "file_name": f"{folder}/b.jpg"} for k, folder in enumerate("pq")],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "Cat"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = open_annotations(tmp_path / "coco.json", images)
+    assert [image["file_name"] for image in found.content["images"]] == ["p/b.jpg", "q/b.jpg"]

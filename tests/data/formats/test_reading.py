@@ -14,6 +14,7 @@ from diffperception.data.formats.conversion import convert_annotations
 from diffperception.detection.evaluator import CocoEvaluator
 from diffperception.training.recipes.detection import DataOptions
 from tests.data.formats.conftest import random_coco
+from tests.data.formats.test_voc import xml
 
 NAMES = [f"{part}/{k}.png" for part in ("a", "b") for k in range(6)]
 
@@ -99,6 +100,26 @@ def test_check_reads_formats_names_what_was_passed_over_and_another_format(tmp_p
     assert "rows whose image is missing are left out: 1" in report.text()
     (problem,) = check_coco(path, images).problems
     assert "seems to be of the format csv, not coco" in problem.message
+
+
+def test_check_looks_at_the_images_that_training_would_take(tmp_path: Path, draw, write):
+    draw("a.jpg", folder="voc", size=(48, 64))
+    write("voc/a.xml", xml("a.jpg", ("cat", "1", "1", "20", "20")))
+    kinds = {problem.kind for problem in check_coco(tmp_path / "voc", format="voc").errors}
+    assert kinds == {"image size"}
+
+
+def test_training_says_what_check_warns_of(tmp_path: Path, draw, write):
+    images = draw("a.jpg")
+    content = {
+        "images": [{"id": k, "file_name": "a.jpg"} for k in (1, 2)],
+        "annotations": [{"id": 1, "image_id": k, "category_id": 1, "bbox": [1, 2, 30, 40]} for k in (1, 2)],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    path = write("coco.json", json.dumps(content))
+    warnings = {problem.kind for problem in check_coco(path, images).warnings}
+    assert {problem.kind for problem in CocoDetection(path, images).problems} == warnings
+    assert {"double file name", "double annotation id"} <= warnings
 
 
 def test_a_perfect_prediction_of_a_voc_folder_scores_all(tmp_path: Path, coco):

@@ -28,13 +28,26 @@ def test_a_box_from_1_to_the_sides_fills_the_image(tmp_path: Path, draw, write):
     assert [category["name"] for category in content["categories"]] == ["Dog", "cat"]  # capitals sort first
 
 
-def test_a_folder_with_a_corner_at_0_counts_from_0_and_it_is_said(tmp_path: Path, draw, write):
+@pytest.mark.parametrize("corner", [0, 0.25])
+def test_a_folder_with_a_corner_below_1_counts_from_0_and_it_is_said(tmp_path: Path, draw, write, corner):
     draw("a.jpg", "b.jpg", folder="voc")
-    write("voc/a.xml", xml("a.jpg", ("cat", "0", "5", "64", "48")))
+    write("voc/a.xml", xml("a.jpg", ("cat", str(corner), "5", "64", "48")))
     write("voc/b.xml", xml("b.jpg", ("cat", "10", "5", "20", "10")))
     found = open_annotations(tmp_path / "voc", format="voc")
-    assert [box for *_, box in objects(found.content)] == [[0, 5, 64, 43], [10, 5, 10, 5]]
+    assert [box for *_, box in objects(found.content)] == [[corner, 5, 64 - corner, 43], [10, 5, 10, 5]]
     assert any("counted from 0" in note for note in found.notes)
+
+
+def test_xml_files_of_other_tools_beside_the_images_are_counted(tmp_path: Path, draw, write):
+    draw("a.jpg", folder="voc")
+    write("voc/a.xml", xml("a.jpg", FULL))
+    write("voc/a.jpg.aux.xml", "<PAMDataset/>")
+    found = open_annotations(tmp_path / "voc", format="voc")
+    assert len(objects(found.content)) == 1
+    assert [note.split(":")[0] for note in found.notes] == ["XML files of another kind are left out"]
+    (tmp_path / "voc" / "a.xml").unlink()
+    with pytest.raises(ValueError, match=r"aux\.xml holds <PAMDataset>, not <annotation>"):
+        open_annotations(tmp_path / "voc", format="voc")
 
 
 def test_lists_choose_the_images_of_a_part_and_name_what_is_missing(tmp_path: Path, draw, write):
@@ -59,7 +72,10 @@ def test_the_image_of_the_files_own_name_counts_for_filename_is_often_old(tmp_pa
     write("xml/gone.xml", xml("gone.jpg", FULL))
     found = open_annotations(tmp_path / "xml", images, "voc")
     assert [image["file_name"] for image in found.content["images"]] == ["a.PNG", "sub/b.jpg"]
-    assert found.notes == [f"XML files without an image are left out: 1, the first is {tmp_path / 'xml' / 'gone.xml'}"]
+    assert found.notes == [
+        f"XML files without an image are left out: 1, the first is {tmp_path / 'xml' / 'gone.xml'}",
+        "images without an annotation file are left out: 1, the first is old.jpg",
+    ]
 
 
 def test_a_size_that_is_missing_is_the_images(tmp_path: Path, draw, write):

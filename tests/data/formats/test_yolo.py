@@ -173,3 +173,45 @@ def test_parts_outside_of_the_yamls_folder(tmp_path: Path, draw, write):
     found = open_annotations(yaml, format="yolo")
     assert (names(found.content), found.images) == (["a.jpg", "b.jpg"], images)
     assert objects(found.content) == [("a.jpg", "cat", BOX)]
+
+
+def test_names_of_classes_stay_as_they_are_written_in_the_yaml(tmp_path: Path, draw, write):
+    draw("images/a.jpg", folder=".")
+    write("labels/a.txt", HALF)
+    yaml = write("data.yaml", "train: images\nval: images\ntest: null\nnames: [yes, no, 010, null, 1.0, 2020-01-01]\n")
+    content = read_annotations(yaml, format="yolo")
+    classes = [category["name"] for category in content["categories"]]
+    assert classes == ["yes", "no", "010", "null", "1.0", "2020-01-01"]
+
+
+@pytest.mark.parametrize(("listed", "match"), [("[a, b, a]", "have 'a' more than once"), ("[a, '']", "an empty name")])
+def test_classes_have_names_of_their_own(tmp_path: Path, draw, write, listed, match):
+    draw("images/a.jpg", folder=".")
+    write("labels/a.txt", HALF)
+    with pytest.raises(ValueError, match=match):
+        read_annotations(write("data.yaml", f"train: images\nnames: {listed}\n"), format="yolo")
+
+
+def test_a_yaml_above_the_data_that_has_names_of_other_things_is_not_taken(tmp_path: Path, draw, write):
+    draw("images/a.jpg", folder="project")
+    write("project/labels/a.txt", HALF)
+    write("services.yaml", "names: [web, db]\n")
+    with pytest.raises(ValueError, match=r"no file near .* names the classes"):
+        read_annotations(tmp_path / "project", format="yolo")
+
+
+def test_the_export_of_cvat_whose_obj_data_names_another_folder(tmp_path: Path, draw, write):
+    draw("a.jpg", folder="obj_train_data")
+    write("obj_train_data/a.txt", HALF)
+    write("obj.names", "cat\n")
+    write("train.txt", "data/obj_train_data/a.jpg\n")
+    data = write("obj.data", "classes = 1\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n")
+    assert objects(read_annotations(data, format="yolo")) == [("obj_train_data/a.jpg", "cat", BOX)]
+
+
+def test_images_that_share_a_label_file_are_counted(tmp_path: Path, draw, write):
+    draw("images/a.jpg", "images/a.png", folder=".")
+    write("labels/a.txt", HALF)
+    write("classes.txt", "cat\n")
+    found = open_annotations(tmp_path, format="yolo")
+    assert found.notes == ["images have the label file of another image too: 1, the first is a.png, as a.jpg"]
