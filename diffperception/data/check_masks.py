@@ -14,7 +14,15 @@ from tqdm import tqdm
 from diffperception.data.check_report import Problem, Report
 from diffperception.data.images import BrokenImageError, read_image, read_size
 from diffperception.data.listing import list_images
-from diffperception.data.masks import IGNORE_INDEX, MaskDataOptions, MaskError, MaskValues, orientation, read_mask
+from diffperception.data.masks import (
+    IGNORE_INDEX,
+    MaskDataOptions,
+    MaskError,
+    MaskValues,
+    open_pairs,
+    orientation,
+    read_mask,
+)
 from diffperception.data.pairing import Pairing, find_pairs, require_pairs
 from diffperception.table import format_table
 
@@ -78,6 +86,8 @@ def check_masks(options: MaskDataOptions) -> Report:
         problems += more
     elif options.val_images is not options.val_masks:
         problems.append(Problem("error", "half of val", "give both val_images and val_masks, or neither"))
+    if options.val_share is not None and not any(problem.level == "error" for problem in problems):
+        problems += _check_split(options)
     summary = MaskSummaries(train, val) if train or val else None
     return Report(sorted(problems, key=lambda problem: problem.level), summary)
 
@@ -87,7 +97,7 @@ def _check_folder(options: MaskDataOptions, learn: bool) -> tuple[list[Problem],
     try:
         root, paths, remark = list_images(options.images, options.annotations)
         pairing = find_pairs(paths, root, masks, options.image_suffix, options.mask_suffix)
-        values = MaskValues.of(options) if options.classes else _all_values(options, pairing)
+        values = MaskValues.of(_with_classes(options, pairing))
     except (OSError, ValueError) as error:
         return [Problem("error", "no pairs", str(error))], None
     problems = [Problem("warning", "left out", remark)] if remark else []
@@ -165,8 +175,12 @@ def _look(values: MaskValues, pair: tuple[Path, Path]) -> _Look:
     return found
 
 
-def _all_values(options: MaskDataOptions, pairing: Pairing) -> MaskValues:
-    """Every value that occurs as a class of its own."""
+def _with_classes(options: MaskDataOptions, pairing: Pairing) -> MaskDataOptions:
+    """The options with names of classes: where none are given, every value that occurs is a class of its own."""
+    if options.classes:
+        return options
+    if options.mask_values:
+        return replace(options, classes=[f"class {k}" for k in range(max(options.mask_values.values()) + 1)])
     values: set[int] = set()
     for _, mask in pairing.pairs:
         try:
@@ -177,6 +191,16 @@ def _all_values(options: MaskDataOptions, pairing: Pairing) -> MaskValues:
     if len(labels) > IGNORE_INDEX:
         raise ValueError(f"the masks in {options.masks} have {len(labels)} values: are they labels?")
     known = {value: label for label, value in enumerate(labels)}
-    if options.ignore is not None:
-        known[options.ignore] = IGNORE_INDEX
-    return MaskValues([f"value {value}" for value in labels], known, options.ignore, painted=False)
+    return replace(options, classes=[f"value {value}" for value in labels], mask_values=known)
+
+
+def _check_split(options: MaskDataOptions) -> list[Problem]:
+    """What training says of the parts that `val_share` makes."""
+    try:
+        pairing = open_pairs(options)
+        options = _with_classes(options, pairing)
+        parts = options.open(), options.open_val()
+    except ValueError as error:
+        return [Problem("error", "split", str(error))]
+    notes = [note for part in parts if part is not None for note in part.notes]
+    return [Problem("warning", "class without pixels", note) for note in notes if note not in pairing.remarks()]

@@ -18,6 +18,7 @@ from diffperception.files import is_in, read_lines
 UNREADABLE = {".bufr", ".emf", ".eps", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".ps", ".wmf"}
 HEIF = {".heic", ".heics", ".heif", ".heifs", ".hif"}  # `read_image` reads these with pillow-heif
 AVIF = {".avif", ".avifs"}  # that a Pillow built without its reader does not name
+MPO = {".mpo"}  # two JPEGs in one, of stereo cameras, which Pillow's reader of JPEG reads
 HIDDEN = {"__MACOSX", "@eaDir"}  # the companions of macOS in archives; thumbnails of Synology's disks
 SHOWN = 4  # names of hidden files, and endings, in a remark
 
@@ -33,8 +34,8 @@ class Listing(NamedTuple):
 @cache
 def image_endings() -> frozenset[str]:
     """The endings, in lower case, of the files that count as images: those that Pillow reads, HEIF and AVIF."""
-    known = Image.registered_extensions()
-    return frozenset({ending for ending, format in known.items() if format in Image.OPEN} | HEIF | AVIF) - UNREADABLE
+    known = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
+    return frozenset(known | HEIF | AVIF | MPO) - UNREADABLE
 
 
 def list_images(source: str | Path, names: str | Path | None = None, leave_out: Path | None = None) -> Listing:

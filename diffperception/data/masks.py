@@ -126,15 +126,13 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, options: MaskDataOptions, seed: int = 0, learn: bool = False, held_out: bool = False) -> None:
         self.short_side = options.short_side
         self.values = MaskValues.of(options)
-        masks = Path(options.masks)
         pairing = open_pairs(options)
-        pairs = pairing.pairs
+        pairs, subject = pairing.pairs, f"the masks in {options.masks}"
         if options.val_share is not None:
-            parts = part_of(
-                [image for image, _ in pairs], pairing.root, options.val_share, options.split_seed, held_out
-            )
-            chosen = set(parts)
+            images = [image for image, _ in pairs]
+            chosen = set(part_of(images, pairing.root, options.val_share, options.split_seed, held_out))
             pairs = [pair for pair in pairs if pair[0] in chosen]
+            subject += " that are held out" if held_out else " that are not held out"
         if options.max_images is not None:
             order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
             pairs = [pairs[i] for i in order.tolist()]
@@ -147,9 +145,9 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         if problem and others and self.values.present(counts):  # other masks may show that it is the choice alone
             problem = self.values.problem(counts + self.values.seen(mask for _, mask in others), learn)
         if problem:
-            raise ValueError(f"the masks in {masks} {problem}")
+            raise ValueError(f"{subject} {problem}")
         absent = self.values.absent(counts)
-        self.notes = [*pairing.remarks(), *([f"the masks in {masks} {absent}"] if absent else [])]
+        self.notes = [*pairing.remarks(), *([f"{subject} {absent}"] if absent else [])]
         self.images = LazyMap(self._image, [image for image, _ in pairs])
         self.masks = LazyMap(self._mask, [mask for _, mask in pairs])
 

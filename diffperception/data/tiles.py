@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-OVERLAP = 64  # pixels that neighbouring windows share, unless asked for otherwise
+OVERLAP = 64  # pixels that neighbouring windows share, unless asked for otherwise or windows are small
 MIN_SEEN = 0.4  # the share of its area with which an object that a training crop cuts is still one
 
 
@@ -41,17 +41,19 @@ class Tiling:
 
     Args:
         tile: side of a window in pixels; None takes pictures whole.
-        overlap: pixels that neighbouring windows share at least.
+        overlap: pixels that neighbouring windows share at least; None for 64, or half of a smaller window.
 
     Raises:
-        ValueError: the overlap is not smaller than the window.
+        ValueError: the overlap is not smaller than the window, or there are no windows that could overlap.
     """
 
     tile: int | None = None
-    overlap: int = 0
+    overlap: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tile is not None and not 0 <= self.overlap < self.tile:
+        if self.tile is None and self.overlap is not None:
+            raise ValueError(f"overlap is {self.overlap}, but pictures are taken whole: give tile too, or neither")
+        if self.tile is not None and not 0 <= self._overlap(self.tile) < self.tile:
             raise ValueError(f"overlap is {self.overlap}: it must be from 0 to below tile, which is {self.tile}")
 
     def windows(self, height: int, width: int) -> list[Window]:
@@ -67,10 +69,13 @@ class Tiling:
         rows, columns = (_halved(self._along(length)) for length in (height, width))
         return [Window(left, top, right, bottom) for (top, bottom), (left, right) in product(rows, columns)]
 
+    def _overlap(self, tile: int) -> int:
+        return min(OVERLAP, tile // 2) if self.overlap is None else self.overlap
+
     def _along(self, length: int) -> list[tuple[int, int]]:
         if self.tile is None or length <= self.tile:
             return [(0, length)]
-        gaps = -(-(length - self.tile) // (self.tile - self.overlap))
+        gaps = -(-(length - self.tile) // (self.tile - self._overlap(self.tile)))
         starts = [i * (length - self.tile) // gaps for i in range(gaps + 1)]
         return [(start, start + self.tile) for start in starts]
 

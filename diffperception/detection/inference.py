@@ -20,7 +20,7 @@ from diffperception.data.formats import Format, open_annotations
 from diffperception.data.images import ImageSample, LazyMap, load_images, read_ahead, to_float
 from diffperception.data.listing import list_images
 from diffperception.data.soundness import require_entries
-from diffperception.data.tiles import OVERLAP, Tiling
+from diffperception.data.tiles import Tiling
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
 from diffperception.detection.results import IMAGES, describe_results
@@ -106,7 +106,7 @@ def detect_folder(
     precision: Precision = "32",
     overwrite: bool = False,
     tile: PositiveInt | None = None,
-    overlap: NonNegativeInt = OVERLAP,
+    overlap: NonNegativeInt | None = None,
     annotations: str | Path | None = None,
     format: Format = "coco",
 ) -> FolderResult:
@@ -136,7 +136,8 @@ def detect_folder(
         tile: images larger than this are predicted in windows of so many pixels a side, at full resolution, and what
             the windows find is put together; of an image at most the 3000 best detections stay. Its trajectory is not
             drawn. Null predicts images whole.
-        overlap: pixels that neighbouring windows share at least; best as large as most objects.
+        overlap: pixels that neighbouring windows share at least, best as large as most
+            objects; null for 64, or half of a small window.
         annotations: COCO file whose images, in the folder `images`, are predicted: with its image ids, and with the
             ids of its categories for classes of their names.
         format: of the annotations: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv.
@@ -236,7 +237,7 @@ def evaluate_detector(
     protocol: Protocol = "coco",
     precision: Precision = "32",
     tile: PositiveInt | None = None,
-    overlap: NonNegativeInt = OVERLAP,
+    overlap: NonNegativeInt | None = None,
 ) -> CocoResult:
     """COCO metrics of `detector`, which is left in evaluation mode: of boxes, and of masks if the data set has them.
 
@@ -330,7 +331,7 @@ def draw_predictions(
     precision: Precision = "32",
     batch_size: int = 1,
     tile: int | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
 ) -> None:
     """pictures/: predictions beside ground truth for `count` images spread over the data set, one PNG each.
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffperception.data import CocoDetection
 from diffperception.data.batches import collate
 from diffperception.data.images import LazyMap, read_ahead
-from diffperception.data.tiles import OVERLAP
+from diffperception.data.tiles import Tiling
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, Protocol
 from diffperception.detection.inference import require_classes
@@ -135,7 +135,7 @@ def sweep_sampler(
     protocol: Protocol = "coco",
     precision: Precision = "32",
     tile: int | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
 ) -> Sweep:
     """AP and seconds of `detector` for every combination; it is left in evaluation mode.
 
@@ -158,7 +158,7 @@ def sweep_sampler(
     require_classes(detector.classes, dataset)
     if dataset.masks:
         raise ValueError("a sweep scores boxes alone: leave masks out, or give one seed and one value of each option")
-    if tile is not None:
+    if Tiling(tile, overlap).tile is not None:
         raise ValueError("a sweep takes images whole: leave tile out, or give one seed and one value of each option")
     truth = dataset.table or dataset.annotations
     evaluator = CocoEvaluator(truth, ("bbox",), max_dets, dataset.image_ids, protocol, detector.classes)

@@ -18,7 +18,7 @@ from diffperception.data.images import LazyMap, load_images, read_ahead, read_im
 from diffperception.data.listing import list_images
 from diffperception.data.masks import MaskFolder
 from diffperception.data.pairing import find_pairs
-from diffperception.data.tiles import OVERLAP, Tiling
+from diffperception.data.tiles import Tiling
 from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
 from diffperception.echo import echo_remark
 from diffperception.files import OutputFolder, png_names, safe_path, write_json, write_text
@@ -84,7 +84,7 @@ def segment_folder(
     precision: Precision = "32",
     overwrite: bool = False,
     tile: PositiveInt | None = None,
-    overlap: NonNegativeInt = OVERLAP,
+    overlap: NonNegativeInt | None = None,
 ) -> FolderScores:
     """Say of every pixel of an image, or of all images in a folder, which class it is.
 
@@ -105,7 +105,8 @@ def segment_folder(
         num_pictures: draw the overlays and uncertainties of at most this many images.
         tile: images that are larger than this, at the model's short side, are segmented in windows of so many pixels a
             side, so that memory does not grow with them; null takes them whole.
-        overlap: pixels that neighbouring windows share at least; a pixel is that of the window in which it lies deeper.
+        overlap: pixels that neighbouring windows share at least, null for 64, or half of a small window; a pixel is
+            that of the window in which it lies deeper.
 
     Raises:
         FileNotFoundError: there is no such image or folder.
@@ -172,7 +173,7 @@ def evaluate_segmenter(
     precision: Precision = "32",
     overwrite: bool = False,
     tile: PositiveInt | None = None,
-    overlap: NonNegativeInt = OVERLAP,
+    overlap: NonNegativeInt | None = None,
 ) -> dict[str, Any]:
     """Score a segmenter on images with masks: IoU per class, and their mean, as :meth:`MeanIoU.summary`.
 

@@ -187,7 +187,8 @@ def compare_label_efficiency(
     test = data.open_val()
     if test is None:
         raise ValueError("give data.val_images and data.val_masks, the images to score on")
-    echo_notes(test.notes)
+    said: set[str] = set()  # many choices of images give one note
+    _echo_new(test.notes, said)
     contents = contents_of_choices(data, test, results.choices(labels, tried))
     images = [*map(data.resized, test.images), *images_to_learn_from(data, max(labels), tried)]
     results.begin(contents)
@@ -206,7 +207,7 @@ def compare_label_efficiency(
         known = None  # the features that were kept for the method before are let go
         for _, count, number in results.missing([method], labels, tried):
             known = known or learner(method)
-            row, predictions = measure_learner(known, replace(data, max_images=count), test, number)
+            row, predictions = measure_learner(known, replace(data, max_images=count), test, number, said)
             if count == min(labels) and number == seed:
                 for name, found in zip(test.names, predictions, strict=True):
                     save_png(Image.fromarray(found.numpy()), results.folder.file(_example(method, name)))
@@ -296,12 +297,17 @@ def unet_learner(generator: DiffusionModel | UNet, options: BaselineOptions, tra
 
 
 def measure_learner(
-    learner: Learner, data: MaskDataOptions, test: MaskFolder, seed: int
+    learner: Learner, data: MaskDataOptions, test: MaskFolder, seed: int, said: set[str]
 ) -> tuple[dict[str, Any], list[Tensor]]:
-    """Scores, seconds and the images learned from, for the results; and the predictions of the test images."""
+    """Scores, seconds and the images learned from, for the results; and the predictions of the test images.
+
+    Args:
+        said: notes that are not to be said again.
+    """
     data, start = replace(data, val_images=None, val_masks=None), time.monotonic()
     torch.manual_seed(seed)
     parts = learner.recipe(data).prepare(seed)
+    _echo_new(parts.notes, said)
     model = fit_quietly(parts.module, parts.data, learner.trainer)
     learned = time.monotonic()
     score, predictions = MeanIoU(len(data.classes)), []
@@ -352,6 +358,11 @@ def lead_sentence(summary: Iterable[Mapping[str, Any]]) -> str:
             best = max(by_method, key=by_method.__getitem__)
             parts.append(f"{100 * (ours - by_method[best]):+.1f} at {count} ({TITLES[best]})")
     return "mIoU of diffusion features over the best of the others, in points: " + ", ".join(parts) if parts else ""
+
+
+def _echo_new(notes: Sequence[str], said: set[str]) -> None:
+    echo_notes([note for note in notes if note not in said])
+    said.update(notes)
 
 
 def _in_words(row: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What a task gives to be trained; `run` does the rest, for all tasks alike."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,13 +42,14 @@ class Evaluator:
 @dataclass
 class Parts:
     """What a run is made of: the training step, which holds the model; the batches it is given; and what looks at the
-    model. The summary is a sentence on what learns what from how much.
+    model. The summary is a sentence on what learns what from how much; notes are to be said before, a sentence each.
     """
 
     module: TrainingModule
     data: TrainingData
     evaluator: Evaluator = field(default_factory=Evaluator)
     summary: str = ""
+    notes: Sequence[str] = ()
 
 
 class Recipe(ABC):

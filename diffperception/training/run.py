@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from diffperception.devices import first_process, prefer_fast_products
-from diffperception.echo import echo
+from diffperception.echo import echo, echo_notes
 from diffperception.training.callbacks import Averaging, Checkpoints, Evaluations, Reporter
 from diffperception.training.data import TrainingData
 from diffperception.training.folder import CHECKPOINT, FILES, WEIGHTS, RunFolder, contents_of, read_to_resume
@@ -61,6 +61,7 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
     require_loggers(options.trainer.logger)
     torch.manual_seed(options.seed)
     parts = recipe.prepare(options.seed)
+    echo_notes(parts.notes)
     if options.trainer.accumulate > 1 and not parts.module.automatic_optimization:
         raise ValueError(f"trainer.accumulate must be 1 for {recipe.task}, which updates its weights by itself")
     if parts.module.max_steps and options.trainer.max_steps != TrainerOptions.max_steps:

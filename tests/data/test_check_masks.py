@@ -1,6 +1,7 @@
 """What `check` says of images with masks and of folders of images; and that `train` judges alike."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,36 @@ def test_the_images_measured_on_need_not_have_all_classes(folder: Path) -> None:
     assert [problem.kind for problem in check_masks(options).errors] == ["half of val"]
     with pytest.raises(ValueError, match="both"):
         options.open_val()
+
+
+def test_the_parts_of_a_split_are_judged_as_training_does(folder: Path) -> None:
+    options = MaskDataOptions(folder / "images", folder / "masks", ["a", "b"], val_share=0.4)
+    held_out = options.open_val()
+    assert held_out is not None
+    (name,) = held_out.names
+    assert check_masks(options).problems == []
+    repaint(folder, name, 0)
+    (warning,) = check_masks(options).problems
+    assert warning.message.startswith(f"the masks in {folder / 'masks'} that are held out have pixels of a alone")
+    for number in range(3):
+        if f"{number}.png" != name:
+            repaint(folder, f"{number}.png", 1)
+    for classes in (["a", "b"], []):
+        assert [problem.kind for problem in check_masks(replace(options, classes=classes)).errors] == ["split"]
+    with pytest.raises(ValueError, match="that are not held out have no pixel of class a"):
+        options.open()
+    (error,) = check_masks(replace(options, val_share=1.5)).errors
+    assert error.message.startswith("val_share is 1.5: ")
+
+
+def test_colours_that_are_named_need_no_names_of_classes(folder: Path) -> None:
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(path))[..., None] * np.array([255, 0, 0], np.uint8)).save(path)
+    values = {"#000000": 0, "#ff0000": 1}
+    report = check_masks(MaskDataOptions(folder / "images", folder / "masks", [], mask_values=values))
+    assert report.problems == []
+    assert report.summary is not None
+    assert "class 1" in report.summary.text()
 
 
 @pytest.mark.parametrize(

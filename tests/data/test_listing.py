@@ -19,7 +19,7 @@ def touch(root: Path, *names: str) -> list[Path]:
 
 
 def test_images_are_listed_in_order_and_whatever_the_case_of_their_endings(tmp_path: Path) -> None:
-    found = touch(tmp_path, "a/2.JPG", "a/3.jp2", "a/4.HEIC", "a/5.AVIF", "a/6.jfif", "a/b/1.Png", "z.TIFF")
+    found = touch(tmp_path, "a/2.JPG", "a/3.jp2", "a/4.HEIC", "a/5.AVIF", "a/6.jfif", "a/7.mpo", "a/b/1.Png", "z.TIFF")
     touch(tmp_path, "notes.txt", "README", "a/._2.jpg", ".cache/4.png", "a/.thumbnails/5/6.png", "__MACOSX/a/7.png")
     (tmp_path / "folder.png").mkdir()
     root, paths, remark = list_images(tmp_path)

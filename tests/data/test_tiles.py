@@ -51,6 +51,16 @@ def test_an_overlap_as_large_as_the_window_is_refused(overlap: int) -> None:
         Tiling(64, overlap)
 
 
+def test_an_overlap_without_windows_is_refused() -> None:
+    with pytest.raises(ValueError, match="overlap is 10, but pictures are taken whole: give tile too"):
+        Tiling(None, 10)
+
+
+def test_small_windows_overlap_by_half_where_nothing_is_said() -> None:
+    assert Tiling(256).windows(600, 900) == Tiling(256, 64).windows(600, 900)
+    assert Tiling(64).windows(600, 900) == Tiling(64, 32).windows(600, 900)
+
+
 def test_random_tiles_around_objects_show_them_whole_and_every_one() -> None:
     boxes = np.array([[0, 0, 20, 30], [300, 100, 340, 150], [480, 390, 500, 400]], dtype=np.float32)
     met = np.zeros(3, dtype=bool)

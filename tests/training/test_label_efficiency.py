@@ -74,6 +74,14 @@ def test_there_is_a_result_for_each_method_number_and_seed(first: Path) -> None:
     assert set(rows[0]["seconds"]) == {"training", "test"}
 
 
+def test_what_is_left_out_is_said_once(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(root / "train/images", tmp_path / "images")
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/unlabelled.png")
+    few = ["--methods", "rgb", "--labels", "1", "2", "--num_seeds", "2", "--num_pictures", "0"]
+    run(root, tmp_path / "out", *few, f"--data.images={tmp_path / 'images'}", "--data.unlabelled", "skip")
+    assert capsys.readouterr().out.count("left out: 1 images without a mask") == 1
+
+
 def test_each_seed_chooses_its_own_images(root: Path, first: Path) -> None:
     rows = json.loads((first / "compare.json").read_text())["results"]
     for row in rows:
@@ -99,7 +107,7 @@ def test_pixel_classifiers_differ_by_the_seed_alone(data: MaskDataOptions, score
     labelled, few = data.open(), 20  # minibatches, after which the first weights still show
     options = FitOptions(max_minibatches=few)
     learner = pixel_learner(RGBFeatures(), 2, options, CPU)
-    found = [measure_learner(learner, data, scored, seed)[1] for seed in (0, 1)]
+    found = [measure_learner(learner, data, scored, seed, set())[1] for seed in (0, 1)]
     ensemble = fit_ensemble(RGBFeatures(), labelled.images, labelled.masks, 3, 2, options, seed=1, trainer=CPU)
     for image, one, other in zip(scored.images, *found, strict=True):
         assert torch.equal(other, ensemble.segment(RGBFeatures().maps(image)).labels.to(torch.uint8))
@@ -110,7 +118,7 @@ def test_the_unet_from_scratch_sees_the_seeds_crops(data: MaskDataOptions, score
     images, masks = (list(part) for part in (data.open().images, data.open().masks))
     options = BaselineOptions(steps=3, batch_size=2, crop=16, lr=1e-2)
     like = tiny_unet()
-    (found, *_) = measure_learner(unet_learner(like, options, CPU), data, scored, 1)[1]
+    (found, *_) = measure_learner(unet_learner(like, options, CPU), data, scored, 1, set())[1]
     for seed in (1, 0):
         torch.manual_seed(1)
         network = segmentation_unet(like, 3)

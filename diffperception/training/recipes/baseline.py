@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diffperception.data.masks import MaskDataOptions
 from diffperception.diffusion.noise import derive_seed
-from diffperception.echo import echo_notes
 from diffperception.models import DiffusionModel, UNet
 from diffperception.models.generator import load_generator
 from diffperception.segmentation.baseline import masked_cross_entropy, predict_labels, random_crop, segmentation_unet
@@ -115,14 +114,13 @@ class BaselineRecipe(Recipe):
 
     def prepare(self, seed: int) -> Parts:
         train_set, val_set = self.data.open(seed), self.data.open_val()
-        for folder in (train_set, *([val_set] if val_set else [])):
-            echo_notes(folder.notes)
         unet = segmentation_unet(load_generator(self.generator).network, len(self.data.classes))
         return Parts(
             BaselineModule(unet, self.fit, seed),
             CropBatches(list(train_set.images), list(train_set.masks), self.fit, seed),
             SegmentationEvaluator(train_set, val_set, self.data.classes, self._predict),
             f"{size_of(unet)} learns {len(self.data.classes)} classes from {len(train_set)} images",
+            [*train_set.notes, *(val_set.notes if val_set else [])],
         )
 
     def _predict(self, unet: UNet, image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from diffperception.data.batches import repeat_factors
 from diffperception.data.formats import Annotations, Format, open_annotations, split_annotations
 from diffperception.data.formats.writers import coco_content
 from diffperception.data.soundness import crowded_images, objects_below, require, resizing
-from diffperception.data.tiles import OVERLAP, RandomTile, Tiling
+from diffperception.data.tiles import RandomTile, Tiling
 from diffperception.data.transforms import TrainingTransforms
 from diffperception.detection import Detector
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
@@ -134,7 +134,7 @@ class DataOptions:
         if self.repeat_threshold is not None:
             repeats = repeat_factors(train.labels_of_images(), len(train.classes), self.repeat_threshold)
         if self.tile is not None:
-            tiling = Tiling(self.tile)
+            tiling = Tiling(self.tile, 0)
             tiles = np.array([len(tiling.windows(height, width)) for width, height in train.sizes.tolist()])
             repeats = tiles if repeats is None else repeats * tiles
         return TrainingData(train, self.batch_size, self.workers, seed, repeats)
@@ -154,7 +154,8 @@ class EvaluationOptions:
         protocol: coco, or lvis for annotation files of LVIS.
         num_pictures: how many images are drawn with predictions beside ground truth.
         tile: images larger than this are predicted in windows of so many pixels a side; by default data.tile.
-        overlap: pixels that neighbouring windows share at least; best as large as most objects.
+        overlap: pixels that neighbouring windows share at least, best as large as most
+            objects; null for 64, or half of a small window.
     """
 
     every: PositiveInt | None = 1000
@@ -164,7 +165,7 @@ class EvaluationOptions:
     protocol: Protocol = "coco"
     num_pictures: NonNegativeInt = 8
     tile: PositiveInt | None = None
-    overlap: NonNegativeInt = OVERLAP
+    overlap: NonNegativeInt | None = None
 
 
 class DetectionModule(TrainingModule):
@@ -303,8 +304,6 @@ class DetectionRecipe(Recipe):
         detector = construct(self.model, train.classes)
         require_masks(detector, val)
         require_no_masks(detector, Tiling(evaluation.tile, evaluation.overlap))
-        for remark in [*remarks, *limits(detector, train, val, evaluation.tile)]:
-            echo(f"note: {remark}")
         detector.class_frequencies.copy_(torch.from_numpy(train.images_per_class()))
         return Parts(
             self.module(detector, self.optimizer, seed),
@@ -312,6 +311,7 @@ class DetectionRecipe(Recipe):
             evaluator,
             f"{size_of(detector)} learns {len(train.classes)} classes from {len(train)} images and is scored on"
             f" {len(val)}",
+            [*remarks, *limits(detector, train, val, evaluation.tile)],
         )
 
 

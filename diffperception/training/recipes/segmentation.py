@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffperception.data.masks import IGNORE_INDEX, MaskDataOptions, MaskFolder
 from diffperception.diffusion.noise import derive_seed
-from diffperception.echo import echo, echo_notes, plural
+from diffperception.echo import echo, plural
 from diffperception.files import OutputFolder, write_json
 from diffperception.models.warm_start import WarmStart, warm_start
 from diffperception.segmentation import FeatureExtractor, MeanIoU, PixelEnsemble, PixelSegmenter
@@ -347,15 +347,12 @@ class SegmentationRecipe(Recipe):
     def prepare(self, seed: int) -> Parts:
         train_set, val_set = self.data.open(seed), self.data.open_val()
         for folder in (train_set, *([val_set] if val_set else [])):
-            echo_notes(folder.notes)
             for index in range(len(folder)):
                 folder.images[index]  # a broken one is better found before the training than after
         features, classes, masks = self.features, self.data.classes, list(train_set.masks)
         ensemble = PixelEnsemble(features.channels, len(classes), self.members)
         model = PixelSegmenter(features, ensemble, classes, self.data.short_side)
         module = EnsembleModule(model, features, train_set.images, masks, self.fit, seed, train_set.names)
-        if module.notes:
-            echo(f"note: {module.notes}")
         dtype = getattr(torch, self.fit.feature_dtype)
         memory = stored_bytes(features, [mask.shape for mask in masks], dtype)
         return Parts(
@@ -366,6 +363,7 @@ class SegmentationRecipe(Recipe):
             f" {len(classes)} classes from {module.num_pixels} pixels of {plural(len(masks), 'image')};"
             f" {features.channels} features per pixel, {in_bytes(memory)} in memory; at most"
             f" {self.fit.most_minibatches(module.num_pixels)} minibatches per member",
+            [*train_set.notes, *(val_set.notes if val_set else []), *filter(None, [module.notes])],
         )
 
 
