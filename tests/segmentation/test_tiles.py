@@ -105,6 +105,6 @@ def test_folders_are_segmented_and_scored_in_windows(tmp_path: Path) -> None:
     assert evaluate_segmenter(model, folder, workers=0) == evaluate_segmenter(
         model, folder, workers=0, tile=24, overlap=8
     )
-    with pytest.raises(ValueError, match="overlap is 64: it must be from 0 to below tile, which is 24"):
-        segment_folder(model, tmp_path / "images", tmp_path / "other", tile=24)
+    with pytest.raises(ValueError, match="overlap is 24: it must be from 0 to below tile, which is 24"):
+        segment_folder(model, tmp_path / "images", tmp_path / "other", tile=24, overlap=24)
     assert not (tmp_path / "other").exists()
