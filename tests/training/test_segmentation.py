@@ -221,7 +221,7 @@ def train(data: Path, output: Path, *more: str) -> int:
     return main(["train", "--task", "segmentation", *arguments, "--output", str(output), *more])
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     pass
 
 
