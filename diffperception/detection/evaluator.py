@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from diffperception.data.annotations import LVIS_LISTS, CocoTable, tabulate
-from diffperception.data.formats import Format, read_annotations
+from diffperception.data.formats import Format, open_annotations
 from diffperception.data.outlines import encode_masks
 from diffperception.data.soundness import check_boxes, require_entries
 from diffperception.detection.results import read_results
@@ -93,7 +93,9 @@ class CocoEvaluator:
         image_ids: evaluate these images of the file only.
         protocol: coco, or lvis for annotation files of LVIS.
         classes: names of the labels 0..K-1 of predictions; by default, the categories in the order of their ids.
-        format: of the annotations: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv.
+        format: of the annotations: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv; auto looks for
+            itself.
+        images: the folder of the images, for formats that need them; by default where the format has them.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, cannot be used (see `tabulate`) or is not what the protocol
@@ -109,9 +111,11 @@ class CocoEvaluator:
         protocol: Protocol = "coco",
         classes: Sequence[str] | None = None,
         format: Format = "coco",
+        images: str | Path | None = None,
     ) -> None:
         self.iou_types = tuple(iou_types)
         self.masks = "segm" in self.iou_types
+        self.notes: list[str] = []  # on what reading the format passed over
         if not self.iou_types or not PREFIX.keys() >= set(self.iou_types):
             raise ValueError(f"iou_types must be some of {', '.join(PREFIX)}, not {iou_types!r}")
         self.protocol: Protocol = protocol
@@ -119,8 +123,10 @@ class CocoEvaluator:
         if self.max_dets < 1:
             raise ValueError(f"max_dets is {max_dets}: at least 1 detection per image must count")
         if not isinstance(annotations, CocoTable):
-            annotations = tabulate(read_annotations(annotations, None, format, self.masks), annotations, self.masks)
+            found = open_annotations(annotations, images, format, self.masks)
+            annotations = tabulate(found.content, found.source, self.masks)
             require_entries(annotations)
+            self.notes = [f"{found.source}: {note}." for note in found.notes]
         self.truth = GroundTruth(annotations, image_ids, self.masks, classes)
         if protocol == "lvis":
             _require_lvis_file(self.truth)
@@ -176,7 +182,7 @@ class CocoEvaluator:
             per_class={name: mean_defined(precision[:, :, k]) for k, name in enumerate(self.truth.classes)},
             objects=self.truth.objects,
             detections=usable,
-            notes=_notes(self.truth, len(rows), len(usable)),
+            notes=[*self.notes, *_notes(self.truth, len(rows), len(usable))],
             explanation=None if found else _explain(self.truth, rows, seen, overlap),
         )
 

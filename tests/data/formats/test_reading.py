@@ -134,3 +134,14 @@ def test_a_perfect_prediction_of_a_voc_folder_scores_all(tmp_path: Path, coco):
         evaluator.update([image_id], [{"boxes": boxes, "scores": scores, "labels": target["labels"]}])
     assert evaluator.compute().metrics["AP"] == pytest.approx(1.0)
     assert np.isin(dataset.labels, [0, 1]).all()
+
+
+def test_results_are_scored_on_images_that_lie_elsewhere_and_what_was_passed_over_is_said(tmp_path: Path, draw, write):
+    images = draw("a.jpg", "b.jpg", folder="elsewhere")
+    write("data/classes.txt", "cat\n")
+    write("data/labels/a.txt", "0 0.5 0.5 0.5 0.5\n9 0.5 0.5 0.1 0.1\n")
+    row = {"image_id": 1, "category_id": 1, "bbox": [16, 12, 32, 24], "score": 0.9}
+    results = write("results.json", json.dumps([row]))
+    found = CocoEvaluator(tmp_path / "data", format="yolo", images=images).score_results(results)
+    assert found.metrics["AP"] == 1
+    assert any("objects of a class that the 1 names do not number are left out: 1" in note for note in found.notes)
