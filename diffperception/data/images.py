@@ -205,7 +205,7 @@ def read_image(path: str | Path) -> Tensor:
             above white or below 0, or has 16 bits of which it uses less than a sixteenth.
     """
     with open_image(path) as image:
-        pixels = _rgb(ImageOps.exif_transpose(image), _white_of(image), path)
+        pixels = _rgb(ImageOps.exif_transpose(image), _white_of(image), path, _is_negative(image))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -219,11 +219,17 @@ def _white_of(image: Image.Image) -> int:
     return 2**bits - 1
 
 
-def _rgb(image: Image.Image, white: int, path: str | Path) -> np.ndarray:
+def _is_negative(image: Image.Image) -> bool:
+    """Whether 0 is white in grey of more than 8 bits, which Pillow gives as it is in the file."""
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(262) == 0
+
+
+def _rgb(image: Image.Image, white: int, path: str | Path, negative: bool = False) -> np.ndarray:
     """The pixels, uint8 (H, W, 3)."""
     if image.mode == "F" or image.mode.startswith("I"):
         grey = np.asarray(image)
-        pixels = np.repeat(_eight_bits(grey, white, path)[..., None], 3, axis=2)
+        eight = _eight_bits(white - grey if negative else grey, white, path)
+        pixels = np.repeat(eight[..., None], 3, axis=2)
         pixels[grey == image.info.get("transparency", -1)] = 255
         return pixels
     if image.has_transparency_data:

@@ -323,3 +323,12 @@ def test_a_name_in_another_normal_form_is_the_same_file(tmp_path: Path, form: st
     path = folder / unicodedata.normalize(other, "Höhe/größe.png")
     assert read_image(path).unique().tolist() == [51]
     assert read_size(path) == (4, 6)
+
+
+def test_where_a_tiff_says_that_0_is_white_it_is(tmp_path: Path) -> None:
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    for number, (grey, kind) in enumerate([(65535 - ramp, 0), (ramp, 1)]):
+        Image.fromarray(grey).save(tmp_path / f"{number}.tif", tiffinfo={262: kind})
+        with Image.open(tmp_path / f"{number}.tif") as image:
+            assert image.tag_v2[262] == kind  # type: ignore[attr-defined]
+        assert read_image(tmp_path / f"{number}.tif")[0].tolist() == (ramp // 257).tolist()
