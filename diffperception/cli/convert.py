@@ -20,7 +20,7 @@ from diffperception.devices import pick_device
 from diffperception.echo import echo, plural
 from diffperception.files import read_lines, require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
-from diffperception.models.base import file_kind
+from diffperception.models.base import file_kind, is_model_file
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import read_weights
 from diffperception.models.convert.trial import CLEARLY, HOPELESS, SLIGHTLY, changed_options, try_conventions
@@ -74,6 +74,8 @@ def convert_checkpoint(
         overwrite: replace the output file, if it is a model file of ours.
     """
     require_new_file(output, overwrite)
+    if is_model_file(checkpoint):
+        raise ValueError(f"{checkpoint} is a model file already, with nothing to convert: name it as --model or --init")
     found = read_weights(checkpoint, ema)
     weights = found.state
     classes = None if annotations is None else read_names(annotations)

@@ -64,6 +64,7 @@ def _in_words(kinds: str) -> str:
     """`a whole number, or several` for `int or list[int]`, `one of a, b` for `Literal['a', 'b']`."""
     kinds = re.sub(r"^(.+) or list\[\1\]$", r"\1, or several", kinds)
     kinds = kinds.replace("dict[int, int]", "pairs of whole numbers such as {0: 0, 255: 1}")
+    kinds = re.sub(r"Literal\['(\w+)'\]", r"\1", kinds)  # of a single word nothing is chosen
     kinds = re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", ""), kinds)
     return re.sub(r"\w+", lambda kind: KINDS.get(kind[0], kind[0]), kinds)
 

@@ -36,6 +36,8 @@ HELP = {  # of options that several commands have, where a docstring says nothin
     "workers": "processes that read images.",
     "device": "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.",
     "precision": "bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.",
+    "tile": "images larger than this are taken in windows of so many pixels a side; null takes them whole.",
+    "overlap": "pixels that neighbouring windows share at least; best as large as most objects.",
     "overwrite": "write into a folder that is not empty, in place of what an earlier run wrote there.",
 }
 

@@ -124,8 +124,9 @@ def read_source(path: Path, allow: tuple[str, ...] = ()) -> Source:
         classes = getattr(model, "classes", None)
         of_classes = f" of {len(classes)} class{'es' if len(classes) > 1 else ''}" if classes else ""
         return Source(path, model.state_dict(), class_rows(model), f"{type(model).__name__}{of_classes}", model)
-    if path.name == CHECKPOINT:
-        raise ValueError(f"{path} is what --resume goes on from: name the model.safetensors beside it instead")
+    beside = path.with_name("model.safetensors")
+    if path.name == CHECKPOINT and is_model_file(beside):  # other programs have files of this name too
+        raise ValueError(f"{path} is what --resume goes on from: name {beside} instead")
     state = state_of(path)
     return Source(path, state, {}, f"{len(state)} weights without a description")
 

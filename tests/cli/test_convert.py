@@ -287,6 +287,20 @@ def test_a_unet_that_is_not_whole_is_known_as_one(tmp_path, capsys, change, comp
     assert complaint in capsys.readouterr().err
 
 
+def test_a_model_file_needs_no_conversion(tmp_path, capsys):
+    DiffusionDet(["a"], "resnet10t", strides=(8, 16)).save(tmp_path / "ours.safetensors")
+    words = [
+        "convert",
+        "--checkpoint",
+        str(tmp_path / "ours.safetensors"),
+        "--output",
+        str(tmp_path / "new.safetensors"),
+    ]
+    assert main(words) == 2
+    assert "ours.safetensors is a model file already" in capsys.readouterr().err
+    assert not (tmp_path / "new.safetensors").exists()
+
+
 def test_upsamplers_and_wrong_numbers_of_names_are_refused(tmp_path, capsys):
     path, state = reference("layouts", "half", tmp_path)
     (tmp_path / "names.txt").write_text("ant\nbee\n")

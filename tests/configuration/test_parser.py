@@ -42,6 +42,7 @@ def measure(
     colours: Literal["red", "green"] | list[Literal["red", "green"]] = "red",
     names: list[str] | None = None,
     pairs: dict[int, int] | None = None,
+    frozen: int | Literal["all"] = 0,
 ) -> None:
     """Measure.
 
@@ -56,6 +57,7 @@ def measure(
         colours: in what.
         names: of what.
         pairs: what they mean.
+        frozen: how many.
     """
     received.update(path_name=path_name, num_boxes=num_boxes, modes=modes, data=data, overwrite=overwrite, names=names)
     received.update(share=share, pairs=pairs)
@@ -183,6 +185,7 @@ def test_options_of_a_function_keep_their_defaults_help_and_types(
         ("--seeds 0", "option seeds: expected a whole number above 0, got 0"),
         ("--seeds x", "option seeds: expected a whole number above 0, got x"),
         ("--colours red blue", "option colours: expected one of red, green, or several, got ['red', 'blue']"),
+        ("--frozen x", "option frozen: expected a whole number or all, got x"),
         ("--num-boxs 1", "unrecognized arguments: --num_boxs 1; did you mean num_boxes?"),
         ("--batch-sise 1", "unrecognized arguments: --batch_sise 1; did you mean data.batch_size?"),
         ("--data.batch-size 1 2", "unrecognized arguments: 2"),

@@ -191,6 +191,12 @@ def test_files_of_other_number_types_counters_of_norms_included(tmp_path: Path, 
         warm_start(model, tmp_path / "large.safetensors")
 
 
+def test_another_programs_last_checkpoint_is_read(tmp_path: Path) -> None:
+    torch.save({"state_dict": timm.create_model("resnet10t").state_dict(), "epoch": 1}, tmp_path / "last.ckpt")
+    taken, whole = warm_start(detector(["a"]), tmp_path / "last.ckpt").parts["backbone"]
+    assert taken == whole
+
+
 def test_a_frozen_norm_takes_the_statistics_too(tmp_path: Path) -> None:
     model = DiffusionDet(["a"], "resnet10t", HEAD, strides=(8, 16), freeze_norm=True)
     weights = {n: v + 1 for n, v in timm.create_model("resnet10t").state_dict().items()}
@@ -304,6 +310,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_changes_nothing(tmp_pa
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"epoch": 3}, tmp_path / "number.pth")
     (tmp_path / "last.ckpt").write_bytes(b"")
+    broken.save(tmp_path / "model.safetensors")
     for name, words in {
         "nan.safetensors": r"not finite in its weights for head\.stages\.1\.box_deltas\.weight",
         "other.safetensors": "PixelSegmenter of 3 classes.*less than a third of any part",
@@ -311,7 +318,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_changes_nothing(tmp_pa
         "reference.safetensors": "`diffperception convert` first",
         "text.pth": "damaged, or of another format",
         "number.pth": "holds no weights|else than tensors",
-        "last.ckpt": r"name the model\.safetensors beside it",
+        "last.ckpt": r"name .*model\.safetensors instead",
     }.items():
         with pytest.raises(ValueError, match=words):
             warm_start(model, tmp_path / name)
