@@ -24,6 +24,7 @@ from diffperception.data.formats.collected import (
     MarkedObject,
     Remarks,
     box_around,
+    flat,
     folder_of_part,
     in_threads,
     number,
@@ -73,7 +74,9 @@ def read_voc(
     places = (folder.parent / "JPEGImages", folder / "JPEGImages", folder.parent / "images", folder)
     index = find_images(images, places)
     found = [_image(file, folder, index, remarks) for file in read_files]
-    corners = [min(thing.box[:2]) for file in read_files if not file.is_ours for thing in file.objects]
+    corners = [
+        min(thing.box[:2]) for file in read_files if not file.is_ours for thing in file.objects if not thing.outline
+    ]
     from_zero = any(0 <= corner < 1 for corner in corners)
     if from_zero:
         remarks.add(
@@ -164,23 +167,31 @@ def _object(element: ElementTree.Element, place: str) -> MarkedObject:
     if not name:
         raise ValueError(f"{place} has no name: give it that of its class")
     difficult = (element.findtext("difficult") or "0").strip().lower()
-    return MarkedObject(name, _box(element, place), place, ignored=difficult in ("1", "true"))
+    ignored = difficult in ("1", "true")
+    if (rotated := element.find("robndbox")) is not None:
+        corners = _corners(rotated, place)
+        return MarkedObject(name, box_around(corners), place, [flat(corners)], ignored)
+    return MarkedObject(name, _box(element, place), place, ignored=ignored)
+
+
+def _corners(rotated: ElementTree.Element, place: str) -> list[tuple[float, float]]:
+    """The corners of a rotated box of roLabelImg, which gives the centre, from 0, and an angle in radians."""
+    cx, cy, w, h, angle = (number(rotated.findtext(key), key, place) for key in ("cx", "cy", "w", "h", "angle"))
+    straight = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+    return turned(straight, math.degrees(angle), (cx, cy))
 
 
 def _box(element: ElementTree.Element, place: str) -> Box:
-    box, rotated = element.find("bndbox"), element.find("robndbox")
-    if rotated is not None:  # of roLabelImg: the centre, and an angle in radians
-        cx, cy, w, h, angle = (number(rotated.findtext(key), key, place) for key in ("cx", "cy", "w", "h", "angle"))
-        straight = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        x1, y1, x2, y2 = box_around(turned(straight, math.degrees(angle), (cx, cy)))
-        return x1 + 1, y1 + 1, x2, y2
-    if box is None:
+    """The corners as written."""
+    if (box := element.find("bndbox")) is None:
         raise ValueError(f"{place} has no bndbox: only boxes are read from Pascal VOC")
     x1, y1, x2, y2 = (number(box.findtext(side), side, place) for side in SIDES)
     return x1, y1, x2, y2
 
 
 def _shifted(thing: MarkedObject, shift: float) -> MarkedObject:
+    if thing.outline is not None:  # a rotated box, which counts from 0
+        return thing
     x1, y1, x2, y2 = thing.box
     return thing._replace(box=(x1 - shift, y1 - shift, x2, y2))
 

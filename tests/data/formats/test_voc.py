@@ -103,13 +103,14 @@ def test_a_list_of_classes_gives_their_order_unless_it_lacks_one(tmp_path: Path,
     assert "objects of the unknown class 'cat' are left out: 1, the first is" in given.notes[0]
 
 
-def test_difficult_objects_are_crowds_and_rotated_boxes_are_enclosed(tmp_path: Path, draw, write):
+@pytest.mark.parametrize("corner", ["0", "1"])
+def test_difficult_objects_are_crowds_and_rotated_boxes_are_enclosed(tmp_path: Path, draw, write, corner):
     draw("a.jpg", folder="voc")
     turned = (
         "<object><name>ship</name><robndbox><cx>32</cx><cy>24</cy><w>20</w><h>4</h><angle>1.5707963267948966</angle>"
         "</robndbox></object></annotation>"
     )
-    text = xml("a.jpg", (*FULL, "<difficult>1</difficult>")).replace("</annotation>", turned)
+    text = xml("a.jpg", ("cat", corner, "1", "64", "48", "<difficult>1</difficult>")).replace("</annotation>", turned)
     write("voc/a.xml", text)
     content = read_annotations(tmp_path / "voc", format="voc")
     assert [entry["iscrowd"] for entry in content["annotations"]] == [1, 0]
