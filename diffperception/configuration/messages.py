@@ -84,5 +84,6 @@ REWORDED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [  # in this 
     (r"invalid literal for (int)\(\) with base 10: '(.*)'", r"expected \1, got \2"),
     (r"Not of type (\w+): \w+\(\) argument must be .*, not '(\w+)'", r"expected \1, got \2"),
     (r"(?<=, got )None(?:Type)?$", "null"),
+    (r"(?<=, got )\[.*\]$", lambda found: found[0].replace("'", "")),  # values of a list, as they were written
     (r"(?<=\bexpected )(.*?)(?=, got )", lambda found: _in_words(found[1])),
 ]

@@ -280,7 +280,7 @@ def test_a_resumed_run_follows_its_new_options(config: Path, whole: Path, tmp_pa
     assert float(row["train/lr"]) == 0.5
 
 
-def test_training_starts_from_given_weights_of_the_same_classes(
+def test_training_starts_from_given_weights(
     config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     still = ["--optimizer.lr", "0", "--optimizer.ema_decay", "null", "--trainer.max_steps", "1"]
@@ -288,13 +288,15 @@ def test_training_starts_from_given_weights_of_the_same_classes(
     first, second = (load_file(run / "model.safetensors") for run in (whole, tmp_path / "run"))
     assert torch.equal(first["box.weight"], second["box.weight"])
     TinyDetector(["disc", "plate"]).save(tmp_path / "other.safetensors")
-    assert train(config, tmp_path / "other", "--init", str(tmp_path / "other.safetensors")) == 2
-    said = complaint(capsys)
-    assert "disc, plate" in said
-    assert "disc, square" in said
+    assert train(config, tmp_path / "other", "--init", str(tmp_path / "other.safetensors"), *still) == 0
+    said = capsys.readouterr().out
+    assert "(TinyDetector of 2 classes)" in said
+    assert "label.weight" in said  # the layer of the classes, of which one is another
+    third = load_file(tmp_path / "other" / "model.safetensors")
+    assert not torch.equal(third["label.weight"], load_file(tmp_path / "other.safetensors")["label.weight"])
     TinyDetector(["disc", "square"], width=3).save(tmp_path / "narrow.safetensors")
     assert train(config, tmp_path / "narrow", "--init", str(tmp_path / "narrow.safetensors")) == 2
-    assert "another shape" in complaint(capsys)
+    assert "narrow.safetensors" in complaint(capsys)
 
 
 def test_nothing_is_written_before_the_data_are_known_to_be_there(

@@ -180,11 +180,11 @@ def test_options_of_a_function_keep_their_defaults_help_and_types(
     ("words", "complaint"),
     [
         ("--num-boxes 0", "option num_boxes: expected a whole number above 0, or several, got 0"),
-        ("--num-boxes 1 x", "option num_boxes: expected a whole number above 0, or several, got [1, 'x']"),
+        ("--num-boxes 1 x", "option num_boxes: expected a whole number above 0, or several, got [1, x]"),
         ("--share 2", "option share: expected a number from 0 to 1, got 2"),
         ("--seeds 0", "option seeds: expected a whole number above 0, got 0"),
         ("--seeds x", "option seeds: expected a whole number above 0, got x"),
-        ("--colours red blue", "option colours: expected one of red, green, or several, got ['red', 'blue']"),
+        ("--colours red blue", "option colours: expected one of red, green, or several, got [red, blue]"),
         ("--frozen x", "option frozen: expected a whole number or all, got x"),
         ("--num-boxs 1", "unrecognized arguments: --num_boxs 1; did you mean num_boxes?"),
         ("--batch-sise 1", "unrecognized arguments: --batch_sise 1; did you mean data.batch_size?"),

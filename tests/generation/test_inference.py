@@ -30,7 +30,7 @@ def test_a_file_is_sampled_in_one_call_and_other_files_stay(tmp_path: Path) -> N
     sample_folder(conditional_generator(), output, 1, TWO, ["square"], device="cpu", overwrite=True)
     found = {path.relative_to(output).as_posix() for path in output.rglob("*.png")}
     assert found == {"images/square/000000.png", "images/disc/000009.png", "grid.png"}
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="holds results of other settings"):
         sample_folder(conditional_generator(), output, 1, TWO, device="cpu")
 
 
