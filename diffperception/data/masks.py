@@ -147,7 +147,9 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         if problem:
             raise ValueError(f"{subject} {problem}")
         absent = self.values.absent(counts)
-        self.notes = [*pairing.remarks(), *([f"{subject} {absent}"] if absent else [])]
+        doubtful = "" if self.values.painted else differing_palettes(mask for _, mask in pairs)
+        remarks = [f"{subject} {text}" for text in (absent, doubtful) if text]
+        self.notes = [*pairing.remarks(), *remarks]
         self.images = LazyMap(self._image, [image for image, _ in pairs])
         self.masks = LazyMap(self._mask, [mask for _, mask in pairs])
 
@@ -382,6 +384,27 @@ def read_mask(path: Path, painted: bool = False) -> np.ndarray:
             "no mask", f"the mask {path} has numbers that are not whole: a mask holds the numbers of classes"
         )
     return mask
+
+
+def differing_palettes(masks: Iterable[Path]) -> str:
+    """What to say, after `the masks`, if a number is one colour in a file and another in the next; else empty.
+
+    Programs that write few colours number them file by file, and then the numbers are no classes.
+    """
+    seen: dict[int, tuple[list[int], Path]] = {}
+    for path in masks:
+        with suppress(BrokenImageError, OSError), open_image(path, "mask") as picture:
+            palette = picture.getpalette() if picture.mode == "P" and path.suffix.lower() != ".npy" else None
+            for _, number in picture.getcolors(256) or [] if palette else []:
+                colour = palette[3 * number : 3 * number + 3]
+                first, where = seen.setdefault(number, (colour, path))
+                if colour != first:
+                    names = ["#" + bytes(c).hex() for c in (first, colour)]
+                    return (
+                        f"have palettes that differ: {number} is {names[0]} in {where} and {names[1]} in {path};"
+                        " classes are taken by number, so if the colours are meant, name them in `mask_values`"
+                    )
+    return ""
 
 
 def _pixels(picture: Image.Image, painted: bool) -> np.ndarray:

@@ -257,6 +257,20 @@ def test_painted_masks_are_read_by_their_colours(tmp_path: Path) -> None:
         opened(tmp_path, 2, mask_values={"#000000": 0, "#0000ff": 1})
 
 
+def test_numbers_that_are_other_colours_in_other_files_are_said(tmp_path: Path) -> None:
+    for name, colours in {"a": ["#000000", "#ff0000"], "b": ["#000000", "#0000ff"]}.items():
+        write(tmp_path / f"images/{name}.png", np.zeros((1, 2, 3), np.uint8))
+        mask = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+        mask.putpalette(bytes.fromhex("".join(colour[1:] for colour in colours)))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask.save(tmp_path / f"masks/{name}.png")
+        alike = opened(tmp_path, 2, unlabelled="skip").notes if name == "a" else None
+        assert not alike
+    (note,) = opened(tmp_path, 2).notes
+    assert f"1 is #ff0000 in {tmp_path / 'masks/a.png'} and #0000ff in {tmp_path / 'masks/b.png'}" in note
+    assert opened(tmp_path, 2, mask_values={"#000000": 0, "#ff0000": 1, "#0000ff": 1}).notes == []
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
 @pytest.mark.parametrize("ending", [".png", ".PNG", ".tif", ".npy"])
 def test_a_grey_mask_is_read_whatever_its_mode(tmp_path: Path, mode: str, ending: str) -> None:
