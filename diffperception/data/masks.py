@@ -392,10 +392,10 @@ def differing_palettes(masks: Iterable[Path]) -> str:
     Programs that write few colours number them file by file, and then the numbers are no classes.
     """
     seen: dict[int, tuple[list[int], Path]] = {}
-    for path in masks:
+    for path in (mask for mask in masks if mask.suffix.lower() != ".npy"):
         with suppress(BrokenImageError, OSError), open_image(path, "mask") as picture:
-            palette = picture.getpalette() if picture.mode == "P" and path.suffix.lower() != ".npy" else None
-            for _, number in picture.getcolors(256) or [] if palette else []:
+            palette = picture.getpalette() or []
+            for number in np.unique(np.asarray(picture)).tolist() if picture.mode == "P" else []:
                 colour = palette[3 * number : 3 * number + 3]
                 first, where = seen.setdefault(number, (colour, path))
                 if colour != first:
