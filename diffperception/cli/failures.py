@@ -21,14 +21,13 @@ MISTAKE, FAULT = 2, 1  # exit codes: the user or the machine can mend it; the pr
 SAVINGS = {
     "train": "a smaller data.batch_size or fit.batch_size, fewer data.workers, smaller images or a smaller model, such"
     " as fewer num_boxes of a detector",
-    "evaluate": "a smaller --batch_size, fewer --workers, a detector's --num_boxes or --device cpu",
-    "predict": "a smaller --batch_size, fewer --workers, a detector's --num_boxes or --device cpu",
-    "sample": "a smaller --batch_size, a smaller --image_size or --device cpu",
-    "extract": "a smaller --short_side, fewer --workers or --device cpu",
-    "autolabel": "a smaller --batch_size, fewer --workers or --device cpu",
-    "probe": "a smaller --data.short_side, fewer --pixels or --device cpu",
-    "compare": "a smaller --data.short_side, a smaller --fit.batch_size or --device cpu",
-    "benchmark": "--device cpu",
+    "evaluate": "a smaller --batch_size, fewer --workers or, of a detector, --num_boxes",
+    "predict": "a smaller --batch_size, fewer --workers or, of a detector, --num_boxes",
+    "sample": "a smaller --batch_size or a smaller --image_size",
+    "extract": "a smaller --short_side or fewer --workers",
+    "autolabel": "a smaller --batch_size or fewer --workers",
+    "probe": "a smaller --data.short_side or fewer --pixels",
+    "compare": "a smaller --data.short_side or a smaller --fit.batch_size",
 }
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|cannot allocate memory|bad_alloc|bad allocation"
@@ -60,9 +59,11 @@ def failure(error: Exception, command: str) -> tuple[str, int]:
             MISTAKE,
         )
     if kind in ("MemoryError", "OutOfMemoryError") or _NO_MEMORY.search(text):
-        where = "the accelerator" if _is_of_accelerator(kind, text) else "this machine"
         savings = SAVINGS.get(command, "smaller files, or a machine with more of it")
-        return f"the memory of {where} does not suffice: take {savings}", MISTAKE
+        if _is_of_accelerator(kind, text):
+            device = "" if command == "train" else ", or --device cpu"
+            return f"the memory of the accelerator does not suffice: take {savings}{device}", MISTAKE
+        return f"the memory of this machine does not suffice: take {savings}", MISTAKE
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != __package__.partition(".")[0]:
         return f"the package {error.name} is needed for this and not installed: pip install it", MISTAKE
     if isinstance(error, ArgumentError | ValueError | OSError) and not isinstance(error, UnicodeError):

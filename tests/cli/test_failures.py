@@ -54,6 +54,7 @@ def test_an_error_is_one_sentence_and_an_exit_code(error: Exception, parts: list
     assert "\n" not in text
     assert "Traceback" not in text
     assert all(part in text for part in parts), text
+    assert ("--device cpu" in text) == ("accelerator" in text), "the CPU is no way out of its own lack of memory"
 
 
 def test_what_another_process_broke_is_not_reported_as_a_fault_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
