@@ -112,6 +112,10 @@ class Model(nn.Module):
         for name, built in model.state_dict().items():  # what is assigned keeps the layout that the constructor chose
             if name in state and state[name].shape == built.shape and state[name].stride() != built.stride():
                 state[name] = torch.empty_like(built, dtype=state[name].dtype).copy_(state[name])
+        types = {(built.dtype, state[name].dtype) for name, built in model.state_dict().items() if name in state}
+        if dtype is None and len(types) > len(dict(types)):  # half precision is that of all weights
+            found = ", ".join(sorted({str(given).removeprefix("torch.") for _, given in types}))
+            raise ValueError(f"{path} holds numbers of types that do not go together ({found}): export it again")
         assign(model, state, f"{path} does not fit the {type(model).__name__} it describes")
         return model.to(device=device, dtype=dtype).eval()
 

@@ -286,7 +286,7 @@ def require_sentence(command: str, code: int, said: str) -> None:
         assert len(sentences) == 1, said
         assert said.rstrip().endswith(sentences[0].rstrip()), f"more was said after it: {said}"
         assert "unexpected error" not in sentences[0], sentences[0]
-        assert len(sentences[0]) < 1000, sentences[0]
+        assert len(sentences[0]) < 1500, sentences[0]  # texts of users stand in some of them
 
 
 def run_cases(name: str, sound: Path, number: int, derandomize: bool) -> None:

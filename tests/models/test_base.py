@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffperception.models import Backbone, Condition, Conditioner, FeatureInfo, Model
 from diffperception.models.base import FORMAT, describe, file_kind
 from tests.helpers.networks import tiny_unet
+from tests.training.tiny_detector import TinyDetector
 
 OURS = ("tests",)  # the package of the classes below
 
@@ -294,6 +295,16 @@ def test_headers_that_do_not_fit_are_one_sentence(tmp_path: Path, name: str, arg
 def test_a_constructor_of_arguments_without_names_is_refused() -> None:
     with pytest.raises(TypeError, match=r"takes \*arguments, which have no names"):
         type("Nameless", (Model,), {"__init__": lambda self, *parts: None})
+
+
+def test_weights_of_half_the_precision_are_all_of_it(tmp_path: Path) -> None:
+    model = TinyDetector(["a", "b"]).to(torch.bfloat16)
+    model.save(tmp_path / "model.safetensors")
+    assert TinyDetector.load(tmp_path / "model.safetensors", allow=("tests",)).box.weight.dtype == torch.bfloat16
+    model.box.double()
+    model.save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"types that do not go together \(bfloat16, float64, int64\)"):
+        TinyDetector.load(tmp_path / "model.safetensors", allow=("tests",))
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
