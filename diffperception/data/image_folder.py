@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from diffperception.data.images import BrokenImageError, read_image, read_size, to_float
+from diffperception.data.images import BrokenImageError, is_deep_grey, read_image, read_size, to_float
 from diffperception.data.listing import list_images
 from diffperception.data.split import part_of
 
@@ -124,7 +124,10 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         sizes = {}
         for path in paths:
             try:
-                sizes[path] = read_size(path)
+                size = read_size(path)
+                if is_deep_grey(path):
+                    read_image(path)
+                sizes[path] = size
             except BrokenImageError as error:
                 if self.options.on_broken == "stop":
                     raise _advised(error) from error

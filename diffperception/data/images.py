@@ -185,6 +185,16 @@ def read_size(path: str | Path) -> tuple[int, int]:
         return size if exif.get(ExifTags.Base.Orientation, 1) > 4 else (size[1], size[0])
 
 
+def is_deep_grey(path: str | Path) -> bool:
+    """Whether an image has more than 8 bits of grey, which may not be those that can be scaled."""
+    with open_image(path) as image:
+        return _is_deep(image)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
 def _ends_with_metadata(path: str | Path) -> bool:
     """Whether a PNG may say which side is up only after its pixels."""
     with open(path, "rb") as file:
@@ -226,7 +236,7 @@ def _is_negative(image: Image.Image) -> bool:
 
 def _rgb(image: Image.Image, white: int, path: str | Path, negative: bool = False) -> np.ndarray:
     """The pixels, uint8 (H, W, 3)."""
-    if image.mode == "F" or image.mode.startswith("I"):
+    if _is_deep(image):
         grey = np.asarray(image)
         eight = _eight_bits(white - grey if negative else grey, white, path)
         pixels = np.repeat(eight[..., None], 3, axis=2)

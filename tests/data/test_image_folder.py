@@ -122,6 +122,14 @@ def test_the_options_of_training_reach_the_folder(tmp_path: Path) -> None:
         assert (folder.classes, folder.options.on_broken, folder.options.cached) == (["class"], "skip", 7)
 
 
+def test_deep_grey_that_cannot_be_scaled_is_found_before_training(tmp_path: Path) -> None:
+    write(tmp_path / "good.png", 8, 8)
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(tmp_path / "dark.tif")
+    with pytest.raises(BrokenImageError, match=r"dark\.tif has 16-bit grey up to 1000 only.* data\.on_broken skip$"):
+        opened(tmp_path, (8, 8))
+    assert opened(tmp_path, (8, 8), on_broken="skip").skipped == 1
+
+
 def test_broken_images_stop_or_are_passed_over(tmp_path: Path) -> None:
     write(tmp_path / "good.png", 8, 8)
     (tmp_path / "header.png").write_bytes(b"no picture")
