@@ -122,7 +122,7 @@ class Options:
         """Options without help of their own get that of another part, or of all commands."""
         docs = [docstring_parser.parse(inspect.getdoc(part) or "").params for part in self.of_part]
         explained = HELP | {p.arg_name: p.description for params in docs for p in params}
-        switches = {p.name for p in self.parameters if p.annotation is bool}
+        switches = {p.name for p in self.parameters if p.annotation in (bool, bool | None)}
         for action in self.parser._actions:
             action.help = action.help or explained.get(action.dest)
             if action.dest in switches:

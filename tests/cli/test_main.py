@@ -117,6 +117,21 @@ def test_a_switch_needs_no_value(base: list[str], given: list[str], meant: bool)
     assert received["count"] == 2
 
 
+def depart(late: bool | None = None) -> None:
+    """Leave.
+
+    Args:
+        late: whether behind time; null where nobody knows.
+    """
+    received.update(late=late)
+
+
+@pytest.mark.parametrize(("given", "meant"), [([], None), (["--late"], True), (["--late", "null"], None)])
+def test_a_switch_that_may_be_null_needs_no_value(given: list[str], meant: bool | None) -> None:
+    call(depart, given)
+    assert received["late"] is meant
+
+
 WHISTLE = ["--engine.whistle", "tests.cli.test_main.Whistle"]
 
 
