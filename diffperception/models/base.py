@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from types import UnionType
+from typing import Any, ClassVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -207,9 +208,25 @@ def rebuild(described: Any, path: str | Path, allow: tuple[str, ...]) -> Any:
         return {key: rebuild(item, path, allow) for key, item in described.items()}
     kind = _resolve(described["class"], path, allow)
     try:
-        return kind(**rebuild(described["arguments"], path, allow))
+        arguments = rebuild(described["arguments"], path, allow)
+        _require_plain_types(kind, arguments)
+        return kind(**arguments)
     except (TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"{path} describes a {kind.__name__} of another version ({error})") from None
+
+
+def _require_plain_types(kind: type, arguments: Mapping[str, Any]) -> None:
+    """TypeError for a text where a constructor takes a number, and the like, as far as its types are Python's own."""
+    plain: dict[Any, Any] = {int: int, float: (int, float), str: str, bool: bool, type(None): type(None)}
+    try:
+        hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    except NameError:  # a type that is imported for checkers alone
+        return
+    for name in arguments.keys() & hints.keys():
+        hint = hints[name]
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if all(k in plain for k in kinds) and not any(isinstance(arguments[name], plain[k]) for k in kinds):
+            raise TypeError(f"{name} is {arguments[name]!r}")
 
 
 def _recording(constructor: Callable[..., None]) -> Callable[..., None]:

@@ -297,6 +297,12 @@ def test_a_constructor_of_arguments_without_names_is_refused() -> None:
         type("Nameless", (Model,), {"__init__": lambda self, *parts: None})
 
 
+def test_an_argument_of_another_type_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", "diffperception.models.space:Pixels", '{"channels": [3]}')
+    with pytest.raises(ValueError, match=r"describes a Pixels of another version \(channels is \[3\]\)"):
+        Model.load(path)
+
+
 def test_weights_of_half_the_precision_are_all_of_it(tmp_path: Path) -> None:
     model = TinyDetector(["a", "b"]).to(torch.bfloat16)
     model.save(tmp_path / "model.safetensors")
