@@ -8,7 +8,7 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from hashlib import blake2b
@@ -62,6 +62,19 @@ def read_text(path: str | Path) -> str:
     if "\0" in text:  # as UTF-16 without its mark has after every letter
         raise ValueError(f"{path} is not text in UTF-8, as it has bytes of zero: save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """The content of a user's JSON file; ValueError naming it if it is none, else as :func:`read_text`.
+
+    Args:
+        object_hook: as `json.loads` takes it.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text, object_hook=object_hook)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
 
 
 def read_lines(path: str | Path) -> list[str]:

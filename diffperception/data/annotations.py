@@ -1,6 +1,5 @@
 """COCO annotation files: reading them, which label a category has, and their content as compact, checked columns."""
 
-import json
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from diffperception.data.entries import (
     whole_number,
 )
 from diffperception.data.outlines import Outlines, outline
-from diffperception.files import read_text
+from diffperception.files import read_json
 
 ADVICE = "`diffperception check` lists every problem of the file"
 NO_ID = int(np.iinfo(np.int64).min)  # of annotations without one
@@ -70,11 +69,7 @@ def read_coco(path: str | Path, outlines: bool = False) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no annotation file {path}: give the path of a COCO JSON file")
-    written = read_text(path)
-    try:
-        content = json.loads(written, object_hook=None if outlines else _without_outline)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
+    content = read_json(path, None if outlines else _without_outline)
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
         raise ValueError(f"{path} is not a COCO annotation file: it must hold the lists {', '.join(keys)}")
@@ -161,12 +156,9 @@ class CocoTable:
         """The file's name, without its folder."""
         return Path(self.source).name
 
+    @cached_property
     def rows_of_images(self) -> tuple[np.ndarray, np.ndarray]:
         """(n,) the image row of each annotation whose image is listed, and (n,) the row of that annotation."""
-        return self._rows_of_images
-
-    @cached_property
-    def _rows_of_images(self) -> tuple[np.ndarray, np.ndarray]:
         known = np.flatnonzero(np.isin(self.annotation_images, self.image_ids))
         order = np.argsort(self.image_ids, kind="stable")
         return order[np.searchsorted(self.image_ids, self.annotation_images[known], sorter=order)], known

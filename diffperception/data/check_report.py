@@ -115,7 +115,7 @@ def _kinds(count: int, noun: str) -> str:
 
 def summarize(table: CocoTable) -> Summary:
     """The figures of a COCO file; annotations of an unknown image or category count in the totals alone."""
-    image, of_image = table.rows_of_images()
+    image, of_image = table.rows_of_images
     counts = np.bincount(image, minlength=len(table.image_ids))
     sides = table.boxes[(table.boxes[:, 2:] > 0).all(axis=1), 2:]
     small, medium = (int((sides.prod(axis=1) < side**2).sum()) for side in (32, 96))

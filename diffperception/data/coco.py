@@ -97,7 +97,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def _index_boxes(self, table: CocoTable) -> None:
         """Sort the boxes by image: of image i rows offsets[i]..offsets[i+1]."""
-        image, _ = table.rows_of_images()
+        image, _ = table.rows_of_images
         boxes = clip_boxes(table.boxes, table.sizes[image])
         kept = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
         kept = kept[np.argsort(image[kept], kind="stable")]

@@ -389,13 +389,17 @@ def read_mask(path: Path, painted: bool = False) -> np.ndarray:
 def differing_palettes(masks: Iterable[Path]) -> str:
     """What to say, after `the masks`, if a number is one colour in a file and another in the next; else empty.
 
-    Programs that write few colours number them file by file, and then the numbers are no classes.
+    Programs that write few colours number them file by file, and then the numbers are no classes. Pixels are read only
+    where the headers have several palettes.
     """
+    palettes = {mask: _palette(mask) for mask in masks}
+    if len({*palettes.values()} - {None}) < 2:
+        return ""
     seen: dict[int, tuple[list[int], Path]] = {}
-    for path in (mask for mask in masks if mask.suffix.lower() != ".npy"):
+    for path in (mask for mask, palette in palettes.items() if palette):
         with suppress(BrokenImageError, OSError), open_image(path, "mask") as picture:
             palette = picture.getpalette() or []
-            for number in np.unique(np.asarray(picture)).tolist() if picture.mode == "P" else []:
+            for number in np.unique(np.asarray(picture)).tolist():
                 colour = palette[3 * number : 3 * number + 3]
                 first, where = seen.setdefault(number, (colour, path))
                 if colour != first:
@@ -405,6 +409,15 @@ def differing_palettes(masks: Iterable[Path]) -> str:
                         " classes are taken by number, so if the colours are meant, name them in `mask_values`"
                     )
     return ""
+
+
+def _palette(mask: Path) -> bytes | None:
+    """The colours in the header of a mask that is a picture with a palette."""
+    if mask.suffix.lower() != ".npy":
+        with suppress(BrokenImageError, OSError), open_image(mask, "mask") as picture:
+            if picture.mode == "P" and picture.palette is not None:
+                return bytes(picture.palette.palette)
+    return None
 
 
 def _pixels(picture: Image.Image, painted: bool) -> np.ndarray:

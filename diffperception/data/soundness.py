@@ -112,7 +112,7 @@ def _repeated_texts(texts: Sequence[str]) -> list[str]:
 
 def check_boxes(table: CocoTable) -> Iterator[Problem]:
     """Problems of boxes: no area, outside of their image, or written in another way than x, y, width, height."""
-    image, known = table.rows_of_images()
+    image, known = table.rows_of_images
     measured = table.sizes[image, 0] > 0
     image, known = image[measured], known[measured]
     boxes, sizes = table.boxes[known], table.sizes[image]
@@ -162,7 +162,7 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def check_objects(table: CocoTable, scale: np.ndarray | None) -> Iterator[Problem]:
     """Whether there is anything to learn: annotations, no crowds, with an area in their image, that stay visible."""
-    image, known = table.rows_of_images()
+    image, known = table.rows_of_images
     sizes = np.where(table.sizes[image] > 0, table.sizes[image], np.inf)
     boxes = clip_boxes(table.boxes[known], sizes)
     alone, visible = ~table.iscrowd[known], (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
@@ -216,7 +216,7 @@ def check_counts(table: CocoTable, num_boxes: int | None) -> Iterator[Problem]:
 
 
 def _objects_per_image(table: CocoTable) -> np.ndarray:
-    image, known = table.rows_of_images()
+    image, known = table.rows_of_images
     return np.bincount(image[~table.iscrowd[known]], minlength=len(table.image_ids))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from diffperception.data.annotations import ID, CocoTable, read_coco, require_same_classes, tabulate
 from diffperception.data.entries import Rule, box, boxes, faults, finite_number, integers, numbers
 from diffperception.data.outlines import outline
-from diffperception.files import read_text
+from diffperception.files import read_json
 
 IMAGES = "images.json"  # beside the results: the COCO file with the images and categories that their ids are of
 WRITER = "diffperception predict"  # in that file, so that no other one is taken for it
@@ -85,10 +85,7 @@ def read_results(path: str | Path, table: CocoTable, with_masks: bool = False) -
 
 
 def _read_rows(path: Path, rules: dict[str, Rule]) -> list[Row]:
-    try:
-        content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
+    content = read_json(path)
     expected = f"a results file is a list of rows, objects with {', '.join(rules)}"
     if isinstance(content, dict):
         keys = ", ".join(list(content)[:5])

@@ -42,13 +42,6 @@ class Annotations(NamedTuple):
     notes: list[str]  # what was passed over, or taken in another way than it is written
 
 
-def read_annotations(
-    path: str | Path, images: str | Path | None = None, format: Format = "coco", outlines: bool = False
-) -> dict[str, Any]:
-    """The annotations of a file or folder as a COCO dictionary; see :func:`open_annotations`."""
-    return open_annotations(path, images, format, outlines).content
-
-
 def open_annotations(
     path: str | Path,
     images: str | Path | None = None,

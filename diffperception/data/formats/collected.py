@@ -1,7 +1,6 @@
 """What the readers of all formats share: images with objects in them, how these become COCO, and what is said."""
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from diffperception.data.images import BrokenImageError, read_size
-from diffperception.files import read_text
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -187,15 +185,6 @@ def folder_of_part(path: Path, part: str) -> Path:
     if found is None:
         raise ValueError(f"{path} has no folder {part}: give the path of what is meant")
     return found
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError naming it if it is none."""
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file ({error}): was it cut short?") from None
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], title: str) -> list[Result]:

@@ -18,12 +18,12 @@ from diffperception.data.formats.collected import (
     folder_of_part,
     in_threads,
     number,
-    read_json,
     size_of_image,
 )
 from diffperception.data.formats.pictures import ImageIndex, count_unmarked, find_images, tidy
 from diffperception.data.formats.voc import NO_CLASSES, read_class_file
 from diffperception.data.listing import files_below
+from diffperception.files import read_json
 
 POLYGONS = ("polygon", "rotation")
 BOXES = ("rectangle", "mask")

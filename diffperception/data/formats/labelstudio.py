@@ -16,11 +16,11 @@ from diffperception.data.formats.collected import (
     box_around,
     flat,
     number,
-    read_json,
     size_of_image,
     turned,
 )
 from diffperception.data.formats.pictures import ImageIndex, find_images, tidy
+from diffperception.files import read_json
 
 BOXES = ("rectanglelabels", "labels", "rectangle")
 ADVICE = "export the project as JSON"

@@ -125,7 +125,7 @@ def classes_and_labels(table: CocoTable) -> tuple[list[str], np.ndarray]:
 
 def _images(table: CocoTable, suffix: str) -> Iterator[WrittenImage]:
     """The images with the names of their files of annotations."""
-    image, known = table.rows_of_images()
+    image, known = table.rows_of_images
     order = np.argsort(image, kind="stable")
     rows = np.split(known[order], np.searchsorted(image[order], np.arange(1, len(table.image_ids))))
     taken: dict[str, str] = {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffperception.cli.main import main
-from diffperception.data.formats import open_annotations, read_annotations
+from diffperception.data.formats import open_annotations
 from diffperception.data.formats.conversion import convert_annotations
 from tests.data.formats.conftest import objects, random_coco
 
@@ -58,7 +58,7 @@ def test_crowd_regions_become_difficult_and_come_back(tmp_path: Path, coco):
     made = convert_annotations(path, tmp_path / "yolo", images, to="yolo")
     assert made.notes == ["crowd regions, which YOLO does not know, are left out: 1"]
     assert made.num_objects == len(content["annotations"]) - 1
-    assert len(read_annotations(tmp_path / "yolo", images, "yolo")["annotations"]) == made.num_objects
+    assert len(open_annotations(tmp_path / "yolo", images, "yolo").content["annotations"]) == made.num_objects
 
 
 def test_files_of_others_stay_and_names_stay_in_the_folder(tmp_path: Path, draw):
@@ -124,15 +124,15 @@ def test_another_format_than_coco_is_named(tmp_path: Path, write, files, format)
         write(f"data/{name}", text)
     match = f"seems to be of the format {format}, not coco" if format else "is not a COCO annotation file"
     with pytest.raises(ValueError, match=match):
-        read_annotations(tmp_path / "data")
+        open_annotations(tmp_path / "data")
 
 
 def test_a_format_that_is_not_clear_has_to_be_named(tmp_path: Path, write):
     path = write("a.bin", "?")
     with pytest.raises(ValueError, match="is not clear: name one of coco, voc"):
-        read_annotations(path, format="auto")
+        open_annotations(path, format="auto")
     with pytest.raises(FileNotFoundError, match="there is no annotation file or folder"):
-        read_annotations(tmp_path / "absent", format="auto")
+        open_annotations(tmp_path / "absent", format="auto")
 
 
 def test_a_box_over_the_border_moves_no_other_on_the_way_to_voc_and_back(tmp_path: Path, coco):
@@ -140,7 +140,7 @@ def test_a_box_over_the_border_moves_no_other_on_the_way_to_voc_and_back(tmp_pat
     content["annotations"][0]["bbox"][0] = -1
     path.write_text(json.dumps(content))
     convert_annotations(path, tmp_path / "voc", images, to="voc")
-    back = objects(read_annotations(tmp_path / "voc", images, "voc"))
+    back = objects(open_annotations(tmp_path / "voc", images, "voc").content)
     difference = np.subtract([box for *_, box in objects(content)], [box for *_, box in back])
     assert np.abs(difference).max() < 1e-3
 

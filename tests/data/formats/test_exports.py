@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffperception.data.formats import open_annotations, read_annotations
+from diffperception.data.formats import open_annotations
 from tests.data.formats.conftest import objects
 
 CVAT = """<?xml version="1.0" encoding="utf-8"?>
@@ -52,7 +52,7 @@ def test_cvat_reads_boxes_polygons_and_rotated_boxes_in_the_order_of_its_labels(
 )
 def test_faults_of_cvats_files_are_named(tmp_path: Path, draw, write, images, match):
     with pytest.raises(ValueError, match=match):
-        read_annotations(write("annotations.xml", CVAT.format(images=images)), format="cvat")
+        open_annotations(write("annotations.xml", CVAT.format(images=images)), format="cvat")
 
 
 def region(kind: str, value: dict, **more) -> dict:
@@ -104,7 +104,7 @@ def test_the_short_export_of_label_studio(tmp_path: Path, draw):
     short = {"image": "/data/upload/a.jpg", "id": 1, "label": [{**PERCENT, "rectanglelabels": ["Cat"]}]}
     short["label"][0] |= {"original_width": 64, "original_height": 48}
     (tmp_path / "min.json").write_text(json.dumps([short]))
-    assert objects(read_annotations(tmp_path / "min.json", format="labelstudio")) == [
+    assert objects(open_annotations(tmp_path / "min.json", format="labelstudio").content) == [
         ("a.jpg", "Cat", [16, 12, 32, 24])
     ]
 
@@ -162,7 +162,7 @@ def test_faults_of_labelmes_files_are_named(tmp_path: Path, draw, write, text, m
     draw("a.jpg", folder="data")
     write("data/a.json", text)
     with pytest.raises(ValueError, match=match):
-        read_annotations(tmp_path / "data", format="labelme")
+        open_annotations(tmp_path / "data", format="labelme")
 
 
 BOX = [10, 2, 20, 30]
@@ -212,7 +212,7 @@ def test_open_images_are_fractions_and_groups_are_crowds(tmp_path: Path, draw, w
 def test_faults_of_csv_files_are_named(tmp_path: Path, draw, write, text, match):
     draw("a.jpg")
     with pytest.raises(ValueError, match=match):
-        read_annotations(write("boxes.csv", text), format="csv")
+        open_annotations(write("boxes.csv", text), format="csv")
 
 
 def coco(*names: str, categories: list[dict] | None = None, category_id: int = 1) -> str:
@@ -235,9 +235,9 @@ def test_roboflows_file_is_found_in_its_folder_without_the_projects_category(tmp
         assert [category["name"] for category in found.content["categories"]] == ["RBC", "WBC"]
         assert (found.images, len(found.notes)) == (tmp_path / "data" / "train", 1)
     write("data/train/_annotations.coco.json", coco("a.jpg", categories=categories, category_id=0))
-    assert len(read_annotations(tmp_path / "data" / "train")["categories"]) == 3  # an object has it
+    assert len(open_annotations(tmp_path / "data" / "train").content["categories"]) == 3  # an object has it
     with pytest.raises(ValueError, match=r"holds no JSON files: give .*data:train"):
-        read_annotations(tmp_path / "data")
+        open_annotations(tmp_path / "data")
 
 
 def test_names_of_label_studios_coco_files_are_found(tmp_path: Path, draw, write):
@@ -274,7 +274,7 @@ def test_rows_of_two_images_are_not_those_of_one(tmp_path: Path, draw, write):
 def test_a_size_that_a_table_leaves_open_is_the_images(tmp_path: Path, draw, write, size):
     draw("a.jpg", folder=".")
     path = write("boxes.csv", f"filename,width,height,class,xmin,ymin,xmax,ymax\na.jpg,{size},Cat,10,2,30,32\n")
-    content = read_annotations(path, format="csv")
+    content = open_annotations(path, format="csv").content
     assert objects(content) == [("a.jpg", "Cat", BOX)]
     assert (content["images"][0]["width"], content["images"][0]["height"]) == (64, 48)
 
@@ -283,7 +283,7 @@ def test_where_no_image_is_left_it_is_said_why(tmp_path: Path, draw, write):
     draw("a.jpg", folder=".")
     path = write("boxes.csv", "filename,xmin,ymin,xmax,ymax,class\ngone.jpg,1,2,3,4,Cat\n")
     with pytest.raises(ValueError, match=r"gives no image \(rows whose image is missing are left out: 1, the first"):
-        read_annotations(path, format="csv")
+        open_annotations(path, format="csv")
 
 
 def test_two_names_of_a_coco_file_are_not_one_image(tmp_path: Path, draw):

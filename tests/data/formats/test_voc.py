@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from diffperception.data.formats import open_annotations, read_annotations
+from diffperception.data.formats import open_annotations
 from tests.data.formats.conftest import objects
 
 
@@ -23,7 +23,7 @@ FULL = ("cat", "1", "1", "64", "48")
 def test_a_box_from_1_to_the_sides_fills_the_image(tmp_path: Path, draw, write):
     draw("a.jpg", folder="voc/JPEGImages")
     write("voc/Annotations/a.xml", xml("a.jpg", FULL, ("Dog", "11", "2.5", "20", "7.25")))
-    content = read_annotations(tmp_path / "voc", format="voc")
+    content = open_annotations(tmp_path / "voc", format="voc").content
     assert objects(content) == [("a.jpg", "Dog", [10, 1.5, 10, 5.75]), ("a.jpg", "cat", [0, 0, 64, 48])]
     assert [category["name"] for category in content["categories"]] == ["Dog", "cat"]  # capitals sort first
 
@@ -62,7 +62,7 @@ def test_lists_choose_the_images_of_a_part_and_name_what_is_missing(tmp_path: Pa
             "images that train.txt lists have no XML file and are left out: 1, the first is ghost -1"
         ]
     with pytest.raises(ValueError, match="has no folder val"):
-        read_annotations(f"{tmp_path / 'VOC'}:val", format="voc")
+        open_annotations(f"{tmp_path / 'VOC'}:val", format="voc")
 
 
 def test_the_image_of_the_files_own_name_counts_for_filename_is_often_old(tmp_path: Path, draw, write):
@@ -112,7 +112,7 @@ def test_difficult_objects_are_crowds_and_rotated_boxes_are_enclosed(tmp_path: P
     )
     text = xml("a.jpg", ("cat", corner, "1", "64", "48", "<difficult>1</difficult>")).replace("</annotation>", turned)
     write("voc/a.xml", text)
-    content = read_annotations(tmp_path / "voc", format="voc")
+    content = open_annotations(tmp_path / "voc", format="voc").content
     assert [entry["iscrowd"] for entry in content["annotations"]] == [1, 0]
     assert content["annotations"][1]["bbox"] == [30, 14, 4, 20]
 
@@ -134,7 +134,7 @@ def test_a_fault_is_named_with_file_and_object(tmp_path: Path, draw, write, text
     draw("a.jpg", folder="voc")
     write("voc/a.xml", text)
     with pytest.raises(ValueError, match=match):
-        read_annotations(tmp_path / "voc", format="voc")
+        open_annotations(tmp_path / "voc", format="voc")
 
 
 def test_boxes_that_cannot_be_used_are_counted(tmp_path: Path, draw, write):
@@ -152,4 +152,4 @@ def test_a_linked_folder_of_images_is_followed(tmp_path: Path, draw, write):
     images = draw("a.jpg", folder="elsewhere")
     write("voc/Annotations/a.xml", xml("a.jpg", FULL))
     os.symlink(images, tmp_path / "voc" / "JPEGImages")
-    assert read_annotations(tmp_path / "voc", format="voc")["images"][0]["file_name"] == "a.jpg"
+    assert open_annotations(tmp_path / "voc", format="voc").content["images"][0]["file_name"] == "a.jpg"

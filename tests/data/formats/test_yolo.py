@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from diffperception.data.formats import open_annotations, read_annotations
+from diffperception.data.formats import open_annotations
 from tests.data.formats.conftest import objects
 
 HALF = "0 0.5 0.5 0.5 0.5\n"  # of an image of 64 x 48: x 16, y 12, 32 wide, 24 high
@@ -39,9 +39,9 @@ def test_the_layouts_of_a_data_yaml(tmp_path: Path, draw, write, layout, listed)
     assert [Path(name).name for name in names(val.content)] == ["c.jpg"]
     assert train.notes == val.notes == []
     with pytest.raises(ValueError, match=r"has several parts: give .*data\.yaml:train, .*data\.yaml:val"):
-        read_annotations(yaml, format="yolo")
+        open_annotations(yaml, format="yolo")
     with pytest.raises(ValueError, match="has no part test"):
-        read_annotations(f"{yaml}:test", format="yolo")
+        open_annotations(f"{yaml}:test", format="yolo")
 
 
 def test_a_path_in_the_yaml_and_lists_of_images(tmp_path: Path, draw, write):
@@ -96,7 +96,7 @@ def test_the_box_of_a_pose_is_taken(tmp_path: Path, draw, write):
     draw("a.jpg", folder="data/images")
     write("data/labels/a.txt", HALF.strip() + " 0.5 0.5 2 0.1 0.1 1\n")
     write("data/data.yaml", "train: images\nkpt_shape: [2, 3]\nnames: [cat]")
-    assert objects(read_annotations(tmp_path / "data", format="yolo"))[0][2] == BOX
+    assert objects(open_annotations(tmp_path / "data", format="yolo").content)[0][2] == BOX
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_fault_is_named_with_file_and_line(tmp_path: Path, draw, write, text, 
     write("data/labels/a.txt", text)
     write("data/classes.txt", "cat\n")
     with pytest.raises(ValueError, match=match):
-        read_annotations(tmp_path / "data", format="yolo")
+        open_annotations(tmp_path / "data", format="yolo")
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,14 @@ def test_a_fault_is_named_with_file_and_line(tmp_path: Path, draw, write, text, 
 )
 def test_a_fault_of_the_yaml_is_named(tmp_path: Path, draw, write, text, match):
     with pytest.raises(ValueError, match=match):
-        read_annotations(write("data.yaml", text), format="yolo")
+        open_annotations(write("data.yaml", text), format="yolo")
 
 
 def test_without_a_list_of_classes_it_is_said_what_to_do(tmp_path: Path, draw, write):
     draw("a.jpg", folder="deep/er/and/deeper/images")
     path = write("deep/er/and/deeper/labels/a.txt", HALF).parent
     with pytest.raises(ValueError, match=r"give a data\.yaml with names, or put a classes\.txt"):
-        read_annotations(path, format="yolo")
+        open_annotations(path, format="yolo")
 
 
 def test_broken_images_are_counted_and_turned_ones_have_their_upright_size(tmp_path: Path, draw, write):
@@ -162,7 +162,7 @@ def test_a_part_that_is_not_there_is_an_error_for_other_images_would_be_taken(tm
     images = draw("a.jpg", folder="data/images/train")
     yaml = write("data/data.yaml", "train: images/train\nval: images/val\nnames: [cat]")
     with pytest.raises(ValueError, match=r"data\.yaml names images/val, which is neither at"):
-        read_annotations(f"{yaml}:val", images, "yolo")
+        open_annotations(f"{yaml}:val", images, "yolo")
 
 
 def test_parts_outside_of_the_yamls_folder(tmp_path: Path, draw, write):
@@ -179,7 +179,7 @@ def test_names_of_classes_stay_as_they_are_written_in_the_yaml(tmp_path: Path, d
     draw("images/a.jpg", folder=".")
     write("labels/a.txt", HALF)
     yaml = write("data.yaml", "train: images\nval: images\ntest: null\nnames: [yes, no, 010, null, 1.0, 2020-01-01]\n")
-    content = read_annotations(yaml, format="yolo")
+    content = open_annotations(yaml, format="yolo").content
     classes = [category["name"] for category in content["categories"]]
     assert classes == ["yes", "no", "010", "null", "1.0", "2020-01-01"]
 
@@ -189,7 +189,7 @@ def test_classes_have_names_of_their_own(tmp_path: Path, draw, write, listed, ma
     draw("images/a.jpg", folder=".")
     write("labels/a.txt", HALF)
     with pytest.raises(ValueError, match=match):
-        read_annotations(write("data.yaml", f"train: images\nnames: {listed}\n"), format="yolo")
+        open_annotations(write("data.yaml", f"train: images\nnames: {listed}\n"), format="yolo")
 
 
 def test_a_yaml_above_the_data_that_has_names_of_other_things_is_not_taken(tmp_path: Path, draw, write):
@@ -197,7 +197,7 @@ def test_a_yaml_above_the_data_that_has_names_of_other_things_is_not_taken(tmp_p
     write("project/labels/a.txt", HALF)
     write("services.yaml", "names: [web, db]\n")
     with pytest.raises(ValueError, match=r"no file near .* names the classes"):
-        read_annotations(tmp_path / "project", format="yolo")
+        open_annotations(tmp_path / "project", format="yolo")
 
 
 def test_the_export_of_cvat_whose_obj_data_names_another_folder(tmp_path: Path, draw, write):
@@ -206,7 +206,7 @@ def test_the_export_of_cvat_whose_obj_data_names_another_folder(tmp_path: Path, 
     write("obj.names", "cat\n")
     write("train.txt", "data/obj_train_data/a.jpg\n")
     data = write("obj.data", "classes = 1\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n")
-    assert objects(read_annotations(data, format="yolo")) == [("obj_train_data/a.jpg", "cat", BOX)]
+    assert objects(open_annotations(data, format="yolo").content) == [("obj_train_data/a.jpg", "cat", BOX)]
 
 
 def test_images_that_share_a_label_file_are_counted(tmp_path: Path, draw, write):
