@@ -3,7 +3,7 @@
 import importlib.util
 
 
-def require(module: str, needed_for: str, command: str) -> None:
+def require_installed(module: str, needed_for: str, command: str) -> None:
     """ImportError, one sentence with the command that installs it, if a neighbour's module is not there.
 
     Args:
