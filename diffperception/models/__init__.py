@@ -1,6 +1,6 @@
 """Networks that know nothing of a task: the base of all models, the UNet and its generator, backbones, their parts."""
 
-from diffperception.models.backbones.base import Backbone, pad_images
+from diffperception.models.backbones.base import Backbone, any_size, pad_images
 from diffperception.models.backbones.fpn import FPN, build_pyramid
 from diffperception.models.backbones.reader import UNetBackbone
 from diffperception.models.backbones.timm import TimmBackbone, build_backbone

@@ -1,8 +1,10 @@
 """Backbones, images to feature maps: what detectors are built on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
@@ -54,3 +56,21 @@ def pad_images(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: in
     for row, image in zip(batch, images, strict=True):
         row[:, : image.shape[-2], : image.shape[-1]] = (image.to(mean) * 255 - mean) / std
     return batch.contiguous(memory_format=torch.channels_last)
+
+
+def any_size(
+    read: Callable[[Tensor], Sequence[Tensor]],
+    images: Tensor,
+    multiple: int,
+    strides: Sequence[int],
+    mode: Literal["constant", "replicate"] = "constant",
+) -> list[Tensor]:
+    """The maps that ``read`` gives of images (B, 3, H, W) of any size: one (B, C, ceil(H / s), ceil(W / s)) per stride.
+
+    Args:
+        read: takes images whose height and width are multiples of ``multiple``, and gives a map for each stride s.
+        mode: what images are padded with, right and below: zeros, or their last pixels.
+    """
+    height, width = images.shape[-2:]
+    maps = read(F.pad(images, (0, -width % multiple, 0, -height % multiple), mode=mode))
+    return [m[..., : -(-height // s), : -(-width // s)] for m, s in zip(maps, strides, strict=True)]
