@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINIMUM := .venv-minimum
+DETECTRON2 := $(VENV)/detectron2
 RUN ?= runs
 CORE_TESTS := tests/diffusion tests/models tests/data tests/visualization tests/test_files.py tests/test_devices.py \
 	tests/detection/test_boxes.py tests/detection/test_matcher.py tests/detection/test_detector.py
@@ -16,10 +17,15 @@ help: ## say what can be made
 
 install: $(VENV)/installed ## make .venv and install the tested versions
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt tests/integrations/detectron2.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,neighbours]'
+	mkdir -p $(DETECTRON2)
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --require-hashes --dest $(DETECTRON2) \
+		--requirement tests/integrations/detectron2.txt
+	tar --extract --gzip --strip-components 1 --directory $(DETECTRON2) --file $(DETECTRON2)/pb1-detectron2-0.6.tar.gz
+	$(BIN)/python -c 'import site; open(site.getsitepackages()[0] + "/detectron2.pth", "w").write("$(abspath $(DETECTRON2))\n")'
 	touch $@
 
 demo: install ## draw the shapes data set, train a detector on it, print its COCO table and say where the pictures are (6 minutes)
