@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,6 +129,8 @@ class DiffusionDet(Detector):
         sampler: how noise becomes boxes in prediction; by default a BoxSampler.
         strides: of the pyramid's levels, finest first, each twice the one before; those of a backbone already built.
         pretrained: start from timm's ImageNet weights (needs the network once).
+        backbone_weights: instead, start from the weights of a timm backbone in this file, under timm's names
+            (safetensors, .pth); a classifier in it is left. The detector's file brings them itself.
         freeze_norm: batch norm of a timm backbone with fixed statistics; leave it off when training from scratch.
         fpn_norm: batch norm in the pyramid; helps training from scratch.
         num_boxes: boxes in training, and in prediction unless the sampler has another number.
@@ -150,6 +153,7 @@ class DiffusionDet(Detector):
         sampler: BoxSampler | None = None,
         strides: Sequence[int] = (4, 8, 16, 32),
         pretrained: bool = False,
+        backbone_weights: str | Path | None = None,
         freeze_norm: bool = False,
         fpn_norm: bool = False,
         num_boxes: int = 300,
@@ -163,7 +167,7 @@ class DiffusionDet(Detector):
         self.signal_scale = signal_scale
         self.schedule = cosine_schedule(num_timesteps)
         self.sampler = self._complete(sampler or BoxSampler())
-        body = build_backbone(backbone, strides, pretrained, freeze_norm)
+        body = build_backbone(backbone, strides, pretrained, freeze_norm, backbone_weights)
         self.strides, self.pad_multiple = body.strides, body.multiple
         # The pyramid has the width of the head, and its weights are drawn before the head's, whatever head that is.
         with torch.device("meta"):  # nothing is drawn there
@@ -173,7 +177,9 @@ class DiffusionDet(Detector):
         self.gives_masks = self.head.gives_masks
         self.criterion = criterion or SetCriterion()
         # The file holds the parts as they were built, and brings the backbone's weights.
-        self.record(head=self.head, criterion=self.criterion, sampler=self.sampler, pretrained=False)
+        self.record(
+            head=self.head, criterion=self.criterion, sampler=self.sampler, pretrained=False, backbone_weights=None
+        )
         self.register_buffer("mean", 255 * torch.tensor(body.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(body.std).view(3, 1, 1), persistent=False)
         self.warned_of_crowds = False

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,8 @@ class FCOS(Detector):
         classes: names of the classes; label k is `classes[k]`.
         backbone: timm model name, or a backbone such as a UNetBackbone.
         pretrained: start from timm's ImageNet weights (needs the network once).
+        backbone_weights: instead, start from the weights of a timm backbone in this file, under timm's names
+            (safetensors, .pth); a classifier in it is left. The detector's file brings them itself.
         freeze_norm: batch norm of a timm backbone with fixed statistics.
         strides: of the backbone's maps that the pyramid uses, finest first; two coarser levels are added.
         width: channels of the pyramid; at least 64, a multiple of 32.
@@ -41,6 +44,7 @@ class FCOS(Detector):
         classes: Sequence[str],
         backbone: str | Backbone = "resnet50",
         pretrained: bool = False,
+        backbone_weights: str | Path | None = None,
         freeze_norm: bool = False,
         strides: Sequence[int] = (8, 16, 32),
         width: int = 256,
@@ -52,8 +56,8 @@ class FCOS(Detector):
         if width < 64 or width % 32:
             raise ValueError(f"FCOS needs a width of 64 or more, in multiples of 32 (its group norm), not {width}")
         super().__init__(classes, min_size, max_size)
-        self.record(pretrained=False)  # loading brings its own weights
-        body = build_backbone(backbone, strides, pretrained, freeze_norm)
+        self.record(pretrained=False, backbone_weights=None)  # loading brings its own weights
+        body = build_backbone(backbone, strides, pretrained, freeze_norm, backbone_weights)
         levels = [strides[0] * 2**i for i in range(len(strides) + 2)]
         self.model = fcos.FCOS(
             _Pyramid(body, width, fpn_norm),

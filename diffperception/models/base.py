@@ -91,8 +91,7 @@ class Model(nn.Module):
             ValueError: it is no whole model file, or holds another model than this class, or names a class outside of
                 ``allow``, or another file: then whoever made it, not you, would choose what is loaded.
         """
-        if (outer := _rebuilding.get()) is not None:
-            raise ValueError(f"{outer} names the file {path}, but a model file holds all of its parts: export it again")
+        require_not_named_by_a_file(path)
         with _opened(Path(path)) as (file, header):
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         try:
@@ -134,6 +133,12 @@ def trusting(package: str | None) -> Iterator[None]:
         yield
     finally:
         _trusted.reset(token)
+
+
+def require_not_named_by_a_file(path: str | Path) -> None:
+    """ValueError while the model of a file is rebuilt: its arguments must not choose what else is read."""
+    if (outer := _rebuilding.get()) is not None:
+        raise ValueError(f"{outer} names the file {path}, but a model file holds all of its parts: export it again")
 
 
 def is_model_file(path: str | Path) -> bool:

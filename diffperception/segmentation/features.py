@@ -130,19 +130,29 @@ class TimmFeatures(FeatureExtractor):
         name: timm model name.
         strides: strides of the maps to take; of several maps of a stride, as transformers have, the last is taken.
         pretrained: start from timm's weights (needs the network once).
+        backbone_weights: a file with weights under timm's names (safetensors, .pth), instead of those from the network.
         window: larger images are cut into windows of this side; null takes images whole.
 
     Raises:
-        ValueError: there is no such model, it has no map at one of the strides, or takes images of one size alone.
+        FileNotFoundError: there is no such file of weights.
+        ValueError: there is no such model, it has no map at one of the strides, or takes images of one size alone; or
+            weights of the file do not fit it.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, name: str, strides: Sequence[int] = (4, 8, 16, 32), pretrained: bool = False, window: int | None = None
+        self,
+        name: str,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        pretrained: bool = False,
+        window: int | None = None,
+        backbone_weights: str | Path | None = None,
     ) -> None:
-        backbone = TimmBackbone(name, strides, pretrained).eval().requires_grad_(False)
+        backbone = (
+            TimmBackbone(name, strides, pretrained, backbone_weights=backbone_weights).eval().requires_grad_(False)
+        )
         try:
             backbone(torch.zeros(1, 3, 2 * max(strides), 3 * max(strides)))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm's models refuse sizes in ways of their own
@@ -150,7 +160,7 @@ class TimmFeatures(FeatureExtractor):
                 f"{name} does not take images of any size ({error}): choose a convolutional network, a ViT or a Swin"
             ) from None
         super().__init__(backbone.info, max(strides), window)
-        self.record(pretrained=False)  # loading brings its own weights
+        self.record(pretrained=False, backbone_weights=None)  # loading brings its own weights
         self.backbone = backbone
         about = timm.get_pretrained_cfg(name)
         mean, std = (about.mean, about.std) if about else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

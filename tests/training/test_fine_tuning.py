@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from diffperception.models.base import Model
 from tests.helpers.runs import complaint, fixtures_of, train
@@ -102,3 +104,19 @@ def test_frozen_stages_end_as_they_began_average_and_statistics_included(
     state = torch.load(tmp_path / "tuned/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     model = Model.load(tmp_path / "tuned/model.safetensors", allow="tests")
     assert len(state) == sum(not name.startswith(first) for name, _ in model.named_parameters())
+
+
+def test_a_run_says_which_weights_its_backbone_begins_with_and_the_weights_are_not_needed_after_it(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), file)
+    fcos = ["--model=FCOS", "--model.backbone=test_resnet", "--model.width=64", f"--model.backbone_weights={file}"]
+    assert train(config, tmp_path / "run", *fcos, *SHORT, "--optimizer.lr=0") == 0
+    assert f"note: the backbone starts from {file}: all of its " in capsys.readouterr().out
+    assert str(file) in (tmp_path / "run/config.yaml").read_text()
+    file.unlink()
+    Model.load(tmp_path / "run/model.safetensors")
+    assert train(config, tmp_path / "other", *fcos, *SHORT) == 2
+    assert complaint(capsys).endswith(f"there is no checkpoint {file}")
+    assert not (tmp_path / "other").exists()

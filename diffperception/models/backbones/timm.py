@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,6 +17,8 @@ from torch import Tensor
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from diffperception.models.backbones.base import Backbone, numbered
+from diffperception.models.backbones.weights import load_weights, plain_name
+from diffperception.models.base import require_not_named_by_a_file
 from diffperception.models.feature_info import FeatureInfo
 
 
@@ -27,12 +30,27 @@ class TimmBackbone(Backbone):
         strides: of the maps to return, finest first; the model must offer them.
         pretrained: load timm's weights (needs the network once).
         freeze_norm: use batch norm with fixed statistics and weights, as fine-tuning with small batches does.
+        backbone_weights: a file with weights under timm's names (safetensors, .pth), instead of those from the network.
+
+    Attributes:
+        weights_taken: what was taken of such a file, in words; empty without one.
 
     Raises:
-        ValueError: no such model, or it has no feature map at one of the strides.
+        FileNotFoundError: there is no such file of weights.
+        ValueError: no such model, or it has no feature map at one of the strides; or the weights of the file do not fit
+            it, which are named.
     """
 
-    def __init__(self, name: str, strides: Sequence[int], pretrained: bool = False, freeze_norm: bool = False):
+    weights_taken: str = ""
+
+    def __init__(
+        self,
+        name: str,
+        strides: Sequence[int],
+        pretrained: bool = False,
+        freeze_norm: bool = False,
+        backbone_weights: str | Path | None = None,
+    ):
         super().__init__()
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -53,13 +71,17 @@ class TimmBackbone(Backbone):
         # Where several maps have a stride, as all of a transformer of one, the last is the deepest.
         last = dict(zip(offered, probe.feature_info.out_indices, strict=True))
         keep = [last[stride] for stride in strides]
-        model: Any = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=keep, **any_size)
+        fetch = pretrained and backbone_weights is None
+        model: Any = timm.create_model(name, pretrained=fetch, features_only=True, out_indices=keep, **any_size)
+        if backbone_weights is not None:
+            require_not_named_by_a_file(backbone_weights)
+            self.weights_taken = load_weights(model, self._network(), Path(backbone_weights))
         self.body: nn.Module = freeze_batch_norm_2d(model) if freeze_norm else model
         self.info = [
             FeatureInfo(f"stride {stride}", channels, stride)
             for stride, channels in zip(strides, model.feature_info.channels(), strict=True)
         ]
-        self.record(pretrained=False)  # loading brings its own weights
+        self.record(pretrained=False, backbone_weights=None)  # loading brings its own weights
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         if self.channels_last:  # Swins, whose residual stream nothing has normalised yet
             self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
@@ -71,18 +93,18 @@ class TimmBackbone(Backbone):
 
     def layers(self, stages: bool = False) -> dict[str, int]:
         """See `Backbone.layers`: blocks or stages as timm groups them; the norms of the maps are of the last."""
-        with torch.device("meta"):
-            network: Any = timm.create_model(self.name)
+        network = self._network()
         if not hasattr(network, "group_matcher"):
             return super().layers(stages)
         groups = group_parameters(network, network.group_matcher(coarse=stages), reverse=True)
-        # A network that gives maps has _ for some dots in the names.
-        by_name = {name.replace(".", "_"): number for name, number in groups.items()}
-        found = {
-            f"body.{name}": by_name.get(name.removeprefix("model.").replace(".", "_"))
-            for name, _ in self.body.named_parameters()
-        }
+        by_name = {plain_name(name): number for name, number in groups.items()}
+        found = {f"body.{name}": by_name.get(plain_name(name)) for name, _ in self.body.named_parameters()}
         return numbered({name: found.get(name) for name, _ in self.named_parameters()})
+
+    def _network(self) -> Any:
+        """The whole network that the body is a part of, without numbers in its weights."""
+        with torch.device("meta"):
+            return timm.create_model(self.name)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W), normalised -> one (B, channels[l], H / strides[l], W / strides[l]) a level."""
@@ -112,14 +134,33 @@ class FusedFrozenBatchNorm2d(FrozenBatchNorm2d):
 
 
 def build_backbone(
-    backbone: str | Backbone, strides: Sequence[int], pretrained: bool = False, freeze_norm: bool = False
+    backbone: str | Backbone,
+    strides: Sequence[int],
+    pretrained: bool = False,
+    freeze_norm: bool = False,
+    backbone_weights: str | Path | None = None,
 ) -> Backbone:
-    """A timm model by its name, or the backbone already built; ValueError if that has other strides."""
+    """A timm model by its name, or the backbone already built; ValueError if that has other strides.
+
+    Errors of a file of weights are those of `TimmBackbone`; ValueError too if it is for a backbone already built.
+    """
     if isinstance(backbone, str):
-        return TimmBackbone(backbone, strides, pretrained, freeze_norm)
+        return TimmBackbone(backbone, strides, pretrained, freeze_norm, backbone_weights)
+    if backbone_weights is not None:
+        raise ValueError(
+            f"backbone_weights {backbone_weights} are for a timm model that is given by its name, but the backbone is a"
+            f" {type(backbone).__name__} already built: leave them out"
+        )
     if backbone.strides != list(strides):
         raise ValueError(
             f"the {type(backbone).__name__} gives maps at strides {backbone.strides}, not {list(strides)}: set the"
             f" detector's strides to {backbone.strides}"
         )
     return backbone
+
+
+def loaded_weights(model: nn.Module) -> list[str]:
+    """What the timm models in a model took of files of weights, a sentence each."""
+    return [
+        module.weights_taken for module in model.modules() if isinstance(module, TimmBackbone) and module.weights_taken
+    ]

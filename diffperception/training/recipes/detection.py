@@ -31,6 +31,7 @@ from diffperception.detection.tiles import require_no_masks
 from diffperception.echo import echo
 from diffperception.files import OutputFolder, write_json
 from diffperception.models import Backbone
+from diffperception.models.backbones.timm import loaded_weights
 from diffperception.training.data import TrainingData
 from diffperception.training.module import TrainingModule
 from diffperception.training.options import OptimizerOptions
@@ -311,7 +312,7 @@ class DetectionRecipe(Recipe):
             evaluator,
             f"{size_of(detector)} learns {len(train.classes)} classes from {len(train)} images and is scored on"
             f" {len(val)}",
-            [*remarks, *limits(detector, train, val, evaluation.tile)],
+            [*remarks, *loaded_weights(detector), *limits(detector, train, val, evaluation.tile)],
         )
 
 

@@ -19,6 +19,7 @@ from diffperception.data.masks import IGNORE_INDEX, MaskDataOptions, MaskFolder
 from diffperception.diffusion.noise import derive_seed
 from diffperception.echo import echo, plural
 from diffperception.files import OutputFolder, write_json
+from diffperception.models.backbones.timm import loaded_weights
 from diffperception.models.warm_start import WarmStart, warm_start
 from diffperception.segmentation import FeatureExtractor, MeanIoU, PixelEnsemble, PixelSegmenter
 from diffperception.segmentation.feature_cache import in_bytes, stored_bytes
@@ -363,7 +364,12 @@ class SegmentationRecipe(Recipe):
             f" {len(classes)} classes from {module.num_pixels} pixels of {plural(len(masks), 'image')};"
             f" {features.channels} features per pixel, {in_bytes(memory)} in memory; at most"
             f" {self.fit.most_minibatches(module.num_pixels)} minibatches per member",
-            [*train_set.notes, *(val_set.notes if val_set else []), *filter(None, [module.notes])],
+            [
+                *train_set.notes,
+                *(val_set.notes if val_set else []),
+                *loaded_weights(model),
+                *filter(None, [module.notes]),
+            ],
         )
 
 
