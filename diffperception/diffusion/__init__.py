@@ -24,6 +24,7 @@ from diffperception.diffusion.schedule import (
     cosine_schedule,
     linear_schedule,
     named_schedule,
+    scaled_linear_schedule,
 )
 from diffperception.diffusion.steps import (
     add_noise,

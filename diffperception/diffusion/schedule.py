@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Time = Tensor | float
-ScheduleName = Literal["linear", "cosine", "flow"]
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "betas", "flow"]
 Spacing = Literal["leading", "trailing", "linspace", "diffusiondet"]
 # The cosine schedule ends at noise 20,000 times as strong as the signal: most of that way nothing can be told apart.
 NOISIEST = 160.0
@@ -230,15 +230,36 @@ class FlowSchedule(Schedule):
         return 1000 * t
 
 
-def linear_schedule(T: int = 1000) -> DiscreteSchedule:
-    """DDPM's schedule, its 1000 steps' bounds 1e-4 and 0.02 scaled to ``T`` steps (arXiv 2102.09672).
+def linear_schedule(T: int = 1000, beta_start: float | None = None, beta_end: float | None = None) -> DiscreteSchedule:
+    """Betas even between two bounds; by default those of DDPM, 1e-4 and 0.02 of 1000 steps, scaled to ``T`` steps.
 
-    ValueError for 20 steps or fewer, whose last would leave nothing of the signal.
+    ValueError for 20 steps or fewer of these, whose last would leave nothing of the signal.
     """
-    if T <= 20:
+    return DiscreteSchedule(torch.linspace(*beta_bounds(T, beta_start, beta_end), T, dtype=torch.float64, device="cpu"))
+
+
+def scaled_linear_schedule(
+    T: int = 1000, beta_start: float | None = None, beta_end: float | None = None
+) -> DiscreteSchedule:
+    """Square roots of betas even between those of two bounds, see :func:`linear_schedule` (arXiv 2112.10752's code)."""
+    start, end = (beta**0.5 for beta in beta_bounds(T, beta_start, beta_end))
+    return DiscreteSchedule(torch.linspace(start, end, T, dtype=torch.float64, device="cpu").square())
+
+
+def beta_bounds(T: int, beta_start: float | None = None, beta_end: float | None = None) -> tuple[float, float]:
+    """The first and the last beta of a path that is linear in them: what is given, DDPM's scaled to ``T`` steps else.
+
+    ValueError for fewer than one step, or 20 or fewer whose last is DDPM's.
+    """
+    if T < 1 or (T <= 20 and beta_end is None):
         raise ValueError(f"A linear schedule takes 21 steps or more, not {T}: raise num_timesteps, or take cosine.")
     scale = 1000 / T
-    return DiscreteSchedule(torch.linspace(scale * 1e-4, scale * 0.02, T, dtype=torch.float64, device="cpu"))
+    start, end = (
+        default if given is None else given for given, default in ((beta_start, scale * 1e-4), (beta_end, scale * 0.02))
+    )
+    if not 0 < start < 1 or not 0 < end < 1:
+        raise ValueError(f"beta_start and beta_end must lie strictly between 0 and 1, not {start:g} and {end:g}.")
+    return start, end
 
 
 def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DiscreteSchedule:
@@ -250,11 +271,41 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
     return DiscreteSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
 
-def named_schedule(name: ScheduleName, num_timesteps: int, rescale_timesteps: bool = False) -> Schedule:
-    """The path of this name, see :class:`DiscreteSchedule`; ``flow`` has no discrete steps and ignores the others."""
+def named_schedule(
+    name: ScheduleName,
+    num_timesteps: int,
+    rescale_timesteps: bool = False,
+    beta_start: float | None = None,
+    beta_end: float | None = None,
+    betas: Sequence[float] | None = None,
+) -> Schedule:
+    """The path of this name, see :class:`DiscreteSchedule`; ``flow`` has no discrete steps and ignores the others.
+
+    Args:
+        name: ``betas`` is the path whose betas are given.
+        num_timesteps: T.
+        rescale_timesteps: a network is told times of 0 to 1000 whatever T is.
+        beta_start, beta_end: bounds of ``linear`` and ``scaled_linear``, see :func:`linear_schedule`.
+        betas: T variances added at each step.
+
+    Raises:
+        ValueError: for options of another path, or numbers that make none.
+    """
+    if (betas is None) == (name == "betas"):
+        raise ValueError("The schedule betas and the numbers given as betas belong together: set both, or neither.")
+    if name not in ("linear", "scaled_linear") and (beta_start, beta_end) != (None, None):
+        raise ValueError(f"beta_start and beta_end belong to linear and scaled_linear, not to {name}: leave them out.")
     if name == "flow":
         return FlowSchedule()
-    schedule = linear_schedule(num_timesteps) if name == "linear" else cosine_schedule(num_timesteps)
+    if betas is not None and len(betas) != num_timesteps:
+        raise ValueError(f"There are {len(betas)} betas for num_timesteps = {num_timesteps}: give as many as steps.")
+    if betas is not None:
+        schedule = DiscreteSchedule(torch.tensor(betas, dtype=torch.float64, device="cpu"))
+    elif name == "cosine":
+        schedule = cosine_schedule(num_timesteps)
+    else:
+        of_bounds = linear_schedule if name == "linear" else scaled_linear_schedule
+        schedule = of_bounds(num_timesteps, beta_start, beta_end)
     schedule.rescale_timesteps = rescale_timesteps
     return schedule
 

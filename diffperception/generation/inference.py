@@ -176,7 +176,7 @@ def sample_folder(
 
 def require_same_path(classifier: NoisyClassifier, model: DiffusionModel) -> None:
     """ValueError unless the classifier has learned the generator's path, channels and classes."""
-    for name in ("schedule", "num_timesteps", "in_channels"):
+    for name in ("schedule", "num_timesteps", "beta_start", "beta_end", "betas", "in_channels"):
         own, other = classifier.arguments[name], (model.arguments | model.network.arguments)[name]
         if own != other:
             raise ValueError(

@@ -39,14 +39,17 @@ class DiffusionModel(Model):
         network: the denoiser; with ``learned_range`` it has twice as many output as input channels.
         conditioner: makes what the network is told; by default an embedding per class, if there are classes.
         space: where the signal that is noised lives; by default the pixels.
-        schedule: linear (DDPM), cosine (Improved DDPM) or flow (the straight path of flow matching; its ``prediction``
-            is ``flow``).
+        schedule: linear (DDPM), scaled_linear (latent diffusion), cosine (Improved DDPM), that of ``betas``, or flow
+            (the straight path of flow matching; its ``prediction`` is ``flow``).
         num_timesteps: T of the discrete schedules.
         rescale_timesteps: the network is told times of 0 to 1000 whatever T is, as improved-diffusion's default is.
         prediction: what the network predicts.
         learned_range: the network learns the variance too (Improved DDPM, arXiv 2102.09672).
         image_size: side, or height and width, of the images it learns from; samples have it by default.
         null_class: there is a label that stands for none, as classifier-free guidance needs.
+        beta_start, beta_end: variance added at the first and the last step of linear and scaled_linear; by default
+            1e-4 and 0.02 for 1000 steps, and in proportion for others.
+        betas: variance added at each step, where the schedule is ``betas``.
     """
 
     kind = "generator"
@@ -64,12 +67,15 @@ class DiffusionModel(Model):
         image_size: int | tuple[int, int] = 64,
         null_class: bool = False,
         rescale_timesteps: bool = False,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        betas: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.classes = None if classes is None else list(classes)
         self.network = network
         self.space = space or Pixels(network.in_channels)
-        self.schedule = named_schedule(schedule, num_timesteps, rescale_timesteps)
+        self.schedule = named_schedule(schedule, num_timesteps, rescale_timesteps, beta_start, beta_end, betas)
         self.prediction = prediction
         self.learned_range = learned_range
         self.image_size = both_sides(image_size)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 # Where training programs put the weights, the likeliest first; any other key that holds tensors counts if it is alone.
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "module", "weights", "params")
+WEIGHTS_OF_DIFFUSERS = "diffusion_pytorch_model"  # how the names of its files begin
 _AVERAGES = re.compile(r"(^|_)(ema|averaged?|swa|shadow)(_|$)")  # keys and prefixes of averaged weights
 _NO_WEIGHTS = re.compile(r"optim|^opt$|sched|scaler|^amp$|rng|random|callback|loop|hyper|metadata", re.IGNORECASE)
 # Modules that programs wrap around a network: the first part of its weights' names, which says nothing of it.
@@ -224,10 +225,17 @@ def _why_unread(error: Exception, head: bytes) -> str:
     )
 
 
+def is_diffusers_folder(path: str | Path) -> bool:
+    """Whether a folder is one that diffusers wrote: a pipeline's, or that of a network."""
+    folder = Path(path)
+    places = (folder, folder / "unet", folder / "transformer")
+    return (folder / "model_index.json").is_file() or any(list(p.glob(f"{WEIGHTS_OF_DIFFUSERS}*")) for p in places)
+
+
 def folder_in_words(folder: Path) -> str:
     """What a folder that was given in place of a file is."""
-    if (folder / "model_index.json").exists() or list(folder.glob("diffusion_pytorch_model*")):
-        return "a folder of diffusers, whose weights have other names and are not read"
+    if is_diffusers_folder(folder):
+        return "a folder of diffusers, which `diffperception convert --checkpoint` turns into a model file"
     files = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".pt", ".ckpt", ".safetensors"))
     return f"a folder ({_first(files, 3)} in it)" if files else "a folder, with no checkpoint in it"
 

@@ -1,6 +1,7 @@
 """The parts of the ADM UNet (Diffusion Models Beat GANs, arXiv 2105.05233): residual blocks, attention, resampling."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,12 +13,16 @@ from diffperception.models.ops.normalization import group_norm
 
 NORM_GROUPS = 32
 Direction = Literal["down", "up"]
+Norm = Callable[[int], nn.GroupNorm]  # the group norm of so many channels
 
 
-def time_embedding(t: Tensor, channels: int) -> Tensor:
-    """Sinusoids of times (B,), cosines first -> (B, channels) float32 (arXiv 1706.03762, section 3.5)."""
+def time_embedding(t: Tensor, channels: int, frequency_shift: int = 0) -> Tensor:
+    """Sinusoids of times (B,), cosines first -> (B, channels) float32 (arXiv 1706.03762, section 3.5).
+
+    The k-th of K frequencies is 10000^(-k / (K - frequency_shift)).
+    """
     half = channels // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / (half - frequency_shift))
     angles = t.float()[:, None] * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, channels % 2))
 
@@ -39,6 +44,7 @@ class ResBlock(nn.Module):
         embedding: E of the time embedding.
         dropout: share dropped before the second convolution.
         scale_shift: time scales and shifts the second norm's output; else it is added before that norm.
+        norm: makes its norms.
         resample: ``down`` halves height and width before the first convolution and on the skip, ``up`` doubles them.
     """
 
@@ -49,15 +55,16 @@ class ResBlock(nn.Module):
         embedding: int,
         dropout: float,
         scale_shift: bool,
+        norm: Norm,
         resample: Direction | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, channels_in)
+        self.norm1 = norm(channels_in)
         self.conv1 = Conv3x3(channels_in, channels)
         self.time = nn.Linear(embedding, 2 * channels if scale_shift else channels)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, channels)
+        self.norm2 = norm(channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(Conv3x3(channels, channels))
         self.skip = nn.Identity() if channels_in == channels else Conv1x1(channels_in, channels)
@@ -84,10 +91,10 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions of a map, added to it; its channels are a multiple of ``num_heads``."""
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    def __init__(self, channels: int, num_heads: int, norm: Norm) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.norm = norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
@@ -103,18 +110,22 @@ class Attention(nn.Module):
 class Resample(nn.Module):
     """Halves height and width by the mean of 2 x 2 pixels, or by a strided convolution if that is learned.
 
-    ``up`` doubles them by repeating pixels, and convolves these if that is learned.
+    ``up`` doubles them by repeating pixels, and convolves these if that is learned. The strided convolution pads all
+    sides by one, or with ``one_sided`` the right and the lower alone (as TensorFlow does, and so DDPM's own code).
     """
 
-    def __init__(self, channels: int, direction: Direction, learned: bool) -> None:
+    def __init__(self, channels: int, direction: Direction, learned: bool, one_sided: bool = False) -> None:
         super().__init__()
         self.down = direction == "down"
+        self.one_sided = one_sided and self.down
         stride = 2 if self.down else 1
-        self.conv = nn.Conv2d(channels, channels, 3, stride, padding=1) if learned else None
+        self.conv = nn.Conv2d(channels, channels, 3, stride, padding=0 if self.one_sided else 1) if learned else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.down:
-            return F.avg_pool2d(x, 2) if self.conv is None else self.conv(x)
+            return (
+                F.avg_pool2d(x, 2) if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+            )
         return double(x) if self.conv is None else double_and_convolve(x, self.conv)
 
 

@@ -30,6 +30,7 @@ class Encoder(Model):
         super().__init__()
         channels, embedding, widths = layers.channels, layers.embedding, layers.widths
         self.in_channels, self.channels, self.embedding = layers.in_channels, channels, embedding
+        self.frequency_shift = layers.frequency_shift
         self.checkpointing = checkpointing
         self.stride = 2 ** (len(widths) - 1)  # how many input pixels wide a pixel of the innermost level is
         self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
@@ -49,7 +50,7 @@ class Encoder(Model):
 
     def embed(self, x: Tensor, t: Tensor) -> Tensor:
         """The embedding (B, E) of times (B,), in the dtype of ``x``, before its activation."""
-        return self.time_embed(time_embedding(t, self.channels).to(x.dtype))
+        return self.time_embed(time_embedding(t, self.channels, self.frequency_shift).to(x.dtype))
 
     def encode(self, x: Tensor, emb: Tensor) -> Iterator[Tensor]:
         """Maps of the stem, of each stage and of the middle, from images (B, C, H, W) and the activated embedding."""
@@ -99,13 +100,18 @@ class Layers:
     dropout: float
     scale_shift: bool
     resampling: Resampling
+    norm_groups: int = NORM_GROUPS
+    norm_eps: float = 1e-5
+    frequency_shift: int = 0
+    one_sided_padding: bool = False
 
     def __post_init__(self) -> None:
         widths = self.widths
-        if not widths or any(width % NORM_GROUPS or width < 1 for width in widths):
+        require_positive({"norm_groups": self.norm_groups})
+        if not widths or any(width % self.norm_groups or width < 1 for width in widths):
             raise ValueError(
-                f"There must be a level, and every level's width a multiple of {NORM_GROUPS}; channels x channel_mult"
-                f" are {widths}."
+                f"There must be a level, and every level's width a multiple of {self.norm_groups}; channels x"
+                f" channel_mult are {widths}."
             )
         factors = [2**level for level in range(len(widths))]
         if not set(self.attention) <= set(factors):
@@ -156,16 +162,19 @@ class Layers:
         attends = [self.attend(width)] if factor in self.attention else []
         return [self.residual(width_in, width), *attends]
 
+    def norm(self, width: int) -> nn.GroupNorm:
+        return nn.GroupNorm(self.norm_groups, width, self.norm_eps)
+
     def residual(self, width_in: int, width: int, resample: Direction | None = None) -> ResBlock:
-        return ResBlock(width_in, width, self.embedding, self.dropout, self.scale_shift, resample)
+        return ResBlock(width_in, width, self.embedding, self.dropout, self.scale_shift, self.norm, resample)
 
     def resample(self, width: int, direction: Direction) -> nn.Module:
         if self.resampling == "block":
             return self.residual(width, width, direction)
-        return Resample(width, direction, learned=self.resampling == "conv")
+        return Resample(width, direction, self.resampling == "conv", self.one_sided_padding)
 
     def attend(self, width: int) -> Attention:
-        return Attention(width, self.heads_of(width))
+        return Attention(width, self.heads_of(width), self.norm)
 
     def heads_of(self, width: int) -> int:
         name = "num_head_channels" if self.num_heads is None else "num_heads"

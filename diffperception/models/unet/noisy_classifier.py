@@ -13,7 +13,7 @@ from diffperception.diffusion import ScheduleName, named_schedule
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import class_names
 from diffperception.models.ops.normalization import group_norm
-from diffperception.models.unet.blocks import NORM_GROUPS, zeroed
+from diffperception.models.unet.blocks import zeroed
 from diffperception.models.unet.encoder import Encoder, Layers, Resampling, both_sides
 
 Pooling = Literal["attention", "adaptive"]
@@ -24,7 +24,8 @@ class NoisyClassifier(Encoder):
 
     Args:
         classes: names of the labels 0..K-1.
-        schedule, num_timesteps: the path its images are noised on, that of the diffusion model it is to guide.
+        schedule, num_timesteps, beta_start, beta_end, betas: the path its images are noised on, that of the diffusion
+            model it is to guide.
         rescale_timesteps: it is told times of 0 to 1000 whatever their number is.
         image_size: height and width of the images, or one number for both; ValueError if they do not halve evenly
             between levels. Attention pooling takes this size alone.
@@ -55,16 +56,19 @@ class NoisyClassifier(Encoder):
         pool: Pooling = "attention",
         checkpointing: bool = False,
         rescale_timesteps: bool = False,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        betas: Sequence[float] | None = None,
     ) -> None:
         sizes = (in_channels, channels, channel_mult, num_res_blocks)
         layers = Layers(*sizes, attention, num_heads, num_head_channels, dropout, scale_shift, resampling)
         super().__init__(layers, checkpointing)
         self.image_size = both_sides(image_size)
         self.classes = list(classes)
-        self.schedule = named_schedule(schedule, num_timesteps, rescale_timesteps)
+        self.schedule = named_schedule(schedule, num_timesteps, rescale_timesteps, beta_start, beta_end, betas)
         self.check_size(*self.image_size)
         width = layers.widths[-1]
-        self.out_norm = nn.GroupNorm(NORM_GROUPS, width)
+        self.out_norm = layers.norm(width)
         self.pool: nn.Module
         if pool == "attention":
             positions = math.prod(side // self.stride for side in self.image_size)

@@ -30,6 +30,10 @@ class UNet(Encoder):
         scale_shift: time scales and shifts normalised activations (adaptive group norm); else it is added to them.
         resampling: down- and upsampling by residual blocks, by convolutions, or without weights.
         checkpointing: recompute activations in the backward pass instead of keeping them.
+        norm_groups: groups of channels that are normalised together; every level's width is a multiple.
+        norm_eps: added to variances.
+        frequency_shift: of the time's K sinusoids the k-th has the frequency 10000^(-k / (K - frequency_shift)).
+        one_sided_padding: downsampling convolutions pad the right and the lower side alone, as in DDPM's own code.
 
     Attributes:
         block_info: the decoder blocks, from the innermost as the reference's ``output_blocks``; strides are in cells of
@@ -37,8 +41,8 @@ class UNet(Encoder):
         embedding: E, channels of the time's embedding, to which a condition's vector is added.
 
     Raises:
-        ValueError: if a number is not above 0, a width is not a multiple of 32 or of its heads, or no level has a
-            factor in ``attention``.
+        ValueError: if a number is not above 0, a width is not a multiple of norm_groups or of its heads, or no level
+            has a factor in ``attention``.
     """
 
     kind = "UNet"
@@ -57,14 +61,30 @@ class UNet(Encoder):
         scale_shift: bool = True,
         resampling: Resampling = "block",
         checkpointing: bool = False,
+        norm_groups: int = NORM_GROUPS,
+        norm_eps: float = 1e-5,
+        frequency_shift: int = 0,
+        one_sided_padding: bool = False,
     ) -> None:
         sizes = (in_channels, channels, channel_mult, num_res_blocks)
-        layers = Layers(*sizes, attention, num_heads, num_head_channels, dropout, scale_shift, resampling)
+        layers = Layers(
+            *sizes,
+            attention,
+            num_heads,
+            num_head_channels,
+            dropout,
+            scale_shift,
+            resampling,
+            norm_groups=norm_groups,
+            norm_eps=norm_eps,
+            frequency_shift=frequency_shift,
+            one_sided_padding=one_sided_padding,
+        )
         super().__init__(layers, checkpointing)
         require_positive({"out_channels": out_channels})
         self.decoder, self.block_info = layers.decoder(self.skip_widths)
         self.out_channels = out_channels or in_channels
-        self.out_norm = nn.GroupNorm(NORM_GROUPS, layers.widths[0])
+        self.out_norm = layers.norm(layers.widths[0])
         self.out_conv = zeroed(nn.Conv2d(layers.widths[0], self.out_channels, 3, padding=1))
 
     @classmethod

@@ -1,0 +1,281 @@
+"""diffusers' UNet2DModel with its scheduler: folders of theirs as generators of ours, and ours as such folders.
+
+Nothing of diffusers is imported, for a folder is JSON and safetensors. Their UNet has the parts of ours under other
+names. An option of theirs that ours lacks, or of ours that theirs lacks, is refused by its name.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from diffperception.diffusion.schedule import beta_bounds
+from diffperception.files import OutputFolder, write_json
+from diffperception.models.base import save_tensors
+from diffperception.models.conditioners import ClassLabels
+from diffperception.models.convert.checkpoints import WEIGHTS_OF_DIFFUSERS as WEIGHTS
+from diffperception.models.convert.checkpoints import assign, class_names, load_untrusted
+from diffperception.models.convert.checkpoints import is_diffusers_folder as is_diffusers_folder
+from diffperception.models.convert.unet2d import (
+    Config,
+    as_json,
+    assign_theirs,
+    read_object,
+    to_theirs,
+    unet_config,
+    unet_layout,
+    unet_options,
+)
+from diffperception.models.generator import DiffusionModel, load_generator
+from diffperception.models.space import Pixels
+from diffperception.models.unet.unet import UNet
+
+VERSION = "0.42.1"  # of diffusers, whose folders these are
+INDEX, CONFIG, SCHEDULER, CLASSES = "model_index.json", "config.json", "scheduler_config.json", "classes.json"
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+
+_LABELS = "class_embedding.weight"
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention, before 0.15
+
+
+def generator_from_folder(
+    folder: str | Path, classes: Sequence[str] | None = None, image_size: int | tuple[int, int] | None = None
+) -> DiffusionModel:
+    """The generator in a folder of diffusers: a pipeline's with unet/ and scheduler/, or that of a UNet2DModel alone.
+
+    Of a scheduler the path and the prediction are taken, not how it samples. Without one they are taken to be DDPM's,
+    which predicts the noise.
+
+    Args:
+        folder: where `save_pretrained` wrote.
+        classes: names of its labels; by default those that :func:`write_folder` noted, else numbers.
+        image_size: side, or height and width, of the images it was trained on, instead of `sample_size`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, the weights do not fit, or our UNet cannot express
+            an option, which is named with its value.
+    """
+    unet, root = _places(Path(folder))
+    config = unet_options(unet / CONFIG)
+    _require_unet_alone(root / INDEX)
+    number = config["num_class_embeds"] or 0
+    names, null_class = _read_classes(root / CLASSES, classes, number)
+    state = _read_state(unet)
+    labels = {"embedding.weight": state.pop(_LABELS)} if number and _LABELS in state else {}
+    try:
+        with torch.device("meta"):
+            network = UNet(**unet_layout(config))
+        size = image_size or config["sample_size"] or max(256, 2 * network.stride)
+        path = _path_arguments(_scheduler_config(root), config)
+        model = DiffusionModel(names, network, image_size=size, null_class=null_class, **path)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    assign_theirs(network, state, not config["flip_sin_to_cos"], unet)
+    if model.conditioner is not None:
+        assign(model.conditioner, labels, f"{unet} does not fit num_class_embeds = {number}")
+    return model.eval()
+
+
+def write_folder(model: DiffusionModel | UNet, folder: str | Path, overwrite: bool = False) -> None:
+    """Write a folder that diffusers reads: UNet and scheduler, for most models a whole DDPMPipeline.
+
+    There is no pipeline for models with classes and for those of the schedule flow: unet/ and scheduler/ are read by
+    `UNet2DModel.from_pretrained` and the scheduler's. Names of classes go into classes.json, which diffusers ignores.
+
+    Args:
+        model: a UNet alone is taken for one of the linear schedule of 1000 steps.
+        folder: a new or empty one.
+        overwrite: replace what this function wrote there before.
+
+    Raises:
+        ValueError: diffusers cannot express an option of the model, which is named; or the folder is not empty.
+    """
+    model = load_generator(model)
+    _require_expressible(model)
+    height, width = model.image_size
+    labels = model.conditioner.embedding if isinstance(model.conditioner, ClassLabels) else None
+    unet = {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": VERSION,
+        "sample_size": height if height == width else [height, width],
+        **unet_config(model.network),
+        "num_class_embeds": None if labels is None else labels.num_embeddings,
+    }
+    scheduler = {**_scheduler_of(model), "_diffusers_version": VERSION}
+    state = dict(to_theirs(model.network, model.network.state_dict()))
+    if labels is not None:
+        state[_LABELS] = labels.weight.detach()
+    state = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    results = OutputFolder(folder, overwrite)
+    results.clear()
+    try:
+        save_tensors(state, results.file(f"unet/{WEIGHTS}.safetensors"), {"format": "pt"})
+        write_json(results.file(f"unet/{CONFIG}"), unet)
+        write_json(results.file(f"scheduler/{SCHEDULER}"), scheduler)
+        if model.classes is not None:
+            write_json(results.file(CLASSES), {"classes": model.classes, "null_class": model.has_absent})
+        elif model.prediction != "flow":
+            parts = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}
+            write_json(results.file(INDEX), {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **parts})
+    except BaseException:
+        results.clear()
+        raise
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """The folder of the UNet, and that of the pipeline around it, or once more that of the UNet."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if (folder / "unet" / CONFIG).is_file():
+        return folder / "unet", folder
+    beside = folder.parent / INDEX, folder.parent / "scheduler" / SCHEDULER
+    in_pipeline = folder.name.startswith("unet") and any(path.is_file() for path in beside)
+    return folder, folder.parent if in_pipeline else folder
+
+
+def _require_unet_alone(path: Path) -> None:
+    """ValueError if a pipeline has more parts than a UNet and a scheduler, such as an autoencoder of latents."""
+    parts = read_object(path) if path.is_file() else {}
+    others = [n for n, part in parts.items() if isinstance(part, list) and any(part) and n not in ("unet", "scheduler")]
+    if others:
+        raise ValueError(f"{path} names {', '.join(others)}: pipelines of a unet and a scheduler alone are read")
+
+
+def _scheduler_config(root: Path) -> Config:
+    """The scheduler's options, none without a scheduler."""
+    paths = [path for path in (root / "scheduler" / SCHEDULER, root / SCHEDULER) if path.is_file()]
+    return read_object(paths[0]) if paths else {}
+
+
+def _path_arguments(scheduler: Config, unet: Config) -> dict[str, Any]:
+    """The arguments of a generator for a scheduler of diffusers, an empty one if there is none.
+
+    ValueError naming the option for another kind of path than ours.
+    """
+    channels, outputs = unet["in_channels"], unet["out_channels"]
+    if outputs not in (channels, 2 * channels):
+        raise ValueError(
+            f"in_channels = {channels} and out_channels = {outputs} are no generator's, which has as many out as in, or"
+            " twice as many for a learned variance"
+        )
+    learned = {"learned_range": outputs == 2 * channels}
+    if not scheduler:
+        return learned
+    if scheduler.get("variance_type") == "learned":
+        _refuse(scheduler, "variance_type", "learned_range")
+    steps, prediction = scheduler.get("num_train_timesteps", 1000), scheduler.get("prediction_type", "epsilon")
+    if str(scheduler.get("_class_name")).startswith("FlowMatch") or prediction == "flow_prediction":
+        if steps != 1000:
+            _refuse(scheduler, "num_train_timesteps", "1000 for flow matching")
+        return learned | {"schedule": "flow", "prediction": "flow"}
+    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    if prediction not in predictions:
+        _refuse(scheduler, "prediction_type", ", ".join(predictions))
+    if scheduler.get("rescale_betas_zero_snr"):
+        _refuse(scheduler, "rescale_betas_zero_snr", "false")
+    if scheduler.get("timestep_type", "discrete") != "discrete":
+        _refuse(scheduler, "timestep_type", "discrete")
+    if not isinstance(steps, int):
+        _refuse(scheduler, "num_train_timesteps", "whole numbers")
+    return learned | _beta_arguments(scheduler, steps) | {"num_timesteps": steps, "prediction": predictions[prediction]}
+
+
+def _beta_arguments(scheduler: Config, steps: int) -> dict[str, Any]:
+    """The schedule's name and what belongs to it."""
+    if "beta_schedule" not in scheduler:
+        name = scheduler.get("_class_name")
+        raise ValueError(f"{name} has no beta_schedule: schedulers of discrete betas, as DDPMScheduler, are read")
+    betas = scheduler.get("trained_betas")
+    numbers = {"beta_start": scheduler.get("beta_start", 1e-4), "beta_end": scheduler.get("beta_end", 0.02)}
+    for name, value in (numbers | {"trained_betas": betas or []}).items():
+        if not all(isinstance(number, int | float) for number in (value if isinstance(value, list) else [value])):
+            _refuse(scheduler, name, "numbers")
+    if betas is not None:
+        return {"schedule": "betas", "betas": betas}
+    names = {theirs: ours for ours, theirs in SCHEDULES.items()}
+    if (theirs := scheduler["beta_schedule"]) not in names:
+        _refuse(scheduler, "beta_schedule", f"{', '.join(names)}, or numbers as trained_betas")
+    if theirs == "squaredcos_cap_v2":
+        return {"schedule": "cosine"}
+    if steps > 20 and tuple(numbers.values()) == beta_bounds(steps):
+        numbers = {}
+    return {"schedule": names[theirs], **numbers}
+
+
+def _refuse(scheduler: Config, name: str, known: str) -> NoReturn:
+    raise ValueError(f"the scheduler's {name} = {as_json(scheduler[name])} is not ours, only {known}")
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder, of one file or several, in float32, with today's names."""
+    patterns = [f"{WEIGHTS}{part}.{end}" for end in ("safetensors", "bin") for part in ("", "-*-of-*", ".fp16")]
+    files = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), None)
+    if files is None:
+        raise FileNotFoundError(f"there are no weights in {folder}: {WEIGHTS}.safetensors or .bin is expected")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        content = load_untrusted(file)
+        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise ValueError(f"{file} holds something else than weights by their names")
+        state |= content
+    return {_today(name): value.float() for name, value in state.items()}
+
+
+def _today(name: str) -> str:
+    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name)
+
+
+def _read_classes(path: Path, given: Sequence[str] | None, number: int) -> tuple[list[str] | None, bool]:
+    """The names of so many labels, and whether the last of these stands for none."""
+    noted = read_object(path) if path.is_file() and number else {}
+    names, null_class = noted.get("classes"), noted.get("null_class") is True
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path} must have a list of names as its classes")
+    try:
+        return class_names(names if given is None else given, number - null_class) or None, null_class
+    except ValueError as error:
+        raise ValueError(f"{path.parent}: {error}") from None
+
+
+def _require_expressible(model: DiffusionModel) -> None:
+    """ValueError naming the part or option of a generator, beside its UNet's, that no folder of diffusers can say."""
+    steps = model.schedule.num_timesteps
+    if type(model) is not DiffusionModel or type(model.network) is not UNet:
+        kind = f"{type(model).__name__} with a {type(model.network).__name__}"
+        raise ValueError(f"diffusers has no {kind}: only a DiffusionModel with a UNet is written")
+    if type(model.space) is not Pixels:
+        raise ValueError(f"diffusers cannot say space = {type(model.space).__name__}: only Pixels are written")
+    if model.conditioner is not None and type(model.conditioner) is not ClassLabels:
+        kind = type(model.conditioner).__name__
+        raise ValueError(f"diffusers cannot say conditioner = {kind}: only ClassLabels are written")
+    if model.arguments["rescale_timesteps"] and steps not in (None, 1000):
+        raise ValueError(
+            f"diffusers cannot say rescale_timesteps = true with num_timesteps = {steps}: its UNet is told times as"
+            " they are"
+        )
+
+
+def _scheduler_of(model: DiffusionModel) -> dict[str, Any]:
+    """The scheduler's configuration, its class among them."""
+    told = model.arguments
+    if told["schedule"] == "flow":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+    path: dict[str, Any] = {"trained_betas": told["betas"]}
+    if told["schedule"] in SCHEDULES:
+        path = {"beta_schedule": SCHEDULES[told["schedule"]]}
+    if told["schedule"] in ("linear", "scaled_linear"):
+        bounds = beta_bounds(told["num_timesteps"], told["beta_start"], told["beta_end"])
+        path |= dict(zip(("beta_start", "beta_end"), bounds, strict=True))
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": told["num_timesteps"],
+        **path,
+        "prediction_type": PREDICTIONS[model.prediction],
+        "variance_type": "learned_range" if model.learned_range else "fixed_small",
+        "clip_sample": True,
+        "timestep_spacing": "trailing",
+    }
