@@ -48,6 +48,7 @@ def evaluate_detector_file(
     ensemble: bool | list[bool] | None = None,
     eta: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     nms_threshold: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
+    start_time: NonNegativeInt | list[NonNegativeInt] | None = None,
     masks: bool = False,
     workers: NonNegativeInt = 2,
     seed: NonNegativeInt = 0,
@@ -80,7 +81,7 @@ def evaluate_detector_file(
     """
     folder, place = OutputFolder(output, overwrite) if output else None, pick_device(device)
     settings = {"mode": mode, "num_boxes": num_boxes, "renewal_threshold": renewal_threshold, "ensemble": ensemble}
-    settings |= {"eta": eta, "nms_threshold": nms_threshold, "steps": steps}
+    settings |= {"eta": eta, "nms_threshold": nms_threshold, "start_time": start_time, "steps": steps}
     with join_processes():
         detector = Detector.load(model, place)
         detector.pad_together = pad_together
@@ -103,7 +104,7 @@ def evaluate_detector_file(
             return
         finish(score(detector, dataset, workers=workers, seed=seed, sampler=samplers[0]), folder)
         if folder is not None and first_process():
-            shared = {name: score.keywords[name] for name in ("precision", "batch_size", "tile", "overlap")}
+            shared = {name: score.keywords[name] for name in ("precision", "batch_size", "tile", "overlap", "start")}
             draw_predictions(detector, dataset, folder, num_pictures, seed, samplers[0], **shared)
             echo(f"{folder.path / 'pictures'}: predictions beside ground truth")
 

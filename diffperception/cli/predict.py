@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from diffperception.configuration.parser import OptionsOf
 from diffperception.detection import Detector
@@ -24,13 +24,14 @@ def predict_detector(
     ensemble: bool | None = None,
     eta: ClosedUnitInterval | None = None,
     nms_threshold: ClosedUnitInterval | None = None,
+    start_time: NonNegativeInt | None = None,
     device: str = "auto",
 ) -> None:
     place = pick_device(device)
     with join_processes():
         detector = Detector.load(model, place)
-        thresholds = {"renewal_threshold": renewal_threshold, "nms_threshold": nms_threshold}
-        sampler = detector.sampler_with(steps=steps, num_boxes=num_boxes, ensemble=ensemble, eta=eta, **thresholds)
+        settings = {"renewal_threshold": renewal_threshold, "nms_threshold": nms_threshold, "start_time": start_time}
+        sampler = detector.sampler_with(steps=steps, num_boxes=num_boxes, ensemble=ensemble, eta=eta, **settings)
         found = detect(detector, sampler=sampler)
     number, output = plural(len(found.detections), "detection"), detect.keywords["output"]
     echo(f"{number} in {plural(len(found.images), 'image')}: {output}")

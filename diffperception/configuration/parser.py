@@ -33,6 +33,8 @@ HELP = {  # of options that several commands have, where a docstring says nothin
     "ensemble": "whether the detections of all steps count, or the last step's alone.",
     "eta": "how much noise a step adds: 1 is the ancestral step, 0 the deterministic one.",
     "nms_threshold": "of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off.",
+    "start_time": "where boxes are given to start from, the time of the schedule, from 0 to T - 1, that they are noised"
+    " to: the smaller, the more of them is kept.",
     "workers": "processes that read images.",
     "device": "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.",
     "precision": "bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.",

@@ -16,6 +16,7 @@ from diffperception.detection.boxes import clamp_min_size, decode_boxes, encode_
 from diffperception.detection.criterion import Criterion, SetCriterion
 from diffperception.detection.heads.boxes import DynamicHead, Head, HeadOutput
 from diffperception.detection.sampler import BoxSampler, Step
+from diffperception.detection.start import Start, StartBoxes, encode_start
 from diffperception.detection.targets import PaddedTargets, image_sizes
 from diffperception.devices import to_device
 from diffperception.diffusion import add_noise, cosine_schedule
@@ -268,18 +269,27 @@ class DiffusionDet(Detector):
         steps: int | None = None,
         num_boxes: int | None = None,
         encoded: Encoded | None = None,
+        start: StartBoxes | None = None,
+        start_time: int | None = None,
     ) -> list[dict[str, Tensor]]:
         """See `Detector.predict`. An image's detections do not depend on the other images of the list.
 
         Args:
-            steps, num_boxes: instead of the sampler's own.
+            steps, num_boxes, start_time: instead of the sampler's own.
             encoded: what `encode` made of these images, for predicting several times from them.
+            start: of each image, boxes (n, 4; xyxy in its pixels) to start from instead of pure noise, such as those
+                found with other settings, in the frame before, or drawn by a user. They are noised to `start_time`, and
+                where there are fewer than `num_boxes` the others are pure noise; so are all of an entry that is None.
+
+        Raises:
+            ValueError: `start` is not such boxes, or has more than `num_boxes`; or there is `start` without a
+                `start_time`, or the other way round.
         """
         if not images:
             return []
-        sampler = (sampler or self.sampler).changed(steps=steps, num_boxes=num_boxes)
+        sampler = (sampler or self.sampler).changed(steps=steps, num_boxes=num_boxes, start_time=start_time)
         encoded = encoded or self.encode(images)
-        sampled = self.sample(encoded, [0] * len(images) if seeds is None else seeds, sampler)
+        sampled = self.sample(encoded, [0] * len(images) if seeds is None else seeds, sampler, start)
         return self._select(sampled, sampler, encoded, images)
 
     def _select(
@@ -297,16 +307,17 @@ class DiffusionDet(Detector):
 
     @torch.no_grad()
     def trajectory(
-        self, image: Tensor, seed: int = 0, sampler: BoxSampler | None = None
+        self, image: Tensor, seed: int = 0, sampler: BoxSampler | None = None, start: Tensor | None = None
     ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """How noise turned into the boxes of one image, and what `predict` gives.
 
         The first is a dict per step, the noisiest first, with the time `t`, the noisy `boxes` (N, 4) that entered, and
         the `predicted` (N, 4), `scores` (N,) and `labels` (N,) that came out; boxes are xyxy in pixels of the image.
+        It starts from the boxes `start` (n, 4), if there are some, as `predict` does.
         """
         sampler = sampler or self.sampler
         encoded = self.encode([image])
-        sampled = self.sample(encoded, [seed], sampler)
+        sampled = self.sample(encoded, [seed], sampler, None if start is None else [start])
         scale = (encoded.sizes / encoded.seen)[0]
         steps = []
         for step in sampled:
@@ -316,9 +327,16 @@ class DiffusionDet(Detector):
         return steps, self._select(sampled, sampler, encoded, [image])[0]
 
     @torch.no_grad()
-    def sample(self, encoded: Encoded, seeds: Sequence[int], sampler: BoxSampler) -> list[Step]:
-        """All steps from noise to boxes; ValueError if the weights give numbers that are not finite."""
+    def sample(
+        self, encoded: Encoded, seeds: Sequence[int], sampler: BoxSampler, start: StartBoxes | None = None
+    ) -> list[Step]:
+        """All steps from noise, or from what `predict` is given, to boxes.
+
+        Raises:
+            ValueError: the weights give numbers that are not finite; or as for `predict`.
+        """
         sampler = self._complete(sampler)
+        begin = self._start(encoded, sampler, start)
         at_once = self._at_once(len(seeds), sampler.num_boxes or 0, CPU_BOXES)
         pyramids = encoded.pyramid.split(at_once)
 
@@ -326,7 +344,7 @@ class DiffusionDet(Detector):
             parts = zip(pyramids, boxes.split(at_once), t.split(at_once), strict=True)
             return HeadOutput.last_stage([self.head(*part, last_only=True) for part in parts])
 
-        sampled = sampler.sample(denoise, self.schedule, encoded.seen, seeds, self.signal_scale)
+        sampled = sampler.sample(denoise, self.schedule, encoded.seen, seeds, self.signal_scale, begin)
         outputs = [tensor for step in sampled for tensor in vars(step.output).values()]
         if not torch.stack([tensor.isfinite().all() for tensor in outputs]).all():
             raise ValueError(
@@ -334,6 +352,27 @@ class DiffusionDet(Detector):
                 " or train it anew with a lower optimizer.lr"
             )
         return sampled
+
+    def _start(self, encoded: Encoded, sampler: BoxSampler, start: StartBoxes | None) -> Start | None:
+        """What sampling begins from, in diffusion space; None for pure noise."""
+        self.require_start(sampler, start is not None)
+        if start is None:
+            return None
+        return encode_start(start, encoded.sizes, sampler.num_boxes or 0, self.signal_scale)
+
+    def require_start(self, sampler: BoxSampler, given: bool) -> None:
+        """ValueError unless boxes are given to start from and the sampler has a time of the schedule for them, or
+        neither.
+        """
+        time, last = sampler.start_time, self.schedule.num_timesteps - 1
+        if given and time is None:
+            raise ValueError(
+                f"boxes to start from need a start_time, from 0 to {last}, that they are noised to: give one"
+            )
+        if time is not None and not given:
+            raise ValueError(f"start_time is {time}, but there are no boxes to start from: give start too")
+        if time is not None and time > last:
+            raise ValueError(f"start_time is {time}: it must be from 0 to {last}, the times of this detector")
 
     def _complete(self, sampler: BoxSampler) -> BoxSampler:
         """The sampler with a number of boxes."""

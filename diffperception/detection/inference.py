@@ -1,6 +1,6 @@
 """Detectors at work: a folder of images, a data set to be scored on. What the commands call, and notebooks may."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types, results_rows
 from diffperception.detection.results import IMAGES, describe_results
 from diffperception.detection.sampler import BoxSampler
+from diffperception.detection.start import StartBoxes, best_boxes, read_start
 from diffperception.detection.tiles import predict_images, require_no_masks
 from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
 from diffperception.diffusion import name_seed, sample_seed
@@ -68,6 +69,11 @@ class _Subject:
     picture: Path  # of its detections, below the folder of pictures
     seed: int  # of its noise
 
+    @property
+    def key(self) -> int | str:
+        """What boxes to start from are found by: its id where it has one, else its name."""
+        return self.image.get("id", self.image["file_name"])
+
 
 def _subjects(images: str | Path, table: CocoTable | None, output: Path, seed: int) -> tuple[list[_Subject], str]:
     """The images that a path or pattern names or, with a table, those of the data set in a folder; and a remark."""
@@ -109,6 +115,7 @@ def detect_folder(
     overlap: NonNegativeInt | None = None,
     annotations: str | Path | None = None,
     format: Format = "coco",
+    start: str | Path | None = None,
 ) -> FolderResult:
     """Detect objects in an image, or in all images of a folder.
 
@@ -141,14 +148,17 @@ def detect_folder(
         annotations: COCO file whose images, in the folder `images`, are predicted: with its image ids, and with the
             ids of its categories for classes of their names.
         format: of the annotations: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv.
+        start: a COCO results file, such as the predictions.json of another run, whose boxes are started from instead of
+            noise alone, noised to `start_time`: of each image the best, `num_boxes` at most. Null starts from noise.
 
     Raises:
         FileNotFoundError, ValueError: there is no such image or model, none can be read, the folder is in use, or the
-            annotations cannot be used or have other classes than the detector.
+            annotations cannot be used or have other classes than the detector, or the boxes to start from cannot.
     """
     tiling = Tiling(tile, overlap)
     detector, folder = Detector.loaded(detector).eval(), ResumableFolder(output, overwrite)
     require_no_masks(detector, tiling)
+    require_start(detector, sampler, start is not None, tiling)
     table = None
     if annotations is not None:
         content = open_annotations(annotations, images, format, classes=detector.classes).content
@@ -157,8 +167,10 @@ def detect_folder(
     if table is not None:
         require_entries(table)
     subjects, remark = _subjects(images, table, folder.path, seed)
+    begin = None if start is None else read_start(start, table)
     settings = {"command": "predict", "model": fingerprint(detector), "sampler": describe(sampler), "seed": seed}
     settings |= {"images": str(Path(images).absolute()), "annotations": annotations and content_of(annotations)}
+    settings |= {"start": start and content_of(start)}
     settings |= {"score_threshold": score_threshold, "precision": precision, "tile": tile, "overlap": overlap}
     drawn = {subject.picture: ["pictures"] for subject in subjects[:num_pictures]}
     for subject in subjects[:num_trajectories] if isinstance(detector, DiffusionDet) else []:
@@ -171,10 +183,14 @@ def detect_folder(
     left = folder.left_of(settings, list(of_item), batch_size=together)
     folder.begin([IMAGES, PREDICTIONS])
     echo_remark(remark)
+    if begin is not None:
+        echo_remark(start_in_words(begin, [subject.key for subject in subjects], start))
     paths, seeds = [of_item[item].path for item in left], [of_item[item].seed for item in left]
     batches = load_images(paths, together, workers, as_uint8=tile is not None)
-    detected = _detect(detector, batches, sampler, seeds, precision, tiling, batch_size)
-    for item, (sample, detections) in zip(left, detected, strict=True):
+    starts = None if begin is None else starts_of(detector, sampler, begin, [of_item[item].key for item in left])
+    detected = _detect(detector, batches, sampler, seeds, precision, tiling, batch_size, starts)
+    begun = iter(starts or [None] * len(left))
+    for item, (sample, detections), boxes in zip(left, detected, begun, strict=True):
         if sample.image is None:
             folder.add(item, [], sample.problem)
             continue
@@ -185,7 +201,7 @@ def detect_folder(
                 picture = draw_detections(sample.image, detections, detector.classes, score_threshold)
             elif len(tiling.windows(height, width)) == 1 and isinstance(detector, DiffusionDet):
                 image = to_float(sample.image)
-                picture = draw_trajectory(detector, image, subject.seed, sampler, score_threshold, precision)
+                picture = draw_trajectory(detector, image, subject.seed, sampler, score_threshold, precision, boxes)
             else:
                 continue
             save_png(picture, folder.file(name))
@@ -209,16 +225,19 @@ def _detect(
     precision: Precision,
     tiling: Tiling,
     batch_size: int,
+    starts: StartBoxes | None,
 ) -> Iterator[tuple[ImageSample, dict[str, Tensor]]]:
     """Each image with its detections, on the CPU, as they are made; broken images have none. Shows the time left."""
-    noise = iter(seeds)
+    given = iter(zip(seeds, starts or [None] * len(seeds), strict=True))
     with tqdm(total=len(batches.dataset), desc="predict", unit="image", disable=hide_bar()) as bar:  # type: ignore[arg-type]
         for batch in batches:
-            pairs = [(sample.image, next(noise)) for sample in batch]
-            images = [image for image, _ in pairs if image is not None]
-            own = [seed for image, seed in pairs if image is not None]
+            whole = [(s.image, *own) for s, own in zip(batch, given, strict=False) if s.image is not None]
+            images, noise = [image for image, _, _ in whole], [seed for _, seed, _ in whole]
+            begin = None if starts is None else [boxes for _, _, boxes in whole]
             with autocast(detector.device, precision):
-                found = iter(predict_images(detector, images, own, sampler, tiling, batch_size) if images else [])
+                found = iter(
+                    predict_images(detector, images, noise, sampler, tiling, batch_size, begin) if whole else []
+                )
             for sample in batch:
                 detections = {} if sample.image is None else next(found)
                 yield sample, {name: value.cpu() for name, value in detections.items()}
@@ -238,6 +257,7 @@ def evaluate_detector(
     precision: Precision = "32",
     tile: PositiveInt | None = None,
     overlap: NonNegativeInt | None = None,
+    start: str | Path | None = None,
 ) -> CocoResult:
     """COCO metrics of `detector`, which is left in evaluation mode: of boxes, and of masks if the data set has them.
 
@@ -254,16 +274,18 @@ def evaluate_detector(
         sampler: instead of the detector's own, see `Detector.sampler_with`.
         protocol: coco, or lvis for annotation files of LVIS, which adds APr, APc and APf of rare, common and frequent
             classes.
-        tile, overlap: as for `detect_folder`.
+        tile, overlap, start: as for `detect_folder`.
 
     Raises:
         ValueError: the detector has other classes than the data set or no masks where that has some, or the
-            annotations are not what the protocol needs.
+            annotations are not what the protocol needs, or the boxes to start from cannot be used.
     """
     detector, tiling = Detector.loaded(detector), Tiling(tile, overlap)
     require_classes(detector.classes, dataset)
     require_masks(detector, dataset)
     require_no_masks(detector, tiling)
+    require_start(detector, sampler, start is not None, tiling)
+    begin = None if start is None else read_start(start, dataset.table)
     share_statistics(detector)
     chosen = spread(len(dataset), num_images)
     image_ids = [dataset.image_ids[i] for i in chosen]
@@ -276,11 +298,15 @@ def evaluate_detector(
         images, targets = collate(batch)
         ids = [target["image_id"] for target in targets]
         seeds = [sample_seed(seed, image_id) for image_id in ids]
+        starts = None if begin is None else starts_of(detector, sampler, begin, ids)
         with torch.no_grad(), autocast(detector.device, precision):
-            found = predict_images(detector, images, seeds, sampler, tiling, batch_size)
+            found = predict_images(detector, images, seeds, sampler, tiling, batch_size, starts)
         evaluator.update(ids, found)
     evaluator.gather()
-    return evaluator.compute()
+    result = evaluator.compute()
+    if begin is None:
+        return result
+    return result.with_notes([start_in_words(begin, image_ids, start)])
 
 
 def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
@@ -297,6 +323,30 @@ def require_classes(classes: Sequence[str], dataset: CocoDetection) -> None:
         f" {len(dataset.classes)} ({shortened(dataset.classes)}): use the annotations it was trained for, or train it"
         " anew"
     )
+
+
+def require_start(detector: Detector, sampler: BoxSampler | None, given: bool, tiling: Tiling) -> None:
+    """ValueError if boxes are given to start from and the detector starts from none, or not with these settings."""
+    if isinstance(detector, DiffusionDet):
+        detector.require_start(sampler or detector.sampler, given)
+    elif given:
+        raise ValueError(f"{type(detector).__name__} starts from no boxes: leave the option start out")
+    if given and tiling.tile is not None:
+        raise ValueError("boxes to start from are of whole images: leave the option tile out")
+
+
+def start_in_words(start: Mapping[int | str, Tensor], images: Sequence[int | str], path: str | Path | None) -> str:
+    """How many of the images start from boxes of a file."""
+    count = sum(image in start for image in images)
+    return f"{count} of {len(images)} images start from boxes of {path}, the others from noise."
+
+
+def starts_of(
+    detector: Detector, sampler: BoxSampler | None, start: Mapping[int | str, Tensor], images: Sequence[int | str]
+) -> StartBoxes:
+    """What a DiffusionDet starts from in each of the images: the best boxes, as many as it begins with, or none."""
+    assert isinstance(detector, DiffusionDet)
+    return best_boxes(start, images, (sampler or detector.sampler).num_boxes or detector.num_boxes)
 
 
 def require_masks(detector: Detector, dataset: CocoDetection) -> None:
@@ -332,6 +382,7 @@ def draw_predictions(
     batch_size: int = 1,
     tile: int | None = None,
     overlap: int | None = None,
+    start: str | Path | None = None,
 ) -> None:
     """pictures/: predictions beside ground truth for `count` images spread over the data set, one PNG each.
 
@@ -339,17 +390,20 @@ def draw_predictions(
     are predicted in windows. The other options are as in `evaluate_detector`.
     """
     tiling = Tiling(tile, overlap)
+    begin = None if start is None else read_start(start, dataset.table)
     chosen = {index: safe_path(dataset.file_names[index]) for index in spread(len(dataset), count)}
     names = png_names(chosen.values())
     for number, (index, name) in enumerate(chosen.items()):
         image, target = dataset[index]
         noise = sample_seed(seed, target["image_id"])
+        starts = None if begin is None else starts_of(detector, sampler, begin, [target["image_id"]])
         with autocast(detector.device, precision):
-            prediction = predict_images(detector, [image], [noise], sampler, tiling, batch_size)[0]
+            prediction = predict_images(detector, [image], [noise], sampler, tiling, batch_size, starts)[0]
         save_png(side_by_side(image, target, prediction, detector.classes), folder.file("pictures" / names[name]))
         whole = len(tiling.windows(*image.shape[-2:])) == 1
         if number < 2 and isinstance(detector, DiffusionDet) and whole:
-            picture = draw_trajectory(detector, image, noise, sampler, precision=precision)
+            boxes = starts[0] if starts else None
+            picture = draw_trajectory(detector, image, noise, sampler, precision=precision, start=boxes)
             trajectory_name = names[name].with_stem(f"{names[name].stem}_noise_to_boxes")
             save_png(picture, folder.file("pictures" / trajectory_name))
 
@@ -361,16 +415,19 @@ def draw_trajectory(
     sampler: BoxSampler | None = None,
     threshold: float = THRESHOLD,
     precision: Precision = "32",
+    start: Tensor | None = None,
 ) -> Image.Image:
     """Noise turning into the boxes of one image (3, H, W); detections below the threshold are not drawn.
 
     Args:
         sampler: by default the detector's own. Where that takes one step, and no other number is asked for,
-            TRAJECTORY_STEPS are shown.
+            TRAJECTORY_STEPS are shown, or as many as there are from its `start_time` on.
+        start: boxes (n, 4) to start from, as `DiffusionDet.predict` takes them.
     """
     sampler = sampler or detector.sampler
     if sampler.steps == detector.sampler.steps == 1:
-        sampler = replace(sampler, steps=TRAJECTORY_STEPS)
+        times = TRAJECTORY_STEPS if sampler.start_time is None else sampler.start_time + 1
+        sampler = replace(sampler, steps=min(TRAJECTORY_STEPS, times))
     with autocast(detector.device, precision):
-        steps, detections = detector.trajectory(image, seed, sampler)
+        steps, detections = detector.trajectory(image, seed, sampler, start)
     return trajectory(image, steps, detections, detector.classes, threshold)

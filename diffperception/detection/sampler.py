@@ -11,8 +11,9 @@ from torchvision.ops import batched_nms, nms
 
 from diffperception.detection.boxes import clamp_min_size, decode_boxes, encode_boxes
 from diffperception.detection.heads.boxes import HeadOutput
+from diffperception.detection.start import Start
 from diffperception.devices import to_device
-from diffperception.diffusion import SampleNoise, Schedule, ddim_step
+from diffperception.diffusion import DiscreteSchedule, SampleNoise, add_noise, ddim_step
 
 # (boxes (B, N, 4) xyxy pixels, t (B,)) -> the last stage's output, its tensors (B, N, ...)
 BoxDenoiser = Callable[[Tensor, Tensor], HeadOutput]
@@ -44,6 +45,8 @@ class BoxSampler:
         mode: `ddim` walks t from T to 0; two controls show what the walk is worth: `fixed_time` tells the network, and
             the step from one noise level to the next, that t is T - 1 every time, while the levels stepped to fall as
             in `ddim`; `fresh_boxes` starts every step from new noise.
+        start_time: where boxes are given to start from, they are noised to this time of the schedule, 0 to T - 1, and
+            the steps go on from there: the smaller, the more of them is kept. Null: there are none.
 
     Raises:
         ValueError: a value is out of its range.
@@ -56,6 +59,7 @@ class BoxSampler:
     ensemble: bool = True
     nms_threshold: float | None = 0.5
     mode: Mode = "ddim"
+    start_time: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.num_boxes is not None and self.num_boxes < 1):
@@ -64,6 +68,8 @@ class BoxSampler:
         for name, value in fractions.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}: it must be from 0 to 1")
+        if self.start_time is not None and self.start_time < 0:
+            raise ValueError(f"start_time is {self.start_time}: it must be a time of the schedule, from 0 on")
         if self.mode not in get_args(Mode):
             raise ValueError(f"there is no mode {self.mode!r}: it is one of {', '.join(get_args(Mode))}")
 
@@ -72,20 +78,29 @@ class BoxSampler:
         return replace(self, **{name: value for name, value in settings.items() if value is not None})
 
     def sample(
-        self, denoise: BoxDenoiser, schedule: Schedule, image_sizes: Tensor, seeds: Sequence[int], signal_scale: float
+        self,
+        denoise: BoxDenoiser,
+        schedule: DiscreteSchedule,
+        image_sizes: Tensor,
+        seeds: Sequence[int],
+        signal_scale: float,
+        start: Start | None = None,
     ) -> list[Step]:
-        """Denoise random boxes step by step, and return every step, the noisiest first.
+        """Denoise boxes step by step, random ones unless some are given, and return every step, the noisiest first.
 
         Args:
             image_sizes: (B, 4) width, height, width, height in pixels.
             seeds: one per image.
             signal_scale: size of the signal beside the unit noise.
+            start: boxes to start from, noised to `start_time` (SDEdit, arXiv 2108.01073).
         """
-        grid = schedule.grid(self.steps, "diffusiondet").tolist()
+        grid = schedule.grid(self.steps, "diffusiondet", self.start_time).tolist()
         # The first boxes, then the noise and fresh boxes of each step but the last. All are drawn whatever the settings
         # are, so that these do not shift later draws.
         noise, like = SampleNoise(seeds), torch.empty(len(seeds), self.num_boxes or 0, 4)
         z, *draws = to_device(torch.stack([noise(like) for _ in range(2 * self.steps - 1)]), image_sizes.device)
+        if start is not None:
+            z = torch.where(start.given[..., None], add_noise(schedule, start.boxes, grid[0], z), z)
         steps: list[Step] = []
         for number, (t, s) in enumerate(itertools.pairwise(grid)):
             time = grid[0] if self.mode == "fixed_time" else t

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from diffperception.data.images import LazyMap, read_ahead
 from diffperception.data.tiles import Tiling
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, Protocol
-from diffperception.detection.inference import require_classes
+from diffperception.detection.inference import require_classes, require_start, starts_of
 from diffperception.detection.sampler import BoxSampler
+from diffperception.detection.start import read_start
 from diffperception.devices import Precision, autocast, gather, hide_bar, share
 from diffperception.diffusion import sample_seed
 from diffperception.files import OutputFolder, write_json
@@ -72,7 +74,8 @@ class Sweep:
 
     def table(self) -> str:
         """A line per combination, and how to read it."""
-        finer = {"renewal_threshold": "renewal", "ensemble": "ensemble", "eta": "eta", "nms_threshold": "nms"}
+        warm = {"start_time": "start"} if any(row.sampler.start_time is not None for row in self.rows) else {}
+        finer = warm | {"renewal_threshold": "renewal", "ensemble": "ensemble", "eta": "eta", "nms_threshold": "nms"}
         same = {name for name in finer if len({getattr(row.sampler, name) for row in self.rows}) == 1}
         varied = {name: title for name, title in finer.items() if name not in same}
         columns = {"mode": "mode", "num_boxes": "boxes"} | varied | {"steps": "steps"}
@@ -136,6 +139,7 @@ def sweep_sampler(
     precision: Precision = "32",
     tile: int | None = None,
     overlap: int | None = None,
+    start: str | Path | None = None,
 ) -> Sweep:
     """AP and seconds of `detector` for every combination; it is left in evaluation mode.
 
@@ -147,6 +151,7 @@ def sweep_sampler(
         seeds: of the noise; each combination is scored with each.
         batch_size, workers, max_dets, protocol, precision: as in `evaluate_detector`.
         tile, overlap: as there, but a sweep takes images whole.
+        start: as there.
 
     Raises:
         ValueError: the detector has no sampler or other classes than the data set, the annotations are not for the
@@ -158,20 +163,28 @@ def sweep_sampler(
     require_classes(detector.classes, dataset)
     if dataset.masks:
         raise ValueError("a sweep scores boxes alone: leave masks out, or give one seed and one value of each option")
-    if Tiling(tile, overlap).tile is not None:
+    if (tiling := Tiling(tile, overlap)).tile is not None:
         raise ValueError("a sweep takes images whole: leave tile out, or give one seed and one value of each option")
+    for sampler in combinations:
+        require_start(detector, sampler, start is not None, tiling)
+    begin = None if start is None else read_start(start, dataset.table)
     truth = dataset.table or dataset.annotations
     evaluator = CocoEvaluator(truth, ("bbox",), max_dets, dataset.image_ids, protocol, detector.classes)
     detector.eval()
     runs = [[_Run(sampler or detector.sampler, seed) for seed in seeds] for sampler in combinations]
     images = LazyMap(dataset.__getitem__, share(range(len(dataset))))
     with autocast(detector.device, precision):
-        _predict(detector, read_ahead(images, batch_size, workers), list(itertools.chain(*runs)))
+        _predict(detector, read_ahead(images, batch_size, workers), list(itertools.chain(*runs)), begin)
     rows = [_row(group, evaluator) for group in tqdm(runs, desc="score", leave=False, disable=hide_bar())]
     return Sweep(rows, list(seeds), len(dataset), batch_size, str(detector.device))
 
 
-def _predict(detector: DiffusionDet, batches: DataLoader[Any], runs: Sequence[_Run]) -> None:
+def _predict(
+    detector: DiffusionDet,
+    batches: DataLoader[Any],
+    runs: Sequence[_Run],
+    start: Mapping[int | str, Tensor] | None,
+) -> None:
     """Fill the runs, all with a batch before the next, so that what disturbs the clock disturbs all alike."""
     passes = sum(run.sampler.steps for run in runs)
     bar = tqdm(total=passes * len(batches.dataset), desc="sweep", unit="pass", leave=False, disable=hide_bar())  # type: ignore[arg-type]
@@ -187,7 +200,8 @@ def _predict(detector: DiffusionDet, batches: DataLoader[Any], runs: Sequence[_R
             if same not in done:
                 seeds = [sample_seed(run.seed, image_id) for image_id in ids]
                 began = _now(detector.device)
-                found = detector.predict(images, seeds=seeds, sampler=run.sampler, encoded=encoded)
+                boxes = None if start is None else starts_of(detector, run.sampler, start, ids)
+                found = detector.predict(images, seeds=seeds, sampler=run.sampler, encoded=encoded, start=boxes)
                 done[same] = found, (features + _now(detector.device) - began) / len(ids)
             found, seconds = done[same]
             run.seconds.append(seconds)
@@ -199,7 +213,9 @@ def _predict(detector: DiffusionDet, batches: DataLoader[Any], runs: Sequence[_R
 
 def _without_idle(sampler: BoxSampler) -> BoxSampler:
     """Equal for settings that predict the same: what happens between steps does nothing in a single one."""
-    return sampler if sampler.steps > 1 else BoxSampler(1, sampler.num_boxes, nms_threshold=sampler.nms_threshold)
+    if sampler.steps > 1:
+        return sampler
+    return BoxSampler(1, sampler.num_boxes, nms_threshold=sampler.nms_threshold, start_time=sampler.start_time)
 
 
 def _now(device: torch.device) -> float:

@@ -10,8 +10,9 @@ from torchvision.ops import batched_nms, box_iou
 
 from diffperception.data.images import to_float
 from diffperception.data.tiles import Tiling, Window
-from diffperception.detection.detector import Detector
+from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.sampler import BoxSampler
+from diffperception.detection.start import StartBoxes
 from diffperception.diffusion import sample_seed
 
 MAX_DETECTIONS = 3000  # of a picture in several windows, the best
@@ -29,13 +30,19 @@ def predict_images(
     sampler: BoxSampler | None,
     tiling: Tiling,
     batch_size: int,
+    start: StartBoxes | None = None,
 ) -> list[Detections]:
     """`Detector.predict`, but that pictures larger than a tile are predicted in windows, `batch_size` of them at once.
 
     Args:
         images: (3, H, W), float32 in 0..1 or, where there is a tile, uint8 too: only windows become float.
         seeds: one per image; of the windows of a large one they follow from it and their numbers.
+        start: boxes that a DiffusionDet starts from, where there is no tile.
     """
+    if start is not None:
+        assert isinstance(detector, DiffusionDet)
+        assert tiling.tile is None
+        return detector.predict(list(images), seeds, sampler, start=start)
     if tiling.tile is None:
         return detector.predict(list(images), seeds, sampler)
     return [

@@ -107,17 +107,22 @@ class DiscreteSchedule(Schedule):
     def sigma(self, t: Time) -> Tensor:
         return self._look_up(1, t)
 
-    def grid(self, steps: int, spacing: Spacing = "trailing") -> Tensor:
+    def grid(self, steps: int, spacing: Spacing = "trailing", start: int | None = None) -> Tensor:
         """As :meth:`Schedule.grid`: (steps + 1,) int64; ValueError for an unknown spacing too.
+
+        From the time `start` on, if one is given: as on the path of the times up to it alone.
 
         ``leading``, ``trailing`` and ``linspace`` are named as in diffusers (arXiv 2305.08891, table 2);
         ``diffusiondet`` is the integers of linspace(-1, T-1, steps + 1) (arXiv 2211.09788). guided-diffusion's
         respacing "25" is 25 steps of ``linspace``, its "ddim25" 25 of ``leading``. A single step of these two starts
         at 0.
         """
-        T = self.num_timesteps
+        T = self.num_timesteps if start is None else start + 1
+        if not 1 <= T <= self.num_timesteps:
+            raise ValueError(f"Start at a time from 0 to {self.num_timesteps - 1} of this schedule, not at {start}.")
         if not 1 <= steps <= T:
-            raise ValueError(f"Take between 1 and {T} steps on this schedule, not {steps}.")
+            on_this = "on this schedule" if start is None else f"from the time {start} on"
+            raise ValueError(f"Take between 1 and {T} steps {on_this}, not {steps}.")
         if spacing == "leading":
             times = np.arange(steps) * (T // steps)
         elif spacing == "trailing":
