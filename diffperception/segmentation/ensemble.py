@@ -14,7 +14,7 @@ from torch import Tensor
 from diffperception.data.masks import IGNORE_INDEX
 from diffperception.models import Model
 from diffperception.models.convert.ddpm_segmentation import read_members
-from diffperception.segmentation.maps import FeatureMaps, by_stride, rows_around, upsample_rows
+from diffperception.segmentation.maps import FeatureMaps, by_stride, covered, rows_around, upsample_rows
 from diffperception.segmentation.mlp import PixelMLPs, hidden_widths
 
 CPU_BAND_PIXELS = 2**13  # at once through the layers after the first: small enough for the processor's cache
@@ -146,6 +146,7 @@ class PixelEnsemble(Model):
         grouped = _joined(maps.to(weight.dtype).to(weight.device), weight)
         whole = {s: _first_layer(cells, w) for s, (cells, w) in grouped.items() if s > FINE_STRIDE}
         step = math.lcm(*maps.strides)
+        down, across = covered(maps.maps, maps.strides)  # the same for all, or the images' alone
         pixels = self.band_pixels or (CPU_BAND_PIXELS if weight.device.type == "cpu" else ACCELERATOR_BAND_PIXELS)
         rows = step * max(1, pixels // (step * width))
         for top in range(0, height, rows):
@@ -158,7 +159,8 @@ class PixelEnsemble(Model):
             logits = []
             for m in range(self.members):  # one by one: what a member makes of a band stays in the processor's cache
                 parts = (upsample_rows(native[:, :, m].permute(2, 0, 1)[None], s, top, bottom) for native, s in bands)
-                first = reduce(Tensor.add_, parts)[0].permute(1, 2, 0)  # (rows, W, hidden)
+                shared = (part[:, :, : down - top, :across] for part in parts)
+                first = reduce(Tensor.add_, shared)[0].permute(1, 2, 0)  # (rows, W, hidden)
                 second = F.linear((first + bias[m]).relu_(), weight2[m], bias2[m])
                 logits.append(F.linear(second.relu_(), weight3[m], bias3[m]))
             yield torch.stack(logits)[:, : height - top, :width]

@@ -15,7 +15,8 @@ class FeatureMaps:
     """The features of one image, kept small: upsampled, they would be ``D x H x W`` numbers.
 
     A pixel's feature is what bilinear upsampling (align_corners=False) of each map has there, all maps in turn. They
-    are (C_i, h_i, w_i) with h_i * strides[i] >= H, for the image of `size` (H, W) was padded right and below.
+    are (C_i, h_i, w_i) with h_i * strides[i] >= H, for the image of `size` (H, W) was padded right and below; those of
+    one stride are of one size.
     """
 
     maps: list[Tensor]
@@ -43,11 +44,24 @@ class FeatureMaps:
             features.append((cells.flatten(1)[:, index] * weights.to(cells.dtype)).sum(-1).T)  # (C, N, 4) -> (N, C)
         return torch.cat(features, 1)
 
+    def cropped(self) -> "FeatureMaps":
+        """Without the cells in which nothing of the image lies."""
+        height, width = self.size
+        return replace(
+            self, maps=[m[:, : -(-height // s), : -(-width // s)] for m, s in zip(self.maps, self.strides, strict=True)]
+        )
+
     def dense(self) -> Tensor:
         """(D, H, W): every pixel's features. Rarely needed, and large."""
         height, width = self.size
         upsampled = [upsample(m[None], s)[0] for m, s in zip(self.maps, self.strides, strict=True)]
         return torch.cat([m[:, :height, :width] for m in upsampled])
+
+
+def covered(maps: Sequence[Tensor], strides: Sequence[int]) -> tuple[int, int]:
+    """How many rows and columns of pixels every one of some maps (..., h, w) has cells for."""
+    rows, columns = (min(m.shape[axis] * stride for m, stride in zip(maps, strides, strict=True)) for axis in (-2, -1))
+    return rows, columns
 
 
 def by_stride(strides: Sequence[int]) -> dict[int, list[int]]:

@@ -7,6 +7,7 @@ MODULES = {
     "train": "configured",
     "FitOptions": "recipes.segmentation",
     "fit_ensemble": "recipes.segmentation",
+    "fit_segmenter": "recipes.segmentation",
     "BaselineOptions": "recipes.baseline",
     "compare_label_efficiency": "label_efficiency",
 }

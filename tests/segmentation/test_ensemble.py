@@ -35,6 +35,21 @@ def test_logits_equal_those_of_every_member_on_dense_features(size, classes):
         torch.testing.assert_close(logits[index].flatten(1).T, dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(5, 61), (153, 37), (16, 16)])
+def test_maps_need_no_more_cells_than_the_image_has(size):
+    """Of 153 rows, a map of stride 2 has cells for 154 and one of stride 8 for 160."""
+    maps, ensemble = random_maps(*size).cropped(), trained_like(PixelEnsemble(25, 3, members=2))
+    height, width = size
+    assert [m.shape[1:] for m in maps.maps] == [(-(-height // s), -(-width // s)) for s in maps.strides]
+    ensemble.band_pixels = 300
+    logits = ensemble.logits(maps)
+    assert logits.shape == (2, 3, *size)
+    rows = maps.dense().flatten(1).T
+    for index in range(2):
+        dense = member(ensemble.mlps, index).eval()(rows).detach()
+        torch.testing.assert_close(logits[index].flatten(1).T, dense, rtol=1e-5, atol=1e-5)
+
+
 def test_maps_in_half_precision_are_close():
     maps, ensemble = random_maps(37, 18), trained_like(PixelEnsemble(25, 3, members=2))
     exact = ensemble.logits(maps)

@@ -16,7 +16,7 @@ from diffperception.models import Model
 from diffperception.segmentation import FeatureExtractor, PixelEnsemble, PixelSegmenter, RGBFeatures
 from diffperception.segmentation.mlp import PixelMLPs, hidden_widths
 from diffperception.segmentation.pixels import LabelledPixels
-from diffperception.training import FitOptions, fit_ensemble
+from diffperception.training import FitOptions, fit_ensemble, fit_segmenter
 from diffperception.training.options import TrainerOptions
 from diffperception.training.recipes.segmentation import EnsembleModule, PixelBatches
 from diffperception.training.run import fit_quietly
@@ -314,3 +314,27 @@ def test_a_segmenter_of_other_classes_is_started_from(data: Path, tmp_path: Path
     for ours, theirs in ((0, 2), (2, 0)):
         assert torch.allclose(tuned["layers.6.weight"][:, ours], base["layers.6.weight"][:, theirs], atol=1e-9)
     assert not torch.allclose(tuned["layers.6.weight"][:, 1], base["layers.6.weight"][:, 1], atol=1e-3)
+
+
+def test_a_segmenter_learns_from_samples_that_are_fetched_once():
+    """Each fetching gives another picture: only the first may be asked for, and its own mask belongs to it."""
+    fetched = []
+
+    class Changing:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            fetched.append(index)
+            image, mask = scene(len(fetched), 24 + len(fetched), 32)
+            return (255 * image).byte(), mask
+
+    options = FitOptions(max_minibatches=30)
+    segmenter = fit_segmenter(RGBFeatures(), Changing(), ["a", "b", "c"], 2, options, seed=3, trainer=CPU)
+    assert fetched == [0, 1]
+    pairs = [scene(1, 25, 32), scene(2, 26, 32)]
+    images = [(255 * image).byte().float() / 255 for image, _ in pairs]
+    ensemble = fit(RGBFeatures(), images, [mask for _, mask in pairs], options, members=2, seed=3)
+    assert segmenter.classes == ["a", "b", "c"]
+    for name, value in ensemble.state_dict().items():
+        assert torch.equal(segmenter.classifier.state_dict()[name], value), name

@@ -14,7 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from diffperception.data.images import LazyMap, to_float
 from diffperception.data.masks import IGNORE_INDEX, MaskDataOptions, MaskFolder
 from diffperception.diffusion.noise import derive_seed
 from diffperception.echo import echo, plural
@@ -404,3 +406,28 @@ def fit_ensemble(
         warnings.warn(module.notes, stacklevel=2)
     fit_quietly(module, PixelBatches(module.num_pixels, members, options, seed), trainer)
     return model.classifier
+
+
+def fit_segmenter(
+    features: FeatureExtractor,
+    samples: Dataset[tuple[Tensor, Tensor]],
+    classes: Sequence[str],
+    members: int = 10,
+    options: FitOptions | None = None,
+    names: Sequence[str] | None = None,
+    seed: int = 0,
+    trainer: TrainerOptions | None = None,
+) -> PixelSegmenter:
+    """A segmenter trained on samples that are an image and its mask, each fetched once and kept in memory.
+
+    So a data set may draw crops at random; the network passes each image once. See :func:`fit_ensemble`.
+
+    Args:
+        features: the extractor.
+        samples: image (3, H, W; RGB, 0..1 or uint8) and mask (H, W; 0..K-1 or 255), of any sizes; it has a length.
+        classes: names of 0..K-1.
+    """
+    pairs = [samples[index] for index in range(len(samples))]  # type: ignore[arg-type]
+    images, masks = LazyMap(to_float, [image for image, _ in pairs]), [mask for _, mask in pairs]
+    ensemble = fit_ensemble(features, images, masks, len(classes), members, options, names, classes, seed, trainer)
+    return PixelSegmenter(features, ensemble, classes)

@@ -1,0 +1,501 @@
+"""mmsegmentation trains, tests and uses our features and classifiers, and we train on its data sets."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from torch import Tensor
+
+pytest.importorskip("mmseg", reason="the plug-in's tests need mmsegmentation")
+
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import OptimWrapper
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmengine.structures import PixelData
+from mmseg.apis import inference_model, init_model
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+
+from diffperception.data.images import to_float
+from diffperception.integrations.mmseg import (
+    DiffusionBackbone,
+    DiffusionPyramid,
+    DiffusionSegmentor,
+    FrozenBackbone,
+    PixelEnsembleHead,
+    labelled,
+)
+from diffperception.models import DiffusionModel
+from diffperception.segmentation import (
+    DiffusionFeatures,
+    MeanIoU,
+    PixelSegmenter,
+    RGBFeatures,
+    evaluate_segmenter,
+)
+from diffperception.training import FitOptions, fit_segmenter
+from diffperception.training.options import TrainerOptions
+from diffperception.visualization.draw import save_png, to_pil
+from tests.helpers.networks import conditional_generator, tiny_unet
+from tests.helpers.pixel_classifiers import trained_like
+from tests.helpers.scenes import Pyramid, scene
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "mmseg"
+FROZEN = ["upernet", "ensemble", "fcn_two_timesteps", "segformer"]
+CLASSES = ["background", "ellipse", "rectangle", "triangle", "star", "cross", "ring"]
+PREPROCESSOR = {"type": "SegDataPreProcessor", "mean": [127.5] * 3, "std": [127.5] * 3, "bgr_to_rgb": True}
+CPU = TrainerOptions(accelerator="cpu")
+all_but_two = [pytest.param(name, marks=pytest.mark.slow) for name in (*FROZEN[2:], "upernet_finetuned")]
+
+
+@pytest.fixture(autouse=True)
+def in_mmseg() -> Iterator[None]:
+    """Names of classes are mmseg's; one thread, as in all tests."""
+    init_default_scope("mmseg")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures to learn from and four, of odd sides, to measure with; a corner of each mask is ignored."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for part, size in (("train", (48, 56)), ("val", (41, 53))):
+        for number in range(4):
+            image, mask = scene(number, *size)
+            mask[-4:, -9:] = 255
+            save_png(to_pil(image), folder / part / f"{number}.png")
+            save_png(Image.fromarray(mask.byte().numpy()), folder / "masks" / part / f"{number}.png")
+    return folder
+
+
+def generator() -> DiffusionModel:
+    return DiffusionModel(None, tiny_unet(), image_size=40).eval()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a generator."""
+    path = tmp_path_factory.mktemp("generator") / "model.safetensors"
+    generator().save(path)
+    return path
+
+
+def prepared(name: str, data: Path, file: Path, folder: Path) -> Config:
+    """A shipped configuration with other folders, two iterations, and few channels."""
+    cfg = Config.fromfile(CONFIGS / f"{name}.py")
+    cfg.work_dir = str(folder)
+    cfg.experiment_name = f"{name}_{folder.name}"
+    cfg.log_level = "ERROR"
+    cfg.train_cfg.update(max_iters=2, val_interval=2)
+    cfg.default_hooks.checkpoint.interval = 2
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(data)
+    cfg.train_dataloader.batch_size = 2
+    if "backbone" in cfg.model:
+        cfg.model.backbone.generator = str(file)
+    smaller = {"channels": 8, "members": 2}
+    if "decode_head" in cfg.model:
+        cfg.model.decode_head.update({key: smaller[key] for key in smaller.keys() & cfg.model.decode_head.keys()})
+    return cfg
+
+
+def predicted(model: Any, data: Path) -> list[Tensor]:
+    paths = sorted(str(path) for path in (data / "val").glob("*.png"))
+    return [sample.seg_logits.data for sample in inference_model(model, paths)]
+
+
+def targets(*masks: Tensor) -> list[SegDataSample]:
+    return [SegDataSample(gt_sem_seg=PixelData(data=mask[None])) for mask in masks]
+
+
+# Training, testing, resuming, predicting
+
+
+@pytest.mark.parametrize("name", [*FROZEN[:2], *all_but_two])
+def test_a_shipped_configuration_trains_tests_resumes_and_predicts(
+    name: str, data: Path, file: Path, tmp_path: Path
+) -> None:
+    runner = Runner.from_cfg(prepared(name, data, file, tmp_path))
+    begun = {key: value.clone() for key, value in runner.model.state_dict().items()}
+    runner.train()
+    assert any(not torch.equal(begun[key], value) for key, value in runner.model.state_dict().items())
+    assert 0 <= runner.test()["mIoU"] <= 100
+    cfg = prepared(name, data, file, tmp_path / "resumed")
+    cfg.update(load_from=str(tmp_path / "iter_2.pth"), resume=True)
+    cfg.train_cfg.max_iters = 3
+    resumed = Runner.from_cfg(cfg)
+    resumed.train()
+    assert resumed.iter == 3
+    loaded = init_model(prepared(name, data, file, tmp_path), str(tmp_path / "iter_2.pth"), device="cpu")
+    assert list(loaded.dataset_meta["classes"]) == CLASSES
+    for logits, expected in zip(predicted(loaded, data), predicted(runner_model(runner), data), strict=True):
+        assert logits.shape == (7, 41, 53)
+        torch.testing.assert_close(logits, expected)
+
+
+def runner_model(runner: Runner) -> Any:
+    runner.model.cfg = runner.cfg  # what inference_model asks a model for
+    return runner.model.eval()
+
+
+def test_a_pure_python_configuration_trains_and_is_tested(data: Path, file: Path, tmp_path: Path) -> None:
+    runner = Runner.from_cfg(prepared("upernet_pure_python", data, file, tmp_path))
+    runner.train()
+    assert isinstance(runner.model.backbone, DiffusionBackbone)
+    assert runner.model.decode_head.in_channels == runner.model.backbone.channels
+    assert 0 <= runner.test()["mIoU"] <= 100
+
+
+# Scores
+
+
+def test_mmsegs_iou_is_ours(data: Path, file: Path, tmp_path: Path) -> None:
+    """Of a segmenter that mmseg's data taught, saved, in mmseg and in `diffperception evaluate`."""
+    cfg = prepared("fitted", data, file, tmp_path)
+    val = labelled(cfg.val_dataloader.dataset)
+    features = DiffusionFeatures(file, [4, 2], [50, 250])
+    options = FitOptions(max_minibatches=30)
+    segmenter = fit_segmenter(features, labelled(cfg.train_dataloader.dataset), CLASSES, 3, options, trainer=CPU)
+    segmenter.save(tmp_path / "segmenter.safetensors")
+    cfg.model.segmenter = str(tmp_path / "segmenter.safetensors")
+    found = Runner.from_cfg(cfg).test()
+    ours = evaluate_segmenter(tmp_path / "segmenter.safetensors", val, workers=0)
+    assert ours["miou"] > 0.2
+    assert found["mIoU"] == pytest.approx(100 * ours["miou"], abs=0.01)
+    model = init_model(cfg, device="cpu")
+    sample = inference_model(model, str(data / "val" / "1.png"))
+    expected = PixelSegmenter.load(tmp_path / "segmenter.safetensors").segment(val[1][0])
+    assert torch.equal(sample.pred_sem_seg.data[0], expected.labels)
+
+
+def test_the_heads_iou_is_that_of_our_mean_probabilities(data: Path, file: Path, tmp_path: Path) -> None:
+    cfg = prepared("ensemble", data, file, tmp_path)
+    val = labelled(cfg.val_dataloader.dataset)
+    runner = Runner.from_cfg(cfg)
+    runner.model.decode_head.ensemble = trained_like(runner.model.decode_head.ensemble)
+    counts = MeanIoU(7)
+    for image, mask in val:
+        maps = runner.model.backbone.features.maps(to_float(image))
+        found = runner.model.decode_head.ensemble.segment(maps, probabilities=True).probabilities
+        counts.update(found.argmax(0), mask)
+    assert runner.test()["mIoU"] == pytest.approx(100 * counts.mean(), abs=0.2)  # maps are cropped: borders differ
+
+
+def test_a_head_gives_what_the_ensemble_gives() -> None:
+    """In images that need no padding, whole, and as a window of one."""
+    features = Pyramid()
+    head = PixelEnsembleHead([3] * 4, features.strides, 5, members=2)
+    trained_like(head.ensemble)
+    image = scene(0, 24, 36)[0]
+    expected = head.ensemble.segment(features.maps(image), probabilities=True).probabilities
+    maps = FrozenBackbone(features)(2 * image[None] - 1)
+    torch.testing.assert_close(head(maps)[0].exp(), expected)
+    for meta in ({"img_shape": (24, 36)}, {"img_shape": torch.Size((24, 36)), "pad_shape": (99, 99)}):
+        torch.testing.assert_close(head.predict(maps, [meta], None)[0].exp(), expected)
+
+
+# What is frozen, and what learns
+
+
+def steps(model: Any, number: int = 2) -> None:
+    """Train on two pictures of odd sides."""
+    wrapped = OptimWrapper(torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2))
+    image, mask = scene(0, 41, 53)
+    for _ in range(number):
+        picture = (255 * image.flip(0)).byte()
+        model.train().train_step({"inputs": [picture] * 2, "data_samples": targets(mask, mask)}, wrapped)
+
+
+def segmentor(backbone: dict[str, Any], head: dict[str, Any] | None = None) -> Any:
+    head = head or {"type": "PixelEnsembleHead", "num_classes": 7, "members": 2, "pixels": 16}
+    head.setdefault("in_index", "all")
+    preprocessor = PREPROCESSOR | {"size": (41, 53)}
+    model = {"type": "DiffusionSegmentor", "data_preprocessor": preprocessor, "test_cfg": {"mode": "whole"}}
+    return MODELS.build(model | {"backbone": backbone, "decode_head": head})
+
+
+def fcn() -> dict[str, Any]:
+    return {"type": "FCNHead", "channels": 8, "num_convs": 1, "num_classes": 7, "input_transform": "resize_concat"}
+
+
+def test_frozen_weights_stay_to_the_last_bit() -> None:
+    model = segmentor({"type": "DiffusionBackbone", "generator": generator(), "blocks": [4, 2]}, fcn())
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+    frozen = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    head = model.decode_head.conv_seg.weight.clone()
+    steps(model)
+    assert not model.backbone.features.training
+    assert all(torch.equal(frozen[key], value) for key, value in model.backbone.state_dict().items())
+    assert not torch.equal(head, model.decode_head.conv_seg.weight)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_every_trainable_parameter_of_a_fine_tuned_pyramid_has_a_gradient(conditional: bool) -> None:
+    source = conditional_generator() if conditional else generator()
+    backbone = {"type": "DiffusionPyramid", "generator": source, "blocks": [2, 0] if conditional else [4, 2, 0]}
+    model = segmentor(backbone | {"label": 1} if conditional else backbone, fcn())
+    image, mask = scene(0, 41, 53)
+    model.train()(2 * image[None] - 1, targets(mask), mode="loss")["decode.loss_ce"].backward()
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name, parameter in learning.items() if parameter.grad is None] == []
+    assert any(name.startswith("backbone.body.reader") for name in learning)
+    assert any(not p.requires_grad for p in model.backbone.parameters())  # the blocks that no map depends on
+
+
+def train_in_a_group(rank: int, folder: Path) -> None:
+    """One of two processes: two steps of two models under DDP, which waits for a gradient of every parameter."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", f"file://{folder / 'group'}", rank=rank, world_size=2)
+    for name, kind in (("frozen", "DiffusionBackbone"), ("pyramid", "DiffusionPyramid")):
+        model = segmentor({"type": kind, "generator": generator(), "blocks": [4, 2, 0]})
+        wrapped = MMDistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=False)
+        steps(wrapped)
+        torch.save(model.state_dict(), folder / f"{name}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_without_looking_for_unused_parameters(tmp_path: Path) -> None:
+    mp.start_processes(train_in_a_group, (tmp_path,), nprocs=2, start_method="fork")
+    for name in ("frozen", "pyramid"):
+        one, two = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1))
+        trained = [key for key in one if "mlps" in key and "running" not in key]  # each has statistics of its own
+        assert trained
+        assert all(torch.equal(one[key], two[key]) for key in trained)
+        same = generator().state_dict()
+        prefix = {"frozen": "backbone.features.reader.generator.", "pyramid": "backbone.body.reader.generator."}[name]
+        changed = [key for key, value in same.items() if not torch.equal(value, one[prefix + key])]
+        assert bool(changed) == (name == "pyramid")
+
+
+# Checkpoints without frozen weights
+
+
+def test_a_checkpoint_without_frozen_weights_is_small_and_loads(data: Path, file: Path, tmp_path: Path) -> None:
+    runner = Runner.from_cfg(prepared("ensemble", data, file, tmp_path))
+    runner.train()
+    saved = torch.load(tmp_path / "iter_2.pth", weights_only=False)["state_dict"]
+    assert [key for key in saved if key.startswith("backbone.")] == ["backbone.frozen"]
+    cfg = prepared("ensemble", data, file, tmp_path)
+    loaded = init_model(cfg, str(tmp_path / "iter_2.pth"), device="cpu")
+    for logits, expected in zip(predicted(loaded, data), predicted(runner_model(runner), data), strict=True):
+        assert torch.equal(logits, expected)
+    missing, unexpected = loaded.load_state_dict(saved, strict=True)
+    assert (missing, unexpected) == ([], [])
+    other = generator()
+    next(other.parameters()).data += 1
+    cfg.model.backbone.generator = str(tmp_path / "other.safetensors")
+    other.save(cfg.model.backbone.generator)
+    with pytest.raises(ValueError, match=r"trained on other frozen weights .* name the file that it was trained with"):
+        init_model(cfg, str(tmp_path / "iter_2.pth"), device="cpu")
+    cfg.model.backbone.generator = str(tmp_path / "gone.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"there is no model file .*gone\.safetensors"):
+        init_model(cfg, str(tmp_path / "iter_2.pth"), device="cpu")
+
+
+def test_checkpoints_hold_frozen_weights_where_asked_for() -> None:
+    holding, without = (FrozenBackbone(DiffusionFeatures(generator(), [4]), save_frozen=save) for save in (True, False))
+    assert len(holding.state_dict()) > 10
+    other = generator()
+    next(other.parameters()).data += 1
+    changed = FrozenBackbone(DiffusionFeatures(other, [4]))
+    changed.load_state_dict(holding.state_dict())
+    assert all(torch.equal(value, holding.state_dict()[key]) for key, value in changed.state_dict().items())
+    changed.load_state_dict(without.state_dict())
+
+
+# Maps for any head
+
+
+def test_maps_are_those_of_the_extractor_at_any_size() -> None:
+    features = DiffusionFeatures(generator(), [4, 2, 0], [50, 250])
+    backbone = FrozenBackbone(features)
+    for size in ((41, 37), (33, 57)):  # the latter in windows of 40 pixels
+        images = torch.stack([scene(seed, *size)[0] for seed in (0, 1)])
+        maps = backbone.train()(2 * images - 1)
+        assert [m.shape[1] for m in maps] == backbone.channels
+        for number, image in enumerate(images):
+            for found, expected in zip(maps, features.maps(image).cropped().maps, strict=True):
+                torch.testing.assert_close(found[number], expected, rtol=1e-4, atol=1e-5)
+    assert [tuple(m.shape[2:]) for m in maps[:3]] == [(33, 57), (17, 29), (9, 15)]
+
+
+def test_an_extractor_may_be_named() -> None:
+    backbone = MODELS.build({"type": "FrozenBackbone", "features": {"type": "TimmFeatures", "name": "resnet10t"}})
+    assert backbone.strides == [4, 8, 16, 32]
+    model = segmentor({"type": "FrozenBackbone", "features": {"type": "RGBFeatures"}})
+    steps(model)
+    assert model.decode_head.in_channels == [3]
+
+
+def test_heads_are_told_the_channels() -> None:
+    backbone = {"type": "DiffusionBackbone", "generator": generator(), "blocks": [4, 2, 0]}
+    uper = {"type": "UPerHead", "channels": 8, "num_classes": 7, "in_index": [0, 2]}
+    assert segmentor(backbone, dict(uper)).decode_head.in_channels == [32, 64]
+    assert (
+        segmentor(
+            backbone, {"type": "FCNHead", "channels": 8, "num_classes": 7, "in_index": -1}
+        ).decode_head.in_channels
+        == 64
+    )
+    ensemble = segmentor(backbone).decode_head
+    assert (ensemble.in_channels, ensemble.strides) == ([32, 32, 64], [1, 2, 4])
+    with pytest.raises(ValueError, match=r"decode_head.in_channels is \[32, 99\], but the backbone gives \[32, 64\]"):
+        segmentor(backbone, uper | {"in_channels": [32, 99]})
+    with pytest.raises(ValueError, match=r"decode_head.in_index is \[0, 3\], but the backbone gives 3 maps"):
+        segmentor(backbone, uper | {"in_index": [0, 3]})
+
+
+def test_other_pixels_than_a_generators_are_said_to_be() -> None:
+    backbone = {"type": "FrozenBackbone", "features": {"type": "RGBFeatures"}}
+    head = {"type": "PixelEnsembleHead", "num_classes": 2, "members": 1}
+    for changes in ({"mean": [123.675, 116.28, 103.53]}, {"std": [58.395, 57.12, 57.375]}, {"mean": [0] * 3}):
+        with pytest.raises(
+            ValueError, match=r"data_preprocessor has mean .* give data_preprocessor mean=\[127.5\] \* 3"
+        ):
+            DiffusionSegmentor(backbone, head, data_preprocessor=PREPROCESSOR | changes)
+    image = scene()[0][None]
+    for images in (255 * image, (image - 0.45) / 0.225):  # as plain EncoderDecoders might give
+        for module in (FrozenBackbone(RGBFeatures()), DiffusionPyramid(generator(), [4, 2])):
+            with pytest.raises(ValueError, match=r"the images reach from .* but the backbone takes pixels in -1\.\.1"):
+                module(images)
+
+
+# The ensemble as a head
+
+
+def test_members_learn_the_classes_from_the_labelled_pixels_alone() -> None:
+    torch.manual_seed(0)
+    head = PixelEnsembleHead([3] * 4, Pyramid().strides, 3, members=3, pixels=32)
+    image, mask = scene(0, 41, 53)
+    maps = FrozenBackbone(Pyramid())(2 * torch.stack([image, image]) - 1)
+    partly = mask.clone()
+    partly[:, ::2] = 255
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        losses = head.train().loss(maps, targets(partly, torch.full_like(mask, 255)), None)  # the second has no label
+        losses["loss_ce"].backward()
+        optimizer.step()
+    found = head.eval().predict(maps, [{"img_shape": (41, 53)}], None)
+    assert found.shape == (2, 3, 41, 53)
+    assert (found[0].argmax(0) == mask).float().mean() > 0.97
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(2, 41, 53))
+
+
+def test_a_batch_without_a_label_has_no_loss_but_gradients() -> None:
+    head = PixelEnsembleHead([3] * 4, Pyramid().strides, 3, members=2, pixels=8, ignore_index=7)
+    image, mask = scene(0, 24, 36)
+    maps = FrozenBackbone(Pyramid())(2 * image[None] - 1)
+    loss = head.train().loss(maps, targets(torch.full_like(mask, 7)), None)["loss_ce"]
+    loss.backward()
+    assert loss == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+    with pytest.raises(ValueError, match="label 5, but the head has 3 classes, 0 to 2, and ignores 7: set num_classes"):
+        head.loss(maps, targets(torch.full_like(mask, 5)), None)
+
+
+# mmseg's data sets in our training
+
+
+def dataset(data: Path, pipeline: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    prefix = {"img_path": "train", "seg_map_path": "masks/train"}
+    common = {"type": "BaseSegDataset", "data_root": str(data), "data_prefix": prefix, "img_suffix": ".png"}
+    return common | {"metainfo": {"classes": list("abc")}, "pipeline": pipeline} | changes
+
+
+LOAD, MASKS, PACK = ({"type": name} for name in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs"))
+
+
+def test_images_are_rgb_and_masks_as_the_data_set_says(data: Path) -> None:
+    plain = labelled(dataset(data, [LOAD, MASKS, PACK]))
+    image, mask = plain[2]
+    drawn, truth = scene(2, 48, 56)
+    assert (to_float(image) - drawn).abs().max() < 0.01
+    truth[-4:, -9:] = 255
+    assert torch.equal(mask, truth)
+    assert [Path(name).name for name in plain.names] == [f"{number}.png" for number in range(4)]
+    rgb = labelled(dataset(data, [LOAD | {"to_float32": True}, MASKS, PACK]), channel_order="rgb")
+    torch.testing.assert_close(rgb[2][0].flip(0), to_float(image))
+    reduced = labelled(dataset(data, [LOAD, MASKS, PACK], reduce_zero_label=True, metainfo={"classes": ["b", "c"]}))
+    assert torch.equal(reduced[2][1], torch.where((truth == 0) | (truth == 255), 255, truth - 1))
+    ignoring = labelled(dataset(data, [LOAD, MASKS, PACK], ignore_index=1))
+    assert torch.equal(ignoring[2][1], torch.where(truth == 1, 255, truth))
+
+
+def test_a_random_crop_has_its_mask_and_is_drawn_once(data: Path, tmp_path: Path) -> None:
+    """Colours tell the classes, so that images beside masks of another draw could not be learned."""
+    crop = {"type": "RandomCrop", "crop_size": (24, 24)}
+    samples = labelled(dataset(data, [LOAD, MASKS, crop, {"type": "RandomFlip", "prob": 0.5}, PACK]))
+    drawn: list[int] = []
+    draw = type(samples).__getitem__
+
+    class Counting(type(samples)):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            drawn.append(index)
+            return draw(self, index)
+
+    counting = Counting(samples.dataset, "bgr")
+    options = FitOptions(max_minibatches=200, lr=1e-2)
+    segmenter = fit_segmenter(RGBFeatures(), counting, counting.classes, 2, options, trainer=CPU)
+    assert drawn == [0, 1, 2, 3]
+    assert evaluate_segmenter(segmenter, labelled(dataset(data, [LOAD, MASKS, PACK])), workers=0)["miou"] > 0.95
+
+
+def test_data_sets_that_cannot_be_learned_from_are_refused(data: Path) -> None:
+    resize = {"type": "Resize", "scale": (28, 24)}
+    cases = [
+        ([LOAD, PACK], "gives no image with a mask: it needs LoadAnnotations"),
+        ([LOAD, resize, MASKS, PACK], "put LoadAnnotations before Resize"),
+        ([LOAD, MASKS, {"type": "Normalize", "mean": [127.5] * 3, "std": [127.5] * 3}, PACK], "leave Normalize out"),
+    ]
+    for pipeline, said in cases:
+        with pytest.raises(ValueError, match=said):
+            labelled(dataset(data, pipeline))[0]
+    with pytest.raises(ValueError, match="does not name its classes"):
+        labelled(dataset(data, [LOAD, MASKS, PACK], metainfo=None))
+
+
+# As the page says
+
+
+def test_the_pages_program_runs(data: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other folders, with configurations that inherit from the shipped ones and take fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "mmseg").mkdir(parents=True)
+    short = (
+        "train_cfg = dict(max_iters=2, val_interval=2)\n"
+        "default_hooks = dict(checkpoint=dict(interval=2))\nlog_level = 'ERROR'\n"
+        + "".join(
+            f"{part}_dataloader = dict(num_workers=0, persistent_workers=False)\n" for part in ("train", "val", "test")
+        )
+    )
+    for name in ("upernet", "fitted"):
+        (tmp_path / "configs" / "mmseg" / f"{name}.py").write_text(f"_base_ = ['{CONFIGS / name}.py']\n{short}")
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8").split("## mmsegmentation")[1]
+    program = page.split("```python\n")[1].split("```")[0]
+    for name, path in (("data/scenes", data), ("runs/scenes_ddpm/model.safetensors", file)):
+        assert program.count(f'"{name}"') == 1
+        program = program.replace(name, str(path))
+    program = program.replace("samples.classes)", "samples.classes, options=FitOptions(max_minibatches=20))")
+    results: list[Any] = []
+    exec(
+        compile(program, "integrations.md", "exec"),
+        {"__name__": "__main__", "print": results.append, "FitOptions": FitOptions},
+    )
+    heads, fitted = (result["mIoU"] for result in results)
+    assert 0 <= heads <= 100
+    assert fitted > 10  # of 20 minibatches, and of three classes of seven
+    assert PixelSegmenter.load("runs/mmseg/segmenter.safetensors").classes == CLASSES
