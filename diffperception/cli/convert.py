@@ -1,10 +1,11 @@
-"""`diffperception convert`: checkpoints of the reference programs as model files of ours."""
+"""`diffperception convert`: checkpoints of other programs as model files, and generators as folders of diffusers."""
 
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -18,12 +19,14 @@ from diffperception.data.listing import list_images
 from diffperception.detection import DiffusionDet
 from diffperception.devices import pick_device
 from diffperception.echo import echo, plural
-from diffperception.files import read_lines, require_file_name
+from diffperception.files import OutputFolder, read_lines, require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.base import file_kind, is_model_file
 from diffperception.models.convert import adm
-from diffperception.models.convert.checkpoints import read_weights
+from diffperception.models.convert.checkpoints import is_diffusers_folder, read_weights
+from diffperception.models.convert.diffusers import generator_from_folder, write_folder
 from diffperception.models.convert.trial import CLEARLY, HOPELESS, SLIGHTLY, changed_options, try_conventions
+from diffperception.models.generator import load_generator
 from diffperception.models.unet.encoder import both_sides
 from diffperception.segmentation import FeatureExtractor, PixelEnsemble, PixelSegmenter
 
@@ -33,6 +36,8 @@ USES = {
     "detector": "`diffperception evaluate`, `predict` and `train --init`",
     "generator": "`diffperception sample`, and as the network of detectors and pixel classifiers",
     "classifier": "`diffperception sample --classifier`",
+    "pipeline": "`diffusers.DiffusionPipeline.from_pretrained`",
+    "unet": "`diffusers.UNet2DModel.from_pretrained` and the scheduler's, with the loop in docs/integrations.md",
 }
 
 
@@ -44,26 +49,33 @@ def convert_checkpoint(
     annotations: Path | None = None,
     image: Path | None = None,
     num_res_blocks: int | None = None,
+    to: Literal["diffusers"] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Turn a checkpoint of a reference program into a model file.
+    """Turn a checkpoint of another program into a model file, or a generator into a folder of diffusers.
 
-    Three kinds are known by their weights' names: detectors of DiffusionDet (ResNet-50/101, Swin-T/S/B), diffusion
-    models of guided-diffusion and improved-diffusion, and noisy classifiers of guided-diffusion. Widths, classes and
-    layouts are read off names and shapes; what those cannot tell of the last two kinds is said by --num-res-blocks and
-    the options from --image-size on. With --image a diffusion model is tried on a picture: options that are left open
-    are found, and options under which it denoises clearly worse than under others are refused. Only weights and numbers
-    are read: a checkpoint that would run code is refused. The pixel classifiers of ddpm-segmentation become a segmenter
-    by `--checkpoints`, with options of their own.
+    Four kinds are known: detectors of DiffusionDet (ResNet-50/101, Swin-T/S/B), diffusion models of guided-diffusion
+    and improved-diffusion, noisy classifiers of guided-diffusion, and diffusers' UNet2DModel. Widths, classes and
+    layouts are read off names and shapes; what those cannot tell of diffusion models and classifiers is said by
+    --num-res-blocks and the options from --image-size on. With --image a diffusion model is tried on a picture: options
+    that are left open are found, and options under which it denoises clearly worse than under others are refused. Only
+    weights and numbers are read: a checkpoint that would run code is refused. The pixel classifiers of
+    ddpm-segmentation become a segmenter by `--checkpoints`, with options of their own.
+
+    A folder of diffusers (unet/ and scheduler/, or a UNet2DModel alone) says itself what it is: of these options
+    --annotations and --image-size alone belong to it. With `--to diffusers` a generator is written as such a folder: a
+    model file of ours, or a checkpoint of guided-diffusion in one command. Options that diffusers cannot say are
+    refused by their names.
 
     For example: `diffperception convert --checkpoint lsun_cat.pt --output cat.safetensors --num-head-channels 64
-    --image-size 256`.
+    --image-size 256`, `diffperception convert --checkpoint ddpm-cat-256 --output cat.safetensors`, and
+    `diffperception convert --checkpoint cat.safetensors --to diffusers --output cat`.
 
     Args:
         checkpoint: a file of torch.save, pickle or safetensors: the weights themselves, or a dictionary with them under
             model, state_dict, ema or the like. What wrappers put before names (module., model., _orig_mod., ...) comes
-            off.
-        output: the file to write, model.safetensors for example.
+            off. Or a folder of diffusers; with --to also a model file of ours.
+        output: the file to write, model.safetensors for example; with --to the folder.
         ema: take the averaged weights, under ema_state, model_ema or the like.
         annotations: a COCO JSON file whose categories name the classes, or a text file with one name per line; equal
             names are told apart by their ids, or their labels 0, 1, ..., in brackets. Without it a detector's 80
@@ -71,14 +83,68 @@ def convert_checkpoint(
         image: a picture such as a diffusion model was trained on, or a folder of them, of which the first 4 are taken:
             the path, how times are told, prediction and attention heads are tried on it.
         num_res_blocks: residual blocks per level, for a classifier whose names fit several numbers.
-        overwrite: replace the output file, if it is a model file of ours.
+        to: diffusers writes a folder that diffusers reads, a DDPMPipeline where it has one for such a model; null a
+            model file of ours.
+        overwrite: replace the output file, if it is a model file of ours, or what an earlier run wrote into the folder.
     """
-    require_new_file(output, overwrite)
-    if is_model_file(checkpoint):
-        raise ValueError(f"{checkpoint} is a model file already, with nothing to convert: name it as --model or --init")
+    if to is None:
+        require_new_file(output, overwrite)
+    else:
+        OutputFolder(output, overwrite)  # refused before the work
+    is_ours = is_model_file(checkpoint)
+    if is_ours and to is None:
+        raise ValueError(
+            f"{checkpoint} is a model file already, with nothing to convert: name it as --model or --init, or give"
+            " --to diffusers"
+        )
+    if is_diffusers_folder(checkpoint) and to is not None:
+        raise ValueError(f"{checkpoint} is a folder of diffusers already: leave out --to for a model file")
+    classes = None if annotations is None else read_names(annotations)
+    model: Reference
+    if is_ours or is_diffusers_folder(checkpoint):
+        known = {"image_size", "annotations"} if not is_ours else set()
+        own = {"ema": ema, "annotations": annotations, "image": image, "num_res_blocks": num_res_blocks}
+        refuse_options(checkpoint, {**generator.keywords, **own}, known)
+        model = (
+            load_generator(checkpoint)
+            if is_ours
+            else generator_from_folder(checkpoint, classes, generator.keywords["image_size"])
+        )
+        echo(f"{checkpoint}: {in_one_line(model)}")
+    else:
+        model = read_reference(checkpoint, generator, classes, ema, image, num_res_blocks)
+    if model.classes and model.classes[0] == "0":
+        echo("its classes are numbered: --annotations FILE names them after a COCO file's categories or a .txt's lines")
+    if to is None:
+        model.save(output)
+        echo(f"{output}: for {USES[model.kind]}")
+    elif isinstance(model, DiffusionModel):
+        write_folder(model, output, overwrite)
+        whole = model.classes is None and model.prediction != "flow"
+        echo(f"{output}: for {USES['pipeline' if whole else 'unet']}")
+    else:
+        raise ValueError(f"{checkpoint} holds a {model.kind}: diffusers has no such models, only generators")
+
+
+def refuse_options(checkpoint: Path, given: Mapping[str, Any], known: Container[str]) -> None:
+    """ValueError for an option that says what a file or folder says itself."""
+    defaults = {p.name: p.default for p in inspect.signature(DiffusionModel.from_reference).parameters.values()}
+    for name, value in given.items():
+        if name not in known and value not in (None, False, defaults.get(name)):
+            raise ValueError(f"option {name}: {checkpoint} says itself what it holds, so leave the option out")
+
+
+def read_reference(
+    checkpoint: Path,
+    generator: partial[DiffusionModel],
+    classes: Sequence[str] | None,
+    ema: bool,
+    image: Path | None,
+    num_res_blocks: int | None,
+) -> Reference:
+    """The model of a reference program's checkpoint; what was assumed of it and left out is said."""
     found = read_weights(checkpoint, ema)
     weights = found.state
-    classes = None if annotations is None else read_names(annotations)
     if image is not None and not adm.is_unet(weights):
         raise ValueError("option image: only diffusion models are tried on pictures, and this checkpoint holds none")
     of_both = {name: value for name, value in generator.keywords.items() if name not in ("image_size", "prediction")}
@@ -97,7 +163,6 @@ def convert_checkpoint(
                 f"{checkpoint} is no checkpoint of the reference DiffusionDet, nor of guided-diffusion's or"
                 f" improved-diffusion's UNet or classifier: its weights are named {', '.join(list(weights)[:3])}, ..."
             )
-    model.save(output)
     for remark in remarks:
         echo(str(remark.message))
     echo(f"{checkpoint}{f' ({found.place})' if found.place else ''}: {in_one_line(model)}")
@@ -109,9 +174,7 @@ def convert_checkpoint(
         )
     if found.averages:
         echo("it also has averaged weights: --ema takes those")
-    if model.classes and model.classes[0] == "0":
-        echo("its classes are numbered: --annotations FILE names them after a COCO file's categories or a .txt's lines")
-    echo(f"{output}: for {USES[model.kind]}")
+    return model
 
 
 def find_conventions(weights: Mapping[str, Tensor], image: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ COMMANDS = {
     "autolabel": "label images, or samples of a generator, with a segmenter: a data set to train on",
     "compare": "what a generator's features are worth where few images are labelled",
     "convert-data": "annotations of other tools to COCO, or COCO to Pascal VOC or YOLO",
-    "convert": "turn a checkpoint of DiffusionDet, guided-diffusion or ddpm-segmentation into a model file",
+    "convert": "checkpoints of DiffusionDet, guided-diffusion, diffusers, ... to model files; generators to diffusers",
 }
 NOBODY_READS = 141  # the exit code where the output is the pipe to a `head` that has ended: 128 + SIGPIPE
 MODELS = ("detector", "segmenter", "generator", "classifier")  # the kinds of model files

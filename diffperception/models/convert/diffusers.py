@@ -186,12 +186,12 @@ def _path_arguments(scheduler: Config, unet: Config) -> dict[str, Any]:
 
 def _beta_arguments(scheduler: Config, steps: int) -> dict[str, Any]:
     """The schedule's name and what belongs to it."""
-    if "beta_schedule" not in scheduler:
+    betas = scheduler.get("trained_betas")
+    if betas is None and "beta_schedule" not in scheduler:
         name = scheduler.get("_class_name")
         raise ValueError(f"{name} has no beta_schedule: schedulers of discrete betas, as DDPMScheduler, are read")
-    betas = scheduler.get("trained_betas")
     numbers = {"beta_start": scheduler.get("beta_start", 1e-4), "beta_end": scheduler.get("beta_end", 0.02)}
-    for name, value in (numbers | {"trained_betas": betas or []}).items():
+    for name, value in {**numbers, "trained_betas": betas or []}.items():
         if not all(isinstance(number, int | float) for number in (value if isinstance(value, list) else [value])):
             _refuse(scheduler, name, "numbers")
     if betas is not None:

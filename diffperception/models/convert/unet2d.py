@@ -215,7 +215,7 @@ def unet_config(network: UNet) -> dict[str, Any]:
 def _require_expressible(network: UNet) -> None:
     options, widths = network.arguments, _attended(network)
     heads = options["num_heads"]
-    if options["resampling"] == "pool":
+    if options["resampling"] == "pool" and len(options["channel_mult"]) > 1:
         raise ValueError("diffusers cannot say resampling = pool: its UNet resamples by conv or block")
     if network.stem.out_channels != network.channels:
         raise ValueError(
