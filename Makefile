@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MINIMUM := .venv-minimum
 DETECTRON2 := $(VENV)/detectron2
+RELEASE := .venv-release
 RUN ?= runs
 CORE_TESTS := tests/diffusion tests/models tests/data tests/visualization tests/test_files.py tests/test_devices.py \
 	tests/detection/test_boxes.py tests/detection/test_matcher.py tests/detection/test_detector.py
@@ -10,7 +11,7 @@ CORE_TESTS := tests/diffusion tests/models tests/data tests/visualization tests/
 # channels are last.
 NEWEST_ONLY := simulated or forward_mode
 
-.PHONY: help install demo demo-segmentation test test-minimum lint types clean
+.PHONY: help install demo demo-segmentation test test-minimum lint types dist clean
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -59,5 +60,17 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+dist: install ## build the wheel and the source archive, install each into an empty environment and begin the demo there
+	rm -rf dist
+	$(BIN)/uv build --quiet --out-dir dist
+	set -e; for file in dist/*.whl dist/*.tar.gz; do \
+		$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(RELEASE); \
+		$(BIN)/uv pip install --quiet --python $(RELEASE)/bin/python --constraint constraints.txt $$file; \
+		(cd $(RELEASE); \
+			bin/diffperception doctor; \
+			bin/diffperception shapes --output data/shapes; \
+			bin/diffperception train ../configs/detection/shapes.yaml --trainer.max_steps 20 --evaluation.num_images 10); \
+	done
+
 clean: ## remove the environment (runs and data stay)
-	rm -rf $(VENV) $(MINIMUM)
+	rm -rf $(VENV) $(MINIMUM) $(RELEASE)

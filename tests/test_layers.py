@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "devices": set(),
     "echo": {"devices"},
     "table": set(),
+    "doctor": set(),
     "configuration": {"files"},
     "resumable": {"files", "devices", "echo", "configuration"},
     "diffusion": set(),
@@ -25,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"files", "devices", "table"},
     "visualization": {"files", "data"},
 }
-BESIDE = {"files", "devices", "echo", "table", "configuration", "resumable", "data", "visualization"}
+BESIDE = {"files", "devices", "echo", "table", "doctor", "configuration", "resumable", "data", "visualization"}
 TASKS = {"detection", "generation", "segmentation"}
 for task in TASKS:
     ALLOWED[task] = {*BESIDE, "models", "diffusion"}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
 
+from diffperception import __version__
 from diffperception.cli.failures import Terminated, close_output, failure, spoken_plainly
 
 COMMANDS = {
@@ -30,6 +31,8 @@ COMMANDS = {
     "autolabel": "label images, or samples of a generator, with a segmenter: a data set to train on",
     "compare": "what a generator's features are worth where few images are labelled",
     "convert-data": "annotations of other tools to COCO, or COCO to Pascal VOC or YOLO",
+    "doctor": "say what this machine has, what is missing, and what installs it",
+    "completion": "print what lets bash, zsh or tcsh complete commands and options",
     "convert": "checkpoints of DiffusionDet, guided-diffusion, diffusers, ... to model files; generators to diffusers",
 }
 NOBODY_READS = 141  # the exit code where the output is the pipe to a `head` that has ended: 128 + SIGPIPE
@@ -82,6 +85,9 @@ def dispatch(name: str, arguments: Sequence[str]) -> int:
     """Call command `name` with what the arguments say; ValueError, naming the nearest, if there is none."""
     if name in ("--help", "-h", "help"):
         sys.stdout.write(USAGE)
+        return 0
+    if name == "--version":
+        sys.stdout.write(f"diffperception {__version__}\n")
         return 0
     sys.path.append(os.getcwd())  # a user's own model or transform is found by its import path
     if name not in COMMANDS:

@@ -4,7 +4,7 @@ import importlib.util
 
 
 def require_installed(module: str, needed_for: str, command: str) -> None:
-    """ImportError, one sentence with the command that installs it, if a neighbour's module is not there.
+    """ModuleNotFoundError, one sentence with the command that installs it, if a neighbour's module is not there.
 
     Args:
         module: what is imported, such as `mmseg`.
@@ -12,4 +12,4 @@ def require_installed(module: str, needed_for: str, command: str) -> None:
         command: what installs it.
     """
     if importlib.util.find_spec(module) is None:
-        raise ImportError(f"{needed_for} needs {module}, which is not installed: `{command}`", name=module)
+        raise ModuleNotFoundError(f"{needed_for} needs {module}, which is not installed: `{command}`", name=module)
