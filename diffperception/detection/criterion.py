@@ -99,7 +99,7 @@ class SetCriterion(Criterion):
         """See `Criterion.forward`."""
         stages = len(output.logits)
         logits, boxes = output.logits.flatten(0, 1), output.boxes.flatten(0, 1)
-        index = match(logits, boxes, targets.repeat(stages), self.matcher, self.cost)
+        index = match(logits, boxes, replace(targets, more={}).repeat(stages), self.matcher, self.cost)
         matches = Matches(index.view(output.logits.shape[:3]))
         if self.federated_classes is not None:
             labels = torch.where(targets.present, targets.labels, len(frequencies)).flatten()

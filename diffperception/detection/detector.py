@@ -137,6 +137,8 @@ class DiffusionDet(Detector):
         num_boxes: boxes in training, and in prediction unless the sampler has another number.
         signal_scale: size of the signal beside the unit noise.
         num_timesteps: T of the cosine schedule.
+        noise_draws: how many times each image's boxes are noised in a training step, each at a time of its own; the
+            backbone sees the image once. The loss is the mean over all.
         min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
         max_size: but the long side is at most this.
     """
@@ -160,10 +162,14 @@ class DiffusionDet(Detector):
         num_boxes: int = 300,
         signal_scale: float = 2.0,
         num_timesteps: int = 1000,
+        noise_draws: int = 1,
         min_size: int | None = 800,
         max_size: int | None = 1333,
     ):
         super().__init__(classes, min_size, max_size)
+        if noise_draws < 1:
+            raise ValueError(f"noise_draws is {noise_draws}: each image's boxes must be noised once at least")
+        self.noise_draws = noise_draws
         self.num_boxes = num_boxes
         self.signal_scale = signal_scale
         self.schedule = cosine_schedule(num_timesteps)
@@ -222,10 +228,12 @@ class DiffusionDet(Detector):
 
         What is drawn, and the noisy boxes, are computed on the CPU: a GPU is not waited for, and starts from the same.
         """
-        learned = self._limit(PaddedTargets.collate(targets, image_sizes(images)), generator)
-        t = torch.randint(self.schedule.num_timesteps, (len(images),), generator=generator)
+        objects = PaddedTargets.collate(targets, image_sizes(images))
+        learned = self._limit(objects.repeat(self.noise_draws), generator)
+        t = torch.randint(self.schedule.num_timesteps, (len(learned.boxes),), generator=generator)
         boxes = self._noisy_boxes(learned, t, generator)
-        output = self(images, to_device(boxes, self.device), to_device(t, self.device))
+        pyramid = self.features(images).repeat(self.noise_draws)
+        output = self.head(pyramid, to_device(boxes, self.device), to_device(t, self.device))
         return self.criterion(output, learned.to(self.device), self.class_frequencies, generator)
 
     def _limit(self, targets: PaddedTargets, generator: torch.Generator | None) -> PaddedTargets:

@@ -54,9 +54,9 @@ class PaddedTargets:
         """The same objects there."""
         return self._map(lambda x: to_device(x, device))
 
-    def repeat(self, stages: int) -> "PaddedTargets":
-        """What matching needs of the objects, for every stage: rows (S * B, ...), stage by stage."""
-        return replace(self, counted_classes=None, more={})._map(lambda x: x.repeat(stages, *[1] * (x.dim() - 1)))
+    def repeat(self, times: int) -> "PaddedTargets":
+        """The objects of the images, all of them so many times over: rows (times * B, ...)."""
+        return self._map(lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "PaddedTargets":
         """The same with `function` of each tensor."""

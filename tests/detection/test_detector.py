@@ -98,6 +98,34 @@ def test_loss_is_a_function_of_the_generator():
     assert values[0]["l1"] != values[2]["l1"]
 
 
+def drawn_by_hand(detector: DiffusionDet, draws: int) -> dict[str, torch.Tensor]:
+    """The loss of images that are each there so many times, from the public parts and the draws in their order."""
+    images, targets, generator = IMAGES * draws, TARGETS * draws, torch.Generator().manual_seed(8)
+    padded = PaddedTargets.collate(targets, image_sizes(images))
+    t = torch.randint(1000, (len(images),), generator=generator)
+    output = detector(images, detector._noisy_boxes(padded, t, generator), t)
+    return detector.criterion(output, padded, detector.class_frequencies, generator)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_several_noise_draws_are_the_loss_of_copies_of_the_images_which_the_backbone_sees_once(draws):
+    detector, seen = tiny_detector(noise_draws=draws), []
+    expected = drawn_by_hand(detector, draws)
+    detector.backbone.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    found = detector.loss(IMAGES, TARGETS, torch.Generator().manual_seed(8))
+    assert seen == [3]
+    for name, value in found.items():
+        if draws == 1:
+            assert torch.equal(value, expected[name])
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_noise_draws_are_one_unless_asked_for_and_at_least_one():
+    assert tiny_detector().noise_draws == 1
+    with pytest.raises(ValueError, match="noise_draws is 0"):
+        tiny_detector(noise_draws=0)
+
+
 def test_more_objects_than_boxes_train_with_one_warning():
     detector = tiny_detector(num_boxes=4).train()
     crowd = [random_target(6, 64, 96)]

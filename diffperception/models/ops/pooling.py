@@ -52,6 +52,10 @@ class FeaturePyramid:
         """Pyramids of this many images each (fewer in the last), over the same table."""
         return [FeaturePyramid(self.rows, places, self.strides) for places in self.places.split(size, 1)]
 
+    def repeat(self, times: int) -> "FeaturePyramid":
+        """The pyramid of the images, all of them so many times over, on the same table."""
+        return FeaturePyramid(self.rows, self.places.repeat(1, times, 1), self.strides)
+
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Index of the level that pools each box, by its size (..., 4) -> (...)."""
         area = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
