@@ -310,6 +310,7 @@ def test_weights_in_several_files_and_in_half_precision_are_read(tmp_path):
         {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
         {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3},
         {"num_train_timesteps": 20, "beta_end": 0.3},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

@@ -7,21 +7,19 @@ names. An option of theirs that ours lacks, or of ours that theirs lacks, is ref
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from diffperception.diffusion.schedule import beta_bounds
 from diffperception.files import OutputFolder, write_json
 from diffperception.models.base import save_tensors
 from diffperception.models.conditioners import ClassLabels
 from diffperception.models.convert.checkpoints import WEIGHTS_OF_DIFFUSERS as WEIGHTS
 from diffperception.models.convert.checkpoints import assign, class_names, load_untrusted
 from diffperception.models.convert.checkpoints import is_diffusers_folder as is_diffusers_folder
+from diffperception.models.convert.schedulers import path_arguments, scheduler_config
 from diffperception.models.convert.unet2d import (
     Config,
-    as_json,
     assign_theirs,
     read_object,
     to_theirs,
@@ -35,8 +33,6 @@ from diffperception.models.unet.unet import UNet
 
 VERSION = "0.42.1"  # of diffusers, whose folders these are
 INDEX, CONFIG, SCHEDULER, CLASSES = "model_index.json", "config.json", "scheduler_config.json", "classes.json"
-PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 _LABELS = "class_embedding.weight"
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention, before 0.15
@@ -70,7 +66,9 @@ def generator_from_folder(
         with torch.device("meta"):
             network = UNet(**unet_layout(config))
         size = image_size or config["sample_size"] or max(256, 2 * network.stride)
-        path = _path_arguments(_scheduler_config(root), config)
+        scheduler = _scheduler_config(root)
+        path = path_arguments(scheduler) if scheduler else {}
+        path["learned_range"] = _learned_range(scheduler, config)
         model = DiffusionModel(names, network, image_size=size, null_class=null_class, **path)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
@@ -105,7 +103,7 @@ def write_folder(model: DiffusionModel | UNet, folder: str | Path, overwrite: bo
         **unet_config(model.network),
         "num_class_embeds": None if labels is None else labels.num_embeddings,
     }
-    scheduler = {**_scheduler_of(model), "_diffusers_version": VERSION}
+    scheduler = {**scheduler_config(model.arguments, model.learned_range), "_diffusers_version": VERSION}
     state = dict(to_theirs(model.network, model.network.state_dict()))
     if labels is not None:
         state[_LABELS] = labels.weight.detach()
@@ -132,9 +130,10 @@ def _places(folder: Path) -> tuple[Path, Path]:
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "unet" / CONFIG).is_file():
         return folder / "unet", folder
-    beside = folder.parent / INDEX, folder.parent / "scheduler" / SCHEDULER
-    in_pipeline = folder.name.startswith("unet") and any(path.is_file() for path in beside)
-    return folder, folder.parent if in_pipeline else folder
+    around = folder.absolute().parent
+    beside = around / INDEX, around / "scheduler" / SCHEDULER
+    in_pipeline = folder.absolute().name.startswith("unet") and any(path.is_file() for path in beside)
+    return folder, around if in_pipeline else folder
 
 
 def _require_unet_alone(path: Path) -> None:
@@ -151,63 +150,17 @@ def _scheduler_config(root: Path) -> Config:
     return read_object(paths[0]) if paths else {}
 
 
-def _path_arguments(scheduler: Config, unet: Config) -> dict[str, Any]:
-    """The arguments of a generator for a scheduler of diffusers, an empty one if there is none.
-
-    ValueError naming the option for another kind of path than ours.
-    """
+def _learned_range(scheduler: Config, unet: Config) -> bool:
+    """Whether the UNet learned the variance too; ValueError if it makes no generator."""
     channels, outputs = unet["in_channels"], unet["out_channels"]
     if outputs not in (channels, 2 * channels):
         raise ValueError(
             f"in_channels = {channels} and out_channels = {outputs} are no generator's, which has as many out as in, or"
             " twice as many for a learned variance"
         )
-    learned = {"learned_range": outputs == 2 * channels}
-    if not scheduler:
-        return learned
     if scheduler.get("variance_type") == "learned":
-        _refuse(scheduler, "variance_type", "learned_range")
-    steps, prediction = scheduler.get("num_train_timesteps", 1000), scheduler.get("prediction_type", "epsilon")
-    if str(scheduler.get("_class_name")).startswith("FlowMatch") or prediction == "flow_prediction":
-        if steps != 1000:
-            _refuse(scheduler, "num_train_timesteps", "1000 for flow matching")
-        return learned | {"schedule": "flow", "prediction": "flow"}
-    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
-    if prediction not in predictions:
-        _refuse(scheduler, "prediction_type", ", ".join(predictions))
-    if scheduler.get("rescale_betas_zero_snr"):
-        _refuse(scheduler, "rescale_betas_zero_snr", "false")
-    if scheduler.get("timestep_type", "discrete") != "discrete":
-        _refuse(scheduler, "timestep_type", "discrete")
-    if not isinstance(steps, int):
-        _refuse(scheduler, "num_train_timesteps", "whole numbers")
-    return learned | _beta_arguments(scheduler, steps) | {"num_timesteps": steps, "prediction": predictions[prediction]}
-
-
-def _beta_arguments(scheduler: Config, steps: int) -> dict[str, Any]:
-    """The schedule's name and what belongs to it."""
-    betas = scheduler.get("trained_betas")
-    if betas is None and "beta_schedule" not in scheduler:
-        name = scheduler.get("_class_name")
-        raise ValueError(f"{name} has no beta_schedule: schedulers of discrete betas, as DDPMScheduler, are read")
-    numbers = {"beta_start": scheduler.get("beta_start", 1e-4), "beta_end": scheduler.get("beta_end", 0.02)}
-    for name, value in {**numbers, "trained_betas": betas or []}.items():
-        if not all(isinstance(number, int | float) for number in (value if isinstance(value, list) else [value])):
-            _refuse(scheduler, name, "numbers")
-    if betas is not None:
-        return {"schedule": "betas", "betas": betas}
-    names = {theirs: ours for ours, theirs in SCHEDULES.items()}
-    if (theirs := scheduler["beta_schedule"]) not in names:
-        _refuse(scheduler, "beta_schedule", f"{', '.join(names)}, or numbers as trained_betas")
-    if theirs == "squaredcos_cap_v2":
-        return {"schedule": "cosine"}
-    if steps > 20 and tuple(numbers.values()) == beta_bounds(steps):
-        numbers = {}
-    return {"schedule": names[theirs], **numbers}
-
-
-def _refuse(scheduler: Config, name: str, known: str) -> NoReturn:
-    raise ValueError(f"the scheduler's {name} = {as_json(scheduler[name])} is not ours, only {known}")
+        raise ValueError("the scheduler's variance_type = learned is not ours, only learned_range")
+    return outputs == 2 * channels
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
@@ -257,25 +210,3 @@ def _require_expressible(model: DiffusionModel) -> None:
             f"diffusers cannot say rescale_timesteps = true with num_timesteps = {steps}: its UNet is told times as"
             " they are"
         )
-
-
-def _scheduler_of(model: DiffusionModel) -> dict[str, Any]:
-    """The scheduler's configuration, its class among them."""
-    told = model.arguments
-    if told["schedule"] == "flow":
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
-    path: dict[str, Any] = {"trained_betas": told["betas"]}
-    if told["schedule"] in SCHEDULES:
-        path = {"beta_schedule": SCHEDULES[told["schedule"]]}
-    if told["schedule"] in ("linear", "scaled_linear"):
-        bounds = beta_bounds(told["num_timesteps"], told["beta_start"], told["beta_end"])
-        path |= dict(zip(("beta_start", "beta_end"), bounds, strict=True))
-    return {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": told["num_timesteps"],
-        **path,
-        "prediction_type": PREDICTIONS[model.prediction],
-        "variance_type": "learned_range" if model.learned_range else "fixed_small",
-        "clip_sample": True,
-        "timestep_spacing": "trailing",
-    }

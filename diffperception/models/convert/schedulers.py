@@ -1,0 +1,99 @@
+"""The paths and predictions that configurations of diffusers' schedulers say, and the configurations that say ours."""
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from diffperception.diffusion import named_schedule
+from diffperception.diffusion.schedule import beta_bounds
+from diffperception.models.convert.unet2d import as_json
+
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+HIGHEST_BETA = 1 - 1e-9  # stands for 1, the last one of a path that ends in noise alone
+
+
+def path_arguments(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a generator for a scheduler: schedule, prediction, and what belongs to them.
+
+    How it samples (spacing, clipping, the shift of flow matching) is no part of a generator.
+
+    Raises:
+        ValueError: the path is of another kind; it names the option and its value.
+    """
+    steps, prediction = scheduler.get("num_train_timesteps", 1000), scheduler.get("prediction_type", "epsilon")
+    if str(scheduler.get("_class_name")).startswith("FlowMatch") or prediction == "flow_prediction":
+        if steps != 1000:
+            _refuse(scheduler, "num_train_timesteps", "1000 for flow matching")
+        return {"schedule": "flow", "prediction": "flow"}
+    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    if prediction not in predictions:
+        _refuse(scheduler, "prediction_type", ", ".join(predictions))
+    if scheduler.get("timestep_type", "discrete") != "discrete":
+        _refuse(scheduler, "timestep_type", "discrete")
+    if not isinstance(steps, int) or steps < 1:
+        _refuse(scheduler, "num_train_timesteps", "numbers above 0")
+    path = _beta_arguments(scheduler, steps)
+    if scheduler.get("rescale_betas_zero_snr"):
+        path = {"schedule": "betas", "betas": _ending_in_noise(path, steps)}
+    return path | {"num_timesteps": steps, "prediction": predictions[prediction]}
+
+
+def scheduler_config(arguments: Mapping[str, Any], learned_range: bool) -> dict[str, Any]:
+    """The class and options of the scheduler for a generator with such arguments."""
+    name, steps = arguments["schedule"], arguments["num_timesteps"]
+    if name == "flow":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+    path: dict[str, Any] = {"trained_betas": arguments["betas"]}
+    if name in SCHEDULES:
+        path = {"beta_schedule": SCHEDULES[name]}
+    if name in ("linear", "scaled_linear"):
+        bounds = beta_bounds(steps, arguments["beta_start"], arguments["beta_end"])
+        path |= dict(zip(("beta_start", "beta_end"), bounds, strict=True))
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": steps,
+        **path,
+        "prediction_type": PREDICTIONS[arguments["prediction"]],
+        "variance_type": "learned_range" if learned_range else "fixed_small",
+        "clip_sample": True,
+        "timestep_spacing": "trailing",
+    }
+
+
+def _beta_arguments(scheduler: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The schedule's name and what belongs to it."""
+    betas, theirs = scheduler.get("trained_betas"), scheduler.get("beta_schedule")
+    if betas is None and theirs is None:
+        name = scheduler.get("_class_name")
+        raise ValueError(f"{name} has no beta_schedule: schedulers of discrete betas, as DDPMScheduler, are read")
+    start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
+    for name, value in {"beta_start": start, "beta_end": end, "trained_betas": betas or []}.items():
+        if not all(isinstance(number, int | float) for number in (value if isinstance(value, list) else [value])):
+            _refuse(scheduler, name, "numbers")
+    if betas is not None:
+        return {"schedule": "betas", "betas": betas}
+    if theirs == "sigmoid":  # GeoDiff's (arXiv 2203.02923)
+        betas = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
+        return {"schedule": "betas", "betas": betas.tolist()}
+    names = {theirs: ours for ours, theirs in SCHEDULES.items()}
+    if theirs not in names:
+        _refuse(scheduler, "beta_schedule", f"{', '.join(names)}, sigmoid, or numbers as trained_betas")
+    is_cosine = theirs == "squaredcos_cap_v2"
+    if is_cosine or (steps > 20 and (start, end) == beta_bounds(steps)):
+        return {"schedule": names[theirs]}
+    return {"schedule": names[theirs], "beta_start": start, "beta_end": end}
+
+
+def _ending_in_noise(path: Mapping[str, Any], steps: int) -> list[float]:
+    """The betas of a path that is stretched so that nothing of the signal is left (arXiv 2305.08891, algorithm 1)."""
+    options = {name: value for name, value in path.items() if name != "schedule"}
+    alphas = named_schedule(path["schedule"], steps, **options).alpha(torch.arange(steps))
+    stretched = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+    before = torch.cat([stretched.new_ones(1), stretched[:-1]])
+    return (1 - (stretched / before).square()).clamp(max=HIGHEST_BETA).tolist()
+
+
+def _refuse(scheduler: Mapping[str, Any], name: str, known: str) -> NoReturn:
+    raise ValueError(f"the scheduler's {name} = {as_json(scheduler[name])} is not ours, only {known}")
