@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -165,12 +165,12 @@ def describe(value: Any) -> Any:
         return {"class": class_name(type(value)), "arguments": describe(fields)}
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [describe(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Sequence) and not isinstance(value, bytes):  # lists of configuration libraries, too
+        return [describe(item) for item in value]
     raise ValueError(
         f"a {type(value).__name__} cannot be kept in a model file: give numbers, texts, Models or dataclasses"
     )
