@@ -4,5 +4,6 @@ from diffperception.detection.criterion import Criterion, SetCriterion, Term
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.fcos import FCOS
 from diffperception.detection.heads.boxes import DynamicHead, Head, HeadOutput
+from diffperception.detection.heads.dense import AuxiliaryHead, DenseHead
 from diffperception.detection.matcher import SetWeights
 from diffperception.detection.sampler import BoxSampler

@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as TF
 from diffperception.detection.boxes import clamp_min_size, decode_boxes, encode_boxes
 from diffperception.detection.criterion import Criterion, SetCriterion
 from diffperception.detection.heads.boxes import DynamicHead, Head, HeadOutput
-from diffperception.detection.sampler import BoxSampler, Step
+from diffperception.detection.heads.dense import AuxiliaryHead
+from diffperception.detection.sampler import BoxSampler, Step, to_image_pixels
 from diffperception.detection.start import Start, StartBoxes, encode_start
 from diffperception.detection.targets import PaddedTargets, image_sizes
 from diffperception.devices import to_device
@@ -139,6 +140,9 @@ class DiffusionDet(Detector):
         num_timesteps: T of the cosine schedule.
         noise_draws: how many times each image's boxes are noised in a training step, each at a time of its own; the
             backbone sees the image once. The loss is the mean over all.
+        auxiliary: makes a further head, for a number of classes and the width of the pyramid, that learns from the
+            pyramid in training alone, such as the class `DenseHead` with some of its arguments; or such a head. Its
+            proposals are what prediction starts from where the sampler has a `start_time` and no boxes are given.
         min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
         max_size: but the long side is at most this.
     """
@@ -163,6 +167,7 @@ class DiffusionDet(Detector):
         signal_scale: float = 2.0,
         num_timesteps: int = 1000,
         noise_draws: int = 1,
+        auxiliary: Callable[[int, int], AuxiliaryHead] | None = None,
         min_size: int | None = 800,
         max_size: int | None = 1333,
     ):
@@ -182,15 +187,25 @@ class DiffusionDet(Detector):
         self.backbone = build_pyramid(body, width, fpn_norm)
         self.head = head if isinstance(head, Head) else head(len(self.classes))
         self.gives_masks = self.head.gives_masks
+        self.auxiliary = self._build_auxiliary(auxiliary, width)
         self.criterion = criterion or SetCriterion()
         # The file holds the parts as they were built, and brings the backbone's weights.
-        self.record(
-            head=self.head, criterion=self.criterion, sampler=self.sampler, pretrained=False, backbone_weights=None
-        )
+        self.record(head=self.head, criterion=self.criterion, sampler=self.sampler, auxiliary=self.auxiliary)
+        self.record(pretrained=False, backbone_weights=None)
         self.register_buffer("mean", 255 * torch.tensor(body.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(body.std).view(3, 1, 1), persistent=False)
         self.warned_of_crowds = False
         self.to(memory_format=torch.channels_last)
+
+    def _build_auxiliary(
+        self, auxiliary: Callable[[int, int], AuxiliaryHead] | None, width: int
+    ) -> AuxiliaryHead | None:
+        if auxiliary is None:
+            return None
+        head = auxiliary if isinstance(auxiliary, AuxiliaryHead) else auxiliary(len(self.classes), width)
+        if head.width != width:
+            raise ValueError(f"the auxiliary head wants a pyramid of width {head.width}, but the head's is {width}")
+        return head
 
     @classmethod
     def from_reference(cls, state_dict: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> "DiffusionDet":
@@ -226,15 +241,19 @@ class DiffusionDet(Detector):
     ) -> dict[str, Tensor]:
         """See `Detector.loss`. Terms are the criterion's: `classification`, `l1`, `giou`, each summed over the stages.
 
+        And those of the auxiliary head, if there is one.
+
         What is drawn, and the noisy boxes, are computed on the CPU: a GPU is not waited for, and starts from the same.
         """
         objects = PaddedTargets.collate(targets, image_sizes(images))
         learned = self._limit(objects.repeat(self.noise_draws), generator)
         t = torch.randint(self.schedule.num_timesteps, (len(learned.boxes),), generator=generator)
         boxes = self._noisy_boxes(learned, t, generator)
-        pyramid = self.features(images).repeat(self.noise_draws)
+        maps = self._maps(images)
+        pyramid = FeaturePyramid.from_maps([maps], self.strides).repeat(self.noise_draws)
         output = self.head(pyramid, to_device(boxes, self.device), to_device(t, self.device))
-        return self.criterion(output, learned.to(self.device), self.class_frequencies, generator)
+        terms = self.criterion(output, learned.to(self.device), self.class_frequencies, generator)
+        return terms if self.auxiliary is None else terms | self.auxiliary.loss(maps, self.strides, objects)
 
     def _limit(self, targets: PaddedTargets, generator: torch.Generator | None) -> PaddedTargets:
         """At most `num_boxes` objects per image, chosen at random each time, the rest neither noised nor matched."""
@@ -288,10 +307,11 @@ class DiffusionDet(Detector):
             start: of each image, boxes (n, 4; xyxy in its pixels) to start from instead of pure noise, such as those
                 found with other settings, in the frame before, or drawn by a user. They are noised to `start_time`, and
                 where there are fewer than `num_boxes` the others are pure noise; so are all of an entry that is None.
+                By default, where there is a `start_time`, those of `proposals`.
 
         Raises:
             ValueError: `start` is not such boxes, or has more than `num_boxes`; or there is `start` without a
-                `start_time`, or the other way round.
+                `start_time`, or the other way round without an auxiliary head.
         """
         if not images:
             return []
@@ -364,21 +384,40 @@ class DiffusionDet(Detector):
     def _start(self, encoded: Encoded, sampler: BoxSampler, start: StartBoxes | None) -> Start | None:
         """What sampling begins from, in diffusion space; None for pure noise."""
         self.require_start(sampler, start is not None)
-        if start is None:
+        if sampler.start_time is None:
             return None
-        return encode_start(start, encoded.sizes, sampler.num_boxes or 0, self.signal_scale)
+        count = sampler.num_boxes or 0
+        boxes = [found["boxes"][:count] for found in self.proposals(encoded)] if start is None else start
+        return encode_start(boxes, encoded.sizes, count, self.signal_scale)
+
+    @torch.no_grad()
+    def proposals(self, encoded: Encoded) -> list[dict[str, Tensor]]:
+        """What the auxiliary head finds in each of the images that were encoded, best first, without any noise.
+
+        Returns: `boxes` (n, 4) xyxy in pixels of the image, `scores` and `labels` (n,).
+
+        Raises:
+            ValueError: there is no auxiliary head.
+        """
+        if self.auxiliary is None:
+            raise ValueError("this detector has no auxiliary head that would propose boxes: give it one and train it")
+        images = []
+        for number, (seen, size) in enumerate(zip(encoded.seen, encoded.sizes, strict=True)):
+            found = self.auxiliary.proposals(encoded.pyramid.maps_of(number), self.strides, seen)
+            images.append(found | {"boxes": to_image_pixels(found["boxes"].float(), seen, size)})
+        return images
 
     def require_start(self, sampler: BoxSampler, given: bool) -> None:
-        """ValueError unless boxes are given to start from and the sampler has a time of the schedule for them, or
-        neither.
-        """
+        """ValueError unless the sampler has a time of the schedule and there are boxes for it, or neither."""
         time, last = sampler.start_time, self.schedule.num_timesteps - 1
         if given and time is None:
             raise ValueError(
                 f"boxes to start from need a start_time, from 0 to {last}, that they are noised to: give one"
             )
-        if time is not None and not given:
-            raise ValueError(f"start_time is {time}, but there are no boxes to start from: give start too")
+        if time is not None and not given and self.auxiliary is None:
+            raise ValueError(
+                f"start_time is {time}, but there are no boxes to start from: give start, or train an auxiliary head"
+            )
         if time is not None and time > last:
             raise ValueError(f"start_time is {time}: it must be from 0 to {last}, the times of this detector")
 

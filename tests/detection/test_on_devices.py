@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffperception.detection import BoxSampler, DiffusionDet
+from diffperception.detection import BoxSampler, DenseHead, DiffusionDet
 from tests.detection.scenes import assert_same_detections, random_image, random_target, tiny_detector
 from tests.helpers.devices import Device
 from tests.helpers.simulated_gpu import SimulatedGPU
@@ -21,7 +21,7 @@ def losses(detector: DiffusionDet, images: list[torch.Tensor]) -> dict[str, torc
     return detector.loss(images, TARGETS, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("options", [{}, {"matcher": "hungarian"}, {"federated_classes": 2}])
+@pytest.mark.parametrize("options", [{}, {"matcher": "hungarian"}, {"federated_classes": 2}, {"auxiliary": DenseHead}])
 def test_a_training_loss_waits_four_times_at_most(device: Device, options: dict) -> None:
     detector = tiny_detector(stages=6, **options).train()
     expected = losses(detector, IMAGES)

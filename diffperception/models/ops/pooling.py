@@ -52,6 +52,14 @@ class FeaturePyramid:
         """Pyramids of this many images each (fewer in the last), over the same table."""
         return [FeaturePyramid(self.rows, places, self.strides) for places in self.places.split(size, 1)]
 
+    def maps_of(self, image: int) -> list[Tensor]:
+        """The feature maps of one image, (1, C, H_l, W_l) a level."""
+        parts = [(start, height, width) for start, height, width in self.places[:, image].T.tolist()]
+        rows = [
+            self.rows[start : start + height * width].unflatten(0, (height, width)) for start, height, width in parts
+        ]
+        return [level.permute(2, 0, 1)[None] for level in rows]
+
     def repeat(self, times: int) -> "FeaturePyramid":
         """The pyramid of the images, all of them so many times over, on the same table."""
         return FeaturePyramid(self.rows, self.places.repeat(1, times, 1), self.strides)
