@@ -18,11 +18,12 @@ def command(
     data: MaskDataOptions,
     output: Path,
     timesteps: list[float] = [50, 150, 250, 400, 25, 600],  # noqa: B006 (the defaults are not changed)
-    blocks: list[NonNegativeInt] | None = None,
+    blocks: list[NonNegativeInt | str] | None = None,
     seconds: NonNegativeFloat = 600,
     pixels: PositiveInt = 2000,
     window: PositiveInt | None = None,
     label: int | None = None,
+    prompt: str | None = None,
     seed: NonNegativeInt = 0,
     device: str = "auto",
     precision: Precision = "32",
@@ -41,16 +42,19 @@ def command(
     Args:
         data: the labelled images; ten are a good number.
         timesteps: times to try, in this order while time is left.
-        blocks: decoder blocks to try; null for all.
+        model: the model.safetensors file of a generator or a UNet, or a folder of diffusers.
+        blocks: decoder blocks to try, or names of modules of a network of diffusers; null for all.
         seconds: no timestep is begun that would pass this limit; the first always is.
         pixels: how many pixels per image are looked at.
         window: larger images are cut into windows of this side; null for what the generator was trained on.
         label: the class to tell a generator that has classes; null for none, if it has learned that.
+        prompt: what to tell a network that attends to words: a .safetensors file with `prompt_embeds`, or a text, for
+            which transformers must be installed; null for zeros.
         seed: seed of the noise, the choice of images that data.max_images asks for, and the choice of pixels.
     """
     results = OutputFolder(output, overwrite)  # refused before the work, not after it
-    generator = load_generator(model)
-    tried = [*range(len(generator.block_info))] if blocks is None else blocks
+    generator = load_generator(model, prompt=prompt, named_blocks=any(isinstance(b, str) for b in blocks or []))
+    tried: list[int | str] = [*range(len(generator.block_info))] if blocks is None else [*blocks]
     features = DiffusionFeatures(generator, tried, timesteps, window, seed, label).to(pick_device(device))
     folder = data.open(seed)
     echo_notes(folder.notes)
@@ -67,5 +71,8 @@ def command(
     results.clear()
     write_probe(scores, features, results)
     echo(probe_table(scores))
-    options = (f"--features.{k} '[{', '.join(f'{v:g}' for v in values)}]'" for k, values in suggest(scores).items())
+    options = (
+        f"--features.{k} '[{', '.join(v if isinstance(v, str) else f'{v:g}' for v in values)}]'"
+        for k, values in suggest(scores).items()
+    )
     echo(f"suggested: {' '.join(options)}\n{output / 'probe.json'}: all of them; beside it probe.png")

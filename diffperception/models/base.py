@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Union, cast, get_args, get_origin, get_type_hints
@@ -31,6 +32,22 @@ FORMAT = "diffperception-2"
 PACKAGE = "diffperception"
 _rebuilding: ContextVar[str | Path | None] = ContextVar("rebuilding", default=None)  # the file, while it is
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
+_weights: ContextVar[Path | None] = ContextVar("weights", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where frozen weights lie that a model file leaves out.
+
+    Args:
+        place: the file or folder that they were read from.
+        part: the component of a folder, such as its unet.
+        weights: their :func:`digest`.
+    """
+
+    place: str
+    part: str
+    weights: str
 
 
 class Model(nn.Module):
@@ -46,6 +63,7 @@ class Model(nn.Module):
     # for any part, and the axis of the rows. Where training starts from other weights, rows go by class name.
     class_layers: ClassVar[Mapping[str, int]] = {}
     arguments: dict[str, Any]  # of the constructor, by name
+    origin: Origin | None = None  # where its weights lie, which files and checkpoints then leave out
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -59,7 +77,32 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are; the CPU for a model without any."""
-        return next((tensor.device for tensor in self.state_dict().values()), torch.device("cpu"))
+        return next((tensor.device for tensor in chain(self.parameters(), self.buffers())), torch.device("cpu"))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As every module's, but without weights that lie elsewhere (:attr:`origin`)."""
+        if self.origin is None:
+            return super().state_dict(*args, **kwargs)
+        return {} if kwargs.get("destination") is None else kwargs["destination"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.origin is not None:  # its weights are missed by nobody
+            state_dict |= {f"{prefix}{name}": value for name, value in tensors_of(self).items()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def keep_weights(self) -> None:
+        """Have files hold all weights, those too that lie elsewhere (:attr:`origin`)."""
+        for module in self.modules():
+            if isinstance(module, Model):
+                module.origin = None
+
+    def weights_at(self, place: Path, part: str) -> dict[str, Tensor]:
+        """Weights of such a model at an :class:`Origin`: by default in one of our files; errors as for :meth:`load`.
+
+        A place is named by a model file, which is not trusted: this reads numbers alone, and runs no code.
+        """
+        with _opened(place) as (file, _):
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all; ValueError for a folder, or an argument no file can keep."""
@@ -68,6 +111,8 @@ class Model(nn.Module):
         described = describe(self)
         arguments = json.dumps(described["arguments"])
         header = {"format": FORMAT, "kind": self.kind, "class": described["class"], "arguments": arguments}
+        if self.origin is not None:
+            header["origin"] = json.dumps(described["origin"])
         save_tensors({name: value.contiguous() for name, value in self.state_dict().items()}, path, header)
 
     @classmethod
@@ -77,6 +122,7 @@ class Model(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         allow: str | tuple[str, ...] = (),
+        weights: str | Path | None = None,
     ) -> Self:
         """The model of a file, in evaluation mode. No random weights are drawn first.
 
@@ -85,23 +131,26 @@ class Model(nn.Module):
             device: where to put it; the CPU by default.
             dtype: of its floating point weights; by default the file's.
             allow: package or packages, beside this one, that the file may name classes from: yours, if it has some.
+            weights: where frozen weights lie that the file leaves out; by default where they did, or beside the file.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or no weights that it leaves out.
             ValueError: it is no whole model file, or holds another model than this class, or names a class outside of
-                ``allow``, or another file: then whoever made it, not you, would choose what is loaded.
+                ``allow``, or another model file: then whoever made it, not you, would choose what is loaded; or weights
+                that it leaves out are others by now.
         """
         require_not_named_by_a_file(path)
         with _opened(Path(path)) as (file, header):
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         try:
             described = {"class": header["class"], "arguments": json.loads(header["arguments"])}
+            if "origin" in header:
+                described["origin"] = json.loads(header["origin"])
         except (KeyError, ValueError, RecursionError):
             raise ValueError(f"{path} does not say which model it holds: export it again") from None
-        # Modules begin with whatever is in memory; torch's global generator stays as it is.
         token = _rebuilding.set(path)
         try:
-            with torch.random.fork_rng(devices=[]), _Undrawn():
+            with undrawn(), weights_lie_in(weights):
                 model = rebuild(
                     described, path, (PACKAGE, *([allow] if isinstance(allow, str) else allow), *_trusted.get())
                 )
@@ -141,6 +190,23 @@ def require_not_named_by_a_file(path: str | Path) -> None:
         raise ValueError(f"{outer} names the file {path}, but a model file holds all of its parts: export it again")
 
 
+@contextmanager
+def weights_lie_in(place: str | Path | None) -> Iterator[None]:
+    """Within it frozen weights that model files leave out are looked for there, if a place is given."""
+    token = _weights.set(Path(place) if place else _weights.get())
+    try:
+        yield
+    finally:
+        _weights.reset(token)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Within it modules begin with whatever is in memory; torch's global generator stays as it is."""
+    with torch.random.fork_rng(devices=[]), _Undrawn():
+        yield
+
+
 def is_model_file(path: str | Path) -> bool:
     """Whether a file is one of ours, of this version or another; False for one that is not there."""
     try:
@@ -159,7 +225,8 @@ def file_kind(path: str | Path) -> str:
 def describe(value: Any) -> Any:
     """The value as JSON can hold it, models and dataclasses by their class and arguments; ValueError if it cannot."""
     if isinstance(value, Model):
-        return {"class": class_name(type(value)), "arguments": describe(value.arguments)}
+        origin = {} if value.origin is None else {"origin": dataclasses.asdict(value.origin)}
+        return {"class": class_name(type(value)), "arguments": describe(value.arguments), **origin}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         return {"class": class_name(type(value)), "arguments": describe(fields)}
@@ -191,11 +258,26 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str])
 
 def fingerprint(model: Model) -> dict[str, Any]:
     """What a model's results depend on, as JSON has it: class, arguments, and a number of the weights."""
+    return {**describe(model), "weights": digest(model.state_dict())}
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A number of weights and their names, in this order, whatever their type and device."""
     weights = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         weights.update(name.encode())
         weights.update(value.float().cpu().numpy().tobytes())
-    return {**describe(model), "weights": weights.hexdigest()[:16]}
+    return weights.hexdigest()[:16]
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """A module's weights as its `state_dict` has them, but as parameters, and those that lie elsewhere too."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        kept = module._non_persistent_buffers_set
+        own = chain(module._parameters.items(), ((n, b) for n, b in module._buffers.items() if n not in kept))
+        found |= {f"{path}.{name}".removeprefix("."): value for name, value in own if value is not None}
+    return found
 
 
 def class_name(kind: type) -> str:
@@ -209,15 +291,55 @@ def rebuild(described: Any, path: str | Path, allow: tuple[str, ...]) -> Any:
         return [rebuild(item, path, allow) for item in described]
     if not isinstance(described, dict):
         return described
-    if described.keys() != {"class", "arguments"}:
+    if described.keys() - {"origin"} != {"class", "arguments"}:
         return {key: rebuild(item, path, allow) for key, item in described.items()}
     kind = _resolve(described["class"], path, allow)
     try:
         arguments = rebuild(described["arguments"], path, allow)
         _require_plain_types(kind, arguments)
-        return kind(**arguments)
+        built = kind(**arguments)
+        origin = Origin(**described["origin"]) if "origin" in described else None
     except (TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"{path} describes a {kind.__name__} of another version ({error})") from None
+    if origin is not None:
+        bring_weights(built, origin, Path(path))
+    return built
+
+
+def bring_weights(model: Model, origin: Origin, path: Path) -> None:
+    """Give a model the weights that its file ``path`` leaves out.
+
+    The file names a place, and so chooses what is read there. That is harmless, unlike naming a model file: its own
+    header says which model it is, down to the last layer, what is read are numbers (:meth:`Model.weights_at`), and
+    these must be those that the header knows.
+
+    Raises:
+        FileNotFoundError: they are neither there, nor beside the file.
+        ValueError: others are.
+    """
+    known, name = Path(origin.place), type(model).__name__
+    places = [known, path.absolute().parent / known.name] if (given := _weights.get()) is None else [given]
+    there = [place for place in places if place.exists()]
+    ways = "name where they are with --weights, or Model.load(weights=...)"
+    if not there:
+        missing = " nor ".join(str(place) for place in dict.fromkeys(places))
+        raise FileNotFoundError(
+            f"{path} leaves out the frozen weights of its {name}, and there is no {missing}: {ways}"
+        )
+    state = model.weights_at(there[0], origin.part)
+    if digest(dict(sorted(state.items()))) != origin.weights:
+        raise ValueError(
+            f"{path} was made with the frozen weights of a {name} that lay in {known}, but {there[0]} holds others:"
+            f" {ways}"
+        )
+    assign(model, state, f"{there[0]} does not fit the {name} that {path} describes")
+    model.origin = dataclasses.replace(origin, place=str(there[0].absolute()))
+
+
+def leave_weights(model: Model, place: Path, part: str = "") -> None:
+    """Have files leave out the weights of a model, which were read there."""
+    weights = digest(dict(sorted(model.state_dict().items())))
+    model.origin = Origin(str(place.absolute()), part, weights)
 
 
 def _require_plain_types(kind: type, arguments: Mapping[str, Any]) -> None:

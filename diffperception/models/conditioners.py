@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,10 @@ class Conditioner(Model, ABC):
     @abstractmethod
     def drop(self, said: Said, dropped: Tensor) -> Said:
         """What was said, but nothing of the samples that ``dropped`` (B,) bool, on the CPU, names."""
+
+    def told(self, prompt: str | Path | Mapping[str, Tensor], network: nn.Module) -> "Conditioner":
+        """One that says this beside, to a network that attends to words; ValueError if it cannot."""
+        raise ValueError("this generator attends to no words: leave the prompt out")
 
     @abstractmethod
     def choose(self, names: Sequence[str] | None, numbers: Sequence[int]) -> Said:

@@ -1,6 +1,9 @@
 """A generator of images: a denoising network with its schedule, its space and what it is told, in one file."""
 
+import importlib
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from diffperception.diffusion import (
     classifier_free_guidance,
     named_schedule,
 )
-from diffperception.models.base import Model
+from diffperception.models.base import Model, leave_weights, require_not_named_by_a_file
 from diffperception.models.condition import Condition
 from diffperception.models.conditioners import ClassLabels, Conditioner, Said
 from diffperception.models.convert import adm
@@ -167,7 +170,14 @@ class DiffusionModel(Model):
     @property
     def block_info(self) -> list[FeatureInfo]:
         """The network's blocks that can be read, with their strides in pixels of the image."""
-        return [replace(info, stride=info.stride * self.space.stride) for info in self.network.block_info]
+        return self._in_pixels(self.network.block_info)
+
+    def info_of(self, blocks: Sequence[int | str], condition: Condition | None = None) -> list[FeatureInfo]:
+        """The maps of blocks, with strides in pixels of the image; ValueError if the network has no such block."""
+        return self._in_pixels(self.network.info_of(blocks, condition))
+
+    def _in_pixels(self, info: Sequence[FeatureInfo]) -> list[FeatureInfo]:
+        return [replace(about, stride=about.stride * self.space.stride) for about in info]
 
     @property
     def has_absent(self) -> bool:
@@ -187,9 +197,9 @@ class DiffusionModel(Model):
         return self.network(x, t, condition)
 
     def activations(
-        self, x: Tensor, t: Tensor, blocks: Sequence[int], condition: Condition | None = None
+        self, x: Tensor, t: Tensor, blocks: Sequence[int | str], condition: Condition | None = None
     ) -> list[Tensor]:
-        """What blocks among :attr:`block_info` give; what follows the last of them is not computed."""
+        """What blocks, as of :meth:`info_of`, give; what follows the last of them is not computed."""
         return self.network.activations(x, t, blocks, condition)
 
     def condition(self, said: Said | None) -> Condition | None:
@@ -201,6 +211,13 @@ class DiffusionModel(Model):
         if said is None and not self.conditioner.has_absent:
             raise ValueError("This model has not learned images without a label: give one, or train with null_class.")
         return self.conditioner(self.conditioner.absent(1) if said is None else said)
+
+    def told(self, prompt: str | Path | Mapping[str, Tensor]) -> "DiffusionModel":
+        """The model whose network is told this; ValueError if it knows no words or images of which this is said."""
+        if self.conditioner is None:
+            raise ValueError("this generator attends to no words: leave the prompt out")
+        conditioner = self.conditioner.told(prompt, self.network)
+        return DiffusionModel(**self.arguments | {"conditioner": conditioner}).train(self.training)
 
     def objective(self, min_snr: float | None = None) -> Objective:
         """The training loss."""
@@ -254,17 +271,66 @@ class DiffusionModel(Model):
         self.signal_shape(*self.image_size)
 
 
-def load_generator(source: DiffusionModel | UNet | str | Path, allow: tuple[str, ...] = ()) -> DiffusionModel:
-    """The generator in a file, or of a UNet alone, which is taken for one of the linear schedule of 1000 steps.
+def load_generator(
+    source: DiffusionModel | UNet | str | Path,
+    allow: tuple[str, ...] = (),
+    prompt: str | Path | None = None,
+    keep_weights: bool | None = None,
+    named_blocks: bool = False,
+) -> DiffusionModel:
+    """The generator in a file or in a folder of diffusers; or of a UNet alone, taken for one of DDPM's linear schedule.
 
-    ``allow`` and the errors are as for :meth:`Model.load`; ValueError too where there is another model.
+    Args:
+        source: the file, the folder, or the model.
+        allow: as for :meth:`Model.load`.
+        prompt: what a network that attends to words is told, see
+            :meth:`diffperception.integrations.diffusers.prompt.Prompt.told`; by default nothing.
+        keep_weights: whether files of models that hold this generator hold its weights too, or name the file or folder
+            that they were read from; by default they hold what our own networks are, and not what diffusers runs.
+        named_blocks: blocks will be named by diffusers' modules: it runs its networks itself, those too that ours can be.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as :meth:`Model.load`; a folder that diffusers did not write, or
+            whose network we do not run; diffusers is absent; another model; a prompt that does not suit it.
     """
-    model = Model.load(source, allow=allow) if isinstance(source, str | Path) else source
+    model: Any = source
+    if isinstance(source, str | Path):
+        source = Path(source)
+        _require_here(source)
+        if source.is_dir():
+            model = _of_folder(source, as_theirs=named_blocks or keep_weights is False)
+        else:
+            model = Model.load(source, allow=allow)
+        if keep_weights is False and source.is_file():
+            leave_weights(model, source)
     if isinstance(model, UNet):
         learned_range = model.out_channels == 2 * model.in_channels
         size = max(256, 2 * model.stride)
-        return DiffusionModel(None, model, learned_range=learned_range, image_size=size).eval()
+        model = DiffusionModel(None, model, learned_range=learned_range, image_size=size).eval()
     if not isinstance(model, DiffusionModel):
         place = "this" if model is source else source
         raise ValueError(f"{place} holds a {type(model).__name__}: give the file of a generator or a UNet")
-    return model
+    if keep_weights:
+        model.keep_weights()
+    return model if prompt is None else model.told(prompt)
+
+
+def _of_folder(folder: Path, as_theirs: bool) -> DiffusionModel:
+    """The generator in a folder of diffusers: with a UNet of ours, if that can be the network, else run by diffusers.
+
+    Plug-ins are imported by name: they are optional, and may import everything.
+    """
+    require_not_named_by_a_file(folder)
+    if not as_theirs:
+        with suppress(ValueError):  # another network, or options that ours lacks
+            return importlib.import_module("diffperception.models.convert.diffusers").generator_from_folder(folder)
+    return importlib.import_module("diffperception.integrations.diffusers.folder").read_folder(folder)
+
+
+def _require_here(source: Path) -> None:
+    """FileNotFoundError, saying how to download it, for what may be the name of a repository."""
+    if not source.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not source.parent.exists():
+        raise FileNotFoundError(
+            f"there is no file or folder {source}, and nothing is downloaded here: if that is a repository of Hugging"
+            f" Face, `hf download {source} --local-dir FOLDER` fetches it, and FOLDER is what to name"
+        )

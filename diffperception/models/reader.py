@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -22,15 +21,18 @@ class ActivationReader(Model):
     come time by time, and for each in the order of the blocks.
 
     Args:
-        generator: the model, or the file of a generator or a UNet.
-        blocks: indices among ``generator.block_info``.
+        generator: the model, the file of a generator or a UNet, or a folder of diffusers.
+        blocks: indices among ``generator.block_info``; of networks of diffusers, also names of modules.
         timesteps: times of the generator's schedule.
         label: the class to tell a generator with classes; None for nothing, if it has learned that.
         noise_side: side of the tile of noise in pixels.
         seed: of the noise.
+        attention: maps of how much each place attends to each word come after those of the blocks, a map per
+            resolution, with a channel per word.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no generator of colour images, or no such block, time or label.
+        FileNotFoundError, ImportError, ValueError: no such file, no generator of colour images, or no such block, time,
+            label or attention; diffusers is absent.
     """
 
     info: list[FeatureInfo]  # of the maps that it gives, with strides in pixels of the image
@@ -40,36 +42,40 @@ class ActivationReader(Model):
     def __init__(
         self,
         generator: DiffusionModel | UNet | str | Path,
-        blocks: Sequence[int],
+        blocks: Sequence[int | str],
         timesteps: Sequence[float] = (50,),
         label: int | None = None,
         noise_side: int = 256,
         seed: int = 0,
+        attention: bool = False,
     ) -> None:
         super().__init__()
-        model = load_generator(generator)
+        model = load_generator(generator, named_blocks=any(isinstance(block, str) for block in blocks))
         if model.space.image_channels != 3:
             raise ValueError(f"features need colour images, but this UNet takes {model.space.image_channels} channels")
-        unknown = [block for block in blocks if block not in range(len(model.block_info))]
-        if unknown or not blocks:
-            choice = strides_in_words(model.block_info)
-            raise ValueError(f"this UNet has no decoder blocks {unknown or list(blocks)}; it has {choice}")
+        model.info_of(blocks)  # ValueError if one does not exist
         if not timesteps:
             raise ValueError("name at least one timestep")
         self.levels = model.schedule.levels(timesteps)
         if label is not None and model.classes and label not in range(len(model.classes) + model.has_absent):
             raise ValueError(f"this UNet has classes: give it a label from 0 to {len(model.classes) - 1}, not {label}")
         self.said = None if label is None else torch.tensor([label], device="cpu")
-        model.condition(self.said)  # ValueError if this is nothing that the model has learned
+        condition = model.condition(self.said)  # ValueError if this is nothing that the model has learned
         self.generator, self.multiple = model, model.stride
         self.blocks, self.timesteps = list(blocks), list(timesteps)
         self.record(generator=model, blocks=self.blocks, timesteps=self.timesteps)
-        names = {f"t{t:g} block {block}": block for t in timesteps for block in blocks}
-        if len(names) < len(timesteps) * len(blocks):
+        self.read_blocks = [*blocks, *(model.network.attention_blocks(blocks) if attention else [])]
+        info = model.info_of(self.read_blocks, condition)
+        named = [
+            (f"t{t:g} {block if isinstance(block, str) else f'block {block}'}")
+            for t in timesteps
+            for block in self.read_blocks
+        ]
+        if len(set(named)) < len(named):
             raise ValueError(
                 f"name each block and each timestep once, to six digits, not {self.blocks} and {self.timesteps}"
             )
-        self.info = [replace(model.block_info[block], name=name) for name, block in names.items()]
+        self.info = [replace(about, name=name) for name, about in zip(named, [*info] * len(timesteps), strict=True)]
         side = -(-noise_side // model.space.stride)
         drawn = torch.Generator().manual_seed(seed)
         noise = torch.randn(model.space.channels, side, side, generator=drawn, device="cpu")
@@ -90,16 +96,9 @@ class ActivationReader(Model):
         for alpha, sigma, time in self.levels:
             noisy = (alpha * signal + sigma * noise).to(self.generator.dtype)
             times = torch.full((len(signal),), time, device=signal.device)
-            maps += self.generator.activations(noisy, times, self.blocks, told)
+            maps += self.generator.activations(noisy, times, self.read_blocks, told)
         return maps
 
-    def unused(self) -> list[torch.nn.Module]:
-        """The network's modules that no reading reaches."""
-        network = self.generator.network
-        return [*network.decoder[max(self.blocks) + 1 :], network.out_norm, network.out_conv]
-
-
-def strides_in_words(info: Sequence[FeatureInfo]) -> str:
-    """Which blocks there are of each stride, for messages."""
-    numbered = groupby(enumerate(info), lambda pair: pair[1].stride)
-    return "; ".join(f"stride {stride}: {', '.join(str(i) for i, _ in members)}" for stride, members in numbered)
+    def unused(self) -> list[torch.nn.Parameter]:
+        """The network's parameters that no map depends on."""
+        return self.generator.network.unused(self.read_blocks)

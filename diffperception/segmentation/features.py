@@ -80,33 +80,46 @@ class DiffusionFeatures(FeatureExtractor):
 
     Args:
         generator: the model.safetensors file of a generator, which knows its schedule, or of a UNet alone, on the
-            linear schedule of 1000 steps; or such a model. It is put into evaluation mode and its weights are fixed.
-        blocks: decoder blocks, indices among the generator's `block_info`.
+            linear schedule of 1000 steps; a folder of diffusers; or such a model. It is put into evaluation mode and
+            its weights are fixed.
+        blocks: decoder blocks, indices among the generator's `block_info`; of a network of diffusers also names of
+            modules, such as up_blocks.1.
         timesteps: times of the schedule.
         window: larger images are cut into windows of this side; null for what the generator was trained on.
         seed: seed of the noise.
         label: the class to tell a generator that has classes; null for none, if it has learned that.
+        prompt: what to tell a network that attends to words: a .safetensors file with `prompt_embeds`, or a text, for
+            which transformers must be installed; null for zeros.
+        attention: further maps tell how much each place attends to each word, a map per resolution.
+        keep_weights: files of models on these features hold the generator's weights too, instead of naming where they
+            lie; by default they hold those of our own files, and not those of diffusers' folders.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds another model, or a block, a time or the label does not suit it.
+        ImportError: a folder of diffusers is named, which is not installed.
+        ValueError: it holds another model, or a block, a time, the label or the prompt does not suit it.
     """
 
     def __init__(
         self,
         generator: DiffusionModel | UNet | str | Path,
-        blocks: Sequence[int] = (5, 6, 7, 8, 12),
+        blocks: Sequence[int | str] = (5, 6, 7, 8, 12),
         timesteps: Sequence[float] = (50, 150, 250),
         window: int | None = None,
         seed: int = 0,
         label: int | None = None,
+        prompt: str | Path | None = None,
+        attention: bool = False,
+        keep_weights: bool | None = None,
     ) -> None:
-        model = load_generator(generator)
+        model = load_generator(
+            generator, prompt=prompt, keep_weights=keep_weights, named_blocks=any(isinstance(b, str) for b in blocks)
+        )
         side = window or max(model.image_size)
         side = max(padded_side(side, model.stride), 2 * model.stride)
-        reader = ActivationReader(model, blocks, timesteps, label, side, seed)
+        reader = ActivationReader(model, blocks, timesteps, label, side, seed, attention)
         super().__init__(reader.info, reader.multiple, window or side)
-        self.record(generator=model, window=self.window)
+        self.record(generator=model, window=self.window, prompt=None)
         self.reader = reader.eval().requires_grad_(False)
 
     @property

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class ProbeScore:
     """How well a linear classifier on one block at one timestep does on images that it was not fitted to."""
 
     timestep: float
-    block: int
+    block: int | str
     miou: float
     channels: int
     stride: int
@@ -105,14 +106,15 @@ def expected_seconds(features: DiffusionFeatures, images: Sequence[Tensor], prec
     return (time.monotonic() - start) * sum(image.numel() for image in images) / images[0].numel()
 
 
-def suggest(scores: Sequence[ProbeScore]) -> dict[str, list[float]]:
+def suggest(scores: Sequence[ProbeScore]) -> dict[str, list[Any]]:
     """The blocks and the timesteps with the best mean mIoU over the others, each in ascending order."""
     best = {}
     for kind, count in SUGGESTED.items():
-        values: dict[float, list[float]] = {}
+        values: dict[Any, list[float]] = {}
         for score in scores:
             values.setdefault(getattr(score, kind), []).append(score.miou)
-        best[f"{kind}s"] = sorted(sorted(values, key=lambda value: -statistics.fmean(values[value]))[:count])
+        chosen = sorted(values, key=lambda value: -statistics.fmean(values[value]))[:count]
+        best[f"{kind}s"] = sorted(chosen, key=lambda value: (isinstance(value, str), value))
     return best
 
 

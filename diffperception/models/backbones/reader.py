@@ -1,5 +1,6 @@
 """The activations of a diffusion model's network as a detector's feature maps (arXiv 2112.03126)."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from diffperception.models.backbones.base import Backbone, numbered
-from diffperception.models.generator import DiffusionModel
+from diffperception.models.feature_info import strides_in_words
+from diffperception.models.generator import DiffusionModel, load_generator
 from diffperception.models.ops.normalization import group_norm
-from diffperception.models.reader import ActivationReader, strides_in_words
+from diffperception.models.reader import ActivationReader
 from diffperception.models.unet.blocks import NORM_GROUPS
 from diffperception.models.unet.unet import UNet
 
@@ -20,14 +22,20 @@ class UNetBackbone(Backbone):
     The noise is the same for every image, in training too (:class:`ActivationReader`).
 
     Args:
-        unet: a UNet, trained on the linear schedule of 1000 steps, a DiffusionModel, which knows its own, or a file.
-        blocks: decoder blocks to read, as `block_info` counts them: one per stride, each stride twice the next.
+        unet: a UNet, trained on the linear schedule of 1000 steps, a DiffusionModel, which knows its own, a file of one
+            of them, or a folder of diffusers.
+        blocks: blocks to read, as `block_info` counts them, or names of modules of a network of diffusers: one per
+            stride, each stride twice the next.
         timestep: of the schedule, from 0: the noise level that images are brought to.
         frozen: the UNet stays as it is, in evaluation mode and without gradients; else it is fine-tuned.
         label: the class that a UNet with classes is told; by default none, if it has learned that.
+        prompt: what a network that attends to words is told: a .safetensors file with `prompt_embeds`, or a text, for
+            which transformers must be installed; by default zeros.
+        keep_weights: the detector's file holds the frozen weights too, instead of naming where they lie; by default it
+            holds those of our own files, and not those of diffusers' folders.
 
     Raises:
-        FileNotFoundError, ValueError: as the reader, or strides that are no pyramid's.
+        FileNotFoundError, ImportError, ValueError: as the reader, or strides that are no pyramid's.
     """
 
     mean = (0.5, 0.5, 0.5)  # the generator's pixels are -1..1
@@ -36,16 +44,23 @@ class UNetBackbone(Backbone):
     def __init__(
         self,
         unet: str | Path | DiffusionModel | UNet,
-        blocks: Sequence[int],
+        blocks: Sequence[int | str],
         timestep: float = 50,
         frozen: bool = True,
         label: int | None = None,
+        prompt: str | Path | None = None,
+        keep_weights: bool | None = None,
     ):
         super().__init__()
-        ordered = sorted(blocks, reverse=True)
-        self.reader = ActivationReader(unet, ordered, [timestep], label)
-        generator = self.reader.generator
-        self.record(unet=generator, blocks=ordered)
+        generator = load_generator(
+            unet, prompt=prompt, keep_weights=keep_weights, named_blocks=any(isinstance(b, str) for b in blocks)
+        )
+        if not frozen:
+            generator.network.keep_weights()  # they will be others
+        strides = [info.stride for info in generator.info_of(blocks)]
+        ordered = [block for _, block in sorted(zip(strides, blocks, strict=True), key=lambda pair: pair[0])]
+        self.reader = ActivationReader(generator, ordered, [timestep], label)
+        self.record(unet=generator, blocks=ordered, prompt=None)
         self.info = self.reader.info
         if self.strides != [self.strides[0] * 2**level for level in range(len(ordered))]:
             raise ValueError(
@@ -55,9 +70,12 @@ class UNetBackbone(Backbone):
         self.multiple = self.reader.multiple
         self.frozen = frozen
         # The residual stream grows from block to block, and nothing has normalised it yet.
-        self.norms = nn.ModuleList(nn.GroupNorm(NORM_GROUPS, channels) for channels in self.channels)
-        for module in [generator] if frozen else self.reader.unused():
-            module.requires_grad_(False)
+        self.norms = nn.ModuleList(
+            nn.GroupNorm(math.gcd(NORM_GROUPS, channels), channels) for channels in self.channels
+        )
+        generator.space.requires_grad_(False)
+        for parameter in generator.parameters() if frozen else self.reader.unused():
+            parameter.requires_grad_(False)
         self.train()
 
     def layers(self, stages: bool = False) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from diffperception.models.condition import Condition
 from diffperception.models.convert import adm
+from diffperception.models.feature_info import FeatureInfo, strides_in_words
 from diffperception.models.ops.normalization import group_norm
 from diffperception.models.unet.blocks import NORM_GROUPS, zeroed
 from diffperception.models.unet.encoder import Encoder, Layers, Resampling, require_positive
@@ -123,25 +125,50 @@ class UNet(Encoder):
         return self.out_conv(group_norm(self.out_norm, h, activate=True)).contiguous()
 
     def activations(
-        self, x: Tensor, t: Tensor, blocks: Sequence[int], condition: Condition | None = None
+        self, x: Tensor, t: Tensor, blocks: Sequence[int | str], condition: Condition | None = None
     ) -> list[Tensor]:
         """What decoder blocks give, (B, channels, H / stride, W / stride) each; later ones are not computed.
 
         Args:
             x, t, condition: as for :meth:`forward`, as are the errors.
-            blocks: indices among :attr:`block_info`, in the order wanted; ValueError for one that does not exist.
+            blocks: indices or names among :attr:`block_info`, in the order wanted; ValueError for one that does not
+                exist.
         """
-        missing = [i for i in blocks if i not in range(len(self.block_info))]
+        numbers = self._numbers(blocks)
+        missing = [i for i in numbers if i not in range(len(self.block_info))]
         if missing or not blocks:
             raise ValueError(f"Name decoder blocks among 0 to {len(self.block_info) - 1}, not {missing or 'none'}.")
-        outputs = islice(self._decoder_outputs(x, t, condition), max(blocks) + 1)
-        wanted = {i: h for i, h in enumerate(outputs) if i in blocks}
-        return [wanted[i] for i in blocks]
+        outputs = islice(self._decoder_outputs(x, t, condition), max(numbers) + 1)
+        wanted = {i: h for i, h in enumerate(outputs) if i in numbers}
+        return [wanted[i] for i in numbers]
+
+    def info_of(self, blocks: Sequence[int | str], condition: Condition | None = None) -> list[FeatureInfo]:
+        """What :meth:`activations` gives of these blocks; ValueError for one that does not exist."""
+        numbers = self._numbers(blocks)
+        unknown = [number for number in numbers if number not in range(len(self.block_info))]
+        if unknown or not blocks:
+            choice = strides_in_words(self.block_info)
+            raise ValueError(f"this UNet has no decoder blocks {unknown or list(blocks)}; it has {choice}")
+        return [self.block_info[number] for number in numbers]
+
+    def _numbers(self, blocks: Sequence[int | str]) -> list[Any]:
+        """The indices of blocks, where they are named; names of none as they are."""
+        names = [info.name for info in self.block_info]
+        return [names.index(block) if block in names else block for block in blocks]
+
+    def attention_blocks(self, blocks: Sequence[int | str]) -> list[str]:
+        """ValueError: there are none, as there are in networks of diffusers that are told words."""
+        raise ValueError("this UNet attends to no words: leave attention out")
+
+    def unused(self, blocks: Sequence[int | str]) -> list[nn.Parameter]:
+        """The parameters that :meth:`activations` of these blocks do not depend on."""
+        later = [*self.decoder[max(self._numbers(blocks)) + 1 :], self.out_norm, self.out_conv]
+        return [parameter for module in later for parameter in module.parameters()]
 
     def _decoder_outputs(self, x: Tensor, t: Tensor, condition: Condition | None) -> Iterator[Tensor]:
         emb = self.embed(x, t)
         if condition is not None:
-            if condition.tokens is not None or condition.maps is not None:
+            if any(slot is not None for slot in (condition.tokens, condition.labels, condition.maps)):
                 raise ValueError("This UNet is told a condition's vector alone: it has no layers for tokens or maps.")
             emb = emb if condition.vector is None else emb + condition.vector
         emb = F.silu(emb)

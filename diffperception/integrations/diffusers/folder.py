@@ -1,0 +1,208 @@
+"""A folder that diffusers wrote, as a generator: its network, its autoencoder and its path, by component."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from diffperception.files import read_json
+from diffperception.integrations import require_installed
+from diffperception.integrations.diffusers.families import FAMILIES, Family
+from diffperception.integrations.diffusers.latents import Latents
+from diffperception.integrations.diffusers.network import DiffusersNetwork
+from diffperception.integrations.diffusers.prompt import WORDS, Prompt
+from diffperception.integrations.diffusers.weights import plain, read_config
+from diffperception.models import DiffusionModel, Pixels, Space, UNet
+from diffperception.models.base import Model, leave_weights, undrawn
+from diffperception.models.convert.checkpoints import assign
+
+NETWORKS = ("unet", "transformer", "image_unet")  # components of pipelines, the first that there is
+AUTOENCODER_PARTS = ("vae", "vqvae", "movq")
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+NAMED = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+CELLS = 64  # of the side of the images that a network learned from, where its config does not say
+PIXELS = 8  # that a cell is wide in all large models of several kilobytes of images
+
+
+def read_folder(folder: Path) -> DiffusionModel:
+    """The generator in a folder of diffusers; its files leave the weights where they are.
+
+    Args:
+        folder: a pipeline's, of which the network is taken (unet, transformer, image_unet), the autoencoder (vae,
+            vqvae, movq) if there is one, and the scheduler; or a network's own, with the others beside it. Pipelines
+            themselves, which are programs, are never made.
+
+    Raises:
+        FileNotFoundError: a component or its weights are not there.
+        ImportError: diffusers is not installed.
+        ValueError: another folder; a network or path that we do not run; components that do not fit each other.
+    """
+    require_installed("diffusers", f"the network in {folder}", "pip install diffusers")
+    root, part = locate(folder)
+    config = read_config(root / part)
+    architecture = architecture_of(config, root / part)
+    space = read_space(root, architecture, config)
+    pixels = PIXELS if isinstance(space, Pixels) and FAMILIES[architecture].latent else space.stride
+    with undrawn():
+        network = DiffusersNetwork(architecture, plain(config), pixels)
+    _require_channels(network, space, root / part)
+    bring(network, root, part)
+    inside, outside = network.in_channels, network.out_channels
+    labels = class_names(root, network.num_labels)
+    prompt = Prompt(
+        labels or None,
+        network.has_null_label,
+        None if network.word_width is None else [WORDS, network.word_width],
+        network.vector_width,
+        home=str(root.absolute()),
+    )
+    told = labels or network.word_width or network.vector_width
+    return DiffusionModel(
+        labels or None,
+        cast(UNet, network),
+        prompt if told else None,
+        space,
+        learned_range=outside == 2 * inside,
+        image_size=_image_size(network, config),
+        **read_path(root, FAMILIES[architecture]),
+    ).eval()
+
+
+def locate(folder: Path) -> tuple[Path, str]:
+    """The folder of a pipeline and the component in it that is the network; ValueError if there is none.
+
+    A component's own folder lies in that of a pipeline if others do.
+    """
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        beside = folder.absolute().parent
+        others = ("model_index.json", "scheduler", *AUTOENCODER_PARTS)
+        is_part = any((beside / name).exists() for name in others)
+        return (beside, folder.absolute().name) if is_part else (folder, "")
+    for part in NETWORKS:
+        if (folder / part / "config.json").is_file():
+            return folder, part
+    found = sorted(path.name for path in folder.iterdir())
+    there = f"it holds {', '.join(found[:6])}" if found else "it is empty"
+    raise ValueError(
+        f"{folder} is no folder of diffusers with a network ({', '.join(NETWORKS)}, or a config.json of one): {there};"
+        " name such a folder, or the file of a generator"
+    )
+
+
+def architecture_of(config: Mapping[str, Any], folder: Path) -> str:
+    """The class of a network; ValueError for one that we do not run."""
+    name = str(config["_class_name"])
+    if name == "Transformer2DModel":  # what DiT and PixArt were once called
+        by_norm = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+        name = by_norm.get(str(config.get("norm_type")), name)
+    if name not in FAMILIES:
+        raise ValueError(f"{folder} holds a {name}, which is not run here: that is {', '.join(FAMILIES)}")
+    return name
+
+
+def read_space(root: Path, architecture: str, config: Mapping[str, Any]) -> Space:
+    """The autoencoder beside a network, else pixels; FileNotFoundError where an autoencoder is needed and absent."""
+    for part in AUTOENCODER_PARTS:
+        if (root / part / "config.json").is_file():
+            about = read_config(root / part)
+            with undrawn():
+                space = Latents(str(about["_class_name"]), plain(about))
+            bring(space, root, part)
+            return space
+    channels = config.get("in_channels")
+    if FAMILIES[architecture].latent or channels not in (1, 3):
+        raise FileNotFoundError(
+            f"the {architecture} in {root} sees latents of {channels} channels, and there is no vae beside it: name the"
+            " folder of the whole pipeline, or put its vae folder there"
+        )
+    return Pixels(channels)
+
+
+def bring(model: Model, root: Path, part: str) -> None:
+    """Give a model the weights of a component, which its files then leave out."""
+    state = model.weights_at(root, part)
+    assign(model, state, f"{root / part} does not fit its config.json")
+    leave_weights(model, root, part)
+
+
+def read_path(root: Path, family: Family) -> dict[str, Any]:
+    """Arguments of a :class:`DiffusionModel` for the path that a scheduler says, else the family's own.
+
+    The times are those that the network is told; which of them a sampler takes does not matter here, nor does the
+    `shift` of flow matching, which only moves these.
+
+    Raises:
+        ValueError: a path that we do not have.
+    """
+    files = [root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json"]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        is_flow = family.schedule["schedule"] == "flow"
+        return {**family.schedule, "prediction": "flow" if is_flow else "eps"}
+    config = read_json(file)
+    name = str(config.get("_class_name"))
+    prediction = PREDICTIONS.get(config.get("prediction_type", "epsilon"))
+    if "FlowMatch" in name or config.get("use_flow_sigmas") or prediction == "flow":
+        return {"schedule": "flow", "prediction": "flow"}
+    kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    if prediction and kind in NAMED and not (config.get("trained_betas") or config.get("rescale_betas_zero_snr")):
+        bounds = {n: config[n] for n in ("beta_start", "beta_end") if kind != "squaredcos_cap_v2" and n in config}
+        return {"schedule": NAMED[kind], "num_timesteps": steps, "prediction": prediction, **bounds}
+    betas = betas_of(config)
+    if betas is None or prediction is None:
+        raise ValueError(
+            f"{file} describes a path that is not known here ({name}, beta_schedule {config.get('beta_schedule')},"
+            f" prediction_type {config.get('prediction_type')})"
+        )
+    return {"schedule": "betas", "betas": betas, "num_timesteps": len(betas), "prediction": prediction}
+
+
+def betas_of(config: Mapping[str, Any]) -> list[float] | None:
+    """The variances that a scheduler's config says are added at each step; None for a path of another kind."""
+    kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if config.get("trained_betas") is not None:
+        betas = np.array(config["trained_betas"], dtype=np.float64)
+    elif kind == "linear":
+        betas = np.linspace(start, end, steps)
+    elif kind == "scaled_linear":
+        betas = np.linspace(start**0.5, end**0.5, steps) ** 2
+    elif kind == "squaredcos_cap_v2":  # Improved DDPM (arXiv 2102.09672, eq. 17)
+        bars = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - bars[1:] / bars[:-1], 0.999)
+    elif kind == "sigmoid":  # GeoDiff's
+        betas = 1 / (1 + np.exp(-np.linspace(-6, 6, steps))) * (end - start) + start
+    else:
+        return None
+    if config.get("rescale_betas_zero_snr"):  # arXiv 2305.08891, algorithm 1; its last beta, 1, is all but that here
+        roots = np.sqrt(np.cumprod(1 - betas))
+        bars = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+        betas = 1 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+        betas = np.minimum(betas, 1 - 1e-9)
+    return [float(beta) for beta in betas]
+
+
+def class_names(root: Path, count: int) -> list[str]:
+    """Names of a network's classes, by the pipeline's index if it has some; else their numbers."""
+    index = root / "model_index.json"
+    named = read_json(index).get("id2label") if index.is_file() else None
+    return [str((named or {}).get(str(label), label)) for label in range(count)]
+
+
+def _require_channels(network: DiffusersNetwork, space: Space, folder: Path) -> None:
+    """ValueError where a network sees more than what its space makes of an image."""
+    inside, outside = network.in_channels, network.out_channels
+    if inside != space.channels or outside not in (inside, 2 * inside):
+        raise ValueError(
+            f"the network in {folder} takes {inside} channels and gives {outside}, but of an image there are"
+            f" {space.channels}: networks that fill in, enlarge or edit images see more, and are not run here"
+        )
+
+
+def _image_size(network: DiffusersNetwork, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the images that a network learned from, in whole multiples."""
+    size = config.get("sample_size") or CELLS
+    sides = [size, size] if isinstance(size, int) else size
+    height, width = (-(-side // network.stride) * network.stride * network.pixels for side in sides)
+    return height, width

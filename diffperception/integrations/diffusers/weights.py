@@ -1,0 +1,68 @@
+"""Reading the components of a folder of diffusers: json and safetensors, and never a pipeline or code."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffperception.files import read_json
+from diffperception.integrations.diffusers.families import class_of
+from diffperception.models.base import undrawn
+
+STEM = "diffusion_pytorch_model"  # how diffusers names files of weights
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as JSON has it, without the library's own notes, which name paths and versions."""
+    kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.loads(json.dumps(kept))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A component's config.json; ValueError if it does not say which class it is of."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise ValueError(f"{folder / 'config.json'} names no class of diffusers (_class_name): name another folder")
+    return config
+
+
+def read_component(folder: Path, architecture: str, prefix: str = "") -> dict[str, Tensor]:
+    """The weights of a component by name, with a prefix, as diffusers reads them: old names become today's.
+
+    Raises:
+        FileNotFoundError: there are none in the folder.
+        ValueError: they do not fit the architecture, or are damaged, or a pickle that holds more than weights.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [
+        m for name in names if (m := re.fullmatch(rf"{STEM}(?:\.(\w+))?\.(safetensors|bin)(\.index\.json)?", name))
+    ]
+    whole = [m for m in found if not re.search(r"-\d+-of-", m[0])]
+    if not whole:
+        there = f"only {', '.join(sorted(names)[:4])}" if names else "nothing"
+        raise FileNotFoundError(f"{folder} holds no weights of diffusers ({STEM}.safetensors), {there}: fetch them too")
+    # Safetensors before pickles, all of the precision before parts of it.
+    chosen = min(whole, key=lambda m: (m[2] != "safetensors", m[1] is not None, m[0]))
+    safe, variant = chosen[2] == "safetensors", chosen[1]
+    try:
+        with undrawn():
+            model, about = class_of(architecture).from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=safe,  # where false, diffusers reads with torch's weights_only
+                variant=variant,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"diffusers does not read the weights in {folder} ({reason}): fetch them again") from None
+    if wrong := [*about["missing_keys"], *about["unexpected_keys"]]:
+        raise ValueError(
+            f"{folder / chosen[0]} does not fit its config.json: {len(wrong)} names are missing or left over"
+            f" ({', '.join(map(str, wrong[:3]))}): fetch both again"
+        )
+    return {f"{prefix}{name}": value for name, value in model.state_dict().items()}
