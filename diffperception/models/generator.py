@@ -31,6 +31,8 @@ from diffperception.models.space import Pixels, Space
 from diffperception.models.unet.encoder import both_sides
 from diffperception.models.unet.unet import UNet
 
+CODECS = ("vae", "vqvae", "movq")  # components of diffusers' pipelines whose networks do not see pixels
+
 
 class DiffusionModel(Model):
     """The only door to a denoising network: all that training, sampling and reading activations need to know.
@@ -287,7 +289,7 @@ def load_generator(
             :meth:`diffperception.integrations.diffusers.prompt.Prompt.told`; by default nothing.
         keep_weights: whether files of models that hold this generator hold its weights too, or name the file or folder
             that they were read from; by default they hold what our own networks are, and not what diffusers runs.
-        named_blocks: blocks will be named by diffusers' modules: it runs its networks itself, those too that ours can be.
+        named_blocks: blocks will be named by diffusers' modules: it runs its network itself even where ours could.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as :meth:`Model.load`; a folder that diffusers did not write, or
@@ -321,8 +323,9 @@ def _of_folder(folder: Path, as_theirs: bool) -> DiffusionModel:
     Plug-ins are imported by name: they are optional, and may import everything.
     """
     require_not_named_by_a_file(folder)
-    if not as_theirs:
-        with suppress(ValueError):  # another network, or options that ours lacks
+    latent = any((place / part).is_dir() for place in (folder, folder.absolute().parent) for part in CODECS)
+    if not (as_theirs or latent):
+        with suppress(ValueError, FileNotFoundError):  # another network, or options that ours lacks
             return importlib.import_module("diffperception.models.convert.diffusers").generator_from_folder(folder)
     return importlib.import_module("diffperception.integrations.diffusers.folder").read_folder(folder)
 

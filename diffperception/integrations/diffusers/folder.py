@@ -16,13 +16,13 @@ from diffperception.integrations.diffusers.weights import plain, read_config
 from diffperception.models import DiffusionModel, Pixels, Space, UNet
 from diffperception.models.base import Model, leave_weights, undrawn
 from diffperception.models.convert.checkpoints import assign
+from diffperception.models.generator import CODECS
 
 NETWORKS = ("unet", "transformer", "image_unet")  # components of pipelines, the first that there is
-AUTOENCODER_PARTS = ("vae", "vqvae", "movq")
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 NAMED = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 CELLS = 64  # of the side of the images that a network learned from, where its config does not say
-PIXELS = 8  # that a cell is wide in all large models of several kilobytes of images
+PIXELS = 8  # that a cell of latents is wide where no autoencoder says so
 
 
 def read_folder(folder: Path) -> DiffusionModel:
@@ -76,7 +76,7 @@ def locate(folder: Path) -> tuple[Path, str]:
     """
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         beside = folder.absolute().parent
-        others = ("model_index.json", "scheduler", *AUTOENCODER_PARTS)
+        others = ("model_index.json", "scheduler", *CODECS)
         is_part = any((beside / name).exists() for name in others)
         return (beside, folder.absolute().name) if is_part else (folder, "")
     for part in NETWORKS:
@@ -103,7 +103,7 @@ def architecture_of(config: Mapping[str, Any], folder: Path) -> str:
 
 def read_space(root: Path, architecture: str, config: Mapping[str, Any]) -> Space:
     """The autoencoder beside a network, else pixels; FileNotFoundError where an autoencoder is needed and absent."""
-    for part in AUTOENCODER_PARTS:
+    for part in CODECS:
         if (root / part / "config.json").is_file():
             about = read_config(root / part)
             with undrawn():
