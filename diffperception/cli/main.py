@@ -101,13 +101,13 @@ def dispatch(name: str, arguments: Sequence[str]) -> int:
         return 0 if stopped is None else 128 + stopped
     from diffperception.configuration.inheritance import given, spread_files
     from diffperception.configuration.parser import Options, call
-    from diffperception.models.base import trusting
+    from diffperception.models.base import trusting, weights_lie_in
 
     spread = spread_files(arguments)
     by_kind = functions(name)
     kind = find_task(name, spread) or find_kind(spread, by_kind)
     if kind is not None:
-        with trusting(given(spread, "trust")):
+        with trusting(given(spread, "trust")), weights_lie_in(given(spread, "weights")):
             return call(by_kind[kind], arguments, name)
     if not {"--help", "-h"} & set(arguments):
         models = [kind for kind in by_kind if kind in MODELS]

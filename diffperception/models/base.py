@@ -42,7 +42,7 @@ class Origin:
     Args:
         place: the file or folder that they were read from.
         part: the component of a folder, such as its unet.
-        weights: their :func:`digest`.
+        weights: their :func:`weights_digest`.
     """
 
     place: str
@@ -258,10 +258,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str])
 
 def fingerprint(model: Model) -> dict[str, Any]:
     """What a model's results depend on, as JSON has it: class, arguments, and a number of the weights."""
-    return {**describe(model), "weights": digest(model.state_dict())}
+    return {**describe(model), "weights": weights_digest(model.state_dict())}
 
 
-def digest(state: Mapping[str, Tensor]) -> str:
+def weights_digest(state: Mapping[str, Tensor]) -> str:
     """A number of weights and their names, in this order, whatever their type and device."""
     weights = hashlib.sha256()
     for name, value in state.items():
@@ -327,7 +327,7 @@ def bring_weights(model: Model, origin: Origin, path: Path) -> None:
             f"{path} leaves out the frozen weights of its {name}, and there is no {missing}: {ways}"
         )
     state = model.weights_at(there[0], origin.part)
-    if digest(dict(sorted(state.items()))) != origin.weights:
+    if weights_digest(dict(sorted(state.items()))) != origin.weights:
         raise ValueError(
             f"{path} was made with the frozen weights of a {name} that lay in {known}, but {there[0]} holds others:"
             f" {ways}"
@@ -338,7 +338,7 @@ def bring_weights(model: Model, origin: Origin, path: Path) -> None:
 
 def leave_weights(model: Model, place: Path, part: str = "") -> None:
     """Have files leave out the weights of a model, which were read there."""
-    weights = digest(dict(sorted(model.state_dict().items())))
+    weights = weights_digest(dict(sorted(model.state_dict().items())))
     model.origin = Origin(str(place.absolute()), part, weights)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffperception.data.masks import IGNORE_INDEX
 from diffperception.models import UNet
@@ -10,8 +10,21 @@ from diffperception.segmentation.maps import pad
 
 
 def segmentation_unet(unet: UNet, num_classes: int) -> UNet:
-    """A new UNet like a generator's, with random weights, that gives a logit for each of K classes."""
-    return UNet(**unet.arguments | {"out_channels": num_classes}).to(unet.device)
+    """A new UNet like a generator's, with random weights, that gives a logit for each of K classes.
+
+    ValueError for a network of diffusers.
+    """
+    return UNet(**own_unet(unet).arguments | {"out_channels": num_classes}).to(unet.device)
+
+
+def own_unet(network: nn.Module) -> UNet:
+    """The network, if it is a UNet of ours, which others can be made like; ValueError for those that diffusers runs."""
+    if not isinstance(network, UNet):
+        raise ValueError(
+            "a UNet from scratch is made like a generator's own UNet, and the network of this one is diffusers': name"
+            " another generator, or compare without the method scratch"
+        )
+    return network
 
 
 @torch.no_grad()

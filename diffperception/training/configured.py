@@ -11,7 +11,7 @@ import yaml
 
 from diffperception.configuration.inheritance import given, spread_files
 from diffperception.configuration.parser import Options, summary
-from diffperception.models.base import trusting
+from diffperception.models.base import trusting, weights_lie_in
 from diffperception.training.folder import FILES
 from diffperception.training.options import RunOptions
 from diffperception.training.recipe import Recipe
@@ -60,7 +60,7 @@ def train_by_arguments(arguments: Sequence[str], require_output: bool = False) -
     parsed = options.parse(arguments)
     if require_output and parsed.output is None:
         raise ValueError("give --output, the folder for everything that the run writes")
-    with trusting(parsed.trust):
+    with trusting(parsed.trust), weights_lie_in(parsed.weights):
         recipe, of_run = options.instantiate(parsed)
         return run(options.parts[0](**recipe), RunOptions(**of_run), options.settings(parsed))
 

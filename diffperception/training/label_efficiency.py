@@ -24,7 +24,7 @@ from diffperception.files import OutputFolder, digest, safe_path, write_json, wr
 from diffperception.models import DiffusionModel, UNet
 from diffperception.models.base import describe
 from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, MeanIoU, PixelSegmenter, RGBFeatures
-from diffperception.segmentation.baseline import predict_labels
+from diffperception.segmentation.baseline import own_unet, predict_labels
 from diffperception.segmentation.feature_cache import CachedFeatures, in_bytes, parse_bytes, settings_of, stored_bytes
 from diffperception.table import format_table
 from diffperception.training.options import TrainerOptions
@@ -173,7 +173,7 @@ def compare_label_efficiency(
     if not (labels and methods):
         raise ValueError("name at least one number of labelled images in labels, and one of the methods")
     if "scratch" in methods:
-        features.generator.network.check_size(baseline.crop, baseline.crop)
+        own_unet(features.generator.network).check_size(baseline.crop, baseline.crop)
     trainer = TrainerOptions(
         accelerator={"cuda": "gpu"}.get(place.type, place.type),
         devices=1 if place.index is None else [place.index],
@@ -253,10 +253,11 @@ def images_to_learn_from(data: MaskDataOptions, count: int, seeds: Iterable[int]
 
 
 def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
-    """The same features of a UNet with random weights."""
+    """The same features of such a network with random weights."""
     torch.manual_seed(0)
     generator = features.generator
-    model = DiffusionModel(**generator.arguments | {"network": UNet(**generator.network.arguments)})
+    network = type(generator.network)(**generator.network.arguments)
+    model = DiffusionModel(**generator.arguments | {"network": network})
     return DiffusionFeatures(**features.arguments | {"generator": model}).to(features.device)
 
 

@@ -49,7 +49,7 @@ def read_folder(folder: Path) -> DiffusionModel:
     _require_channels(network, space, root / part)
     bring(network, root, part)
     inside, outside = network.in_channels, network.out_channels
-    labels = class_names(root, network.num_labels)
+    labels = labels_of_pipeline(root, network.num_labels)
     prompt = Prompt(
         labels or None,
         network.has_null_label,
@@ -183,7 +183,7 @@ def betas_of(config: Mapping[str, Any]) -> list[float] | None:
     return [float(beta) for beta in betas]
 
 
-def class_names(root: Path, count: int) -> list[str]:
+def labels_of_pipeline(root: Path, count: int) -> list[str]:
     """Names of a network's classes, by the pipeline's index if it has some; else their numbers."""
     index = root / "model_index.json"
     named = read_json(index).get("id2label") if index.is_file() else None

@@ -57,8 +57,8 @@ class UNetBackbone(Backbone):
         )
         if not frozen:
             generator.network.keep_weights()  # they will be others
-        strides = [info.stride for info in generator.info_of(blocks)]
-        ordered = [block for _, block in sorted(zip(strides, blocks, strict=True), key=lambda pair: pair[0])]
+        infos = reversed(list(zip(generator.info_of(blocks), blocks, strict=True)))
+        ordered = [block for _, block in sorted(infos, key=lambda pair: pair[0].stride)]
         self.reader = ActivationReader(generator, ordered, [timestep], label)
         self.record(unet=generator, blocks=ordered, prompt=None)
         self.info = self.reader.info
