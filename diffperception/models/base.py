@@ -426,7 +426,9 @@ def _resolve(name: str, path: str | Path, allow: tuple[str, ...]) -> type:
         )
     try:
         found = functools.reduce(getattr, attribute.split("."), cast(Any, importlib.import_module(module)))
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError) as error:
+        if isinstance(error, ImportError) and error.name and error.name.split(".")[0] != package:  # a neighbour
+            raise ValueError(f"{path} names {name}, which cannot be imported: {error}") from None
         raise ValueError(f"{path} names {name}, which there is not in this version") from None
     own = isinstance(found, type) and class_name(found) == name
     if own and (issubclass(found, Model) or dataclasses.is_dataclass(found)):

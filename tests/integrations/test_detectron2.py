@@ -778,3 +778,63 @@ def test_our_yacs_configuration_is_accepted() -> None:
     assert model.detector.classes[:2] == ["person", "bicycle"]
     assert len(model.detector.classes) == 80
     assert type(build_optimizer(cfg, model)).__name__ == "ClippedAdamW"
+
+
+def newer_backbones() -> dict[str, Any]:
+    """Those that detectron2 has had since release 0.6, each with the FPN parameters that our detector adds to it."""
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    vit = partial(modeling.ViT, img_size=128, patch_size=16, embed_dim=64, depth=2, num_heads=2, drop_path_rate=0.0)
+    vit = partial(vit, window_size=4, mlp_ratio=2, norm_layer=norm, window_block_indexes=[0], use_rel_pos=True)
+    simple = partial(modeling.SimpleFeaturePyramid, in_feature="last_feat", out_channels=32, norm="LN", square_pad=128)
+    simple = partial(simple, scale_factors=(4.0, 2.0, 1.0, 0.5), top_block=LastLevelMaxPool())
+    swin = partial(modeling.SwinTransformer, embed_dim=24, depths=[2, 2, 2, 2], num_heads=[2, 2, 2, 2], window_size=4)
+    swin = partial(swin, out_indices=(0, 1, 2, 3))
+    scales = ("scale2", "scale3", "scale4", "scale5")
+    mvit = partial(modeling.MViT, embed_dim=24, depth=6, num_heads=1, last_block_indexes=(0, 2, 3, 5), norm_layer=norm)
+    mvit = partial(mvit, residual_pooling=True, drop_path_rate=0.0, out_features=scales)
+    return {
+        "ResNet": resnet,
+        "ResNet with FPN": pyramid,
+        "ViTDet": lambda: simple(vit(out_feature="last_feat")),
+        "ViT": lambda: vit(out_feature="last_feat"),
+        "Swin": swin,
+        "Swin with FPN": lambda: FPN(swin(), ["p0", "p1", "p2", "p3"], 32),
+        "MViT with FPN": lambda: FPN(mvit(), scales, 32),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(modeling, "ViT"), reason="this detectron2 is release 0.6: it has neither ViT nor Swin")
+@pytest.mark.parametrize(
+    "kind", ["ResNet", "ResNet with FPN", "ViTDet", "ViT", "Swin", "Swin with FPN", "MViT with FPN"]
+)
+def test_newer_backbones_learn_under_our_head(kind: str) -> None:
+    torch.manual_seed(0)
+    backbone = newer_backbones()[kind]()
+    detector = detector_on(backbone)
+    assert_learns(detector)
+    alone = parameters_of(backbone) + parameters_of(detector.head)
+    has_pyramid = "FPN" in kind or kind == "ViTDet"
+    assert (parameters_of(detector) == alone) == has_pyramid
+
+
+def test_the_pages_program_runs(annotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is on the page for people to change its folder; here it takes two steps."""
+    page = (CONFIGS.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    program = page.split("\n## detectron2\n")[1].split("```python\n")[1].split("```")[0]
+    for before, after in {'DATA = "data/shapes"': f"DATA = {str(tmp_path)!r}", "STEPS = 300": "STEPS = 2"}.items():
+        assert program.count(before) == 1
+        program = program.replace(before, after)
+    (tmp_path / "annotations").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / part).symlink_to(annotations.parent)
+        (tmp_path / "annotations" / f"instances_{part}.json").symlink_to(annotations)
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(compile(program, "integrations.md", "exec"), {"__name__": "__main__"})
+    finally:
+        for part in ("train", "val"):
+            DatasetCatalog.remove(f"my_{part}")
+            MetadataCatalog.remove(f"my_{part}")
+    assert Image.open("output/found.png").size[0] >= 60
+    assert Detector.load("output/detector.safetensors").classes == ["disc", "square", "ring"]
