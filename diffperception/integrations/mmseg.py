@@ -307,9 +307,10 @@ class PixelEnsembleHead(BaseDecodeHead):
             in_index=list(range(len(in_channels)) if in_index is None else in_index),
             input_transform="multiple_select",
             ignore_index=ignore_index,
+            loss_decode={"type": "CrossEntropyLoss", "avg_non_ignore": True},
             init_cfg=init_cfg,
         )
-        del self.conv_seg  # what other heads end with
+        del self.conv_seg, self.loss_decode  # what other heads end with
         if len(strides) != len(in_channels):
             raise ValueError(f"there are strides of {len(strides)} maps and channels of {len(in_channels)}")
         if pixels < 2:

@@ -1,6 +1,8 @@
 """mmsegmentation trains, tests and uses our features and classifiers, and we train on its data sets."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
+from diffperception.data import ShapesSettings, write_shapes
 from diffperception.data.images import to_float
 from diffperception.integrations.mmseg import (
     DiffusionBackbone,
@@ -499,3 +502,68 @@ def test_the_pages_program_runs(data: Path, file: Path, tmp_path: Path, monkeypa
     assert 0 <= heads <= 100
     assert fitted > 10  # of 20 minibatches, and of three classes of seven
     assert PixelSegmenter.load("runs/mmseg/segmenter.safetensors").classes == CLASSES
+
+
+# The official packages
+
+
+OFFICIAL = ["mmengine==0.10.7", "mmcv-lite==2.1.0", "mmsegmentation==1.2.2"]
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python that has the official packages, and for all others those of this environment."""
+    folder = tmp_path_factory.mktemp("official")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
+    (folder / "constraints.txt").write_text("setuptools<81")
+    command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *OFFICIAL]
+    environment = os.environ | {"PIP_CONSTRAINT": str(folder / "constraints.txt")}
+    if subprocess.run(command, env=environment, capture_output=True).returncode:
+        pytest.skip("the official packages cannot be installed here")
+    return folder / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_the_official_packages_pass_these_tests_too(official: Path) -> None:
+    command = [official, "-m", "pytest", "-p", "tests.integrations.uncompiled_mmcv", "-m", "not slow", "-n0", __file__]
+    environment = os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout
+    version = "import mmseg; print(mmseg.__version__)"
+    assert subprocess.run([official, "-c", version], capture_output=True, text=True).stdout == "1.2.2\n"
+
+
+@pytest.mark.slow
+def test_an_mmcv_without_operators_is_said_to_be(official: Path) -> None:
+    command = [official, "-c", "import diffperception.integrations.mmseg"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("ImportError: this mmsegmentation needs mmcv with its compiled operators")
+    assert "`pip install onedl-mmcv" in said
+
+
+# Both ways of training
+
+
+@pytest.mark.slow
+def test_a_runner_trains_the_ensemble_as_well_as_fit_does(file: Path, tmp_path: Path) -> None:
+    """Of six kinds of shapes and what is behind them, from forty masks, without crops or flips."""
+    write_shapes(tmp_path / "shapes", ShapesSettings(40, 20, min_side=40, max_side=40, max_objects=3, min_size=18))
+    cfg = prepared("ensemble", tmp_path / "shapes", file, tmp_path / "run")
+    cfg.train_cfg.update(max_iters=300, val_interval=300)
+    cfg.param_scheduler = None
+    cfg.train_dataloader.update(batch_size=8)
+    cfg.train_dataloader.dataset.pipeline = [LOAD, MASKS, PACK]
+    cfg.model.decode_head.members = 4
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    learned = runner.test()["mIoU"]
+    samples, val = (labelled(loader.dataset) for loader in (cfg.train_dataloader, cfg.val_dataloader))
+    options = FitOptions(max_minibatches=300)
+    segmenter = fit_segmenter(runner.model.backbone.features, samples, CLASSES, 4, options, trainer=CPU)
+    fitted = 100 * evaluate_segmenter(segmenter, val, workers=0)["miou"]
+    assert min(learned, fitted) > 15  # background alone would be 11
+    assert learned == pytest.approx(fitted, abs=2)

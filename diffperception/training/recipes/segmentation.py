@@ -398,13 +398,9 @@ def fit_ensemble(
         classes: names of 0..K-1, for messages.
         trainer: what it is trained on; by default on an accelerator, if there is one.
     """
-    options = options or FitOptions()
     classes = classes or [str(label) for label in range(num_classes)]
     model = PixelSegmenter(features, PixelEnsemble(features.channels, num_classes, members), classes)
-    module = EnsembleModule(model, features, images, masks, options, seed, names)
-    if module.notes:
-        warnings.warn(module.notes, stacklevel=2)
-    fit_quietly(module, PixelBatches(module.num_pixels, members, options, seed), trainer)
+    _fit(model, features, images, masks, options or FitOptions(), names, seed, trainer)
     return model.classifier
 
 
@@ -420,7 +416,7 @@ def fit_segmenter(
 ) -> PixelSegmenter:
     """A segmenter trained on samples that are an image and its mask, each fetched once and kept in memory.
 
-    So a data set may draw crops at random; the network passes each image once. See :func:`fit_ensemble`.
+    So a data set may draw crops at random, and the network passes each image once. See :func:`fit_ensemble`.
 
     Args:
         features: the extractor.
@@ -429,5 +425,22 @@ def fit_segmenter(
     """
     pairs = [samples[index] for index in range(len(samples))]  # type: ignore[arg-type]
     images, masks = LazyMap(to_float, [image for image, _ in pairs]), [mask for _, mask in pairs]
-    ensemble = fit_ensemble(features, images, masks, len(classes), members, options, names, classes, seed, trainer)
-    return PixelSegmenter(features, ensemble, classes)
+    model = PixelSegmenter(features, PixelEnsemble(features.channels, len(classes), members), classes)
+    _fit(model, features, images, masks, options or FitOptions(), names, seed, trainer)
+    return model
+
+
+def _fit(
+    model: PixelSegmenter,
+    features: FeatureExtractor,
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    options: FitOptions,
+    names: Sequence[str] | None,
+    seed: int,
+    trainer: TrainerOptions | None,
+) -> None:
+    module = EnsembleModule(model, features, images, masks, options, seed, names)
+    if module.notes:
+        warnings.warn(module.notes, stacklevel=3)
+    fit_quietly(module, PixelBatches(module.num_pixels, model.classifier.members, options, seed), trainer)
