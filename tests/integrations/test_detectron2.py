@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor, DefaultTrainer, SimpleTrainer, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
@@ -35,10 +38,13 @@ from detectron2.modeling.backbone import BasicStem
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from fvcore.common.param_scheduler import CosineParamScheduler
 
 from diffperception.data import CocoDetection
 from diffperception.data.shapes import CLASSES as SHAPES
-from diffperception.detection import BoxSampler, Detector, DiffusionDet, DynamicHead
+from diffperception.data.shapes import ShapesSettings
+from diffperception.data.shapes_dataset import write_shapes
+from diffperception.detection import BoxSampler, Detector, DiffusionDet, DynamicHead, SetCriterion, SetWeights
 from diffperception.detection.inference import evaluate_detector
 from diffperception.diffusion.noise import sample_seed
 from diffperception.integrations.detectron2 import (
@@ -52,6 +58,8 @@ from diffperception.integrations.detectron2 import (
     global_clip,
 )
 from diffperception.models import DiffusionModel, UNet, UNetBackbone
+from diffperception.training import train
+from tests.helpers.devices import Device
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detectron2"
 CATEGORIES = {7: "square", 3: "disc", 12: "ring"}  # by id, not in their order
@@ -343,7 +351,7 @@ def do_train(cfg: Any, resume: bool) -> Any:
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
             hooks.EvalHook(cfg.train.eval_period, evaluate),
-            EmaHook(model, 0.9, cfg.train.output_dir),
+            EmaHook(model, 0.997, cfg.train.output_dir),
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
@@ -607,7 +615,10 @@ def test_empty_images_crowded_ones_and_those_without_objects_to_learn(name: str,
     with EventStorage(), pytest.warns(UserWarning, match="5 objects, more than num_boxes=3"):
         losses = model([*inputs((48, 64), objects=0), *inputs((48, 64), objects=5)])
     assert all(value.isfinite() for value in losses.values())
-    assert all(value.isfinite() for value in model(inputs((48, 64), objects=0)).values())
+    losses = model(inputs((48, 64), objects=0))
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()  # without objects too each parameter has a gradient, as several processes need it
+    assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     given = inputs((48, 64))
     del given[0]["instances"]
     with pytest.raises(ValueError, match="annotations="):
@@ -838,3 +849,89 @@ def test_the_pages_program_runs(annotations: Path, tmp_path: Path, monkeypatch: 
             MetadataCatalog.remove(f"my_{part}")
     assert Image.open("output/found.png").size[0] >= 60
     assert Detector.load("output/detector.safetensors").classes == ["disc", "square", "ring"]
+
+
+def test_tensors_stay_on_the_models_device(device: Device) -> None:
+    """What detectron2's mapper gives is on the CPU."""
+    model = device.move(NoiseToBox(detector=detector_on(pyramid()), thing_classes=["b", "a"]))
+    given = inputs((48, 64), (64, 64))
+    ema = EmaHook(model, 0.9)
+    ema.before_step()
+    sum(model(given).values()).backward()
+    ema.after_step()
+    with ema.averaged():
+        found = model.eval()(given)[0]["instances"]
+    assert found.pred_boxes.tensor.device == found.pred_classes.device == device.device
+
+
+def test_a_file_with_a_backbone_of_detectron2_needs_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modeling.build_model(options(name, tmp_path)).detector.save(tmp_path / "detector.safetensors")
+    for module in [module for module in sys.modules if module.startswith("diffperception.integrations.detectron2")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "detectron2", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="needs detectron2, which is not installed: `pip install"):
+        Detector.load(tmp_path / "detector.safetensors")
+
+
+def learned_by_us(folder: Path, iterations: int) -> float:
+    """AP of what our trainer makes of the shapes."""
+    data = {f"{part}_annotations": str(folder / "annotations" / f"instances_{part}.json") for part in ("train", "val")}
+    config = {
+        "base": str(CONFIGS.parent / "detection" / "shapes.yaml"),
+        "data": data | {f"{part}_images": str(folder / part) for part in ("train", "val")},
+        "trainer": {"max_steps": iterations, "precision": "32-true", "logger": "csv", "accelerator": "cpu"},
+        "evaluation": {"every": iterations, "num_images": None, "num_pictures": 0},
+        "output": str(folder / "ours"),
+    }
+    (folder / "ours.yaml").write_text(yaml.safe_dump(config))
+    return train(folder / "ours.yaml").metrics["AP"]
+
+
+def learned_by_detectron2(folder: Path, iterations: int) -> float:
+    """AP of what detectron2's loop makes of the same detector, data, optimiser and schedule."""
+    head = partial(DynamicHead, stages=3, width=64, pool_size=5, pool_samples=1, dynamic_width=32, ffn_width=256)
+    detector = small_detector(
+        classes=list(SHAPES),
+        strides=[4, 8, 16],
+        freeze_norm=False,
+        fpn_norm=True,
+        head=partial(head, num_heads=4, box_layers=1),
+        criterion=L(SetCriterion)(weights=L(SetWeights)(classification=12.0)),
+        sampler=L(BoxSampler)(steps=4),
+        num_boxes=40,
+    )
+    cfg = lazy("shapes_train", L(NoiseToBox)(detector=detector), folder / "theirs")
+    cfg.dataloader.train.mapper.augmentations = [
+        L(T.RandomFlip)(horizontal=True),
+        L(T.RandomFlip)(horizontal=False, vertical=True),
+    ]
+    cfg.dataloader.train.total_batch_size = 8
+    cfg.dataloader.test.dataset.names = "shapes_val"
+    cfg.train.max_iter = iterations
+    cfg.train.eval_period = 0
+    cfg.train.checkpointer.period = iterations
+    cfg.optimizer.lr, cfg.optimizer.weight_decay = 1.5e-3, 0.05
+    cfg.optimizer.params.weight_decay_bias = 0.0
+    cfg.lr_multiplier.scheduler = L(CosineParamScheduler)(start_value=1.0, end_value=0.0)
+    cfg.lr_multiplier.warmup_length = 100 / iterations
+    (folder / "theirs").mkdir()
+    trainer = do_train(cfg, resume=False)
+    trained = trainer.model
+    trained.load_state_dict(torch.load(folder / "theirs" / "model_ema.pth")["model"])
+    return average_precision(trained.eval(), "shapes_val")
+
+
+@pytest.mark.slow
+def test_detectron2_trains_as_well_as_our_trainer(tmp_path: Path) -> None:
+    """From scratch, on shapes; the two draw other batches."""
+    write_shapes(tmp_path / "shapes", ShapesSettings(train=1000, val=100), workers=1)
+    folder, iterations = tmp_path / "shapes", 300
+    for part in ("train", "val"):
+        register_coco_instances(
+            f"shapes_{part}", {}, str(folder / "annotations" / f"instances_{part}.json"), str(folder / part)
+        )
+    ours, theirs = learned_by_us(folder, iterations), learned_by_detectron2(folder, iterations)
+    print(f"AP after {iterations} iterations: ours {ours:.4f}, detectron2's {theirs:.4f}")
+    assert theirs == pytest.approx(ours, abs=0.03)
