@@ -1,6 +1,7 @@
 """`diffperception convert`: checkpoints of other programs as model files, and generators as folders of diffusers."""
 
 import inspect
+import json
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
@@ -20,12 +21,13 @@ from diffperception.detection import DiffusionDet
 from diffperception.devices import pick_device
 from diffperception.echo import echo, plural
 from diffperception.files import OutputFolder, read_lines, require_file_name
-from diffperception.models import DiffusionModel, NoisyClassifier
-from diffperception.models.base import file_kind, is_model_file
+from diffperception.models import DiffusionModel, NoisyClassifier, UNet
+from diffperception.models.base import Model, file_kind, is_model_file
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import is_diffusers_folder, read_weights
 from diffperception.models.convert.diffusers import generator_from_folder, write_folder
 from diffperception.models.convert.trial import CLEARLY, HOPELESS, SLIGHTLY, changed_options, try_conventions
+from diffperception.models.convert.unet2d import ForeignLayoutError
 from diffperception.models.generator import load_generator
 from diffperception.models.unet.encoder import both_sides
 from diffperception.segmentation import FeatureExtractor, PixelEnsemble, PixelSegmenter
@@ -91,26 +93,19 @@ def convert_checkpoint(
         require_new_file(output, overwrite)
     else:
         OutputFolder(output, overwrite)  # refused before the work
-    is_ours = is_model_file(checkpoint)
+    is_ours, is_folder = is_model_file(checkpoint), is_diffusers_folder(checkpoint)
     if is_ours and to is None:
         raise ValueError(
             f"{checkpoint} is a model file already, with nothing to convert: name it as --model or --init, or give"
             " --to diffusers"
         )
-    if is_diffusers_folder(checkpoint) and to is not None:
+    if is_folder and to is not None:
         raise ValueError(f"{checkpoint} is a folder of diffusers already: leave out --to for a model file")
     classes = None if annotations is None else read_names(annotations)
-    model: Reference
-    if is_ours or is_diffusers_folder(checkpoint):
-        known = {"image_size", "annotations"} if not is_ours else set()
+    if is_ours or is_folder:
         own = {"ema": ema, "annotations": annotations, "image": image, "num_res_blocks": num_res_blocks}
-        refuse_options(checkpoint, {**generator.keywords, **own}, known)
-        model = (
-            load_generator(checkpoint)
-            if is_ours
-            else generator_from_folder(checkpoint, classes, generator.keywords["image_size"])
-        )
-        echo(f"{checkpoint}: {in_one_line(model)}")
+        given = {**generator.keywords, **own}
+        model: Reference = read_ours(checkpoint, given) if is_ours else read_diffusers(checkpoint, classes, given)
     else:
         model = read_reference(checkpoint, generator, classes, ema, image, num_res_blocks)
     if model.classes and model.classes[0] == "0":
@@ -126,7 +121,47 @@ def convert_checkpoint(
         raise ValueError(f"{checkpoint} holds a {model.kind}: diffusers has no such models, only generators")
 
 
-def refuse_options(checkpoint: Path, given: Mapping[str, Any], known: Container[str]) -> None:
+def read_ours(checkpoint: Path, given: Mapping[str, Any]) -> DiffusionModel:
+    """The generator in a model file of ours; ValueError for options, as the file says itself what it holds."""
+    refuse_options(checkpoint, given)
+    model = load_generator(checkpoint)
+    echo(f"{checkpoint}: {in_one_line(model)}")
+    return model
+
+
+def read_diffusers(checkpoint: Path, classes: Sequence[str] | None, given: Mapping[str, Any]) -> DiffusionModel:
+    """The generator in a folder of diffusers, and how to train it on; ValueError for options that it says itself.
+
+    A network that our UNet cannot be is run by diffusers itself, its weights in our file.
+    """
+    refuse_options(checkpoint, given, known=("image_size", "annotations"))
+    try:
+        model = generator_from_folder(checkpoint, classes, given["image_size"])
+    except ForeignLayoutError as reason:
+        if classes is not None or given["image_size"] is not None:
+            raise
+        model = load_generator(checkpoint, keep_weights=True)
+        echo(f"{reason}: diffusers itself runs the network, and must be installed where the file is used")
+        echo(f"{checkpoint}: {in_one_line(model)}")
+        return model
+    echo(f"{checkpoint}: {in_one_line(model)}")
+    if not model.arguments["betas"]:  # too many to be typed
+        layout = {**changed_arguments(model, "classes", "network"), "network": changed_arguments(model.network)}
+        echo(
+            "to train it on: `train --task generation --init FILE --model.class_path DiffusionModel --model.init_args"
+            f" '{json.dumps(layout)}'`"
+        )
+    return model
+
+
+def changed_arguments(model: Model, *left_out: str) -> dict[str, Any]:
+    """The arguments of a model's constructor that have other values than by default."""
+    parameters = inspect.signature(type(model)).parameters
+    arguments = {name: value for name, value in model.arguments.items() if name not in left_out}
+    return {name: value for name, value in arguments.items() if value != parameters[name].default}
+
+
+def refuse_options(checkpoint: Path, given: Mapping[str, Any], known: Container[str] = ()) -> None:
     """ValueError for an option that says what a file or folder says itself."""
     defaults = {p.name: p.default for p in inspect.signature(DiffusionModel.from_reference).parameters.values()}
     for name, value in given.items():
@@ -250,18 +285,26 @@ def in_one_line(model: Reference) -> str:
     if isinstance(model, DiffusionDet):
         kind = f"DiffusionDet with backbone {model.arguments['backbone']}, {model.head.arguments['stages']} stages"
     else:
-        layout = (model.network if isinstance(model, DiffusionModel) else model).arguments
-        widths = ", ".join(f"{layout['channels'] * factor:g}" for factor in layout["channel_mult"])
         height, width = model.image_size
+        network = model.network if isinstance(model, DiffusionModel) else model
+        steps = f"{model.schedule.num_timesteps} steps" if model.schedule.num_timesteps else "any steps"
         kind = (
-            f"{type(model).__name__} of {height} x {width} pixels with levels {widths} channels wide,"
-            f" {layout['num_res_blocks']} residual blocks per level, {model.arguments['schedule']} path of"
-            f" {model.arguments['num_timesteps']} steps"
+            f"{type(model).__name__} of {height} x {width} pixels with {_layout(network)},"
+            f" {model.arguments['schedule']} path of {steps}"
         )
     names = model.classes or []
     first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     classes = f"{len(names)} classes ({first})" if names else "no classes"
     return f"{kind}, {classes}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
+
+
+def _layout(network: Model) -> str:
+    """What a network consists of: levels for ours, the class for one that diffusers runs."""
+    layout = network.arguments
+    if not isinstance(network, UNet | NoisyClassifier):
+        return f"diffusers' {layout['architecture']}"
+    widths = ", ".join(f"{layout['channels'] * factor:g}" for factor in layout["channel_mult"])
+    return f"levels {widths} channels wide, {layout['num_res_blocks']} residual blocks per level"
 
 
 def convert_ensemble(

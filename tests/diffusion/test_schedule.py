@@ -118,3 +118,34 @@ def test_rescaled_times_are_those_of_improved_diffusion(name) -> None:
     assert torch.equal(named_schedule(name, 4000, True).conditioning(t), t.float() * (1000.0 / 4000))
     assert torch.equal(named_schedule(name, 4000).conditioning(t), t)
     assert named_schedule(name, 4000, True).levels([1234])[0][2] == 308.5
+
+
+def test_betas_and_their_bounds_belong_to_their_schedules():
+    given = named_schedule("betas", 3, betas=[0.1, 0.2, 0.5])
+    assert given.alpha(torch.tensor([-1, 0, 1, 2])).square().tolist() == pytest.approx([1, 0.9, 0.72, 0.36])
+    assert torch.equal(linear_schedule(1000, 1e-4, 0.02).alpha(T999), linear_schedule().alpha(T999))
+    assert linear_schedule(2, 0.1, 0.3).alpha(1).square() == pytest.approx(0.9 * 0.7)
+    assert named_schedule("scaled_linear", 3, beta_start=0.04, beta_end=0.36).alpha(1).square() == pytest.approx(
+        (1 - 0.04) * (1 - 0.4**2)
+    )
+
+
+T999 = torch.arange(1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"name": "betas"}, "belong together"),
+        ({"name": "linear", "betas": [0.1]}, "belong together"),
+        ({"name": "cosine", "beta_end": 0.1}, "belong to linear and scaled_linear, not to cosine"),
+        ({"name": "flow", "beta_start": 0.1}, "not to flow"),
+        ({"name": "betas", "betas": [0.1, 0.2]}, "2 betas for num_timesteps = 50"),
+        ({"name": "linear", "beta_end": 1.5}, "strictly between 0 and 1"),
+        ({"name": "scaled_linear", "beta_start": -0.1}, "strictly between 0 and 1"),
+        ({"name": "linear", "num_timesteps": 20}, "21 steps or more"),
+    ],
+)
+def test_options_of_another_schedule_are_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        named_schedule(**{"num_timesteps": 50, **options})

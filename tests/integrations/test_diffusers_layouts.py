@@ -351,13 +351,27 @@ def test_a_schedulers_path_is_ours(kind, options, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_what_our_unet_lacks_is_refused_by_diffusers_name(options, complaint, tmp_path, capsys):
-    UNet2DModel(**{**dict(small().config), **options}).save_pretrained(tmp_path / "net")
-    assert convert(tmp_path / "net", tmp_path / "model.safetensors") == 2
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert said.count("\n") == 1
-    assert not (tmp_path / "model.safetensors").exists()
+def test_what_our_unet_lacks_is_refused_by_diffusers_name(options, complaint, tmp_path):
+    UNet2DModel(**{**dict(small().config), **options}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        generator_from_folder(tmp_path)
+
+
+@torch.no_grad()
+def test_a_network_that_ours_cannot_be_is_named_and_run_by_diffusers(tmp_path, capsys):
+    network = small(act_fn="mish", attention_head_dim=8)
+    network.save_pretrained(tmp_path / "net")
+    assert convert(tmp_path / "net", tmp_path / "model.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "act_fn = mish, only silu or swish: diffusers itself runs the network" in said
+    assert "diffusers' UNet2DModel" in said
+    (tmp_path / "net").rename(tmp_path / "gone")
+    model = DiffusionModel.load(tmp_path / "model.safetensors")
+    assert torch.equal(model(images(), TIMES), network(images(), TIMES).sample)
+    assert convert(tmp_path / "gone", tmp_path / "other.safetensors", "--image-size", "32") == 2
+    assert "act_fn = mish" in capsys.readouterr().err
+    assert convert(tmp_path / "model.safetensors", tmp_path / "back", "--to", "diffusers") == 2
+    assert "diffusers has no DiffusionModel with a DiffusersNetwork" in capsys.readouterr().err
 
 
 def test_a_folder_becomes_a_model_file_and_returns(tmp_path, capsys):
@@ -383,3 +397,25 @@ def test_damaged_weights_are_refused_in_diffusers_names(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "mid_block.attentions.0.to_q.weight" in said
     assert "conv_in.weight (32, 2, 3, 3) instead of (32, 3, 3, 3)" in said
+
+
+@torch.no_grad()
+def test_the_pages_programs_run_and_the_loop_draws_what_we_draw(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    section = page.split("### Our generators in diffusers, and its checkpoints in ours")[1].split("\n## ")[0]
+    program, loop = (part.split("```")[0] for part in section.split("```python\n")[1:3])
+    monkeypatch.chdir(tmp_path)
+    unet = UNet(3, 6, 16, [1, 2], 1, [2], num_head_channels=8, norm_groups=4)
+    plain = drawn(DiffusionModel(None, unet, learned_range=True, image_size=8))
+    plain.save(tmp_path / "runs" / "mine" / "model.safetensors")
+    exec(compile(program.replace("num_inference_steps=50", "num_inference_steps=2"), "integrations.md", "exec"), {})
+    assert same_weights(DiffusionModel.load("theirs.safetensors"), plain)
+
+    by_class = drawn(DiffusionModel(["disc", "square"], unet, learned_range=True, image_size=8))
+    write_folder(by_class, "by_class")
+    names: dict = {}
+    exec(compile(loop, "integrations.md", "exec"), names)
+    denoiser = clip(by_class.denoiser(names["labels"]))
+    ours = sample_ddim(denoiser, by_class.schedule, names["noise"], by_class.schedule.grid(20))
+    assert ours.std() > 0.1
+    assert (ours - names["x"]).abs().max() < 1e-4

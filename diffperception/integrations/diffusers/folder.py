@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from diffperception.files import read_json
 from diffperception.integrations import require_installed
 from diffperception.integrations.diffusers.families import FAMILIES, Family
@@ -16,11 +14,10 @@ from diffperception.integrations.diffusers.weights import plain, read_config
 from diffperception.models import DiffusionModel, Pixels, Space, UNet
 from diffperception.models.base import Model, leave_weights, undrawn
 from diffperception.models.convert.checkpoints import assign
+from diffperception.models.convert.schedulers import path_arguments
 from diffperception.models.generator import CODECS
 
 NETWORKS = ("unet", "transformer", "image_unet")  # components of pipelines, the first that there is
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
-NAMED = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 CELLS = 64  # of the side of the images that a network learned from, where its config does not say
 PIXELS = 8  # that a cell of latents is wide where no autoencoder says so
 
@@ -140,47 +137,10 @@ def read_path(root: Path, family: Family) -> dict[str, Any]:
     if file is None:
         is_flow = family.schedule["schedule"] == "flow"
         return {**family.schedule, "prediction": "flow" if is_flow else "eps"}
-    config = read_json(file)
-    name = str(config.get("_class_name"))
-    prediction = PREDICTIONS.get(config.get("prediction_type", "epsilon"))
-    if "FlowMatch" in name or config.get("use_flow_sigmas") or prediction == "flow":
-        return {"schedule": "flow", "prediction": "flow"}
-    kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
-    if prediction and kind in NAMED and not (config.get("trained_betas") or config.get("rescale_betas_zero_snr")):
-        bounds = {n: config[n] for n in ("beta_start", "beta_end") if kind != "squaredcos_cap_v2" and n in config}
-        return {"schedule": NAMED[kind], "num_timesteps": steps, "prediction": prediction, **bounds}
-    betas = betas_of(config)
-    if betas is None or prediction is None:
-        raise ValueError(
-            f"{file} describes a path that is not known here ({name}, beta_schedule {config.get('beta_schedule')},"
-            f" prediction_type {config.get('prediction_type')})"
-        )
-    return {"schedule": "betas", "betas": betas, "num_timesteps": len(betas), "prediction": prediction}
-
-
-def betas_of(config: Mapping[str, Any]) -> list[float] | None:
-    """The variances that a scheduler's config says are added at each step; None for a path of another kind."""
-    kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    if config.get("trained_betas") is not None:
-        betas = np.array(config["trained_betas"], dtype=np.float64)
-    elif kind == "linear":
-        betas = np.linspace(start, end, steps)
-    elif kind == "scaled_linear":
-        betas = np.linspace(start**0.5, end**0.5, steps) ** 2
-    elif kind == "squaredcos_cap_v2":  # Improved DDPM (arXiv 2102.09672, eq. 17)
-        bars = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - bars[1:] / bars[:-1], 0.999)
-    elif kind == "sigmoid":  # GeoDiff's
-        betas = 1 / (1 + np.exp(-np.linspace(-6, 6, steps))) * (end - start) + start
-    else:
-        return None
-    if config.get("rescale_betas_zero_snr"):  # arXiv 2305.08891, algorithm 1; its last beta, 1, is all but that here
-        roots = np.sqrt(np.cumprod(1 - betas))
-        bars = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
-        betas = 1 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
-        betas = np.minimum(betas, 1 - 1e-9)
-    return [float(beta) for beta in betas]
+    try:
+        return path_arguments(read_json(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def labels_of_pipeline(root: Path, count: int) -> list[str]:

@@ -20,6 +20,7 @@ from diffperception.models.convert.checkpoints import is_diffusers_folder as is_
 from diffperception.models.convert.schedulers import path_arguments, scheduler_config
 from diffperception.models.convert.unet2d import (
     Config,
+    ForeignLayoutError,
     assign_theirs,
     read_object,
     to_theirs,
@@ -52,16 +53,14 @@ def generator_from_folder(
         image_size: side, or height and width, of the images it was trained on, instead of `sample_size`.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, the weights do not fit, or our UNet cannot express
-            an option, which is named with its value.
+        FileNotFoundError, ValueError: a file is missing or damaged, the weights do not fit, or the path is not ours.
+        ForeignLayoutError: our UNet cannot express an option, which is named with its value.
     """
     unet, root = _places(Path(folder))
     config = unet_options(unet / CONFIG)
     _require_unet_alone(root / INDEX)
     number = config["num_class_embeds"] or 0
     names, null_class = _read_classes(root / CLASSES, classes, number)
-    state = _read_state(unet)
-    labels = {"embedding.weight": state.pop(_LABELS)} if number and _LABELS in state else {}
     try:
         with torch.device("meta"):
             network = UNet(**unet_layout(config))
@@ -71,7 +70,9 @@ def generator_from_folder(
         path["learned_range"] = _learned_range(scheduler, config)
         model = DiffusionModel(names, network, image_size=size, null_class=null_class, **path)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise type(error)(f"{folder}: {error}") from None
+    state = _read_state(unet)
+    labels = {"embedding.weight": state.pop(_LABELS)} if number and _LABELS in state else {}
     assign_theirs(network, state, not config["flip_sin_to_cos"], unet)
     if model.conditioner is not None:
         assign(model.conditioner, labels, f"{unet} does not fit num_class_embeds = {number}")
@@ -141,7 +142,7 @@ def _require_unet_alone(path: Path) -> None:
     parts = read_object(path) if path.is_file() else {}
     others = [n for n, part in parts.items() if isinstance(part, list) and any(part) and n not in ("unet", "scheduler")]
     if others:
-        raise ValueError(f"{path} names {', '.join(others)}: pipelines of a unet and a scheduler alone are read")
+        raise ForeignLayoutError(f"{path} names {', '.join(others)}, and our UNet has only a scheduler beside it")
 
 
 def _scheduler_config(root: Path) -> Config:

@@ -23,7 +23,7 @@ def path_arguments(scheduler: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: the path is of another kind; it names the option and its value.
     """
     steps, prediction = scheduler.get("num_train_timesteps", 1000), scheduler.get("prediction_type", "epsilon")
-    if str(scheduler.get("_class_name")).startswith("FlowMatch") or prediction == "flow_prediction":
+    if "FlowMatch" in str(scheduler.get("_class_name")) or prediction == "flow_prediction":
         if steps != 1000:
             _refuse(scheduler, "num_train_timesteps", "1000 for flow matching")
         return {"schedule": "flow", "prediction": "flow"}
@@ -36,8 +36,8 @@ def path_arguments(scheduler: Mapping[str, Any]) -> dict[str, Any]:
         _refuse(scheduler, "num_train_timesteps", "numbers above 0")
     path = _beta_arguments(scheduler, steps)
     if scheduler.get("rescale_betas_zero_snr"):
-        path = {"schedule": "betas", "betas": _ending_in_noise(path, steps)}
-    return path | {"num_timesteps": steps, "prediction": predictions[prediction]}
+        path = {"schedule": "betas", "betas": _ending_in_noise({"num_timesteps": steps, **path})}
+    return {"num_timesteps": steps, **path, "prediction": predictions[prediction]}
 
 
 def scheduler_config(arguments: Mapping[str, Any], learned_range: bool) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _beta_arguments(scheduler: Mapping[str, Any], steps: int) -> dict[str, Any]:
         if not all(isinstance(number, int | float) for number in (value if isinstance(value, list) else [value])):
             _refuse(scheduler, name, "numbers")
     if betas is not None:
-        return {"schedule": "betas", "betas": betas}
+        return {"schedule": "betas", "betas": betas, "num_timesteps": len(betas)}
     if theirs == "sigmoid":  # GeoDiff's (arXiv 2203.02923)
         betas = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
         return {"schedule": "betas", "betas": betas.tolist()}
@@ -86,10 +86,10 @@ def _beta_arguments(scheduler: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return {"schedule": names[theirs], "beta_start": start, "beta_end": end}
 
 
-def _ending_in_noise(path: Mapping[str, Any], steps: int) -> list[float]:
+def _ending_in_noise(path: Mapping[str, Any]) -> list[float]:
     """The betas of a path that is stretched so that nothing of the signal is left (arXiv 2305.08891, algorithm 1)."""
     options = {name: value for name, value in path.items() if name != "schedule"}
-    alphas = named_schedule(path["schedule"], steps, **options).alpha(torch.arange(steps))
+    alphas = named_schedule(path["schedule"], **options).alpha(torch.arange(path["num_timesteps"]))
     stretched = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
     before = torch.cat([stretched.new_ones(1), stretched[:-1]])
     return (1 - (stretched / before).square()).clamp(max=HIGHEST_BETA).tolist()

@@ -17,6 +17,11 @@ from diffperception.models.unet.unet import UNet
 
 Config = Mapping[str, Any]
 
+
+class ForeignLayoutError(ValueError):
+    """A network of diffusers that our UNet cannot be; other programs may run it."""
+
+
 # What UNet2DModel takes where its config.json says nothing; the second may be null.
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
@@ -100,7 +105,7 @@ def unet_options(path: Path) -> Config:
     """All options of the UNet2DModel that a config.json describes; ValueError for another class, or odd values."""
     config = read_object(path)
     if config.get("_class_name") != "UNet2DModel":
-        raise ValueError(f"{path} is of the class {config.get('_class_name')}: of diffusers, UNet2DModel alone is read")
+        raise ForeignLayoutError(f"{path} is of the class {config.get('_class_name')}, and our UNet only a UNet2DModel")
     options = {name: config.get(name, default) for name, default in (_DEFAULTS | _OPTIONAL).items()}
     for name, value in options.items():
         if name not in _FIXED and not _is_value(name, value):
@@ -296,7 +301,7 @@ def _layers(network: UNet) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def _refuse(config: Config, name: str, has: str) -> None:
-    raise ValueError(f"our UNet does not have {name} = {as_json(config[name])}, {has}")
+    raise ForeignLayoutError(f"our UNet does not have {name} = {as_json(config[name])}, {has}")
 
 
 def as_json(value: Any) -> str:

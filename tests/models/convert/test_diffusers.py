@@ -174,7 +174,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule = laplace"),
         ("scheduler/scheduler_config.json", {"prediction_type": "other"}, "prediction_type = other"),
         ("scheduler/scheduler_config.json", {"timestep_type": "continuous"}, "timestep_type = continuous"),
-        ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "1 betas for num_timesteps = 1000"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [1.1]}, "beta of a schedule must lie strictly between"),
         ("scheduler/scheduler_config.json", {"trained_betas": "a"}, "trained_betas = a"),
         ("scheduler/scheduler_config.json", {"beta_end": "0.02"}, "beta_end = 0.02"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps = 0"),

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffperception.diffusion import FlowSchedule
-from diffperception.models import NoisyClassifier, UNet
+from diffperception.generation.inference import require_same_path
+from diffperception.models import DiffusionModel, NoisyClassifier, UNet
 from diffperception.models.base import describe
 from tests.parity import FOLDER, arrays, distance, fill_state
 
@@ -217,3 +218,11 @@ def test_saved_classifiers_come_back_whole(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="holds a UNet, not a NoisyClassifier"):
         NoisyClassifier.load(tmp_path / "unet.safetensors")
+
+
+def test_it_guides_along_its_own_betas_alone() -> None:
+    unet = UNet(channels=32, channel_mult=(1,), num_res_blocks=1, attention=(), num_head_channels=32)
+    generator = DiffusionModel(None, unet, schedule="betas", num_timesteps=2, betas=[0.1, 0.2], image_size=8)
+    require_same_path(tiny(schedule="betas", num_timesteps=2, betas=[0.1, 0.2]), generator)
+    with pytest.raises(ValueError, match=r"learned with betas \[0.1, 0.3\], but the generator with \[0.1, 0.2\]"):
+        require_same_path(tiny(schedule="betas", num_timesteps=2, betas=[0.1, 0.3]), generator)

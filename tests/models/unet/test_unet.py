@@ -3,7 +3,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffperception.diffusion import (
@@ -21,7 +22,7 @@ from diffperception.diffusion import (
 from diffperception.models import Condition, DiffusionModel, UNet
 from diffperception.models.base import describe
 from diffperception.models.convert import adm
-from diffperception.models.unet.blocks import time_embedding
+from diffperception.models.unet.blocks import Resample, time_embedding
 from tests.helpers.devices import Device
 from tests.helpers.networks import tiny_unet
 from tests.parity import FOLDER, arrays, distance, filled_state
@@ -325,6 +326,20 @@ def test_time_embedding_is_cosines_then_sines() -> None:
     assert torch.allclose(embedding[1], torch.cat([(3 * frequencies).cos(), (3 * frequencies).sin()]))
     assert embedding[0].tolist() == [1] * 4 + [0] * 4
     assert time_embedding(torch.tensor([3]), 9).shape == (1, 9)
+    shifted = time_embedding(torch.tensor([3]), 8, frequency_shift=1)[0, :4]
+    assert torch.allclose(shifted, (3 * 10_000 ** -(torch.arange(4) / 3)).cos())
+
+
+def test_one_sided_padding_moves_the_halved_map_by_a_pixel() -> None:
+    both, one = (Resample(2, "down", True, one_sided) for one_sided in (False, True))
+    one.load_state_dict(both.state_dict())
+    x = torch.randn(1, 2, 6, 8)
+    assert torch.allclose(one(F.pad(x, (1, 0, 1, 0)), x), both(x, x), atol=1e-6)
+
+
+def test_norms_have_as_many_groups_and_the_epsilon_that_were_asked_for() -> None:
+    norms = [m for m in tiny_unet(norm_groups=4, norm_eps=0.5).modules() if isinstance(m, nn.GroupNorm)]
+    assert {(norm.num_groups, norm.eps) for norm in norms} == {(4, 0.5)}
 
 
 # What it refuses
