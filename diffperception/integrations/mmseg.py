@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from diffperception.data.masks import IGNORE_INDEX
 from diffperception.integrations import require_installed
 from diffperception.models import DiffusionModel, UNetBackbone, any_size
-from diffperception.models.base import fingerprint
+from diffperception.models.base import tensors_of, weights_digest
 from diffperception.segmentation import (
     DiffusionFeatures,
     FeatureExtractor,
@@ -82,6 +82,8 @@ class FrozenBackbone(BaseModule):
         built = features if isinstance(features, FeatureExtractor) else MODELS.build(features)
         self.features: FeatureExtractor = built.eval().requires_grad_(False)
         self.save_frozen = save_frozen
+        if save_frozen:
+            self.features.keep_weights()  # those of diffusers' folders, too
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_pre_hook(_fill_in)
 
@@ -115,7 +117,7 @@ class FrozenBackbone(BaseModule):
 def _leave_out(module: FrozenBackbone, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Put the number of the frozen weights into a state dict in place of the weights."""
     if not module.save_frozen:
-        for name in module.features.state_dict(prefix=f"{prefix}features."):
+        for name in [name for name in state if name.startswith(f"{prefix}features.")]:
             del state[name]
         state[prefix + FROZEN] = _number(module.features)
 
@@ -130,12 +132,12 @@ def _fill_in(module: FrozenBackbone, state: dict[str, Any], prefix: str, *_: Any
             "the checkpoint was trained on other frozen weights than those that its configuration names now, and does"
             " not hold them: name the file that it was trained with"
         )
-    state |= module.features.state_dict(prefix=f"{prefix}features.")
+    state |= {f"{prefix}features.{name}": value for name, value in tensors_of(module.features).items()}
 
 
 def _number(features: FeatureExtractor) -> Tensor:
     """(8,) bytes that tell these weights from others."""
-    return torch.tensor(list(bytes.fromhex(fingerprint(features)["weights"])), dtype=torch.uint8)
+    return torch.tensor(list(bytes.fromhex(weights_digest(tensors_of(features)))), dtype=torch.uint8)
 
 
 @MODELS.register_module()
@@ -145,31 +147,36 @@ class DiffusionBackbone(FrozenBackbone):
     Maps come time by time, and for each in the order of the blocks.
 
     Args:
-        generator: the file of a generator or a UNet, or such a model.
-        blocks: decoder blocks, indices among the generator's `block_info`.
+        generator: the file of a generator or a UNet, a folder of diffusers, or such a model.
+        blocks: indices among the generator's `block_info`; of a network of diffusers also names of modules.
         timesteps: times of its schedule.
         window: images that are larger are read in windows of this side; None for what the generator was trained on.
         label: the class to tell a generator with classes; None for nothing, if it has learned that.
+        prompt, attention: what to tell a network that attends to words, and whether maps say how much each place
+            attends to each word; see :class:`DiffusionFeatures`.
         seed: of the noise, which is the same for all images.
         save_frozen: as for :class:`FrozenBackbone`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds another model, or a block, a time or the label does not suit it.
+        ImportError: a folder of diffusers is named, which is not installed.
+        ValueError: it holds another model, or a block, a time, the label or the prompt does not suit it.
     """
 
     def __init__(
         self,
         generator: str | Path | DiffusionModel,
-        blocks: Sequence[int],
+        blocks: Sequence[int | str],
         timesteps: Sequence[float] = (50,),
         window: int | None = None,
         label: int | None = None,
+        prompt: str | Path | None = None,
+        attention: bool = False,
         seed: int = 0,
         save_frozen: bool = True,
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
-        features = DiffusionFeatures(generator, blocks, timesteps, window, seed, label)
+        features = DiffusionFeatures(generator, blocks, timesteps, window, seed, label, prompt, attention)
         super().__init__(features, save_frozen, init_cfg)
 
 
@@ -180,25 +187,25 @@ class DiffusionPyramid(BaseModule):
     What no map depends on is frozen, so that every trainable parameter has a gradient.
 
     Args:
-        generator: the file of a generator or a UNet, or such a model.
-        blocks: decoder blocks, one per stride, each stride twice the next.
+        generator: as for :class:`DiffusionBackbone`, as are its label and prompt.
+        blocks: one per stride, each stride twice the next.
         timestep: of its schedule: the noise level that images are brought to.
-        label: as for :class:`DiffusionBackbone`.
 
     Raises:
-        FileNotFoundError, ValueError: as for :class:`DiffusionBackbone`, or strides that are no pyramid's.
+        FileNotFoundError, ImportError, ValueError: as for :class:`DiffusionBackbone`, or strides that are no pyramid's.
     """
 
     def __init__(
         self,
         generator: str | Path | DiffusionModel,
-        blocks: Sequence[int],
+        blocks: Sequence[int | str],
         timestep: float = 50,
         label: int | None = None,
+        prompt: str | Path | None = None,
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        self.body = UNetBackbone(generator, blocks, timestep, frozen=False, label=label)
+        self.body = UNetBackbone(generator, blocks, timestep, frozen=False, label=label, prompt=prompt)
 
     @property
     def channels(self) -> list[int]:

@@ -21,6 +21,7 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import get_state_dict
 from mmengine.structures import PixelData
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
@@ -319,6 +320,25 @@ def test_checkpoints_hold_frozen_weights_where_asked_for() -> None:
     changed.load_state_dict(without.state_dict())
 
 
+def test_a_folder_of_diffusers_feeds_a_head_and_stays_out_of_checkpoints(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from tests.integrations.diffusers_folders import write_pipeline
+
+    folder = write_pipeline(tmp_path / "sd", "sd")
+    backbone = {"type": "DiffusionBackbone", "generator": str(folder), "blocks": ["up_blocks.0", 1], "attention": True}
+    holding, without = (segmentor(backbone | {"save_frozen": save}) for save in (True, False))
+    assert without.decode_head.in_channels[-1] == without.backbone.features.info[-1].channels == 77  # a map a word
+    steps(without)
+    for state in (without.state_dict(), get_state_dict(without)):
+        assert [key for key in state if key.startswith("backbone.")] == ["backbone.frozen"]
+        holding.load_state_dict(holding.state_dict() | {k: v for k, v in state.items() if k.startswith("decode_head.")})
+        image = 2 * scene(0, 41, 53)[0][None] - 1
+        assert torch.equal(holding.eval()(image), without.eval()(image))
+        without.load_state_dict(state, strict=True)
+    for state in (holding.state_dict(), get_state_dict(holding)):
+        assert any("conv_in" in key for key in state)
+
+
 # Maps for any head
 
 
@@ -396,6 +416,19 @@ def test_members_learn_the_classes_from_the_labelled_pixels_alone() -> None:
     assert found.shape == (2, 3, 41, 53)
     assert (found[0].argmax(0) == mask).float().mean() > 0.97
     torch.testing.assert_close(found.exp().sum(1), torch.ones(2, 41, 53))
+
+
+def test_members_learn_and_predict_in_half_precision() -> None:
+    model = segmentor({"type": "DiffusionBackbone", "generator": generator(), "blocks": [4, 2, 0]}).train()
+    image, mask = scene(0, 41, 53)
+    expected = model.eval()(2 * image[None] - 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(2 * image[None] - 1, targets(mask), mode="loss")["decode.loss_ce"]
+        found = model.eval()(2 * image[None] - 1)
+    loss.backward()
+    assert loss.dtype == found.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.decode_head.parameters())
+    assert 0 < (found - expected).abs().max() < 0.1
 
 
 def test_a_batch_without_a_label_has_no_loss_but_gradients() -> None:
