@@ -24,8 +24,8 @@ from diffperception.files import OutputFolder, read_lines, require_file_name
 from diffperception.models import DiffusionModel, NoisyClassifier, UNet
 from diffperception.models.base import Model, file_kind, is_model_file
 from diffperception.models.convert import adm
-from diffperception.models.convert.checkpoints import is_diffusers_folder, read_weights
-from diffperception.models.convert.diffusers import generator_from_folder, write_folder
+from diffperception.models.convert.checkpoints import WEIGHTS_OF_DIFFUSERS, is_diffusers_folder, read_weights
+from diffperception.models.convert.diffusers import generator_from_folder, has_scheduler, write_folder
 from diffperception.models.convert.trial import CLEARLY, HOPELESS, SLIGHTLY, changed_options, try_conventions
 from diffperception.models.convert.unet2d import ForeignLayoutError
 from diffperception.models.generator import load_generator
@@ -101,6 +101,8 @@ def convert_checkpoint(
         )
     if is_folder and to is not None:
         raise ValueError(f"{checkpoint} is a folder of diffusers already: leave out --to for a model file")
+    if checkpoint.is_file() and checkpoint.name.startswith((WEIGHTS_OF_DIFFUSERS, "model_index.json", "config.json")):
+        raise ValueError(f"{checkpoint} is a part of a folder of diffusers: name the folder, {checkpoint.parent}")
     classes = None if annotations is None else read_names(annotations)
     if is_ours or is_folder:
         own = {"ema": ema, "annotations": annotations, "image": image, "num_res_blocks": num_res_blocks}
@@ -145,6 +147,8 @@ def read_diffusers(checkpoint: Path, classes: Sequence[str] | None, given: Mappi
         echo(f"{checkpoint}: {in_one_line(model)}")
         return model
     echo(f"{checkpoint}: {in_one_line(model)}")
+    if not has_scheduler(checkpoint):
+        echo("assumed, as there is no scheduler with it: DDPM's linear path of 1000 steps, prediction of eps")
     if not model.arguments["betas"]:  # too many to be typed
         layout = {**changed_arguments(model, "classes", "network"), "network": changed_arguments(model.network)}
         echo(

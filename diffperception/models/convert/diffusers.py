@@ -28,7 +28,7 @@ from diffperception.models.convert.unet2d import (
     unet_layout,
     unet_options,
 )
-from diffperception.models.generator import DiffusionModel, load_generator
+from diffperception.models.generator import CODECS, DiffusionModel, load_generator
 from diffperception.models.space import Pixels
 from diffperception.models.unet.unet import UNet
 
@@ -58,7 +58,7 @@ def generator_from_folder(
     """
     unet, root = _places(Path(folder))
     config = unet_options(unet / CONFIG)
-    _require_unet_alone(root / INDEX)
+    _require_unet_alone(root)
     number = config["num_class_embeds"] or 0
     names, null_class = _read_classes(root / CLASSES, classes, number)
     try:
@@ -132,14 +132,20 @@ def _places(folder: Path) -> tuple[Path, Path]:
     if (folder / "unet" / CONFIG).is_file():
         return folder / "unet", folder
     around = folder.absolute().parent
-    beside = around / INDEX, around / "scheduler" / SCHEDULER
-    in_pipeline = folder.absolute().name.startswith("unet") and any(path.is_file() for path in beside)
+    others = (INDEX, "scheduler", *CODECS)
+    in_pipeline = folder.absolute().name.startswith("unet") and any((around / name).exists() for name in others)
     return folder, around if in_pipeline else folder
 
 
-def _require_unet_alone(path: Path) -> None:
-    """ValueError if a pipeline has more parts than a UNet and a scheduler, such as an autoencoder of latents."""
-    parts = read_object(path) if path.is_file() else {}
+def has_scheduler(folder: str | Path) -> bool:
+    """Whether the path of the UNet in a folder of diffusers is said there, in a scheduler's configuration."""
+    return bool(_scheduler_config(_places(Path(folder))[1]))
+
+
+def _require_unet_alone(root: Path) -> None:
+    """ForeignLayoutError if there are more parts than a UNet and a scheduler, such as an autoencoder of latents."""
+    path = root / INDEX
+    parts = read_object(path) if path.is_file() else {name: [name] for name in CODECS if (root / name).is_dir()}
     others = [n for n, part in parts.items() if isinstance(part, list) and any(part) and n not in ("unet", "scheduler")]
     if others:
         raise ForeignLayoutError(f"{path} names {', '.join(others)}, and our UNet has only a scheduler beside it")

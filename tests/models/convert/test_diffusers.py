@@ -15,6 +15,7 @@ from diffperception.models.conditioners import ClassLabels
 from diffperception.models.convert import diffusers
 from diffperception.models.convert.diffusers import generator_from_folder, is_diffusers_folder, write_folder
 from diffperception.models.convert.schedulers import path_arguments
+from diffperception.models.convert.unet2d import ForeignLayoutError
 from diffperception.models.space import Pixels
 from tests.helpers.networks import conditional_generator, two_level_unet
 
@@ -189,6 +190,15 @@ def test_a_file_that_is_not_ours_to_read_is_named_with_the_option(file, options,
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_unet_beside_an_autoencoder_is_not_of_pixels(tmp_path):
+    write_folder(generator(), tmp_path)
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "vae").mkdir()
+    for folder in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(ForeignLayoutError, match="vae"):
+            generator_from_folder(folder)
+
+
 def test_missing_and_broken_files_are_named(tmp_path):
     write_folder(generator(), tmp_path)
     (tmp_path / "unet/config.json").write_text("[1]")
@@ -255,12 +265,19 @@ def test_the_command_writes_folders_and_says_what_to_do_instead(tmp_path, capsys
     assert "give --overwrite" in capsys.readouterr().err
     assert run(*command, "--to", "diffusers", "--overwrite") == 0
 
+    for part in (WEIGHTS, "unet/config.json"):
+        assert run("--checkpoint", tmp_path / "out" / part, "--output", tmp_path / "part.safetensors") == 2
+        assert f"name the folder, {tmp_path / 'out' / 'unet'}" in capsys.readouterr().err
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     back = ["--checkpoint", tmp_path / "out", "--output", tmp_path / "back.safetensors"]
     assert run(*back, "--schedule", "cosine") == 2
     assert "option schedule" in capsys.readouterr().err
     assert run(*back, "--annotations", tmp_path / "names.txt", "--image-size", "16") == 0
+    assert "assumed" not in capsys.readouterr().out
     model = DiffusionModel.load(tmp_path / "back.safetensors")
     assert (model.classes, model.image_size, model.has_absent) == (["cat", "dog"], (16, 16), True)
     ours = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
+    (tmp_path / "out" / "unet").rename(tmp_path / "alone")
+    assert run("--checkpoint", tmp_path / "alone", "--output", tmp_path / "alone.safetensors") == 0
+    assert "assumed, as there is no scheduler with it" in capsys.readouterr().out
