@@ -30,8 +30,8 @@ model = L(NoiseToBox)(
         head=partial(DynamicHead, stages=6, width=256),
         sampler=L(BoxSampler)(steps=1),
         num_boxes=300,
-        min_size=None,  # the mapper resizes images
-        max_size=None,
+        min_size=800,  # as the mapper of tests resizes images: change both together
+        max_size=1333,
     ),
     input_format="${dataloader.train.mapper.image_format}",
 )

@@ -16,8 +16,8 @@ model = L(NoiseToBox)(
         freeze_norm=True,  # leave it off, and take fpn_norm=True, to train from scratch
         strides=[4, 8, 16, 32],
         num_boxes=300,
-        min_size=None,  # the mapper resizes images
-        max_size=None,
+        min_size=800,  # as the mapper of tests resizes images: change both together
+        max_size=1333,
     ),
     input_format="${dataloader.train.mapper.image_format}",
 )

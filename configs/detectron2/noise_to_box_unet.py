@@ -20,8 +20,8 @@ model = L(NoiseToBox)(
             unet="runs/shapes_ddpm/model.safetensors", blocks=[4, 2, 0], timestep=50, frozen=True, label=6
         ),
         strides=[2, 4, 8],
-        min_size=None,  # the mapper resizes images
-        max_size=None,
+        min_size=800,  # as the mapper of tests resizes images: change both together
+        max_size=1333,
     ),
     input_format="${dataloader.train.mapper.image_format}",
 )

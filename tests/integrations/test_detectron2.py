@@ -299,6 +299,17 @@ def test_instances_are_the_postprocessed_predictions(name: str, tmp_path: Path) 
         assert_same(found["instances"], detector_postprocess(raw, each["height"], each["width"]))
 
 
+@pytest.mark.parametrize("size", [(48, 64), (37, 500), (500, 37), (64, 64), (101, 33)])
+def test_images_that_the_mapper_resized_are_not_resized_again(name: str, tmp_path: Path, size: tuple[int, int]) -> None:
+    cfg = options(name, tmp_path, "INPUT.MAX_SIZE_TEST", 200)
+    detector = modeling.build_model(cfg).detector
+    assert (detector.min_size, detector.max_size) == (64, 200)
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    resized = T.ResizeShortestEdge([64, 64], 200).get_transform(pixels).apply_image(pixels)
+    image = torch.from_numpy(resized.copy()).permute(2, 0, 1) / 255
+    assert torch.equal(detector.resize(image), image)
+
+
 def test_defaulttrainer_trains_stops_goes_on_and_evaluates(name: str, tmp_path: Path) -> None:
     cfg = options(
         name, tmp_path, "SOLVER.MAX_ITER", 2, "MODEL_EMA.ENABLED", True, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False

@@ -29,8 +29,8 @@ class NoiseToBox(nn.Module):
     """A detector of ours as a model of detectron2: dicts of its DatasetMapper in, losses or Instances out.
 
     Predictions of an image are those of `detector.predict` with the seed that `evaluate` uses, a function of the
-    image's id; without an id the seed is `seed` itself. The detector's own `min_size` still holds: leave it None where
-    the mapper resizes images.
+    image's id; without an id the seed is `seed` itself. The detector's own `min_size` and `max_size` still hold, which
+    changes nothing where the mapper has resized images to them.
 
     Args:
         detector: ours or a user's; a DiffusionDet, or the file of one by `DiffusionDet.load`.
@@ -189,8 +189,9 @@ def _detector(cfg: CfgNode, classes: list[str]) -> DiffusionDet:
         fpn_norm=options.FPN_NORM,
         num_boxes=options.NUM_BOXES,
         signal_scale=options.SIGNAL_SCALE,
-        min_size=None,
-        max_size=None,
+        # As the mapper resizes images for tests: it changes nothing here, and the detector's own file knows it.
+        min_size=cfg.INPUT.MIN_SIZE_TEST or None,
+        max_size=cfg.INPUT.MAX_SIZE_TEST,
     )
 
 

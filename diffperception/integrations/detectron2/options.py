@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 def add_config(cfg: CfgNode) -> None:
     """Add the options of `NoiseToBox`, of the diffusion UNet as a backbone and of `NoiseToBoxTrainer`.
 
-    Images are resized by detectron2 (INPUT.MIN_SIZE_TEST); of TEST.DETECTIONS_PER_IMAGE nothing is read.
+    The detector takes INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST for its own; TEST.DETECTIONS_PER_IMAGE is not read.
     """
     cfg.MODEL.NOISE_TO_BOX = CfgNode(
         {
