@@ -93,13 +93,14 @@ def test_each_layout_is_diffusers_and_returns_bit_for_bit(layout, tmp_path):
 
     back = generator_from_folder(tmp_path)
     assert same_weights(model, back)
+    same = {"channels", "channel_mult", "num_heads", "num_head_channels", "checkpointing", "norm_groups", "scale_shift"}
+    assert all(back.network.arguments[name] == model.network.arguments[name] for name in same)
     assert (back.classes, back.has_absent, back.learned_range) == (model.classes, model.has_absent, model.learned_range)
     assert torch.equal(back(x, TIMES, back.condition(labels)), ours)
 
 
 def test_a_generator_returns_with_all_of_its_arguments(tmp_path):
-    """Those of the network, the path and the images; checkpointing is no option of diffusers' folders."""
-    unet = UNet(channels=32, channel_mult=[1, 2], num_res_blocks=1, attention=[2], num_head_channels=16, dropout=0.1)
+    unet = UNet(3, None, 32, [1, 2], 1, [2], num_heads=4, dropout=0.1, checkpointing=True)
     paths = [
         {"schedule": "linear", "num_timesteps": 500, "beta_start": 1e-3, "beta_end": 0.03, "prediction": "v"},
         {"schedule": "linear", "num_timesteps": 400},

@@ -22,7 +22,7 @@ class ForeignLayoutError(ValueError):
     """A network of diffusers that our UNet cannot be; other programs may run it."""
 
 
-# What UNet2DModel takes where its config.json says nothing; the second may be null.
+# What UNet2DModel takes where its config.json says nothing; of _OPTIONAL it takes null too.
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -54,6 +54,8 @@ _OPTIONAL: dict[str, int | None] = {
     "class_embed_type": None,
     "num_class_embeds": None,
 }
+# Arguments of ours that leave its options as they are; noted under a name that diffusers ignores.
+_UNSAID, NOTED = ("num_heads", "num_head_channels", "checkpointing"), "_diffperception"
 # Its options that our UNet has at these values alone.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
@@ -112,7 +114,8 @@ def unet_options(path: Path) -> Config:
             raise ValueError(f"{path}: {name} = {as_json(value)} is no value that it can have")
     if len({len(options[name]) for name in ("block_out_channels", "down_block_types", "up_block_types")}) > 1:
         raise ValueError(f"{path}: block_out_channels, down_block_types and up_block_types are not of as many levels")
-    return options
+    noted = config.get(NOTED)
+    return options | {NOTED: noted if isinstance(noted, dict) else {}}
 
 
 def _is_value(name: str, value: Any) -> bool:
@@ -129,7 +132,7 @@ def _is_value(name: str, value: Any) -> bool:
 
 
 def unet_layout(config: Config) -> dict[str, Any]:
-    """The arguments of our UNet for all options of a UNet2DModel; ValueError for one that it lacks."""
+    """The arguments of our UNet for all options of a UNet2DModel; ForeignLayoutError for one that it lacks."""
     for name, values in _FIXED.items():
         if config[name] not in values:
             _refuse(config, name, f"only {' or '.join(map(as_json, values))}")
@@ -145,7 +148,7 @@ def unet_layout(config: Config) -> dict[str, Any]:
     if head is not None and (head < 1 or any(width % head for width in attended)):
         _refuse(config, "attention_head_dim", f"only what divides the widths that attention has, {attended}")
     heads = {"num_heads": 1} if head is None else {"num_head_channels": head}
-    return heads | {
+    layout = heads | {
         "in_channels": config["in_channels"],
         "out_channels": None if config["out_channels"] == config["in_channels"] else config["out_channels"],
         "channels": widths[0],
@@ -160,6 +163,18 @@ def unet_layout(config: Config) -> dict[str, Any]:
         "frequency_shift": config["freq_shift"],
         "one_sided_padding": resampling == "conv" and config["downsample_padding"] == 0,
     }
+    return _as_noted(layout, config[NOTED])
+
+
+def _as_noted(layout: dict[str, Any], noted: Mapping[str, Any]) -> dict[str, Any]:
+    """The layout with what was noted of a UNet of ours, unless that is no longer the same network."""
+    known = {n: noted[n] for n in _UNSAID if n in noted and (noted[n] is None or isinstance(noted[n], int))}
+    try:
+        with torch.device("meta"):
+            same = unet_config(UNet(**layout | known)) == unet_config(UNet(**layout)) | {NOTED: known}
+    except ValueError:
+        return layout
+    return layout | known if same else layout
 
 
 def _levels(config: Config) -> tuple[list[bool], str]:
@@ -214,6 +229,7 @@ def unet_config(network: UNet) -> dict[str, Any]:
         "flip_sin_to_cos": True,
         "resnet_time_scale_shift": "scale_shift" if options["scale_shift"] else "default",
         "dropout": options["dropout"],
+        NOTED: {name: options[name] for name in _UNSAID},
     }
 
 

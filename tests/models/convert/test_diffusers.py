@@ -135,6 +135,18 @@ def test_the_scheduler_beside_a_unets_folder_counts(tmp_path, monkeypatch):
     assert generator_from_folder(".").arguments["schedule"] == "cosine"
 
 
+def test_what_was_noted_of_our_unet_gives_way_to_diffusers_options(tmp_path):
+    write_folder(two_level_unet(num_heads=2, num_head_channels=16, checkpointing=True), tmp_path)
+    assert generator_from_folder(tmp_path).network.arguments["num_heads"] == 2
+    change(tmp_path / "unet/config.json", attention_head_dim=16)
+    network = generator_from_folder(tmp_path).network
+    assert (network.arguments["num_heads"], network.arguments["num_head_channels"]) == (None, 16)
+    assert network.middle[1].num_heads == 4
+    for noted in ({"num_heads": 7}, {"num_heads": "2"}, [1]):
+        change(tmp_path / "unet/config.json", _diffperception=noted)
+        assert generator_from_folder(tmp_path).network.middle[1].num_heads == 4
+
+
 def test_classes_of_a_folder_of_diffusers_own_are_numbered_or_named(tmp_path):
     write_folder(conditional_generator(null_class=False), tmp_path)
     (tmp_path / "classes.json").unlink()
