@@ -66,9 +66,9 @@ def convert_checkpoint(
 
     A folder of diffusers (unet/ and scheduler/, or a UNet2DModel alone) says itself what it is: of these options
     --annotations and --image-size alone belong to it. A network of diffusers that our UNet cannot be (Stable Diffusion,
-    DiT, ...) goes into the file as it is, and diffusers runs it. With `--to diffusers` a generator is written as such a folder: a
-    model file of ours, or a checkpoint of guided-diffusion in one command. Options that diffusers cannot say are
-    refused by their names.
+    DiT, ...) goes into the file as it is, and diffusers runs it. With `--to diffusers` a generator is written as such a
+    folder: a model file of ours, or a checkpoint of guided-diffusion in one command. Options that diffusers cannot say
+    are refused by their names.
 
     For example: `diffperception convert --checkpoint lsun_cat.pt --output cat.safetensors --num-head-channels 64
     --image-size 256`, `diffperception convert --checkpoint ddpm-cat-256 --output cat.safetensors`, and
