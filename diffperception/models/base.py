@@ -1,5 +1,6 @@
 """Models on disk: weights and the constructor's arguments in one safetensors file, which runs no code when loaded."""
 
+import copy
 import dataclasses
 import errno
 import functools
@@ -89,6 +90,14 @@ class Model(nn.Module):
         if self.origin is not None:  # its weights are missed by nobody
             state_dict |= {f"{prefix}{name}": value for name, value in tensors_of(self).items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy, such as an average of weights in training; weights that lie elsewhere are fixed, and shared by it."""
+        if self.origin is not None:
+            memo |= {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())}
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__ |= {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        return copied
 
     def keep_weights(self) -> None:
         """Have files hold all weights, those too that lie elsewhere (:attr:`origin`)."""
@@ -266,7 +275,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     weights = hashlib.sha256()
     for name, value in state.items():
         weights.update(name.encode())
-        weights.update(value.float().cpu().numpy().tobytes())
+        weights.update(value.float().cpu().contiguous().numpy().data)
     return weights.hexdigest()[:16]
 
 

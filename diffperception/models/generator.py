@@ -312,9 +312,10 @@ def load_generator(
     if not isinstance(model, DiffusionModel):
         place = "this" if model is source else source
         raise ValueError(f"{place} holds a {type(model).__name__}: give the file of a generator or a UNet")
+    told = model if prompt is None else model.told(prompt)
     if keep_weights:
-        model.keep_weights()
-    return model if prompt is None else model.told(prompt)
+        told.keep_weights()
+    return told
 
 
 def _of_folder(folder: Path, as_theirs: bool) -> DiffusionModel:

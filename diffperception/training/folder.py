@@ -180,5 +180,5 @@ def _content(path: Path, by_size: bool) -> str:
 def _lasts(name: str, old: Any, new: Any, lasting: tuple[str, ...]) -> bool:
     """Whether an option must be the same throughout a run, and not become another value."""
     if name.startswith("model."):
-        return name.rpartition(".")[2] not in PASSING
+        return name.rpartition(".")[2] not in PASSING and not name.endswith(".origin.place")
     return name in (*LASTING, *lasting) or (name in AVERAGES and None in (old, new))

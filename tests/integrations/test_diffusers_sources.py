@@ -1,10 +1,13 @@
 """Networks of diffusers as sources of features: tiny folders with random weights, nothing is downloaded."""
 
+import copy
+import json
 import shutil
 from contextlib import suppress
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -18,6 +21,7 @@ from tests.integrations.diffusers_folders import (  # noqa: E402
     NETWORKS,
     POOLED,
     WORD,
+    autoencoder,
     network_of,
     write_pipeline,
 )
@@ -43,8 +47,6 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompt(tmp_path_factory):
     """The embedding of a prompt of seven words."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(3)
     file = tmp_path_factory.mktemp("prompt") / "prompt.safetensors"
     save_file({"prompt_embeds": torch.randn(7, WORD), "pooled_prompt_embeds": torch.randn(POOLED)}, file)
@@ -342,3 +344,317 @@ def test_times_are_those_that_the_network_is_told(folders, images):
     assert times == [[50.0, 50.0], [float(descending)] * 2]
     assert descending != 50
     assert not torch.allclose(at[50], at[descending], atol=1e-3)
+
+
+PATHS = {
+    "linear": diffusers.DDPMScheduler(),
+    "scaled": diffusers.PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    "cosine": diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=50),
+    "trained": diffusers.EulerDiscreteScheduler(trained_betas=[0.1, 0.2, 0.05], num_train_timesteps=3),
+    "sigmoid": diffusers.DDPMScheduler(beta_schedule="sigmoid", prediction_type="sample"),
+    "ends in noise": diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_are_those_of_the_schedulers(name, folders, tmp_path):
+    scheduler = PATHS[name]
+    folder = shutil.copytree(folders["sd"], tmp_path / "sd")
+    scheduler.save_pretrained(folder / "scheduler")
+    model = load_generator(folder)
+    t = torch.arange(len(scheduler.betas))
+    assert torch.allclose(model.schedule.alpha(t).square().float(), scheduler.alphas_cumprod, atol=1e-6)
+    assert model.prediction == {"sample": "x0", "v_prediction": "v"}.get(scheduler.config.prediction_type, "eps")
+
+
+def test_the_shift_of_flow_matching_moves_no_level(folders):
+    """It moves the times that a sampler takes: sigma is told times 1000 whatever it is."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folders["sd3"], subfolder="scheduler")
+    scheduler.set_timesteps(7)
+    schedule = load_generator(folders["sd3"]).schedule
+    sigmas = scheduler.sigmas[:-1]
+    assert torch.allclose(schedule.sigma(sigmas).float(), sigmas)
+    assert torch.allclose(schedule.alpha(sigmas).float(), 1 - sigmas)
+    assert torch.allclose(schedule.conditioning(sigmas), scheduler.timesteps)
+
+
+AUTOENCODERS = {
+    "kl": autoencoder(),
+    "kl of other moments": autoencoder(latents_mean=[0.1, 0, 0, -1.0], latents_std=[1.0, 2, 3, 4]),
+    "vq": diffusers.VQModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        num_vq_embeddings=16,
+    ),
+    "tiny": diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_latents_are_the_autoencoders_scaled(name, folders, tmp_path, images):
+    vae = AUTOENCODERS[name].eval()
+    folder = shutil.copytree(folders["sd"], tmp_path / "sd")
+    shutil.rmtree(folder / "vae")
+    vae.save_pretrained(folder / ("vqvae" if name == "vq" else "vae"))
+    space = load_generator(folder).space
+    with torch.no_grad():
+        signal = space.encode(images)
+        found = vae.encode(2 * images - 1)
+        codes = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+        mean, spread = (
+            getattr(vae.config, n, None) or [d] * 4 for n, d in (("latents_mean", 0.0), ("latents_std", 1.0))
+        )
+        shift = torch.tensor(mean).view(4, 1, 1) if name != "kl" else vae.config.shift_factor
+        wanted = (codes - shift) / torch.tensor(spread).view(4, 1, 1) * vae.config.scaling_factor
+        assert torch.allclose(signal, wanted, atol=1e-6)
+        assert signal.shape == (2, 4, 32 // space.stride, 48 // space.stride)
+        assert torch.allclose(space.expand(signal), vae.decode(codes).sample, atol=1e-5)
+
+
+def test_older_names_and_forms_of_files_are_read(folders, tmp_path, images):
+    """What the hub holds: shards, half precision alone, pickles, a network's own folder, Transformer2DModel."""
+    network = network_of("dit")
+    wanted = ActivationReader(folders["dit"], [1], label=0)(images)[0]
+
+    def folder(name):
+        return shutil.copytree(folders["dit"], tmp_path / name, ignore=shutil.ignore_patterns("transformer"))
+
+    shards = folder("shards")
+    network.save_pretrained(shards / "transformer", max_shard_size="50KB")
+    assert len(list((shards / "transformer").glob("*-of-*.safetensors"))) > 1
+    pickled = folder("pickled")
+    network.save_pretrained(pickled / "transformer", safe_serialization=False)
+    renamed = shutil.copytree(folders["dit"], tmp_path / "renamed")
+    config = json.loads((renamed / "transformer" / "config.json").read_text())
+    (renamed / "transformer" / "config.json").write_text(json.dumps(config | {"_class_name": "Transformer2DModel"}))
+    for place in (shards, pickled, renamed, folders["dit"] / "transformer"):
+        assert torch.equal(ActivationReader(place, [1], label=0)(images)[0], wanted), place
+    half = folder("half")
+    network.half().save_pretrained(half / "transformer", variant="fp16")
+    assert torch.allclose(ActivationReader(half, [1], label=0)(images)[0], wanted, atol=0.05)
+
+
+def test_deprecated_pipelines_are_read_by_component(folders, tmp_path, images, prompt):
+    """AltDiffusion and Versatile Diffusion, whose pipelines diffusers no longer makes of their folders."""
+    alt = shutil.copytree(folders["sd"], tmp_path / "alt")
+    part = ["alt_diffusion", "RobertaSeriesModelWithTransformation"]
+    (alt / "model_index.json").write_text(json.dumps({"_class_name": "AltDiffusionPipeline", "text_encoder": part}))
+    versatile = shutil.copytree(alt, tmp_path / "versatile")
+    (versatile / "model_index.json").write_text(json.dumps({"_class_name": "VersatileDiffusionPipeline"}))
+    (versatile / "unet").rename(versatile / "image_unet")
+    shutil.copytree(folders["flat"] / "unet", versatile / "text_unet")
+    wanted = ActivationReader(load_generator(folders["sd"]).told(prompt), [1])(images)[0]
+    for place in (alt, alt / "unet", versatile, versatile / "image_unet"):
+        assert torch.equal(ActivationReader(load_generator(place).told(prompt), [1])(images)[0], wanted), place
+    flat = load_generator(versatile / "text_unet")
+    assert flat.network.architecture == "UNetFlatConditionModel"
+    assert ActivationReader(flat, ["mid_block"])(images)[0].shape == (2, 64, 8, 12)
+
+
+def changed(folder, tmp_path, part, **config):
+    """A copy of a folder whose component's config says something else."""
+    place = shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
+    file = place / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return place
+
+
+MISTAKES = {
+    "a repository": (
+        lambda f, p: "stabilityai/sd-turbo",
+        r"nothing is downloaded here: .* `hf download stabilityai/sd-t",
+    ),
+    "an empty folder": (
+        lambda f, p: p,
+        r"no folder of diffusers with a network \(unet, .*: it is empty; name such a folder",
+    ),
+    "no autoencoder": (
+        lambda f, p: shutil.copytree(f["sd"] / "unet", p / "unet"),
+        r"the UNet2DConditionModel in .* sees latents of 4 channels, and there is no vae beside it: name the folder",
+    ),
+    "another network": (
+        lambda f, p: changed(f["sd"], p, "unet", _class_name="UNet3DConditionModel"),
+        r"unet holds a UNet3DConditionModel, which is not run here: that is UNet2DModel, UNet2DCond",
+    ),
+    "another autoencoder": (
+        lambda f, p: changed(f["sd"], p, "vae", _class_name="AutoencoderDC"),
+        r"AutoencoderDC is no autoencoder that is run here: these are AutoencoderKL",
+    ),
+    "no class": (
+        lambda f, p: changed(f["sd"], p, "unet", _class_name=None),
+        r"config.json names no class of diffusers",
+    ),
+    "inpainting": (
+        lambda f, p: write_pipeline(p / "in", "sd", in_channels=9),
+        r"takes 9 channels and gives 4, but of an image there are 4: networks that fill in",
+    ),
+    "images in place of words": (
+        lambda f, p: changed(f["sd"], p, "unet", encoder_hid_dim_type="image_proj"),
+        r"it is told images in place of words \(encoder_hid_dim_type image_proj\)",
+    ),
+    "another path": (
+        lambda f, p: changed(f["sd"], p, "scheduler", beta_schedule="other"),
+        r"scheduler_config.json describes a path that is not known here \(DDIMScheduler, beta_schedule other",
+    ),
+    "weights of another network": (
+        lambda f, p: changed(f["sd"], p, "unet", block_out_channels=[32, 96]),
+        r"diffusers does not read the weights in .*unet \(",
+    ),
+    "too few weights": (
+        lambda f, p: without_one(shutil.copytree(f["sd"], p / "few")),
+        r"does not fit its config.json: 1 name is missing or left over \(conv_in.bias\): fetch both again",
+    ),
+    "cut short": (
+        lambda f, p: cut(shutil.copytree(f["sd"], p / "cut")),
+        r"diffusers does not read the weights in .*unet",
+    ),
+    "no weights": (
+        lambda f, p: shutil.copytree(f["sd"], p / "none", ignore=shutil.ignore_patterns("*.safetensors")),
+        r"vae holds no weights of diffusers \(diffusion_pytorch_model.safetensors\), only config.json: fetch them too",
+    ),
+}
+
+
+def without_one(folder):
+    """The folder, without one of the network's weights."""
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if name != "conv_in.bias"}, file)
+    return folder
+
+
+def cut(folder):
+    """The folder, with half of the network's weights."""
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_folder_is_one_sentence(mistake, folders, tmp_path):
+    make, complaint = MISTAKES[mistake]
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint) as error:
+        load_generator(make(folders, tmp_path))
+    assert "\n" not in str(error.value)
+
+
+WRONG = {
+    "near names": (
+        {"blocks": ["up_block.1"]},
+        r"UNet2DConditionModel has no module up_block.1; there are up_blocks.1,",
+    ),
+    "no map": ({"blocks": ["time_embedding"]}, r"has no map of the image in time_embedding; there are"),
+    "a number": ({"blocks": [5]}, r"UNet2DConditionModel has no block 5; it has, in cells, stride 2: 0, 1; stride 1"),
+    "a time": ({"timesteps": [1000]}, r"timesteps \[1000\] lie outside of this path: its times are whole, 0 to 999"),
+    "a label": ({"label": 1}, r"trained without classes: leave labels out"),
+    "attention": ({"blocks": ["down_blocks.0"], "attention": True}, r"up to the last of the blocks, attends to words"),
+    "attention's stride": ({"blocks": ["attention.16"]}, r"attends to words at stride 16: attention.16"),
+    "a text": ({"prompt": "a cell"}, r"no text encoder beside this UNet2DConditionModel to embed 'a cell': give the"),
+    "no prompt": ({"prompt": "none.safetensors"}, r"there is no file none.safetensors with a prompt's embedding"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_option_is_one_sentence(mistake, folders):
+    options, complaint = WRONG[mistake]
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        DiffusionFeatures(folders["sd"], **{"blocks": [1], "timesteps": [50]} | options)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "complaint"),
+    [
+        (
+            {"prompt_embeds": torch.zeros(7, 8)},
+            r"prompt_embeds is \(1, 7, 8\), but this UNet2DCond.* takes words 24 wide",
+        ),
+        ({"words": torch.zeros(7, 24)}, r"has no tensor prompt_embeds \(words, width\), but words"),
+        (
+            {"prompt_embeds": torch.zeros(7, 24), "prompt_attention_mask": torch.ones(6)},
+            r"prompt_attention_mask has 6 numbers for 7 words",
+        ),
+    ],
+)
+def test_a_prompt_of_another_width_is_one_sentence(tensors, complaint, folders):
+    with pytest.raises(ValueError, match=complaint):
+        load_generator(folders["sd"]).told(tensors)
+
+
+def test_images_of_another_size_are_one_sentence(folders):
+    model = load_generator(folders["sd3"])
+    with pytest.raises(ValueError, match=r"sides are multiples of 8 pixels, not 32 x 36"):
+        model.signal_shape(32, 36)
+    with pytest.raises(ValueError, match=r"at most 128 pixels a side, not 136 x 32: cut them into windows"):
+        model.signal_shape(136, 32)
+
+
+def test_masked_words_do_not_count(folders, images):
+    torch.manual_seed(4)
+    words = torch.randn(5, WORD)
+    model = load_generator(folders["pixart"])
+    mask = torch.tensor([1, 1, 1, 0, 0])
+    few, masked, all_words = (
+        ActivationReader(model.told(told), [2])(images)[0]
+        for told in (
+            {"prompt_embeds": words[:3]},
+            {"prompt_embeds": words, "prompt_attention_mask": mask},
+            {"prompt_embeds": words},
+        )
+    )
+    assert torch.allclose(few, masked, atol=1e-5)
+    assert not torch.allclose(few, all_words, atol=1e-3)
+
+
+def test_a_model_file_chooses_no_folder_and_no_prompt(folders, prompt, tmp_path):
+    features = DiffusionFeatures(folders["sd"], [1], [50])
+    for name, place in (("generator", str(folders["sd"])), ("prompt", str(prompt))):
+        features.arguments[name] = place
+        features.save(tmp_path / "made.safetensors")
+        with pytest.raises(
+            ValueError, match=r"made.safetensors names the file .*, but a model file holds all of its parts"
+        ):
+            Model.load(tmp_path / "made.safetensors")
+
+
+def test_frozen_weights_of_our_own_generators_can_stay_in_their_file_too(tmp_path, images):
+    from tests.helpers.networks import tiny_unet
+
+    torch.manual_seed(0)
+    tiny_unet().save(tmp_path / "unet.safetensors")
+    small, whole = (
+        DiffusionFeatures(tmp_path / "unet.safetensors", [0, 1], [50], keep_weights=keep) for keep in (False, None)
+    )
+    small.save(tmp_path / "small.safetensors")
+    whole.save(tmp_path / "whole.safetensors")
+    assert set(small.state_dict()) == {"reader.noise"}
+    for file in ("small", "whole"):
+        found = Model.load(tmp_path / f"{file}.safetensors").maps(images[0]).maps
+        assert all(torch.equal(a, b) for a, b in zip(found, whole.maps(images[0]).maps, strict=True))
+
+
+def test_averages_share_frozen_weights(folders):
+    backbone = UNetBackbone(folders["sd"], [1])
+    other = copy.deepcopy(backbone)
+    tensors = [list(b.reader.generator.network.parameters()) for b in (backbone, other)]
+    assert all(a is b for a, b in zip(*tensors, strict=True))
+    assert all(a is not b for a, b in zip(backbone.norms.parameters(), other.norms.parameters(), strict=True))
+    tuned = UNetBackbone(folders["sd"], [1], frozen=False)
+    assert not {id(p) for p in tuned.parameters()} & {id(p) for p in copy.deepcopy(tuned).parameters()} - {
+        id(p) for p in tuned.reader.generator.space.parameters()
+    }
+
+
+def test_half_precision(folders, prompt, images, tmp_path):
+    model = load_generator(folders["sd"]).told(prompt)
+    DiffusionFeatures(model, [1], [50], attention=True).save(tmp_path / "f.safetensors")
+    full, half = (Model.load(tmp_path / "f.safetensors", dtype=t) for t in (torch.float32, torch.bfloat16))
+    for a, b in zip(full.maps(images[0]).maps, half.maps(images[0]).maps, strict=True):
+        assert b.dtype == torch.float32
+        assert torch.allclose(a, b, atol=0.1)

@@ -52,7 +52,6 @@ def read_folder(folder: Path) -> DiffusionModel:
         network.has_null_label,
         None if network.word_width is None else [WORDS, network.word_width],
         network.vector_width,
-        home=str(root.absolute()),
     )
     told = labels or network.word_width or network.vector_width
     return DiffusionModel(

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffperception.files import read_json
 from diffperception.integrations import require_installed
 from diffperception.models import Condition, Conditioner
+from diffperception.models.base import require_not_named_by_a_file
 from diffperception.models.conditioners import labels_in_turn
 
 WORDS = 77  # of a prompt about which nothing is said, as CLIP has them
@@ -24,7 +25,7 @@ OF_SEVERAL = ("SD3Transformer2DModel", "FluxTransformer2DModel")  # networks tol
 class Prompt(Conditioner):
     """The same words for all images, as embedded, and the classes that a network embeds itself.
 
-    What is said are labels (B,) int64; where there are no classes, anything of length B.
+    What is said are labels (B,) int64; -1 where there are no classes.
 
     Args:
         classes: names of the network's classes, if it has some.
@@ -33,7 +34,6 @@ class Prompt(Conditioner):
         vector: E of the whole prompt's embedding (E,), for a network that is told one; zeros at first.
         masked: not all words count.
         text: the words, where they are known.
-        home: the folder whose encoder embeds texts, if it has one.
     """
 
     tokens: Tensor | None  # (1, L, D)
@@ -48,16 +48,17 @@ class Prompt(Conditioner):
         vector: int | None = None,
         masked: bool = False,
         text: str | None = None,
-        home: str | None = None,
     ) -> None:
         super().__init__()
-        self.classes, self.home = list(classes or []), home
+        self.classes, self.text = list(classes or []), text
         self.has_absent = null_class or not self.classes
         self.register_buffer("tokens", None if words is None else torch.zeros(1, *words))
         self.register_buffer("vector", None if vector is None else torch.zeros(1, vector))
         self.register_buffer("mask", torch.ones(1, words[0], dtype=torch.bool) if masked and words else None)
 
     def forward(self, said: Tensor) -> Condition:
+        if not self.classes and bool((said >= 0).any()):
+            raise ValueError("This model was trained without classes: leave labels out.")
         everywhere = Condition(vector=self.vector, tokens=self.tokens, mask=self.mask).expand(len(said))
         everywhere.labels = said if self.classes else None
         return everywhere
@@ -78,6 +79,7 @@ class Prompt(Conditioner):
         """
         if self.tokens is None:
             raise ValueError(f"a {network.architecture} attends to no words: leave the prompt out")
+        require_not_named_by_a_file("of a prompt" if isinstance(prompt, Mapping) else prompt)
         text = None
         if isinstance(prompt, Mapping):
             found = dict(prompt)
@@ -85,10 +87,10 @@ class Prompt(Conditioner):
             found = _read(Path(prompt))
         else:
             text = str(prompt)
-            found = embed(text, self.home, network.architecture)
+            found = embed(text, network)
         words, vector, mask = _checked(found, network, prompt if isinstance(prompt, str | Path) else "the prompt")
         width = None if self.vector is None else self.vector.shape[1] if vector is None else vector.shape[1]
-        told = Prompt(self.classes, self.has_absent, list(words.shape[1:]), width, mask is not None, text, self.home)
+        told = Prompt(self.classes, self.has_absent, list(words.shape[1:]), width, mask is not None, text)
         for name, value in (("tokens", words), ("vector", vector), ("mask", mask)):
             if value is not None:
                 getattr(told, name).copy_(value)
@@ -98,7 +100,7 @@ class Prompt(Conditioner):
         return torch.tensor([target.get("label", len(self.classes)) for target in targets])
 
     def absent(self, batch: int) -> Tensor:
-        return torch.full((batch,), len(self.classes))
+        return torch.full((batch,), len(self.classes) or -1)
 
     def drop(self, said: Tensor, dropped: Tensor) -> Tensor:
         return torch.where(dropped.to(said.device), len(self.classes), said)
@@ -144,25 +146,23 @@ def _checked(
     return words, pooled, None if mask is None else mask.reshape(1, -1).bool()
 
 
-def embed(text: str, home: str | None, architecture: str) -> dict[str, Tensor]:
-    """A text as the encoders in a folder of diffusers embed it, for networks with CLIP's words (one encoder or SDXL's
-    two) or T5's.
+def embed(text: str, network: Any) -> dict[str, Tensor]:
+    """A text as the encoders beside a network embed it: one of CLIP or of T5, or SDXL's two.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: the folder has no encoders, or such as we do not run.
+        ValueError: there are no encoders, or such as are not run here.
     """
-    way = (
-        "give the embedding as a .safetensors file with prompt_embeds, as diffusers' pipelines make it (encode_prompt)"
-    )
-    parts = sorted(path.name for path in Path(home).glob("text_encoder*")) if home else []
-    if not parts:
-        raise ValueError(f"there is no text encoder beside this {architecture} to embed {text!r}: {way}")
-    kinds = [read_json(Path(str(home)) / part / "config.json").get("architectures", [""])[0] for part in parts]
-    if architecture in OF_SEVERAL or any(kind not in ENCODERS for kind in kinds):
-        raise ValueError(f"the text encoders of this {architecture} ({', '.join(kinds)}) are not run here: {way}")
-    require_installed("transformers", "the embedding of a text", "pip install transformers")
-    found = [_encode(text, Path(str(home)), part, kind) for part, kind in zip(parts, kinds, strict=True)]
+    way = "give the embedding as a .safetensors file with prompt_embeds, as encode_prompt of its pipeline makes it"
+    home = None if network.origin is None else Path(network.origin.place)
+    parts = sorted(path.name for path in home.glob("text_encoder*")) if home else []
+    if home is None or not parts:
+        raise ValueError(f"there is no text encoder beside this {network.architecture} to embed {text!r}: {way}")
+    kinds = [(read_json(home / part / "config.json").get("architectures") or ["?"])[0] for part in parts]
+    if network.architecture in OF_SEVERAL or any(kind not in ENCODERS for kind in kinds):
+        raise ValueError(f"the text encoders in {home} ({', '.join(kinds)}) are not run here: {way}")
+    require_installed("transformers", f"the embedding of {text!r}", "pip install transformers")
+    found = [_encode(text, home, part, kind) for part, kind in zip(parts, kinds, strict=True)]
     if len(found) == 1:
         return {name: value for name, value in found[0].items() if name in ("prompt_embeds", MASK)}
     words = torch.cat([each["penultimate"] for each in found], -1)  # as SDXL has them (arXiv 2307.01952)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,12 @@ def read_component(folder: Path, architecture: str, prefix: str = "") -> dict[st
                 output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
         raise ValueError(f"diffusers does not read the weights in {folder} ({reason}): fetch them again") from None
     if wrong := [*about["missing_keys"], *about["unexpected_keys"]]:
+        names = f"{len(wrong)} names are" if len(wrong) > 1 else "1 name is"
         raise ValueError(
-            f"{folder / chosen[0]} does not fit its config.json: {len(wrong)} names are missing or left over"
+            f"{folder / chosen[0]} does not fit its config.json: {names} missing or left over"
             f" ({', '.join(map(str, wrong[:3]))}): fetch both again"
         )
     return {f"{prefix}{name}": value for name, value in model.state_dict().items()}
