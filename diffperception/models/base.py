@@ -31,6 +31,7 @@ from diffperception.models.convert.checkpoints import assign, folder_in_words
 
 FORMAT = "diffperception-2"
 PACKAGE = "diffperception"
+ELSEWHERE = "weights_elsewhere"  # in a state dict: the number of weights that it leaves out
 _rebuilding: ContextVar[str | Path | None] = ContextVar("rebuilding", default=None)  # the file, while it is
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 _weights: ContextVar[Path | None] = ContextVar("weights", default=None)
@@ -81,13 +82,19 @@ class Model(nn.Module):
         return next((tensor.device for tensor in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As every module's, but without weights that lie elsewhere (:attr:`origin`)."""
+        """As every module's, but in place of weights that lie elsewhere (:attr:`origin`) it has their number."""
         if self.origin is None:
             return super().state_dict(*args, **kwargs)
-        return {} if kwargs.get("destination") is None else kwargs["destination"]
+        number = torch.tensor(list(bytes.fromhex(self.origin.weights)), dtype=torch.uint8)
+        found = {} if kwargs.get("destination") is None else kwargs["destination"]
+        found[kwargs.get("prefix", "") + ELSEWHERE] = number
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.origin is not None:  # its weights are missed by nobody
+        if self.origin is not None:
+            number = state_dict.pop(prefix + ELSEWHERE, None)
+            if number is not None and bytes(number.tolist()).hex() != self.origin.weights:
+                args[-1].append(f"it was made with other frozen weights than those in {self.origin.place}")
             state_dict |= {f"{prefix}{name}": value for name, value in tensors_of(self).items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
 

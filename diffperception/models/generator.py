@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from diffperception.diffusion import (
     Denoiser,
@@ -159,6 +160,20 @@ class DiffusionModel(Model):
             model.conditioner.load_state_dict({"embedding.weight": labels})
         return model.eval()
 
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        allow: str | tuple[str, ...] = (),
+        weights: str | Path | None = None,
+    ) -> Self:
+        """As :meth:`Model.load`; of a folder of diffusers too, see :func:`load_generator`."""
+        if not Path(path).is_dir():
+            return super().load(path, device, dtype, allow, weights)
+        return cast(Self, load_generator(path).to(device=device, dtype=dtype))
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the network's weights."""
@@ -299,7 +314,7 @@ def load_generator(
     if isinstance(source, str | Path):
         source = Path(source)
         _require_here(source)
-        if source.is_dir():
+        if source.is_dir() and not (source / "model.safetensors").is_file():
             model = _of_folder(source, as_theirs=named_blocks or keep_weights is False)
         else:
             model = Model.load(source, allow=allow)

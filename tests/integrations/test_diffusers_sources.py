@@ -633,10 +633,20 @@ def test_frozen_weights_of_our_own_generators_can_stay_in_their_file_too(tmp_pat
     )
     small.save(tmp_path / "small.safetensors")
     whole.save(tmp_path / "whole.safetensors")
-    assert set(small.state_dict()) == {"reader.noise"}
+    assert set(small.state_dict()) == {"reader.noise", "reader.generator.network.weights_elsewhere"}
     for file in ("small", "whole"):
         found = Model.load(tmp_path / f"{file}.safetensors").maps(images[0]).maps
         assert all(torch.equal(a, b) for a, b in zip(found, whole.maps(images[0]).maps, strict=True))
+
+
+def test_checkpoints_of_any_trainer_hold_a_number_of_the_frozen_weights(folders, tmp_path):
+    backbone = UNetBackbone(folders["sd"], [1])
+    state = backbone.state_dict()
+    assert sum(value.numel() for value in state.values()) < 0.1 * sum(p.numel() for p in backbone.parameters())
+    backbone.load_state_dict(state)
+    other = UNetBackbone(write_pipeline(tmp_path / "other", "sd", seed=1), [1])
+    with pytest.raises(RuntimeError, match=r"made with other frozen weights than those in .*other"):
+        other.load_state_dict(state)
 
 
 def test_averages_share_frozen_weights(folders):

@@ -35,8 +35,8 @@ def read_folder(folder: Path) -> DiffusionModel:
         ImportError: diffusers is not installed.
         ValueError: another folder; a network or path that we do not run; components that do not fit each other.
     """
-    require_installed("diffusers", f"the network in {folder}", "pip install diffusers")
     root, part = locate(folder)
+    require_installed("diffusers", f"the network in {folder}", "pip install diffusers")
     config = read_config(root / part)
     architecture = architecture_of(config, root / part)
     space = read_space(root, architecture, config)

@@ -62,9 +62,9 @@ def read_component(folder: Path, architecture: str, prefix: str = "") -> dict[st
         reason = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
         raise ValueError(f"diffusers does not read the weights in {folder} ({reason}): fetch them again") from None
     if wrong := [*about["missing_keys"], *about["unexpected_keys"]]:
-        names = f"{len(wrong)} names are" if len(wrong) > 1 else "1 name is"
+        number = f"{len(wrong)} names are" if len(wrong) > 1 else "1 name is"
         raise ValueError(
-            f"{folder / chosen[0]} does not fit its config.json: {names} missing or left over"
+            f"{folder / chosen[0]} does not fit its config.json: {number} missing or left over"
             f" ({', '.join(map(str, wrong[:3]))}): fetch both again"
         )
     return {f"{prefix}{name}": value for name, value in model.state_dict().items()}
