@@ -27,6 +27,7 @@ from diffperception.models.condition import Condition
 from diffperception.models.conditioners import ClassLabels, Conditioner, Said
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import class_names
+from diffperception.models.convert.unet2d import ForeignLayoutError
 from diffperception.models.feature_info import FeatureInfo
 from diffperception.models.space import Pixels, Space
 from diffperception.models.unet.encoder import both_sides
@@ -340,8 +341,9 @@ def _of_folder(folder: Path, as_theirs: bool) -> DiffusionModel:
     """
     require_not_named_by_a_file(folder)
     latent = any((place / part).is_dir() for place in (folder, folder.absolute().parent) for part in CODECS)
-    if not (as_theirs or latent):
-        with suppress(ValueError, FileNotFoundError):  # another network, or options that ours lacks
+    has_unet = any((folder / part / "config.json").is_file() for part in ("unet", ""))
+    if has_unet and not (as_theirs or latent):
+        with suppress(ForeignLayoutError):  # another network, or options that ours lacks
             return importlib.import_module("diffperception.models.convert.diffusers").generator_from_folder(folder)
     return importlib.import_module("diffperception.integrations.diffusers.folder").read_folder(folder)
 

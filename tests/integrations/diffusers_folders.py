@@ -7,7 +7,7 @@ import diffusers
 import torch
 
 WORD, POOLED = 24, 16  # widths of the embeddings of a word and of a prompt
-UNET = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+UNET = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
 TOKENS = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4}
 JOINT = {"joint_attention_dim": WORD, "pooled_projection_dim": POOLED}
 CROSS = {
