@@ -4,9 +4,11 @@ import copy
 import json
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip("diffusers")
@@ -16,6 +18,7 @@ from diffperception.models import ActivationReader, Model, UNetBackbone  # noqa:
 from diffperception.models.base import describe  # noqa: E402
 from diffperception.models.generator import load_generator  # noqa: E402
 from diffperception.segmentation import DiffusionFeatures, PixelEnsemble, PixelSegmenter  # noqa: E402
+from diffperception.training import FitOptions  # noqa: E402
 from tests.integrations.diffusers_folders import (  # noqa: E402
     FLOW,
     NETWORKS,
@@ -668,3 +671,33 @@ def test_half_precision(folders, prompt, images, tmp_path):
     for a, b in zip(full.maps(images[0]).maps, half.maps(images[0]).maps, strict=True):
         assert b.dtype == torch.float32
         assert torch.allclose(a, b, atol=0.1)
+
+
+def test_the_pages_program_runs(folders, tmp_path, monkeypatch):
+    """On another folder and other pictures, with fewer minibatches and a small detector."""
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    program = page.split("### Its networks as sources of features")[1].split("```python\n")[1].split("```")[0]
+    for part in ("train", "masks/train"):
+        (tmp_path / part).mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        pixels = torch.randint(0, 255, (32, 48, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "train" / name)
+        Image.fromarray((pixels[..., 0] > 128).byte().numpy()).save(tmp_path / "masks" / "train" / name)
+    changes = {
+        '"sd15"': f'"{folders["sd"]}"',
+        "data/scenes": str(tmp_path),
+        "DATA.classes)": "DATA.classes, 2, FitOptions(max_minibatches=20))",
+        '["up_blocks.2", "up_blocks.1", "up_blocks.0"]': '["up_blocks.1", "mid_block"]',
+        "strides=backbone.strides)": "strides=backbone.strides, min_size=None, num_boxes=8)",
+    }
+    for before, after in changes.items():
+        assert before in program
+        program = program.replace(before, after)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    said: list[str] = []
+    names = {"__name__": "__main__", "print": lambda *words: said.append(str(words[0])), "FitOptions": FitOptions}
+    exec(compile(program, "integrations.md", "exec"), names)
+    assert said[0] == "t50 up_blocks.0: 32 channels, a cell is 4 pixels wide"
+    assert said[2] == "t50 attention.2: 77 channels, a cell is 8 pixels wide"
+    assert said[-1].startswith("torch.Size([")
