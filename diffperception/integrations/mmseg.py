@@ -30,7 +30,8 @@ from diffperception.segmentation.maps import covered
 from diffperception.visualization.draw import class_color
 
 FORK = "pip install onedl-mmcv==2.3.6 onedl-mmengine==0.10.12 onedl-mmsegmentation==1.4.2"
-require_installed("mmseg", "diffperception.integrations.mmseg", FORK)
+for module in ("mmengine", "mmcv", "mmseg"):
+    require_installed(module, "diffperception.integrations.mmseg", FORK)
 try:
     from mmengine.model import BaseModule
     from mmengine.registry import init_default_scope
@@ -227,10 +228,11 @@ class DiffusionSegmentor(EncoderDecoder):
     """mmseg's EncoderDecoder, whose heads are told the backbone's channels.
 
     A head's ``in_channels`` (and ``strides``, if it takes them) may be left out; ``in_index="all"`` means all maps.
+    Behind a neck, whose maps are its own, both must be said.
 
     Raises:
-        ValueError: a head's ``in_channels`` or ``in_index`` does not fit the backbone, or ``data_preprocessor``
-            normalises to something else than -1..1.
+        ValueError: ``in_channels`` or ``in_index`` of a head, or of a neck, does not fit the backbone, or
+            ``data_preprocessor`` normalises to something else than -1..1.
     """
 
     def __init__(self, backbone: Mapping[str, Any], decode_head: Mapping[str, Any], **options: Any) -> None:
@@ -255,8 +257,10 @@ class DiffusionSegmentor(EncoderDecoder):
     def _told(self, head: Mapping[str, Any], name: str) -> dict[str, Any]:
         """A head's configuration with what the backbone knows of the maps that it takes."""
         head = dict(head)
-        if self.with_neck or not hasattr(self.backbone, "channels"):
+        if not hasattr(self.backbone, "channels"):
             return head
+        if self.with_neck:
+            return self._beyond_the_neck(head, name)
         kind = MODELS.get(head["type"]) if isinstance(head["type"], str) else head["type"]
         takes_strides = kind is not None and "strides" in inspect.signature(kind).parameters
         channels, strides = self.backbone.channels, self.backbone.strides
@@ -275,6 +279,15 @@ class DiffusionSegmentor(EncoderDecoder):
                 )
             head[key] = wanted
         return head | {"in_index": index}
+
+    def _beyond_the_neck(self, head: dict[str, Any], name: str) -> dict[str, Any]:
+        """A head's configuration as it is; ValueError if it, or the neck, lacks what must be said."""
+        channels, taken = self.backbone.channels, getattr(self.neck, "in_channels", None)
+        if taken is not None and taken != channels:
+            raise ValueError(f"neck.in_channels is {taken}, but the backbone gives {channels}: set that")
+        if "in_channels" not in head or head.get("in_index") == "all":
+            raise ValueError(f"{name} takes what the neck gives: say in its in_channels and in_index what that is")
+        return head
 
 
 @MODELS.register_module()
@@ -462,15 +475,14 @@ class LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(
                 "the data set's pipeline gives no image with a mask: it needs LoadAnnotations and PackSegInputs"
             )
-        name = self.dataset.get_data_info(index)["img_path"]
+        name = sample.get("img_path", f"sample {index}")
         mask = sample.gt_sem_seg.data[0].long()
         if image.shape[1:] != mask.shape:
             raise ValueError(
                 f"the pipeline gives {name} the size {tuple(image.shape[1:])} and its mask {tuple(mask.shape)}: put"
                 " LoadAnnotations before Resize, as pipelines for training have it"
             )
-        ignored = getattr(self.dataset, "ignore_index", IGNORE_INDEX)
-        return self._rgb(image, name), mask.masked_fill(mask == ignored, IGNORE_INDEX)
+        return self._rgb(image, name), mask.masked_fill(mask == _ignored(self.dataset), IGNORE_INDEX)
 
     def _rgb(self, image: Tensor, name: str) -> Tensor:
         image = image.flip(0) if self.channel_order == "bgr" else image
@@ -479,6 +491,16 @@ class LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
         if float(image.min()) < 0 or float(image.max()) > 255:
             raise ValueError(f"the pipeline gives {name} pixels outside of 0 to 255: leave Normalize out of it")
         return image.float() / 255
+
+
+def _ignored(dataset: Any) -> int:
+    """The label that a data set ignores, or the first of those that it joins or repeats."""
+    while not hasattr(dataset, "ignore_index"):
+        within = [*getattr(dataset, "datasets", []), getattr(dataset, "dataset", None)]
+        if within[0] is None:
+            return IGNORE_INDEX
+        dataset = within[0]
+    return int(dataset.ignore_index)
 
 
 def labelled(dataset: Mapping[str, Any] | Any, channel_order: Literal["bgr", "rgb"] = "bgr") -> LabelledDataset:
