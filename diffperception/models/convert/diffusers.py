@@ -131,6 +131,8 @@ def _places(folder: Path) -> tuple[Path, Path]:
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "unet" / CONFIG).is_file():
         return folder / "unet", folder
+    if not (folder / CONFIG).is_file():
+        raise ForeignLayoutError(f"{folder} has no unet/{CONFIG}, nor a {CONFIG} of its own")
     around = folder.absolute().parent
     others = (INDEX, "scheduler", *CODECS)
     in_pipeline = folder.absolute().name.startswith("unet") and any((around / name).exists() for name in others)

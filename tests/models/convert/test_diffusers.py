@@ -220,7 +220,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not a JSON file"):
         generator_from_folder(tmp_path)
     (tmp_path / "unet/config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*config.json"):
+    with pytest.raises(ForeignLayoutError, match=r"has no unet/config.json"):
         generator_from_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         generator_from_folder(tmp_path / "absent")
