@@ -41,6 +41,7 @@ from diffperception.models import DiffusionModel
 from diffperception.segmentation import (
     DiffusionFeatures,
     MeanIoU,
+    PixelEnsemble,
     PixelSegmenter,
     RGBFeatures,
     evaluate_segmenter,
@@ -155,6 +156,21 @@ def test_a_shipped_configuration_trains_tests_resumes_and_predicts(
 def runner_model(runner: Runner) -> Any:
     runner.model.cfg = runner.cfg  # what inference_model asks a model for
     return runner.model.eval()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_makes_a_segmentor(path: Path, data: Path, file: Path, tmp_path: Path) -> None:
+    if path.stem == "fitted":
+        features = DiffusionFeatures(file, [4])
+        ensemble = PixelEnsemble(features.channels, len(CLASSES), 2)
+        PixelSegmenter(features, ensemble, CLASSES).save(tmp_path / "segmenter.safetensors")
+    cfg = prepared(path.stem, data, file, tmp_path)
+    if path.stem == "fitted":
+        cfg.model.segmenter = str(tmp_path / "segmenter.safetensors")
+    model = init_model(cfg, device="cpu")
+    found = inference_model(model, str(data / "val" / "0.png"))
+    assert found.pred_sem_seg.data.shape == (1, 41, 53)
+    assert found.seg_logits.data.shape == (7, 41, 53)
 
 
 def test_a_pure_python_configuration_trains_and_is_tested(data: Path, file: Path, tmp_path: Path) -> None:
