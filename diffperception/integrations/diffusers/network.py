@@ -1,10 +1,8 @@
-"""A network of diffusers behind the interface of our UNet: its modules' outputs are read by hooks."""
+"""A network of diffusers behind the interface of our UNet: its modules' outputs as activations."""
 
 import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,25 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from diffperception.integrations.diffusers.families import FAMILIES, class_of
+from diffperception.integrations.diffusers.hooks import Output, as_map, outputs_until
+from diffperception.integrations.diffusers.shapes import outputs_of, small_input, twin_of
 from diffperception.integrations.diffusers.weights import plain, read_component
 from diffperception.models import Condition, FeatureInfo, Model
 from diffperception.models.feature_info import strides_in_words
 
 ATTENTION = "attention"  # how the names of blocks begin that are maps of attention, before `.` and their stride
-PROBED_WORDS = 5  # no number of cells of the images that are probed with, powers of 4
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where in what a module gives the image is: in which of its tensors, its channels, and its stride in cells."""
-
-    index: int
-    channels: int
-    stride: int
-
-
-class _EnoughError(Exception):
-    """Ends a pass once everything wanted has been seen."""
 
 
 class DiffusersNetwork(Model):
@@ -66,30 +52,17 @@ class DiffusersNetwork(Model):
             raise ValueError(f"a {architecture} whose config says that {problem} is not run here")
         self.network = kind.from_config(dict(config))
         full = self.network.config
+        self.config = json.dumps(plain(full))
         self.record(config=plain(full))
         self.in_channels, self.out_channels = self.family.channels(full)
         self.stride, self.largest = self.family.multiple(full), self.family.largest(full)
         self.word_width, self.vector_width = self.family.word_width(full), self.family.vector_width(full)
         self.num_labels, self.has_null_label = self.family.labels(full)
 
-    @cached_property
+    @property
     def outputs(self) -> dict[str, Output | None]:
         """Of each module that a pass runs, in the order in which they end; None where it gives no map of the image."""
-        twin, found = self._twin(), dict[str, Output | None]()
-        cells = self._probed(twin)[0].shape[2:]
-
-        def note(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                found[name] = _place(output, cells, self.stride)
-
-            return hook
-
-        with ExitStack() as stack, torch.no_grad():
-            for name, module in twin.named_modules():
-                if name:
-                    stack.callback(module.register_forward_hook(note(name)).remove)
-            self._run(twin, *self._probed(twin))
-        return found
+        return outputs_of(self.architecture, self.config)
 
     @cached_property
     def block_info(self) -> list[FeatureInfo]:
@@ -167,9 +140,9 @@ class DiffusersNetwork(Model):
 
     def unused(self, blocks: Sequence[int | str]) -> list[nn.Parameter]:
         """The parameters that :meth:`activations` of these blocks do not depend on."""
-        twin = self._twin()
+        twin = twin_of(self.architecture, json.loads(self.config))
         with torch.enable_grad():
-            maps = self._read(twin, *self._probed(twin), blocks)
+            maps = self._read(twin, *small_input(self.architecture, twin), blocks)
             names, parameters = zip(*twin.named_parameters(), strict=True)
             gradients = torch.autograd.grad([m.sum() for m in maps], parameters, allow_unused=True)
         return [self.network.get_parameter(n) for n, g in zip(names, gradients, strict=True) if g is None]
@@ -214,7 +187,7 @@ class DiffusersNetwork(Model):
         modules = [name for name in names if not _stride_of_attention(name)]
         attending = self._attending(blocks) if len(modules) < len(names) else []
         outputs, attention = outputs_until(network, modules, attending, lambda: self._run(network, x, t, told))
-        maps = {name: _as_map(outputs[name], place, x) for name in modules if (place := self.outputs[name])}
+        maps = {name: as_map(outputs[name], place, x) for name in modules if (place := self.outputs[name])}
         for name in names:
             if stride := _stride_of_attention(name):
                 layers = [attention[layer] for layer in attending if self.word_layers[layer] == stride]
@@ -256,87 +229,6 @@ class DiffusersNetwork(Model):
         assert place is not None
         return FeatureInfo(name, place.channels, place.stride)
 
-    def _twin(self) -> Any:
-        """The same network without weights: passes through it tell shapes, and what depends on what."""
-        with torch.device("meta"):
-            twin = type(self.network).from_config(self.network.config)
-        return twin.to("meta").eval()
-
-    def _probed(self, twin: nn.Module) -> tuple[Tensor, Tensor, Condition]:
-        """A small input of a network on the meta device."""
-        with torch.device("meta"):
-            x = torch.zeros(1, self.in_channels, *self.family.probed(self.network.config))
-            condition = Condition(
-                tokens=None if self.word_width is None else torch.zeros(1, PROBED_WORDS, self.word_width),
-                vector=None if self.vector_width is None else torch.zeros(1, self.vector_width),
-                labels=torch.zeros(1, dtype=torch.int64) if self.num_labels else None,
-            )
-            return x.to(next(twin.parameters()).dtype), torch.zeros(1), condition
-
-
-def outputs_until(
-    network: nn.Module, modules: Sequence[str], attending: Sequence[str], run: Callable[[], Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What modules give in a pass that ends when all have, and how layers of attention attend meanwhile.
-
-    Args:
-        modules: paths of modules, each of which the pass runs.
-        attending: of cross-attention layers.
-        run: does the pass.
-
-    Returns: the modules' outputs, and (B, cells, words) of each layer, the mean over its heads.
-    """
-    outputs: dict[str, Any] = {}
-    attention: dict[str, Tensor] = {}
-    enough = _EnoughError()
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[name] = output
-            if len(outputs) == len(set(modules)):
-                raise enough
-
-        return hook
-
-    def attend(name: str) -> Callable[..., None]:
-        def hook(layer: Any, args: Any, options: Mapping[str, Any]) -> None:
-            attention[name] = attention_to_words(layer, *args, **options)
-
-        return hook
-
-    with ExitStack() as stack:
-        for name in set(modules):
-            stack.callback(network.get_submodule(name).register_forward_hook(keep(name)).remove)
-        for name in attending:
-            layer = network.get_submodule(name)
-            stack.callback(layer.register_forward_pre_hook(attend(name), with_kwargs=True).remove)
-        try:
-            run()
-        except _EnoughError as error:
-            if error is not enough:  # of a pass around this one
-                raise
-    return outputs, attention
-
-
-def attention_to_words(
-    layer: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """How a cross-attention layer of diffusers attends (B, cells, words), the mean over heads: rows sum to 1.
-
-    It is computed beside what the layer does itself, whatever kernel that uses, and so changes nothing of it.
-    """
-    words = encoder_hidden_states
-    if layer.norm_cross is not None:
-        words = layer.norm_encoder_hidden_states(words)
-    mask = layer.prepare_attention_mask(attention_mask, words.shape[1], len(words))
-    query, key = (layer.head_to_batch_dim(x) for x in (layer.to_q(hidden_states), layer.to_k(words)))
-    rows = layer.get_attention_scores(query, key, mask)
-    return rows.unflatten(0, (len(words), -1)).mean(1)
-
 
 def _is_block(name: str) -> bool:
     """Whether a path is of the blocks that a network is a series of."""
@@ -348,36 +240,3 @@ def _stride_of_attention(name: str) -> int:
     """The stride in the name of a map of attention; 0 for the names of modules."""
     first, _, stride = name.partition(".")
     return int(stride) if first == ATTENTION and stride.isdigit() else 0
-
-
-def _tensors(output: Any) -> list[Any]:
-    """The parts of what a module gives: a tensor, a tuple, or a dictionary."""
-    return (
-        [output]
-        if isinstance(output, Tensor)
-        else [*(output.values() if isinstance(output, Mapping) else output or ())]
-    )
-
-
-def _place(output: Any, cells: Sequence[int], multiple: int) -> Output | None:
-    """Where the image is in what a module gives of a single one of so many cells, down and across."""
-    strides = [s for s in range(1, multiple + 1) if multiple % s == 0]
-    size = {s: tuple(side // s for side in cells) for s in strides}
-    parts = [(i, part) for i, part in enumerate(_tensors(output)) if isinstance(part, Tensor) and len(part) == 1]
-    for beside in (0, PROBED_WORDS):  # words lie before the cells where a block joins them
-        for index, part in parts:
-            for stride in strides:
-                if part.ndim == 4 and tuple(part.shape[2:]) == size[stride]:
-                    return Output(index, part.shape[1], stride)
-                if part.ndim == 3 and part.shape[1] == math.prod(size[stride]) + beside:
-                    return Output(index, part.shape[2], stride)
-    return None
-
-
-def _as_map(output: Any, place: Output, x: Tensor) -> Tensor:
-    """The image in what a module gives of x (B, C, h, w): (B, channels, h / stride, w / stride)."""
-    part: Tensor = _tensors(output)[place.index]
-    if part.ndim == 4:
-        return part
-    height, width = (side // place.stride for side in x.shape[2:])
-    return part[:, -height * width :].mT.unflatten(2, (height, width))
