@@ -286,6 +286,24 @@ def test_a_pass_ends_early_inside_checkpointed_blocks_too(folders, prompt, image
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
 
 
+def test_a_pass_within_a_pass_ends_alone(folders, images):
+    reader = ActivationReader(folders["sd"], ["up_blocks.0"])
+    within = []
+
+    def read_once_more(module, args, output):
+        if not within:
+            within.append(None)
+            within.append(reader(images)[0])
+
+    with torch.no_grad():
+        wanted = reader(images)[0]
+        hook = reader.generator.network.network.mid_block.register_forward_hook(read_once_more)
+        found = reader(images)[0]
+    hook.remove()
+    assert torch.equal(found, wanted)
+    assert torch.equal(within[1], wanted)
+
+
 def test_cross_attention_maps_sum_to_one_and_leave_the_output_as_it_was(folders, prompt, images):
     plain, words = (
         ActivationReader(load_generator(folders["sd"]).told(prompt), [1, 3], attention=a) for a in (False, True)
@@ -588,6 +606,35 @@ def test_a_wrong_option_is_one_sentence(mistake, folders):
 def test_a_prompt_of_another_width_is_one_sentence(tensors, complaint, folders):
     with pytest.raises(ValueError, match=complaint):
         load_generator(folders["sd"]).told(tensors)
+
+
+def test_texts_are_embedded_as_the_pipeline_does(folders, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(folders["sd"], tmp_path / "sd")
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "a</w>",
+        "red</w>",
+        "cell</w>",
+        *"aredcl",
+        *(f"{c}</w>" for c in "edcl"),
+    ]
+    tokenizer = transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(dict.fromkeys(words))}, merges=[])
+    tokenizer.model_max_length = 77
+    tokenizer.save_pretrained(folder / "tokenizer")
+    layout = {"hidden_size": WORD, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(vocab_size=len(tokenizer), eos_token_id=1, **layout)
+    )
+    encoder.eval().save_pretrained(folder / "text_encoder")
+    parts = {"vae": autoencoder(), "unet": network_of("sd"), "scheduler": diffusers.DDIMScheduler()}
+    pipeline = diffusers.StableDiffusionPipeline(
+        **parts, text_encoder=encoder, tokenizer=tokenizer, safety_checker=None, feature_extractor=None
+    )
+    wanted = pipeline.encode_prompt("a red cell", "cpu", 1, False)[0]
+    assert torch.equal(load_generator(folder, prompt="a red cell").conditioner.tokens, wanted)
+    assert not torch.equal(load_generator(folder, prompt="a cell").conditioner.tokens, wanted)
 
 
 def test_images_of_another_size_are_one_sentence(folders):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,10 @@ class Output:
 
 class _EnoughError(Exception):
     """Ends a pass once everything wanted has been seen."""
+
+
+# Hooks lie on modules: those of a pass see passes inside of it, and of other threads, as well, which are not theirs.
+_innermost: ContextVar[_EnoughError | None] = ContextVar("innermost", default=None)
 
 
 def outputs_until(
@@ -40,6 +45,8 @@ def outputs_until(
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if _innermost.get() is not enough:
+                return
             outputs[name] = output
             if len(outputs) == len(set(modules)):
                 raise enough
@@ -48,7 +55,8 @@ def outputs_until(
 
     def attend(name: str) -> Callable[..., None]:
         def hook(layer: Any, args: Any, options: Mapping[str, Any]) -> None:
-            attention[name] = attention_to_words(layer, *args, **options)
+            if _innermost.get() is enough:
+                attention[name] = attention_to_words(layer, *args, **options)
 
         return hook
 
@@ -58,11 +66,14 @@ def outputs_until(
         for name in attending:
             layer = network.get_submodule(name)
             stack.callback(layer.register_forward_pre_hook(attend(name), with_kwargs=True).remove)
+        token = _innermost.set(enough)
         try:
             run()
         except _EnoughError as error:
-            if error is not enough:  # of a pass around this one
+            if error is not enough:
                 raise
+        finally:
+            _innermost.reset(token)
     return outputs, attention
 
 
