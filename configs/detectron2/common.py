@@ -20,6 +20,7 @@ from diffperception.integrations.detectron2 import global_clip
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 dataloader.train.mapper.use_instance_mask = False
 dataloader.evaluator.use_fast_impl = False  # the fast one needs detectron2 compiled
+dataloader.evaluator.output_dir = "${train.output_dir}"
 
 # AdamW, the whole gradient clipped. The learning rate is for total_batch_size = 16: change both together.
 optimizer = L(L(global_clip)(optimizer_class=torch.optim.AdamW, norm=1.0))(

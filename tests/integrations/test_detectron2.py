@@ -142,7 +142,6 @@ def lazy(data: str, model: Any, output: Path) -> Any:
         "dataloader.train.total_batch_size": 2,
         "dataloader.train.num_workers": 0,
         "dataloader.test.num_workers": 0,
-        "dataloader.evaluator.output_dir": str(output),
         "train.output_dir": str(output),
         "train.device": "cpu",
         "train.eval_period": 2,
@@ -199,7 +198,7 @@ class KnowingDetector(Detector):
         self.known = known
 
     def loss(self, images: list[Tensor], targets: list[dict], generator: Any = None) -> dict[str, Tensor]:
-        raise NotImplementedError
+        return {"area": torch.stack([target["masks"].sum() for target in targets])}
 
     def predict(self, images: list[Tensor], seeds: Any = None, sampler: Any = None) -> list[dict[str, Tensor]]:
         return [self.find(image, seed) for image, seed in zip(images, seeds, strict=True)]
@@ -209,7 +208,19 @@ class KnowingDetector(Detector):
         boxes = known["boxes"].repeat(3, 1)
         moved = boxes + 2 * torch.randn(boxes.shape, generator=noise)
         scores = torch.rand(len(boxes), generator=noise)
-        return {"boxes": moved.clamp(min=0), "scores": scores, "labels": known["labels"].repeat(3)}
+        found = {"boxes": moved.clamp(min=0), "scores": scores, "labels": known["labels"].repeat(3)}
+        if self.gives_masks:
+            steps = torch.randint(-1, 2, (len(boxes), 2), generator=noise).tolist()
+            masks = found["masks"] = known["masks"].repeat(3, 1, 1)
+            for row, step in enumerate(steps):
+                masks[row] = masks[row].roll(step, (0, 1))
+        return found
+
+
+class MaskingDetector(KnowingDetector):
+    """It knows the masks, too."""
+
+    gives_masks = True
 
 
 class SameSeeds(nn.Module):
@@ -223,13 +234,13 @@ class SameSeeds(nn.Module):
         return self.model([{key: value for key, value in each.items() if key != "image_id"} for each in given])
 
 
-def average_precision(model: nn.Module, data: str, image_format: str = "BGR") -> float:
+def average_precision(model: nn.Module, data: str, kind: str = "bbox") -> float:
     """By detectron2's loader and evaluator."""
-    mapper = DatasetMapper(is_train=False, augmentations=[], image_format=image_format)
+    mapper = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
     loader = build_detection_test_loader(
         dataset=get_detection_dataset_dicts(data, filter_empty=False), mapper=mapper, num_workers=0
     )
-    return inference_on_dataset(model, loader, COCOEvaluator(data, use_fast_impl=False))["bbox"]["AP"] / 100
+    return inference_on_dataset(model, loader, COCOEvaluator(data, use_fast_impl=False))[kind]["AP"] / 100
 
 
 def test_cocoevaluator_gives_the_ap_of_evaluate_as_seeds_go_by_image(name: str, annotations: Path) -> None:
@@ -248,6 +259,23 @@ def test_cocoevaluator_gives_the_ap_of_evaluate_as_seeds_go_by_image(name: str, 
     assert evaluate_detector(detector, dataset).metrics["AP"] == pytest.approx(expected, abs=1e-6)
     model = NoiseToBox(detector=detector, thing_classes=MetadataCatalog.get(name).thing_classes)
     assert average_precision(model, name) == pytest.approx(expected, abs=1e-4)
+
+
+def test_masks_come_in_and_go_out(name: str, annotations: Path) -> None:
+    dataset = CocoDetection(annotations, annotations.parent, masks=True)
+    targets = [dataset[i] for i in range(1, IMAGES)]
+    known = {image.shape[-1]: target for image, target in targets}
+    known[60] = dataset[0][1]  # nothing
+    detector = MaskingDetector(known, dataset.classes)
+    metrics = evaluate_detector(detector, dataset).metrics
+    model = NoiseToBox(detector=detector)
+    assert 0.1 < metrics["mask_AP"] < 0.9
+    assert average_precision(model, name, "segm") == pytest.approx(metrics["mask_AP"], abs=1e-4)
+
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR", use_instance_mask=True)
+    given = [mapper(each) for each in get_detection_dataset_dicts(name)]
+    area = torch.stack([target["masks"][~target["iscrowd"].bool()].sum() for _, target in targets])
+    assert torch.equal(model.train()(given)["loss_area"], area)
 
 
 @pytest.mark.parametrize("image_format", ["BGR", "RGB"])
