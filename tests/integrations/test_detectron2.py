@@ -469,6 +469,9 @@ def test_evaluations_see_averages_that_go_on_after_a_stop(tmp_path: Path, place:
     resumed: list[Tensor] = []
     ema = train_distance(tmp_path / "halves", 4, place, Distance(), resumed)
     assert torch.equal(torch.stack(resumed), torch.stack(seen[2:]))
+    checkpoint = torch.load(tmp_path / "halves" / "model_0000003.pth")
+    assert checkpoint["model"]["first"][0].item() == pytest.approx(weights[-1])
+    assert torch.equal(checkpoint["trainer"]["hooks"]["EmaHook"]["averages"]["first"], seen[-1])
     assert ema.updates == 4
     assert set(ema.averages) == {"first", "second"}
 
@@ -756,7 +759,7 @@ def test_faster_rcnn_learns_on_a_generator_that_stays_as_it_is(tmp_path: Path) -
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
 def test_a_generator_sees_its_own_range_whatever_images_were_normalised_with(tmp_path: Path, order: str) -> None:
     file, mean, std = generator(tmp_path), [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
-    body = DiffusionUNetBackbone(file, [4, 2, 0], 50, True, 6, mean, std, order).eval()
+    body = DiffusionUNetBackbone(file, [4, 2, 0], 50, True, 6, None, mean, std, order).eval()
     rgb = inputs((48, 64))[0]["image"].float()
     expected = UNetBackbone(file, [4, 2, 0], 50, True, 6).eval()((rgb / 127.5 - 1)[None])
     theirs = rgb if order == "RGB" else rgb.flip(0)

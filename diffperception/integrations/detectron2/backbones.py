@@ -99,12 +99,12 @@ class DiffusionUNetBackbone(modeling.Backbone):
     normalised with. A frozen UNet stays as it is, while the norms of its maps learn.
 
     Args:
-        unet, blocks, timestep, frozen, label: as of a `UNetBackbone`.
+        unet, blocks, timestep, frozen, label, prompt: as of a `UNetBackbone`.
         pixel_mean, pixel_std: what images were normalised with, of pixels 0..255 in the order of `input_format`.
         input_format: the order of their colours, BGR or RGB.
 
     Raises:
-        FileNotFoundError, ValueError: as a `UNetBackbone`; or another format.
+        FileNotFoundError, ImportError, ValueError: as a `UNetBackbone`; or another format.
     """
 
     scale: Tensor
@@ -113,16 +113,17 @@ class DiffusionUNetBackbone(modeling.Backbone):
     def __init__(
         self,
         unet: str | Path | DiffusionModel | UNet,
-        blocks: Sequence[int],
+        blocks: Sequence[int | str],
         timestep: float = 50,
         frozen: bool = True,
         label: int | None = None,
+        prompt: str | Path | None = None,
         pixel_mean: Sequence[float] = (127.5, 127.5, 127.5),
         pixel_std: Sequence[float] = (127.5, 127.5, 127.5),
         input_format: str = "RGB",
     ):
         super().__init__()
-        self.net = UNetBackbone(unet, blocks, timestep, frozen, label)
+        self.net = UNetBackbone(unet, blocks, timestep, frozen, label, prompt)
         names = [f"s{stride}" for stride in self.net.strides]
         self._out_features = names
         self._out_feature_channels = dict(zip(names, self.net.channels, strict=True))
@@ -152,8 +153,8 @@ def build_diffusion_unet_backbone(cfg: CfgNode, input_shape: Any) -> DiffusionUN
     """The UNet of MODEL.DIFFUSION_UNET; ValueError if that names no file."""
     options = cfg.MODEL.DIFFUSION_UNET
     if not options.FILE:
-        raise ValueError("MODEL.DIFFUSION_UNET.FILE names no file: give that of a generator or a UNet")
-    settings = options.FILE, options.BLOCKS, options.TIMESTEP, options.FROZEN, options.LABEL
+        raise ValueError("MODEL.DIFFUSION_UNET.FILE names no file: give that of a generator, or a folder of diffusers")
+    settings = options.FILE, options.BLOCKS, options.TIMESTEP, options.FROZEN, options.LABEL, options.PROMPT
     return DiffusionUNetBackbone(*settings, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT)
 
 

@@ -31,11 +31,12 @@ def add_config(cfg: CfgNode) -> None:
     )
     cfg.MODEL.DIFFUSION_UNET = CfgNode(
         {
-            "FILE": "",  # of a generator or a UNet
-            "BLOCKS": [],  # decoder blocks to read: one per stride, each stride twice the next
+            "FILE": "",  # of a generator or a UNet, or a folder of diffusers
+            "BLOCKS": [],  # blocks to read, or modules by name: one per stride, each stride twice the next
             "TIMESTEP": 50,  # the noise level that images are brought to
             "FROZEN": True,
             "LABEL": None,  # the class that a UNet with classes is told
+            "PROMPT": None,  # what a network that attends to words is told
         }
     )
     cfg.MODEL_EMA = CfgNode({"ENABLED": False, "DECAY": 0.999})
