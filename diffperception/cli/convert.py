@@ -28,7 +28,7 @@ from diffperception.models.convert.checkpoints import WEIGHTS_OF_DIFFUSERS, is_d
 from diffperception.models.convert.diffusers import generator_from_folder, has_scheduler, write_folder
 from diffperception.models.convert.trial import CLEARLY, HOPELESS, SLIGHTLY, changed_options, try_conventions
 from diffperception.models.convert.unet2d import ForeignLayoutError
-from diffperception.models.generator import load_generator
+from diffperception.models.generator import load_generator, require_here
 from diffperception.models.unet.encoder import both_sides
 from diffperception.segmentation import FeatureExtractor, PixelEnsemble, PixelSegmenter
 
@@ -94,6 +94,7 @@ def convert_checkpoint(
         require_new_file(output, overwrite)
     else:
         OutputFolder(output, overwrite)  # refused before the work
+    require_here(checkpoint)
     is_ours, is_folder = is_model_file(checkpoint), is_diffusers_folder(checkpoint)
     if is_ours and to is None:
         raise ValueError(

@@ -314,7 +314,7 @@ def load_generator(
     model: Any = source
     if isinstance(source, str | Path):
         source = Path(source)
-        _require_here(source)
+        require_here(source)
         if source.is_dir() and not (source / "model.safetensors").is_file():
             model = _of_folder(source, as_theirs=named_blocks or keep_weights is False)
         else:
@@ -348,7 +348,7 @@ def _of_folder(folder: Path, as_theirs: bool) -> DiffusionModel:
     return importlib.import_module("diffperception.integrations.diffusers.folder").read_folder(folder)
 
 
-def _require_here(source: Path) -> None:
+def require_here(source: Path) -> None:
     """FileNotFoundError, saying how to download it, for what may be the name of a repository."""
     if not source.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not source.parent.exists():
         raise FileNotFoundError(

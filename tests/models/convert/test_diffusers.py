@@ -280,6 +280,8 @@ def test_the_command_writes_folders_and_says_what_to_do_instead(tmp_path, capsys
     for part in (WEIGHTS, "unet/config.json"):
         assert run("--checkpoint", tmp_path / "out" / part, "--output", tmp_path / "part.safetensors") == 2
         assert f"name the folder, {tmp_path / 'out' / 'unet'}" in capsys.readouterr().err
+    assert run("--checkpoint", "google/ddpm-cat-256", "--output", tmp_path / "cat.safetensors") == 2
+    assert "`hf download google/ddpm-cat-256 --local-dir FOLDER` fetches it" in capsys.readouterr().err
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     back = ["--checkpoint", tmp_path / "out", "--output", tmp_path / "back.safetensors"]
     assert run(*back, "--schedule", "cosine") == 2
