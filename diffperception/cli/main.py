@@ -30,6 +30,7 @@ COMMANDS = {
     "probe": "rank timesteps and blocks of a generator by how well they tell classes apart",
     "autolabel": "label images, or samples of a generator, with a segmenter: a data set to train on",
     "compare": "what a generator's features are worth where few images are labelled",
+    "export": "write a detector as a graph of ONNX, or a program of torch.export",
     "convert-data": "annotations of other tools to COCO, or COCO to Pascal VOC or YOLO",
     "doctor": "say what this machine has, what is missing, and what installs it",
     "completion": "print what lets bash, zsh or tcsh complete commands and options",

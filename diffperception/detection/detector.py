@@ -231,9 +231,10 @@ class DiffusionDet(Detector):
 
     def features(self, images: list[Tensor]) -> FeaturePyramid:
         """The pyramid of images padded together."""
-        return FeaturePyramid.from_maps([self._maps(images)], self.strides)
+        return FeaturePyramid.from_maps([self.maps(images)], self.strides)
 
-    def _maps(self, images: list[Tensor]) -> list[Tensor]:
+    def maps(self, images: list[Tensor]) -> list[Tensor]:
+        """The feature maps of images padded together, (B, C, H / stride, W / stride) a level."""
         return self.backbone(pad_images(images, self.mean, self.std, self.pad_multiple))
 
     def loss(
@@ -249,7 +250,7 @@ class DiffusionDet(Detector):
         learned = self._limit(objects.repeat(self.noise_draws), generator)
         t = torch.randint(self.schedule.num_timesteps, (len(learned.boxes),), generator=generator)
         boxes = self._noisy_boxes(learned, t, generator)
-        maps = self._maps(images)
+        maps = self.maps(images)
         pyramid = FeaturePyramid.from_maps([maps], self.strides).repeat(self.noise_draws)
         output = self.head(pyramid, to_device(boxes, self.device), to_device(t, self.device))
         terms = self.criterion(output, learned.to(self.device), self.class_frequencies, generator)
@@ -440,7 +441,7 @@ class DiffusionDet(Detector):
         for (height, width), members in groups.items():
             at_once = self._at_once(len(members), height * width, CPU_IMAGE_PIXELS)
             for part in (members[i : i + at_once] for i in range(0, len(members), at_once)):
-                maps.append(self._maps([images[i] for i in part]))
+                maps.append(self.maps([images[i] for i in part]))
             order += members
         return FeaturePyramid.from_maps(maps, self.strides, sorted(range(len(images)), key=order.__getitem__))
 

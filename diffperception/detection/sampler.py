@@ -94,18 +94,41 @@ class BoxSampler:
             signal_scale: size of the signal beside the unit noise.
             start: boxes to start from, noised to `start_time` (SDEdit, arXiv 2108.01073).
         """
-        grid = schedule.grid(self.steps, "diffusiondet", self.start_time).tolist()
-        # The first boxes, then the noise and fresh boxes of each step but the last. All are drawn whatever the settings
-        # are, so that these do not shift later draws.
-        noise, like = SampleNoise(seeds), torch.empty(len(seeds), self.num_boxes or 0, 4)
-        z, *draws = to_device(torch.stack([noise(like) for _ in range(2 * self.steps - 1)]), image_sizes.device)
+        noise, times = to_device(self.draw(seeds), image_sizes.device), self.times(schedule)
         if start is not None:
-            z = torch.where(start.given[..., None], add_noise(schedule, start.boxes, grid[0], z), z)
+            noised = add_noise(schedule, start.boxes, times[0], noise[0])
+            noise = torch.cat([torch.where(start.given[..., None], noised, noise[0])[None], noise[1:]])
+        return self.walk(denoise, schedule, times, noise, image_sizes, signal_scale)
+
+    def times(self, schedule: DiscreteSchedule) -> list[int]:
+        """The time of each step, from the first on, and the clean end, -1."""
+        return schedule.grid(self.steps, "diffusiondet", self.start_time).tolist()
+
+    def draw(self, seeds: Sequence[int]) -> Tensor:
+        """All the noise of a batch: (2 * steps - 1, B, N, 4), on the CPU.
+
+        The first boxes, then the noise and fresh boxes of each step but the last. All are drawn whatever the settings
+        are, so that these do not shift later draws.
+        """
+        noise, like = SampleNoise(seeds), torch.empty(len(seeds), self.num_boxes or 0, 4)
+        return torch.stack([noise(like) for _ in range(2 * self.steps - 1)])
+
+    def walk(
+        self,
+        denoise: BoxDenoiser,
+        schedule: DiscreteSchedule,
+        times: Sequence[int],
+        noise: Tensor,
+        image_sizes: Tensor,
+        signal_scale: float,
+    ) -> list[Step]:
+        """All steps, as of `sample`, at the times that `times` gives and with what `draw` drew: a function of these."""
+        z, *draws = noise
         steps: list[Step] = []
-        for number, (t, s) in enumerate(itertools.pairwise(grid)):
-            time = grid[0] if self.mode == "fixed_time" else t
+        for number, (t, s) in enumerate(itertools.pairwise(times)):
+            time = times[0] if self.mode == "fixed_time" else t
             noisy = clamp_min_size(decode_boxes(z, image_sizes, signal_scale))
-            output = denoise(noisy, torch.full((len(z),), time, device=z.device))
+            output = denoise(noisy, torch.full(z.shape[:1], time, device=z.device))
             steps.append(Step(time, noisy, output))
             if s >= 0:
                 step_noise, fresh = draws[2 * number : 2 * number + 2]
@@ -123,6 +146,11 @@ class BoxSampler:
         keep = output.logits.amax(-1, keepdim=True).sigmoid() > self.renewal_threshold
         return torch.where(keep, stepped, fresh)
 
+    def candidates(self, steps: Sequence[Step]) -> dict[str, Tensor]:
+        """Of every step that counts the N best of N x K scores, as tensors (B, P, ...): what `select` begins with."""
+        pooled = [_top_scores(step.output) for step in (steps if self.ensemble else steps[-1:])]
+        return {name: torch.cat([part[name] for part in pooled], dim=1) for name in pooled[0]}
+
     def select(self, steps: Sequence[Step], seen: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
         """Detections of each image: of every step the N best of N x K scores, pooled, then class-wise NMS.
 
@@ -132,8 +160,7 @@ class BoxSampler:
         Returns: best first, `boxes` xyxy in pixels of the original, clipped to it, none without area; `scores`,
             `labels`, and whatever more the head gave.
         """
-        pooled = [_top_scores(step.output) for step in (steps if self.ensemble else steps[-1:])]
-        found = {name: torch.cat([part[name] for part in pooled], dim=1) for name in pooled[0]}
+        found = self.candidates(steps)
         kept = _kept(found["boxes"], found["scores"], found["labels"], self.nms_threshold)
         found["boxes"] = to_image_pixels(found["boxes"], seen[:, None], sizes[:, None])
         images, per_image = found["scores"].shape
@@ -157,7 +184,7 @@ def _top_scores(output: HeadOutput) -> dict[str, Tensor]:
     """The N best (box, class) pairs of an image: scores (B, N), labels (B, N), and all that their proposals have."""
     count, classes = output.logits.shape[1:]
     scores, index = output.logits.sigmoid().flatten(1).topk(count, dim=1)
-    image = torch.arange(len(index), device=index.device)[:, None]
+    image = torch.arange(index.shape[0], device=index.device)[:, None]
     chosen = {name: value[image, index // classes] for name, value in vars(output).items() if name != "logits"}
     return {"boxes": chosen.pop("boxes"), "scores": scores, "labels": index % classes, **chosen}
 

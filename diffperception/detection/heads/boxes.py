@@ -187,7 +187,7 @@ class DynamicConv(nn.Module):
         """
         flat = features.flatten(0, 1), rois.flatten(0, 1)
         count = math.ceil(len(flat[0]) / CPU_PROPOSALS) if is_eager_cpu(features) else 1
-        chunks = zip(*(x.chunk(count) for x in flat), strict=True)
+        chunks = zip(*(x.chunk(count) for x in flat), strict=True) if count > 1 else [flat]
         interacted = torch.cat([self.out(self._convolve(f, x).flatten(1)) for f, x in chunks])
         return F.relu(self.out_norm(interacted.view(features.shape)))
 
@@ -200,7 +200,7 @@ class DynamicConv(nn.Module):
 
 def _dynamic_product(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (n, P, k) times one matrix (k, m) each, which a linear layer makes of features (n, d): (n, P, m)."""
-    return torch.bmm(x, F.linear(features, weight, bias).view(len(x), x.shape[-1], -1))
+    return torch.bmm(x, F.linear(features, weight, bias).view(x.shape[0], x.shape[-1], -1))
 
 
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:

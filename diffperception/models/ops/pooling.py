@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import roi_align
 
 from diffperception.devices import to_device
 
@@ -95,6 +96,26 @@ class FeaturePyramid:
         weight = weight.reshape(-1, taps * taps).to(self.rows.dtype)
         pooled = _weighted_sums(self.rows, index.reshape(-1, taps * taps), weight)
         return pooled.view(batch, count, size * size, -1)
+
+
+class PyramidOfMaps(FeaturePyramid):
+    """The same from maps (B, C, H_l, W_l) of images of one size, pooled by torchvision's operator, which ONNX knows."""
+
+    def __init__(self, maps: Sequence[Tensor], strides: list[int]):
+        self.maps, self.strides = maps, strides
+
+    def pool(self, boxes: Tensor, size: int, samples: int = 2) -> Tensor:
+        """See `FeaturePyramid.pool`."""
+        batch, count = boxes.shape[:2]
+        level = self.assign_levels(boxes).flatten()
+        image = torch.arange(batch, device=boxes.device).repeat_interleave(count)[:, None]
+        rois = torch.cat([image.to(boxes), boxes.flatten(0, 1)], 1)
+        pooled = self.maps[0].new_zeros(batch * count, self.maps[0].shape[1], size, size)
+        for number, (m, stride) in enumerate(zip(self.maps, self.strides, strict=True)):
+            own = torch.where(level == number)[0]
+            found = roi_align(m, rois[own].to(m.dtype), size, 1 / stride, samples, aligned=True)
+            pooled = pooled.index_put((own,), found)
+        return pooled.flatten(2).transpose(1, 2).unflatten(0, (batch, count))
 
 
 def _weighted_sums(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
