@@ -33,6 +33,8 @@ HELP = {  # of options that several commands have, where a docstring says nothin
     "ensemble": "whether the detections of all steps count, or the last step's alone.",
     "eta": "how much noise a step adds: 1 is the ancestral step, 0 the deterministic one.",
     "nms_threshold": "of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off.",
+    "start": "a COCO results file, such as the predictions.json of another run, whose boxes are started from instead of"
+    " noise alone, noised to `start_time`: of each image the best, `num_boxes` at most.",
     "start_time": "where boxes are given to start from, the time of the schedule, from 0 to T - 1, that they are noised"
     " to: the smaller, the more of them is kept.",
     "workers": "processes that read images.",
