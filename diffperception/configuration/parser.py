@@ -107,7 +107,8 @@ class Options:
         trust = "a Python package of your own whose classes model files may name"
         self.parser.add_argument("--trust", type=str | None, help=trust)
         weights = "where frozen weights lie that model files leave out, if they have moved: a file or folder"
-        self.parser.add_argument("--weights", type=str | None, help=weights)
+        if not any(parameter.name == "weights" for parameter in self.parameters):  # as of scores of samples
+            self.parser.add_argument("--weights", type=str | None, help=weights)
         debug = "on an error, show where in the program it arose"
         self.parser.add_argument("--debug", type=bool, default=False, nargs="?", const=True, help=debug)
         for part in self.of_part:
