@@ -33,6 +33,7 @@ from diffperception.integrations.mmseg import (
     DiffusionBackbone,
     DiffusionPyramid,
     DiffusionSegmentor,
+    FittedSegmentor,
     FrozenBackbone,
     PixelEnsembleHead,
     labelled,
@@ -381,6 +382,12 @@ def test_an_extractor_may_be_named() -> None:
     assert model.decode_head.in_channels == [3]
 
 
+def test_one_block_or_timestep_is_a_list_too() -> None:
+    for blocks, timesteps in ((4, [50]), ("up_blocks.0", [50]), ([4], 50)):
+        with pytest.raises(ValueError, match=r"blocks and timesteps are lists, such as \[4, 2\] and \[50\], not"):
+            DiffusionBackbone(generator(), blocks, timesteps)  # type: ignore[arg-type]
+
+
 def test_heads_are_told_the_channels() -> None:
     backbone = {"type": "DiffusionBackbone", "generator": generator(), "blocks": [4, 2, 0]}
     uper = {"type": "UPerHead", "channels": 8, "num_classes": 7, "in_index": [0, 2]}
@@ -393,6 +400,7 @@ def test_heads_are_told_the_channels() -> None:
     )
     ensemble = segmentor(backbone).decode_head
     assert (ensemble.in_channels, ensemble.strides) == ([32, 32, 64], [1, 2, 4])
+    assert segmentor(backbone, uper | {"in_channels": (32, 64), "in_index": (0, 2)}).decode_head.in_channels == [32, 64]
     with pytest.raises(ValueError, match=r"decode_head.in_channels is \[32, 99\], but the backbone gives \[32, 64\]"):
         segmentor(backbone, uper | {"in_channels": [32, 99]})
     with pytest.raises(ValueError, match=r"decode_head.in_index is \[0, 3\], but the backbone gives 3 maps"):
@@ -414,15 +422,18 @@ def test_what_lies_behind_a_neck_is_said() -> None:
 def test_other_pixels_than_a_generators_are_said_to_be() -> None:
     backbone = {"type": "FrozenBackbone", "features": {"type": "RGBFeatures"}}
     head = {"type": "PixelEnsembleHead", "num_classes": 2, "members": 1}
+    segmenter = PixelSegmenter(RGBFeatures(), PixelEnsemble(3, 2, 1), ["a", "b"])
     for changes in ({"mean": [123.675, 116.28, 103.53]}, {"std": [58.395, 57.12, 57.375]}, {"mean": [0] * 3}):
         with pytest.raises(
             ValueError, match=r"data_preprocessor has mean .* give data_preprocessor mean=\[127.5\] \* 3"
         ):
             DiffusionSegmentor(backbone, head, data_preprocessor=PREPROCESSOR | changes)
+        with pytest.raises(ValueError, match=r"data_preprocessor has mean .* this model takes pixels in -1"):
+            FittedSegmentor(segmenter, PREPROCESSOR | changes)
     image = scene()[0][None]
     for images in (255 * image, (image - 0.45) / 0.225):  # as plain EncoderDecoders might give
         for module in (FrozenBackbone(RGBFeatures()), DiffusionPyramid(generator(), [4, 2])):
-            with pytest.raises(ValueError, match=r"the images reach from .* but the backbone takes pixels in -1\.\.1"):
+            with pytest.raises(ValueError, match=r"the images reach from .* but this model takes pixels in -1\.\.1"):
                 module(images)
 
 

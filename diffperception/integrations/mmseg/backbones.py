@@ -21,11 +21,21 @@ for extractor in (DiffusionFeatures, TimmFeatures, RGBFeatures):
     MODELS.register_module(module=extractor)
 
 
+def require_normalisation(preprocessor: Any) -> None:
+    """ValueError for a preprocessor of mmseg that normalises images to something else than -1..1."""
+    mean, std = (getattr(preprocessor, name, None) for name in ("mean", "std"))
+    if mean is not None and std is not None and not bool(((mean == 127.5) & (std == 127.5)).all()):
+        raise ValueError(
+            f"data_preprocessor has mean {mean.flatten().tolist()} and std {std.flatten().tolist()}, but this model"
+            f" takes {PIXELS}"
+        )
+
+
 def require_signed(images: Tensor) -> None:
     """ValueError for images (B, 3, H, W) that were normalised otherwise than to -1..1, where their range shows it."""
     low, high = (float(extreme) for extreme in images.aminmax())
     if max(-low, high) > LARGEST:
-        raise ValueError(f"the images reach from {low:.3g} to {high:.3g}, but the backbone takes {PIXELS}")
+        raise ValueError(f"the images reach from {low:.3g} to {high:.3g}, but this model takes {PIXELS}")
 
 
 @MODELS.register_module()
@@ -144,6 +154,10 @@ class DiffusionBackbone(FrozenBackbone):
         save_frozen: bool = True,
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
+        if isinstance(blocks, int | str) or isinstance(timesteps, int | float):
+            raise ValueError(
+                f"blocks and timesteps are lists, such as [4, 2] and [50], not {blocks!r} and {timesteps!r}"
+            )
         features = DiffusionFeatures(generator, blocks, timesteps, window, seed, label, prompt, attention)
         super().__init__(features, save_frozen, init_cfg)
 

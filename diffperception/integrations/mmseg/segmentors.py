@@ -11,9 +11,16 @@ from mmseg.models import BaseSegmentor, EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from diffperception.integrations.mmseg.backbones import PIXELS, require_signed
+from diffperception.integrations.mmseg.backbones import (
+    DiffusionPyramid,
+    FrozenBackbone,
+    require_normalisation,
+    require_signed,
+)
 from diffperception.segmentation import PixelSegmenter
 from diffperception.visualization.draw import class_color
+
+OURS = (FrozenBackbone, DiffusionPyramid)
 
 
 @MODELS.register_module()
@@ -30,12 +37,8 @@ class DiffusionSegmentor(EncoderDecoder):
 
     def __init__(self, backbone: Mapping[str, Any], decode_head: Mapping[str, Any], **options: Any) -> None:
         super().__init__(backbone, decode_head, **options)
-        mean, std = (getattr(self.data_preprocessor, name, None) for name in ("mean", "std"))
-        if mean is not None and std is not None and not bool(((mean == 127.5) & (std == 127.5)).all()):
-            raise ValueError(
-                f"data_preprocessor has mean {mean.flatten().tolist()} and std {std.flatten().tolist()}, but the"
-                f" backbone takes {PIXELS}"
-            )
+        if isinstance(self.backbone, OURS):
+            require_normalisation(self.data_preprocessor)
 
     def _init_decode_head(self, decode_head: Mapping[str, Any]) -> None:
         super()._init_decode_head(self._told(decode_head, "decode_head"))
@@ -50,7 +53,7 @@ class DiffusionSegmentor(EncoderDecoder):
     def _told(self, head: Mapping[str, Any], name: str) -> dict[str, Any]:
         """A head's configuration with what the backbone knows of the maps that it takes."""
         head = dict(head)
-        if not hasattr(self.backbone, "channels"):
+        if not isinstance(self.backbone, OURS):
             return head
         if self.with_neck:
             return self._beyond_the_neck(head, name)
@@ -66,17 +69,16 @@ class DiffusionSegmentor(EncoderDecoder):
         for key, values in known.items():
             found = [values[i] for i in chosen]
             wanted = found[0] if isinstance(index, int) else found
-            if head.get(key) is not None and head[key] != wanted:
-                raise ValueError(
-                    f"{name}.{key} is {head[key]}, but the backbone gives {wanted}: set that, or leave it out"
-                )
+            given = head.get(key)
+            if given is not None and (list(given) if isinstance(given, tuple) else given) != wanted:
+                raise ValueError(f"{name}.{key} is {given}, but the backbone gives {wanted}: set that, or leave it out")
             head[key] = wanted
         return head | {"in_index": index}
 
     def _beyond_the_neck(self, head: dict[str, Any], name: str) -> dict[str, Any]:
         """A head's configuration as it is; ValueError if it, or the neck, lacks what must be said."""
         channels, taken = self.backbone.channels, getattr(self.neck, "in_channels", None)
-        if taken is not None and taken != channels:
+        if isinstance(taken, list | tuple) and list(taken) != channels:
             raise ValueError(f"neck.in_channels is {taken}, but the backbone gives {channels}: set that")
         if "in_channels" not in head or head.get("in_index") == "all":
             raise ValueError(f"{name} takes what the neck gives: say in its in_channels and in_index what that is")
@@ -105,6 +107,7 @@ class FittedSegmentor(BaseSegmentor):
         pretrained: None = None,
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
+        require_normalisation(self.data_preprocessor)
         self.segmenter = segmenter if isinstance(segmenter, PixelSegmenter) else PixelSegmenter.load(segmenter)
         self.segmenter.eval().requires_grad_(False)
         classes = self.segmenter.classes
