@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from diffperception.files import CHECKPOINT
 from diffperception.models.backbones.base import Backbone
 from diffperception.models.base import Model, describe, is_model_file
-from diffperception.models.convert.checkpoints import state_of
+from diffperception.models.convert.checkpoints import is_diffusers_folder, state_of
+from diffperception.models.generator import load_generator
 
 LEAST = 1 / 3  # of some part of the model, or of the file, must fit, or the file is of something else
 COUNTER = "num_batches_tracked"  # of norms, where people turn all of a file to float16 too
@@ -84,12 +85,12 @@ def warm_start(model: nn.Module, path: str | Path, below: str = "") -> WarmStart
     """Give a model the weights of a file that fit by name and shape; all others stay as they are.
 
     The file is one of ours, of any model (:meth:`Model.load`, with the package of this model's class allowed), or
-    weights alone, whose names may have a prefix. They are looked for below the model itself, and below the models and
-    backbones in it, so that a detector takes the backbone of another one, a timm model's weights or a generator's UNet.
-    Weights with a row per class (:attr:`Model.class_layers`) take the rows of classes with the same name, whatever
-    their order; failing that, of the one that differs only in case, spaces, `_` or `-`. Rows after those of the
-    classes, as for no class, are taken where both have as many. Whatever the model was, it is changed whole or not at
-    all.
+    weights alone, whose names may have a prefix, or a generator's folder of diffusers. They are looked for below the
+    model itself, and below the models and backbones in it, so that a detector takes the backbone of another one, a timm
+    model's weights or a generator's UNet. Weights with a row per class (:attr:`Model.class_layers`) take the rows of
+    classes with the same name, whatever their order; failing that, of the one that differs only in case, spaces, `_` or
+    `-`. Rows after those of the classes, as for no class, are taken where both have as many. Whatever the model was, it
+    is changed whole or not at all.
 
     Args:
         model: what is to be trained.
@@ -118,9 +119,9 @@ def warm_start(model: nn.Module, path: str | Path, below: str = "") -> WarmStart
 
 
 def read_source(path: Path, allow: tuple[str, ...] = ()) -> Source:
-    """The weights of a file, of our own or not; errors as for :func:`warm_start`."""
-    if is_model_file(path):
-        model = Model.load(path, allow=allow)
+    """The weights of a file, of our own or not, or a folder of diffusers; errors as for :func:`warm_start`."""
+    if is_model_file(path) or is_diffusers_folder(path):
+        model = load_generator(path) if path.is_dir() else Model.load(path, allow=allow)
         classes = getattr(model, "classes", None)
         of_classes = f" of {len(classes)} class{'es' if len(classes) > 1 else ''}" if classes else ""
         return Source(path, model.state_dict(), class_rows(model), f"{type(model).__name__}{of_classes}", model)

@@ -17,6 +17,7 @@ from diffperception.models.convert.diffusers import generator_from_folder, is_di
 from diffperception.models.convert.schedulers import path_arguments
 from diffperception.models.convert.unet2d import ForeignLayoutError
 from diffperception.models.space import Pixels
+from diffperception.models.warm_start import warm_start
 from tests.helpers.networks import conditional_generator, two_level_unet
 
 
@@ -154,6 +155,15 @@ def test_classes_of_a_folder_of_diffusers_own_are_numbered_or_named(tmp_path):
     assert generator_from_folder(tmp_path, ["a", "b"]).classes == ["a", "b"]
     with pytest.raises(ValueError, match="3 class names are given for a checkpoint with 2 classes"):
         generator_from_folder(tmp_path, ["a", "b", "c"])
+
+
+def test_training_starts_from_a_folder_as_from_a_file(tmp_path):
+    write_folder(given := conditional_generator(), tmp_path)
+    model = DiffusionModel(["square", "ring"], two_level_unet(norm_eps=1e-3), image_size=8)
+    report = warm_start(model, tmp_path)
+    assert torch.equal(model.network.stem.weight, given.network.stem.weight)
+    assert (report.classes, report.new_classes) == ({"square": "square"}, ["ring"])
+    assert "network.norm_eps 1e-05 (here 0.001)" in report.settings
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
