@@ -106,6 +106,11 @@ class Model(nn.Module):
         copied.__dict__ |= {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
         return copied
 
+    @property
+    def leaves_weights(self) -> bool:
+        """Whether weights of it, or of models in it, lie elsewhere (:attr:`origin`)."""
+        return any(module.origin is not None for module in self.modules() if isinstance(module, Model))
+
     def keep_weights(self) -> None:
         """Have files hold all weights, those too that lie elsewhere (:attr:`origin`)."""
         for module in self.modules():

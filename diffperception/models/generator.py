@@ -321,6 +321,8 @@ def load_generator(
             model = Model.load(source, allow=allow)
         if keep_weights is False and source.is_file():
             leave_weights(model, source)
+    if keep_weights is False and not model.leaves_weights:
+        raise ValueError("keep_weights false needs the file or folder that the generator lies in: name it, not a model")
     if isinstance(model, UNet):
         learned_range = model.out_channels == 2 * model.in_channels
         size = max(256, 2 * model.stride)

@@ -41,6 +41,9 @@ READ = {  # modules to read of each family; the last of them ends early
 }
 
 
+SLOWER = ["sd3", "pixart", "unconditional"]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("diffusers")
@@ -254,7 +257,7 @@ def test_a_transformer_is_a_pyramid_of_one_level(family, folders, images):
     assert detector_on(backbone).predict([images[0]])[0]["boxes"].shape[1] == 4
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3", "flux", "pixart", "unconditional"])
+@pytest.mark.parametrize("family", ["sd", "flux", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOWER)])
 def test_fine_tuning_reaches_every_parameter_that_is_left_to_train(family, folders, prompt, images, tmp_path):
     name = {"flux": "single_transformer_blocks.0", "sd": "up_blocks.0", "unconditional": "up_blocks.0"}
     block = name.get(family, "transformer_blocks.1")
@@ -275,6 +278,7 @@ def test_fine_tuning_reaches_every_parameter_that_is_left_to_train(family, folde
     assert torch.equal(loaded(2 * images - 1)[0], backbone.eval()(2 * images - 1)[0])
 
 
+@pytest.mark.slow
 def test_a_pass_ends_early_inside_checkpointed_blocks_too(folders, prompt, images):
     grads = []
     for checkpointing in (False, True):
@@ -284,6 +288,21 @@ def test_a_pass_ends_early_inside_checkpointed_blocks_too(folders, prompt, image
         backbone.train()(2 * images - 1)[0].square().sum().backward()
         grads.append([p.grad for p in backbone.reader.parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
+
+
+def test_layers_are_numbered_from_the_image_on(folders):
+    """As layer-wise learning rates and frozen stages want them."""
+    number = UNetBackbone(folders["sd"], ["up_blocks.1"], frozen=False).layers()
+    network = "reader.generator.network.network."
+    order = ["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "down_blocks.1.resnets.0.conv1.weight"]
+    order += [
+        "mid_block.resnets.0.conv1.weight",
+        "up_blocks.0.resnets.0.conv1.weight",
+        "up_blocks.1.resnets.1.conv2.weight",
+    ]
+    assert [number[network + name] for name in order] == list(range(6))
+    assert number[network + "time_embedding.linear_1.weight"] == 0
+    assert number["norms.0.weight"] == 5
 
 
 def test_a_pass_within_a_pass_ends_alone(folders, images):
@@ -578,15 +597,23 @@ WRONG = {
     "attention": ({"blocks": ["down_blocks.0"], "attention": True}, r"up to the last of the blocks, attends to words"),
     "attention's stride": ({"blocks": ["attention.16"]}, r"attends to words at stride 16: attention.16"),
     "a text": ({"prompt": "a cell"}, r"no text encoder beside this UNet2DConditionModel to embed 'a cell': give the"),
+    "nowhere to leave weights": (
+        {"keep_weights": False, "model": True},
+        r"needs the file or folder that the generator",
+    ),
     "no prompt": ({"prompt": "none.safetensors"}, r"there is no file none.safetensors with a prompt's embedding"),
 }
 
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_wrong_option_is_one_sentence(mistake, folders):
-    options, complaint = WRONG[mistake]
+    options, complaint = dict(WRONG[mistake][0]), WRONG[mistake][1]
+    source = load_generator(folders["sd"])
+    source.keep_weights()
+    if not options.pop("model", False):
+        source = folders["sd"]
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
-        DiffusionFeatures(folders["sd"], **{"blocks": [1], "timesteps": [50]} | options)
+        DiffusionFeatures(source, **{"blocks": [1], "timesteps": [50]} | options)
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,9 @@ class Family(ABC):
         """D of the words (B, L, D) that it attends to, if any."""
         return None
 
-    def vector_width(self, config: Config) -> int | None:
-        """E of a vector (B, E) that it is told beside its time, such as that of a whole prompt."""
-        return None
+    def vector_widths(self, config: Config) -> tuple[int, ...]:
+        """What E of a vector (B, E) may be that it is told beside its time, such as that of a whole prompt."""
+        return ()
 
     def labels(self, config: Config) -> tuple[int, bool]:
         """How many classes it has embeddings of, and whether there is one more, for none of them."""
@@ -135,11 +135,11 @@ class WordsFamily(UNetFamily):
         width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
         return int(width if isinstance(width, int) else width[0])
 
-    def vector_width(self, config: Config) -> int | None:
-        width = config.get("projection_class_embeddings_input_dim")
-        if config.get("addition_embed_type") == "text_time":
-            return width - 6 * config["addition_time_embed_dim"]
-        return width if config.get("class_embed_type") in ("projection", "simple_projection") else None
+    def vector_widths(self, config: Config) -> tuple[int, ...]:
+        width = int(config.get("projection_class_embeddings_input_dim") or 0)
+        if config.get("addition_embed_type") == "text_time":  # beside it SDXL is told six numbers, its refiner five
+            return tuple(width - count * config["addition_time_embed_dim"] for count in (6, 5))
+        return (width,) if config.get("class_embed_type") in ("projection", "simple_projection") else ()
 
     def labels(self, config: Config) -> tuple[int, bool]:
         return (config.get("num_class_embeds") or 0) if config.get("class_embed_type") is None else 0, False
@@ -221,8 +221,8 @@ class StableDiffusion3Family(TransformerFamily):
     def word_width(self, config: Config) -> int | None:
         return config["joint_attention_dim"]
 
-    def vector_width(self, config: Config) -> int | None:
-        return config["pooled_projection_dim"]
+    def vector_widths(self, config: Config) -> tuple[int, ...]:
+        return (config["pooled_projection_dim"],)
 
 
 class FluxFamily(StableDiffusion3Family):

@@ -51,9 +51,9 @@ def read_folder(folder: Path) -> DiffusionModel:
         labels or None,
         network.has_null_label,
         None if network.word_width is None else [WORDS, network.word_width],
-        network.vector_width,
+        next(iter(network.vector_widths), None),
     )
-    told = labels or network.word_width or network.vector_width
+    told = labels or network.word_width or network.vector_widths
     return DiffusionModel(
         labels or None,
         cast(UNet, network),

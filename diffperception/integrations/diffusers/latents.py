@@ -35,7 +35,7 @@ class Latents(Space):
         if architecture not in AUTOENCODERS:
             raise ValueError(f"{architecture} is no autoencoder that is run here: these are {', '.join(AUTOENCODERS)}")
         self.architecture = architecture
-        self.network = class_of(architecture).from_config(dict(config))
+        self.network = class_of(architecture).from_config(plain(config))
         full = self.network.config
         self.record(config=plain(full))
         self.channels, self.image_channels = full["latent_channels"], full["in_channels"]

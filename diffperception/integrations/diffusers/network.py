@@ -50,13 +50,13 @@ class DiffusersNetwork(Model):
         self.architecture, self.pixels, self.family = architecture, pixels, FAMILIES[architecture]
         if problem := self.family.problem(config):
             raise ValueError(f"a {architecture} whose config says that {problem} is not run here")
-        self.network = kind.from_config(dict(config))
+        self.network = kind.from_config(plain(config))
         full = self.network.config
         self.config = json.dumps(plain(full))
         self.record(config=plain(full))
         self.in_channels, self.out_channels = self.family.channels(full)
         self.stride, self.largest = self.family.multiple(full), self.family.largest(full)
-        self.word_width, self.vector_width = self.family.word_width(full), self.family.vector_width(full)
+        self.word_width, self.vector_widths = self.family.word_width(full), self.family.vector_widths(full)
         self.num_labels, self.has_null_label = self.family.labels(full)
 
     @property

@@ -133,12 +133,12 @@ def _checked(
             f"{what}: prompt_embeds is {given}, but this {network.architecture} takes words {network.word_width} wide:"
             f" (words, {network.word_width})"
         )
-    if network.vector_width is None:
+    if not network.vector_widths:
         vector = None
-    elif vector is not None and vector.numel() != network.vector_width and vector.shape[-1] == vector.numel():
+    elif vector is not None and vector.numel() not in network.vector_widths:
         raise ValueError(
             f"{what}: pooled_prompt_embeds has {vector.numel()} numbers, but this {network.architecture} takes"
-            f" {network.vector_width}"
+            f" {' or '.join(map(str, network.vector_widths))}"
         )
     if mask is not None and mask.numel() != words.shape[1]:
         raise ValueError(f"{what}: {MASK} has {mask.numel()} numbers for {words.shape[1]} words")

@@ -52,12 +52,12 @@ def twin_of(architecture: str, config: dict[str, Any]) -> Any:
 def small_input(architecture: str, twin: Any) -> tuple[Tensor, Tensor, Condition]:
     """x, times and what it is told, of a network without weights."""
     family, config = FAMILIES[architecture], twin.config
-    words, vector = family.word_width(config), family.vector_width(config)
+    words, vectors = family.word_width(config), family.vector_widths(config)
     with torch.device("meta"):
         x = torch.zeros(1, family.channels(config)[0], *family.probed(config))
         told = Condition(
             tokens=None if words is None else torch.zeros(1, PROBED_WORDS, words),
-            vector=None if vector is None else torch.zeros(1, vector),
+            vector=torch.zeros(1, vectors[0]) if vectors else None,
             labels=torch.zeros(1, dtype=torch.int64) if family.labels(config)[0] else None,
         )
         return x, torch.zeros(1), told

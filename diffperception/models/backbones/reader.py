@@ -55,6 +55,8 @@ class UNetBackbone(Backbone):
         generator = load_generator(
             unet, prompt=prompt, keep_weights=keep_weights, named_blocks=any(isinstance(b, str) for b in blocks)
         )
+        if not frozen and keep_weights is False:
+            raise ValueError("keep_weights false leaves out frozen weights, and these are to be trained: set frozen")
         if not frozen:
             generator.network.keep_weights()  # they will be others
         infos = reversed(list(zip(generator.info_of(blocks), blocks, strict=True)))
