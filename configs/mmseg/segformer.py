@@ -4,7 +4,7 @@ model = dict(
     decode_head=dict(
         type="SegformerHead",
         in_index="all",
-        channels=128,
+        channels=64,
         dropout_ratio=0.1,
         num_classes=7,
         norm_cfg=dict(type="BN"),

@@ -19,7 +19,7 @@ model.update(
             type=UPerHead,
             in_index="all",
             pool_scales=(1, 2),
-            channels=128,
+            channels=64,
             dropout_ratio=0.1,
             num_classes=7,
             norm_cfg=dict(type="BN"),

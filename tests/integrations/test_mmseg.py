@@ -475,11 +475,11 @@ def test_members_learn_and_predict_in_half_precision() -> None:
 def test_a_batch_without_a_label_has_no_loss_but_gradients() -> None:
     head = PixelEnsembleHead([3] * 4, Pyramid().strides, 3, members=2, pixels=8, ignore_index=7)
     image, mask = scene(0, 24, 36)
-    maps = FrozenBackbone(Pyramid())(2 * image[None] - 1)
+    maps = [m.requires_grad_() for m in FrozenBackbone(Pyramid())(2 * image[None] - 1)]  # as of what is fine-tuned
     loss = head.train().loss(maps, targets(torch.full_like(mask, 7)), None)["loss_ce"]
     loss.backward()
     assert loss == 0
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in (*head.parameters(), *maps))
     with pytest.raises(ValueError, match="label 5, but the head has 3 classes, 0 to 2, and ignores 7: set num_classes"):
         head.loss(maps, targets(torch.full_like(mask, 5)), None)
 

@@ -1,6 +1,16 @@
-# What every configuration needs: the import registers our classes, and the scope finds mmseg's.
+# What every configuration needs: the import registers our classes, and the scope finds those of mmseg.
 default_scope = "mmseg"
 custom_imports = dict(imports=["diffperception.integrations.mmseg"], allow_failed_imports=False)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=250, max_keep_ckpts=1, save_best="mIoU"),
+    sampler_seed=dict(type="DistSamplerSeedHook"),
+    visualization=dict(type="SegVisualizationHook"),
+)
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),

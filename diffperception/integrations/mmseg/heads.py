@@ -67,8 +67,8 @@ class PixelEnsembleHead(BaseDecodeHead):
         labels = self._stack_batch_gt(batch_data_samples)[:, 0].long()
         known = (labels != self.ignore_index).nonzero()
         if not len(known):
-            nothing = torch.stack([parameter.sum() for parameter in self.ensemble.parameters()]).sum()
-            return {"loss_ce": 0 * nothing}  # a gradient for every parameter, which DDP waits for
+            reached = [*self.ensemble.parameters(), *self._transform_inputs(inputs)]
+            return {"loss_ce": 0 * sum(tensor.sum() for tensor in reached)}  # DDP waits for every parameter's gradient
         drawn = torch.randint(len(known), (self.ensemble.members * self.pixels,), device=known.device)
         image, row, column = known[drawn].unbind(1)
         y = labels[image, row, column]
