@@ -967,8 +967,9 @@ def learned_by_detectron2(folder: Path, iterations: int) -> float:
 
 @pytest.mark.slow
 def test_detectron2_trains_as_well_as_our_trainer(tmp_path: Path) -> None:
-    """From scratch, on shapes; the two draw other batches."""
-    write_shapes(tmp_path / "shapes", ShapesSettings(train=1000, val=100), workers=1)
+    """From scratch, on large shapes, of which so few iterations learn some; the two draw other batches."""
+    settings = ShapesSettings(train=1000, val=100, min_side=64, max_side=64, max_objects=2, min_size=30)
+    write_shapes(tmp_path / "shapes", settings, workers=1)
     folder, iterations = tmp_path / "shapes", 300
     for part in ("train", "val"):
         register_coco_instances(
@@ -976,4 +977,27 @@ def test_detectron2_trains_as_well_as_our_trainer(tmp_path: Path) -> None:
         )
     ours, theirs = learned_by_us(folder, iterations), learned_by_detectron2(folder, iterations)
     print(f"AP after {iterations} iterations: ours {ours:.4f}, detectron2's {theirs:.4f}")
+    assert min(ours, theirs) > 0.03
     assert theirs == pytest.approx(ours, abs=0.03)
+
+
+@pytest.mark.slow
+def test_a_network_of_diffusers_is_a_backbone_too(tmp_path: Path) -> None:
+    """Stable Diffusion's layout, its modules by name: under our head, and under detectron2's FPN."""
+    pytest.importorskip("diffusers")
+    from tests.integrations.diffusers_folders import write_pipeline
+
+    folder, blocks = str(write_pipeline(tmp_path / "sd", "sd")), ["up_blocks.1", "mid_block"]
+    under_fpn = FPN(DiffusionUNetBackbone(folder, blocks), ["s4", "s8"], 8)
+    assert [m.shape[-2:] for m in under_fpn(torch.rand(1, 3, 48, 72)).values()] == [(12, 18), (6, 9)]
+
+    described = L(NoiseToBox)(
+        detector=small_detector(backbone=L(UNetBackbone)(unet=folder, blocks=blocks), freeze_norm=False, strides=[4, 8])
+    )
+    model, given = instantiate(described), inputs((50, 70))
+    sum(model(given).values()).backward()
+    assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    DetectionCheckpointer(model, str(tmp_path)).save("checkpoint")
+    again = instantiate(described)
+    DetectionCheckpointer(again).load(str(tmp_path / "checkpoint.pth"))
+    assert_same(again.eval()(given)[0]["instances"], model.eval()(given)[0]["instances"])
