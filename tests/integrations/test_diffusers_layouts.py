@@ -214,7 +214,7 @@ LAYOUTS = {
     },
     "tutorial": {
         "layers_per_block": 2,
-        "block_out_channels": (32, 32, 64, 64, 96, 96)[:4],
+        "block_out_channels": (32, 32, 64, 96),
         "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     },
