@@ -967,7 +967,7 @@ def learned_by_detectron2(folder: Path, iterations: int) -> float:
 
 @pytest.mark.slow
 def test_detectron2_trains_as_well_as_our_trainer(tmp_path: Path) -> None:
-    """From scratch, on large shapes, of which so few iterations learn some; the two draw other batches."""
+    """From scratch, on large shapes, of which so few iterations learn a little; the two draw other batches."""
     settings = ShapesSettings(train=1000, val=100, min_side=64, max_side=64, max_objects=2, min_size=30)
     write_shapes(tmp_path / "shapes", settings, workers=1)
     folder, iterations = tmp_path / "shapes", 300
@@ -977,8 +977,8 @@ def test_detectron2_trains_as_well_as_our_trainer(tmp_path: Path) -> None:
         )
     ours, theirs = learned_by_us(folder, iterations), learned_by_detectron2(folder, iterations)
     print(f"AP after {iterations} iterations: ours {ours:.4f}, detectron2's {theirs:.4f}")
-    assert min(ours, theirs) > 0.03
-    assert theirs == pytest.approx(ours, abs=0.03)
+    assert min(ours, theirs) > 0.01  # untrained ones have none
+    assert theirs == pytest.approx(ours, abs=0.01)
 
 
 @pytest.mark.slow
