@@ -352,7 +352,12 @@ def _of_folder(folder: Path, as_theirs: bool) -> DiffusionModel:
 
 def require_here(source: Path) -> None:
     """FileNotFoundError, saying how to download it, for what may be the name of a repository."""
-    if not source.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not source.parent.exists():
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and source.suffix not in (
+        ".safetensors",
+        ".pt",
+        ".ckpt",
+    )
+    if is_name and not source.parent.exists():
         raise FileNotFoundError(
             f"there is no file or folder {source}, and nothing is downloaded here: if that is a repository of Hugging"
             f" Face, `hf download {source} --local-dir FOLDER` fetches it, and FOLDER is what to name"

@@ -477,9 +477,15 @@ def test_older_names_and_forms_of_files_are_read(folders, tmp_path, images):
     (renamed / "transformer" / "config.json").write_text(json.dumps(config | {"_class_name": "Transformer2DModel"}))
     for place in (shards, pickled, renamed, folders["dit"] / "transformer"):
         assert torch.equal(ActivationReader(place, [1], label=0)(images)[0], wanted), place
+    in_file = ActivationReader(pickled, [1], label=0)  # a file must not name a pickle, and so holds what was in it
+    assert not in_file.generator.network.leaves_weights
+    assert in_file.generator.space.leaves_weights
     half = folder("half")
     network.half().save_pretrained(half / "transformer", variant="fp16")
-    assert torch.allclose(ActivationReader(half, [1], label=0)(images)[0], wanted, atol=0.05)
+    halves = folder("halves")
+    network.save_pretrained(halves / "transformer", variant="fp16", max_shard_size="50KB")
+    for place in (half, halves):
+        assert torch.allclose(ActivationReader(place, [1], label=0)(images)[0], wanted, atol=0.05)
 
 
 def test_deprecated_pipelines_are_read_by_component(folders, tmp_path, images, prompt):
@@ -687,6 +693,15 @@ def test_masked_words_do_not_count(folders, images):
     )
     assert torch.allclose(few, masked, atol=1e-5)
     assert not torch.allclose(few, all_words, atol=1e-3)
+
+
+def test_a_model_file_names_no_pickle(folders, tmp_path):
+    folder = shutil.copytree(folders["sd"], tmp_path / "sd")
+    DiffusionFeatures(folder, [1], [50]).save(tmp_path / "features.safetensors")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    network_of("sd").save_pretrained(folder / "unet", safe_serialization=False)
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model.bin is a pickle: save it as safetensors"):
+        Model.load(tmp_path / "features.safetensors")
 
 
 def test_a_model_file_chooses_no_folder_and_no_prompt(folders, prompt, tmp_path):

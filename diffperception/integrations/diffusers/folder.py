@@ -10,9 +10,9 @@ from diffperception.integrations.diffusers.families import FAMILIES, Family
 from diffperception.integrations.diffusers.latents import Latents
 from diffperception.integrations.diffusers.network import DiffusersNetwork
 from diffperception.integrations.diffusers.prompt import WORDS, Prompt
-from diffperception.integrations.diffusers.weights import plain, read_config
+from diffperception.integrations.diffusers.weights import file_of, plain, read_component, read_config
 from diffperception.models import DiffusionModel, Pixels, Space, UNet
-from diffperception.models.base import Model, leave_weights, undrawn
+from diffperception.models.base import leave_weights, undrawn
 from diffperception.models.convert.checkpoints import assign
 from diffperception.models.convert.schedulers import path_arguments
 from diffperception.models.generator import CODECS
@@ -115,11 +115,12 @@ def read_space(root: Path, architecture: str, config: Mapping[str, Any]) -> Spac
     return Pixels(channels)
 
 
-def bring(model: Model, root: Path, part: str) -> None:
-    """Give a model the weights of a component, which its files then leave out."""
-    state = model.weights_at(root, part)
+def bring(model: DiffusersNetwork | Latents, root: Path, part: str) -> None:
+    """Give a model the weights of a component, which its files then leave out, unless it is a pickle."""
+    state = read_component(root / part, model.architecture, "network.", pickles=True)
     assign(model, state, f"{root / part} does not fit its config.json")
-    leave_weights(model, root, part)
+    if file_of(root / part).is_safe:
+        leave_weights(model, root, part)
 
 
 def read_path(root: Path, family: Family) -> dict[str, Any]:

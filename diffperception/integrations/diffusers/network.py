@@ -79,7 +79,7 @@ class DiffusersNetwork(Model):
         }
 
     def weights_at(self, place: Path, part: str) -> dict[str, Tensor]:
-        """The weights in a folder of diffusers, of json and safetensors (or of a pickle without code)."""
+        """The weights in a folder of diffusers, of json and safetensors."""
         return read_component(place / part, self.architecture, "network.")
 
     def check_size(self, height: int, width: int) -> None:

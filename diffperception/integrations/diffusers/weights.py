@@ -5,7 +5,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,31 +30,45 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_component(folder: Path, architecture: str, prefix: str = "") -> dict[str, Tensor]:
+class WeightsFile(NamedTuple):
+    """The file, or the index of the files, of a component's weights; a variant is a precision, such as fp16."""
+
+    name: str
+    is_safe: bool
+    variant: str | None
+
+
+def file_of(folder: Path) -> WeightsFile:
+    """Which file is read: safetensors before pickles, the full precision before others; FileNotFoundError without."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    pattern = rf"{STEM}(?:\.(\w+))?\.(safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?"
+    found = [WeightsFile(m[0], m[2] == "safetensors", m[1] or m[3]) for n in names if (m := re.fullmatch(pattern, n))]
+    if not found:
+        there = f"only {', '.join(names[:4])}" if names else "nothing"
+        raise FileNotFoundError(f"{folder} holds no weights of diffusers ({STEM}.safetensors), {there}: fetch them too")
+    return min(found, key=lambda file: (not file.is_safe, file.variant is not None, file.name))
+
+
+def read_component(folder: Path, architecture: str, prefix: str = "", pickles: bool = False) -> dict[str, Tensor]:
     """The weights of a component by name, with a prefix, as diffusers reads them: old names become today's.
+
+    Args:
+        pickles: whether pickles may be read, without running code in them: not where a file names the folder.
 
     Raises:
         FileNotFoundError: there are none in the folder.
-        ValueError: they do not fit the architecture, or are damaged, or a pickle that holds more than weights.
+        ValueError: they do not fit the architecture, or are damaged, or a pickle.
     """
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    found = [
-        m for name in names if (m := re.fullmatch(rf"{STEM}(?:\.(\w+))?\.(safetensors|bin)(\.index\.json)?", name))
-    ]
-    whole = [m for m in found if not re.search(r"-\d+-of-", m[0])]
-    if not whole:
-        there = f"only {', '.join(sorted(names)[:4])}" if names else "nothing"
-        raise FileNotFoundError(f"{folder} holds no weights of diffusers ({STEM}.safetensors), {there}: fetch them too")
-    # Safetensors before pickles, all of the precision before parts of it.
-    chosen = min(whole, key=lambda m: (m[2] != "safetensors", m[1] is not None, m[0]))
-    safe, variant = chosen[2] == "safetensors", chosen[1]
+    file = file_of(folder)
+    if not (file.is_safe or pickles):
+        raise ValueError(f"{folder / file.name} is a pickle: save it as safetensors, with diffusers' save_pretrained")
     try:
         with undrawn():
             model, about = class_of(architecture).from_pretrained(
                 folder,
                 local_files_only=True,
-                use_safetensors=safe,  # where false, diffusers reads with torch's weights_only
-                variant=variant,
+                use_safetensors=file.is_safe,  # where false, diffusers reads with torch's weights_only
+                variant=file.variant,
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
@@ -64,7 +78,7 @@ def read_component(folder: Path, architecture: str, prefix: str = "") -> dict[st
     if wrong := [*about["missing_keys"], *about["unexpected_keys"]]:
         number = f"{len(wrong)} names are" if len(wrong) > 1 else "1 name is"
         raise ValueError(
-            f"{folder / chosen[0]} does not fit its config.json: {number} missing or left over"
+            f"{folder / file.name} does not fit its config.json: {number} missing or left over"
             f" ({', '.join(map(str, wrong[:3]))}): fetch both again"
         )
     return {f"{prefix}{name}": value for name, value in model.state_dict().items()}
