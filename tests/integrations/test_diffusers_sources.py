@@ -1,6 +1,7 @@
 """Networks of diffusers as sources of features: tiny folders with random weights, nothing is downloaded."""
 
 import copy
+import importlib.util
 import json
 import shutil
 from contextlib import suppress
@@ -614,10 +615,7 @@ WRONG = {
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_wrong_option_is_one_sentence(mistake, folders):
     options, complaint = dict(WRONG[mistake][0]), WRONG[mistake][1]
-    source = load_generator(folders["sd"])
-    source.keep_weights()
-    if not options.pop("model", False):
-        source = folders["sd"]
+    source = load_generator(folders["sd"], keep_weights=True) if options.pop("model", False) else folders["sd"]
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         DiffusionFeatures(source, **{"blocks": [1], "timesteps": [50]} | options)
 
@@ -693,6 +691,16 @@ def test_masked_words_do_not_count(folders, images):
     )
     assert torch.allclose(few, masked, atol=1e-5)
     assert not torch.allclose(few, all_words, atol=1e-3)
+
+
+def test_without_diffusers_its_folders_and_files_on_them_say_what_to_install(folders, tmp_path, monkeypatch):
+    DiffusionFeatures(folders["sd"], [1], [50]).save(tmp_path / "features.safetensors")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "diffusers" else found(name, *a))
+    for load, source in ((load_generator, folders["sd"]), (Model.load, tmp_path / "features.safetensors")):
+        with pytest.raises(ImportError, match=r"needs diffusers, which is not installed: `pip install diffusers`"):
+            load(source)
+    assert load_generator(folders["unconditional"]).network.in_channels == 3  # a UNet of ours needs none
 
 
 def test_a_model_file_names_no_pickle(folders, tmp_path):
