@@ -91,11 +91,11 @@ class ActivationReader(Model):
         tiled = self.noise if repeats == [1, 1] else self.noise.repeat(1, *repeats)
         noise = tiled[:, : signal.shape[2], : signal.shape[3]]
         condition = self.generator.condition(self.said)
-        told = None if condition is None else condition.expand(len(signal))
+        told = None if condition is None else condition.expand(signal.shape[0])
         maps: list[Tensor] = []
         for alpha, sigma, time in self.levels:
             noisy = (alpha * signal + sigma * noise).to(self.generator.dtype)
-            times = torch.full((len(signal),), time, device=signal.device)
+            times = torch.full(signal.shape[:1], time, device=signal.device)
             maps += self.generator.activations(noisy, times, self.read_blocks, told)
         return maps
 

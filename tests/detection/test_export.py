@@ -4,6 +4,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,18 @@ from torchvision.ops import batched_nms
 from diffperception.cli.main import main
 from diffperception.detection import FCOS, BoxSampler, DiffusionDet
 from diffperception.detection.export import DetectorGraph, _left_by_nms, export_detector
+from diffperception.models import UNetBackbone
 from diffperception.models.ops.pooling import FeaturePyramid, PyramidOfMaps
 from tests.detection.scenes import CLASSES, assert_same_detections, random_boxes, random_image, tiny_detector
+from tests.helpers.networks import tiny_unet
 
 HEIGHT, WIDTH = 56, 90  # which are padded
 IMAGES = [random_image(HEIGHT, WIDTH, seed) for seed in range(3)]
 SEEDS = [4, 5, 6]
+
+
+def unet_backbone() -> UNetBackbone:
+    return UNetBackbone(tiny_unet(), [0, 1, 3])
 
 
 def detections(outputs: tuple[Tensor, Tensor, Tensor]) -> list[dict[str, Tensor]]:
@@ -107,6 +114,19 @@ def test_onnxruntime_finds_the_same(tmp_path: Path) -> None:
             assert torch.equal(ours["labels"], theirs["labels"])
             torch.testing.assert_close(ours["scores"], theirs["scores"], atol=1e-4, rtol=0)
             torch.testing.assert_close(ours["boxes"] / WIDTH, theirs["boxes"] / WIDTH, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "strides"),
+    [(unet_backbone, [1, 2, 4]), ("swin_tiny_patch4_window7_224", [4, 8]), ("regnetx_002", [8])],
+)
+def test_other_backbones_can_be_exported_too(tmp_path: Path, backbone: Any, strides: list[int]) -> None:
+    body = backbone if isinstance(backbone, str) else backbone()
+    detector = tiny_detector(stages=1, backbone=body, strides=strides)
+    graph = export_detector(detector, tmp_path / "model.pt2", HEIGHT, WIDTH, BoxSampler(1, 10))
+    program, inputs = torch.export.load(tmp_path / "model.pt2").module(), graph.example(3)
+    assert_same_detections(detections(program(*inputs)), detector.predict(list(inputs[0]), range(3), graph.sampler))
 
 
 @pytest.mark.skipif(find_spec("onnx") is not None, reason="onnx is installed")
