@@ -422,11 +422,12 @@ def fit_segmenter(
         features: the extractor.
         samples: image (3, H, W; RGB, 0..1 or uint8) and mask (H, W; 0..K-1 or 255), of any sizes; it has a length.
         classes: names of 0..K-1.
+        options: how they learn; by default as in `diffperception train`, for 1000 minibatches at most.
     """
     pairs = [samples[index] for index in range(len(samples))]  # type: ignore[arg-type]
     images, masks = LazyMap(to_float, [image for image, _ in pairs]), [mask for _, mask in pairs]
     model = PixelSegmenter(features, PixelEnsemble(features.channels, len(classes), members), classes)
-    _fit(model, features, images, masks, options or FitOptions(), names, seed, trainer)
+    _fit(model, features, images, masks, options or FitOptions(max_minibatches=1000), names, seed, trainer)
     return model
 
 
