@@ -574,7 +574,7 @@ def test_a_backbone_sees_what_detectron2_would_show_it() -> None:
     bgr = inputs((50, 70))[0]["image"].float()
     shape = [torch.tensor(values).view(3, 1, 1) for values in (mean, std)]
     expected = body(torch.nn.functional.pad((bgr - shape[0]) / shape[1], (0, 26, 0, 14))[None])
-    found = detector._maps([bgr.flip(0) / 255])
+    found = detector.maps([bgr.flip(0) / 255])
     for ours, key in zip(found, ("p2", "p3", "p4", "p5"), strict=True):
         torch.testing.assert_close(ours, expected[key], atol=1e-4, rtol=1e-4)
 
