@@ -298,9 +298,11 @@ def test_weights_in_several_files_and_in_half_precision_are_read(tmp_path):
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
     assert same_weights(generator_from_folder(tmp_path / "whole"), generator_from_folder(tmp_path / "split"))
     network.half().save_pretrained(tmp_path / "half", variant="fp16")
-    half = generator_from_folder(tmp_path / "half")
-    assert half.dtype == torch.float32
-    assert torch.equal(half.network.stem.weight, network.conv_in.weight.float())
+    network.save_pretrained(tmp_path / "half and split", variant="fp16", max_shard_size="100KB")
+    for folder in ("half", "half and split"):
+        half = generator_from_folder(tmp_path / folder)
+        assert half.dtype == torch.float32
+        assert torch.equal(half.network.stem.weight, network.conv_in.weight.float())
 
 
 @pytest.mark.parametrize(
@@ -332,15 +334,15 @@ def test_a_schedulers_path_is_ours(kind, options, tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"time_embedding_type": "fourier"}, "time_embedding_type = fourier"),
+        ({"time_embedding_type": "fourier"}, 'time_embedding_type = "fourier"'),
         ({"down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D"), "attention_head_dim": 8}, "SkipDownBlock2D"),
-        ({"act_fn": "mish"}, "act_fn = mish"),
+        ({"act_fn": "mish"}, 'act_fn = "mish"'),
         ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types"),
         ({"center_input_sample": True}, "center_input_sample = true"),
         ({"mid_block_scale_factor": 2}, "mid_block_scale_factor = 2"),
         ({"add_attention": False}, "add_attention = false"),
         ({"mid_block_type": None}, "mid_block_type = null"),
-        ({"class_embed_type": "timestep"}, "class_embed_type = timestep"),
+        ({"class_embed_type": "timestep"}, 'class_embed_type = "timestep"'),
         ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups = null"),
         ({"attn_norm_num_groups": 16}, "attn_norm_num_groups = 16"),
         ({"time_embedding_dim": 64}, "time_embedding_dim = 64"),
@@ -364,13 +366,13 @@ def test_a_network_that_ours_cannot_be_is_named_and_run_by_diffusers(tmp_path, c
     network.save_pretrained(tmp_path / "net")
     assert convert(tmp_path / "net", tmp_path / "model.safetensors") == 0
     said = capsys.readouterr().out
-    assert "act_fn = mish, only silu or swish: diffusers itself runs the network" in said
+    assert 'act_fn = "mish", only "silu" or "swish": diffusers itself runs the network' in said
     assert "diffusers' UNet2DModel" in said
     (tmp_path / "net").rename(tmp_path / "gone")
     model = DiffusionModel.load(tmp_path / "model.safetensors")
     assert torch.equal(model(images(), TIMES), network(images(), TIMES).sample)
     assert convert(tmp_path / "gone", tmp_path / "other.safetensors", "--image-size", "32") == 2
-    assert "act_fn = mish" in capsys.readouterr().err
+    assert 'act_fn = "mish"' in capsys.readouterr().err
     assert convert(tmp_path / "model.safetensors", tmp_path / "back", "--to", "diffusers") == 2
     assert "diffusers has no DiffusionModel with a DiffusersNetwork" in capsys.readouterr().err
 

@@ -549,7 +549,7 @@ MISTAKES = {
     ),
     "another path": (
         lambda f, p: changed(f["sd"], p, "scheduler", beta_schedule="other"),
-        r"scheduler_config.json: the scheduler's beta_schedule = other is not ours, only linear",
+        r"""scheduler_config.json: the scheduler's beta_schedule = "other" is not ours, only "linear\"""",
     ),
     "weights of another network": (
         lambda f, p: changed(f["sd"], p, "unet", block_out_channels=[32, 96]),

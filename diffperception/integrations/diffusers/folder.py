@@ -15,6 +15,7 @@ from diffperception.models import DiffusionModel, Pixels, Space, UNet
 from diffperception.models.base import leave_weights, undrawn
 from diffperception.models.convert.checkpoints import assign
 from diffperception.models.convert.schedulers import path_arguments
+from diffperception.models.convert.unet2d import read_object
 from diffperception.models.generator import CODECS
 
 NETWORKS = ("unet", "transformer", "image_unet")  # components of pipelines, the first that there is
@@ -137,8 +138,9 @@ def read_path(root: Path, family: Family) -> dict[str, Any]:
     if file is None:
         is_flow = family.schedule["schedule"] == "flow"
         return {**family.schedule, "prediction": "flow" if is_flow else "eps"}
+    scheduler = read_object(file)
     try:
-        return path_arguments(read_json(file))
+        return path_arguments(scheduler)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -35,6 +35,8 @@ from diffperception.models.unet.unet import UNet
 VERSION = "0.42.1"  # of diffusers, whose folders these are
 INDEX, CONFIG, SCHEDULER, CLASSES = "model_index.json", "config.json", "scheduler_config.json", "classes.json"
 
+PARTS = ("", "-*-of-*", ".fp16", ".fp16-*-of-*")  # of names of weights: in one file or several, also of half precision
+
 _LABELS = "class_embedding.weight"
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention, before 0.15
 
@@ -61,11 +63,11 @@ def generator_from_folder(
     _require_unet_alone(root)
     number = config["num_class_embeds"] or 0
     names, null_class = _read_classes(root / CLASSES, classes, number)
+    scheduler = _scheduler_config(root)
     try:
         with torch.device("meta"):
             network = UNet(**unet_layout(config))
         size = image_size or config["sample_size"] or max(256, 2 * network.stride)
-        scheduler = _scheduler_config(root)
         path = path_arguments(scheduler) if scheduler else {}
         path["learned_range"] = _learned_range(scheduler, config)
         model = DiffusionModel(names, network, image_size=size, null_class=null_class, **path)
@@ -168,16 +170,20 @@ def _learned_range(scheduler: Config, unet: Config) -> bool:
             " twice as many for a learned variance"
         )
     if scheduler.get("variance_type") == "learned":
-        raise ValueError("the scheduler's variance_type = learned is not ours, only learned_range")
+        raise ValueError('the scheduler\'s variance_type = "learned" is not ours, only "learned_range"')
     return outputs == 2 * channels
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
     """The weights in a folder, of one file or several, in float32, with today's names."""
-    patterns = [f"{WEIGHTS}{part}.{end}" for end in ("safetensors", "bin") for part in ("", "-*-of-*", ".fp16")]
+    patterns = [f"{WEIGHTS}{part}.{end}" for end in ("safetensors", "bin") for part in PARTS]
     files = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), None)
     if files is None:
-        raise FileNotFoundError(f"there are no weights in {folder}: {WEIGHTS}.safetensors or .bin is expected")
+        others = sorted(path.name for path in folder.glob(f"{WEIGHTS}*"))
+        raise FileNotFoundError(
+            f"there are no weights in {folder}: {WEIGHTS}.safetensors or .bin is expected"
+            + (f", instead of {', '.join(others)}" if others else "")
+        )
     state: dict[str, Tensor] = {}
     for file in files:
         content = load_untrusted(file)

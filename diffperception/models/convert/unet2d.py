@@ -3,8 +3,10 @@
 Nothing of diffusers is imported. An option of one that the other lacks is refused by its name.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ class ForeignLayoutError(ValueError):
     """A network of diffusers that our UNet cannot be; other programs may run it."""
 
 
+LARGEST = 10**6  # of the numbers in a configuration; with wider layers even counting their weights overflows
 # What UNet2DModel takes where its config.json says nothing; of _OPTIONAL it takes null too.
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
@@ -31,7 +34,6 @@ _DEFAULTS: dict[str, Any] = {
     "freq_shift": 0,
     "flip_sin_to_cos": True,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2D",
     "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     "block_out_channels": [224, 448, 672, 896],
     "layers_per_block": 2,
@@ -46,8 +48,9 @@ _DEFAULTS: dict[str, Any] = {
     "resnet_time_scale_shift": "default",
     "add_attention": True,
 }
-_OPTIONAL: dict[str, int | None] = {
+_OPTIONAL: dict[str, str | int | None] = {
     "sample_size": None,
+    "mid_block_type": "UNetMidBlock2D",
     "time_embedding_dim": None,
     "attention_head_dim": 8,
     "attn_norm_num_groups": None,
@@ -110,7 +113,7 @@ def unet_options(path: Path) -> Config:
         raise ForeignLayoutError(f"{path} is of the class {config.get('_class_name')}, and our UNet only a UNet2DModel")
     options = {name: config.get(name, default) for name, default in (_DEFAULTS | _OPTIONAL).items()}
     for name, value in options.items():
-        if name not in _FIXED and not _is_value(name, value):
+        if not _is_value(name, value):
             raise ValueError(f"{path}: {name} = {as_json(value)} is no value that it can have")
     if len({len(options[name]) for name in ("block_out_channels", "down_block_types", "up_block_types")}) > 1:
         raise ValueError(f"{path}: block_out_channels, down_block_types and up_block_types are not of as many levels")
@@ -119,16 +122,27 @@ def unet_options(path: Path) -> Config:
 
 
 def _is_value(name: str, value: Any) -> bool:
-    """Whether an option has a value of its kind; those of _FIXED are looked up instead."""
+    """Whether an option has a value of its kind."""
     if name in _OPTIONAL:
+        if name.endswith("_type"):
+            return value is None or isinstance(value, str)
         sides = value if name == "sample_size" and isinstance(value, list) and len(value) == 2 else [value]
-        return value is None or all(isinstance(side, int) and side > 0 for side in sides)
-    if isinstance(default := _DEFAULTS[name], list):
-        kind = type(default[0])
-        return isinstance(value, list) and all(isinstance(item, kind) and item not in (0, "") for item in value)
-    if isinstance(default, float):
-        return isinstance(value, int | float) and value >= 0
-    return isinstance(value, type(default)) and value >= 0
+        return value is None or all(isinstance(side, int) and is_number(side) and side > 0 for side in sides)
+    default = _DEFAULTS[name]
+    if isinstance(default, list):
+        return isinstance(value, list) and all(_is_alike(item, default[0]) and item for item in value)
+    return _is_alike(value, default)
+
+
+def _is_alike(value: Any, default: Any) -> bool:
+    if isinstance(default, bool | str):
+        return isinstance(value, type(default))
+    return is_number(value) and isinstance(value, int | type(default))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number of a usual size, 0 or more."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
 def unet_layout(config: Config) -> dict[str, Any]:
@@ -321,4 +335,5 @@ def _refuse(config: Config, name: str, has: str) -> None:
 
 
 def as_json(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+    """A value as its file has it, cut short if it is long."""
+    return shorten(json.dumps(value), 100, placeholder=" ...")

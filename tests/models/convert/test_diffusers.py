@@ -183,25 +183,42 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     ("file", "options", "complaint"),
     [
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "of the class UNet2DConditionModel"),
-        ("unet/config.json", {"block_out_channels": "32"}, "block_out_channels = 32 is no value"),
+        ("unet/config.json", {"block_out_channels": "32"}, 'block_out_channels = "32" is no value'),
         ("unet/config.json", {"block_out_channels": [32, 0]}, r"block_out_channels = \[32, 0\] is no value"),
         ("unet/config.json", {"block_out_channels": [32]}, "not of as many levels"),
         ("unet/config.json", {"norm_num_groups": None}, "norm_num_groups = null is no value"),
         ("unet/config.json", {"norm_num_groups": 20}, "attn_norm_num_groups = 32, only norm_num_groups, 20"),
-        ("unet/config.json", {"sample_size": "8"}, "sample_size = 8 is no value"),
+        ("unet/config.json", {"sample_size": "8"}, 'sample_size = "8" is no value'),
         ("unet/config.json", {"dropout": -1}, "dropout = -1 is no value"),
+        ("unet/config.json", {"norm_eps": float("inf")}, "norm_eps = Infinity is no value"),
+        ("unet/config.json", {"attention_head_dim": True}, "attention_head_dim = true is no value"),
+        ("unet/config.json", {"in_channels": 10**18}, f"in_channels = {10**18} is no value"),
+        ("unet/config.json", {"act_fn": {"silu": 1}}, 'act_fn = {"silu": 1} is no value'),
+        ("unet/config.json", {"time_embedding_type": ["positional"]}, r'time_embedding_type = \["positional"\] is no'),
+        ("unet/config.json", {"mid_block_scale_factor": "1"}, 'mid_block_scale_factor = "1" is no value'),
         ("unet/config.json", {"layers_per_block": 0}, "num_res_blocks must be above 0"),
         ("unet/config.json", {"layers_per_block": 2}, "down_blocks.0.resnets.1"),
         ("unet/config.json", {"num_class_embeds": 3}, "num_class_embeds = 3"),
         ("model_index.json", {"vqvae": ["diffusers", "VQModel"]}, "names vqvae"),
-        ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule = laplace"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "other"}, "prediction_type = other"),
-        ("scheduler/scheduler_config.json", {"timestep_type": "continuous"}, "timestep_type = continuous"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, 'beta_schedule = "laplace"'),
+        ("scheduler/scheduler_config.json", {"prediction_type": "other"}, 'prediction_type = "other"'),
+        ("scheduler/scheduler_config.json", {"timestep_type": "continuous"}, 'timestep_type = "continuous"'),
         ("scheduler/scheduler_config.json", {"trained_betas": [1.1]}, "beta of a schedule must lie strictly between"),
-        ("scheduler/scheduler_config.json", {"trained_betas": "a"}, "trained_betas = a"),
-        ("scheduler/scheduler_config.json", {"beta_end": "0.02"}, "beta_end = 0.02"),
+        ("scheduler/scheduler_config.json", {"trained_betas": "a"}, 'trained_betas = "a"'),
+        ("scheduler/scheduler_config.json", {"beta_end": "0.02"}, 'beta_end = "0.02"'),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps = 0"),
-        ("scheduler/scheduler_config.json", {"variance_type": "learned"}, "variance_type = learned"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": True}, "num_train_timesteps = true"),
+        ("scheduler/scheduler_config.json", {"beta_start": [0.1]}, r"beta_start = \[0.1\]"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": ["linear"]}, r'beta_schedule = \["linear"\]'),
+        ("scheduler/scheduler_config.json", {"prediction_type": ["epsilon"]}, r'prediction_type = \["epsilon"\]'),
+        ("scheduler/scheduler_config.json", {"trained_betas": 0.1}, "trained_betas = 0.1"),
+        ("scheduler/scheduler_config.json", {"trained_betas": []}, r"trained_betas = \[\]"),
+        ("scheduler/scheduler_config.json", {"trained_betas": ["0.1"] * 99}, r"trained_betas = .{,100} \.\.\. is"),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "use_flow_sigmas = true"),
+        ("scheduler/scheduler_config.json", {"snr_shift_scale": 3.0}, "snr_shift_scale = 3.0"),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
+         "invert_sigmas = true"),
+        ("scheduler/scheduler_config.json", {"variance_type": "learned"}, 'variance_type = "learned"'),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_ours_to_read_is_named_with_the_option(file, options, complaint, tmp_path):
@@ -238,6 +255,13 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "other" / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match="there are no weights"):
         generator_from_folder(tmp_path / "other")
+    (tmp_path / "other/unet/diffusion_pytorch_model.ema.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"is expected, instead of diffusion_pytorch_model\.ema\.safetensors"):
+        generator_from_folder(tmp_path / "other")
+    (tmp_path / "other/scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not a JSON file") as caught:
+        generator_from_folder(tmp_path / "other")
+    assert str(caught.value).count("other") == 1
 
 
 @pytest.mark.parametrize(
@@ -249,7 +273,10 @@ def test_missing_and_broken_files_are_named(tmp_path):
             {"schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.1, "num_timesteps": 50, "prediction": "x0"},
         ),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, {"schedule": "flow", "prediction": "flow"}),
-        ({"prediction_type": "flow_prediction", "beta_schedule": "linear"}, {"schedule": "flow", "prediction": "flow"}),
+        (
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "beta_schedule": "linear"},
+            {"schedule": "flow", "prediction": "flow"},
+        ),
     ],
 )  # fmt: skip
 def test_a_schedulers_path_and_prediction_become_arguments(scheduler, arguments):
