@@ -174,6 +174,8 @@ class DiffusionDet(Detector):
         super().__init__(classes, min_size, max_size)
         if noise_draws < 1:
             raise ValueError(f"noise_draws is {noise_draws}: each image's boxes must be noised once at least")
+        if not (num_boxes > 0 and signal_scale > 0):
+            raise ValueError(f"num_boxes and signal_scale must be above 0, not {num_boxes} and {signal_scale}")
         self.noise_draws = noise_draws
         self.num_boxes = num_boxes
         self.signal_scale = signal_scale

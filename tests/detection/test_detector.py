@@ -1,10 +1,11 @@
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
-from diffperception.detection import FCOS, BoxSampler, Detector, DiffusionDet
+from diffperception.detection import FCOS, BoxSampler, Detector, DiffusionDet, DynamicHead
 from diffperception.detection.targets import PaddedTargets, image_sizes
 from tests.detection.scenes import CLASSES, assert_same_detections, random_image, random_target, tiny_detector
 
@@ -124,6 +125,23 @@ def test_noise_draws_are_one_unless_asked_for_and_at_least_one():
     assert tiny_detector().noise_draws == 1
     with pytest.raises(ValueError, match="noise_draws is 0"):
         tiny_detector(noise_draws=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"signal_scale": 0.0}, "must be above 0, not"),
+        ({"num_boxes": 0}, "must be above 0, not 0"),
+        ({"strides": (8, 4)}, r"strides \[8, 4\] are no pyramid's"),
+        ({"strides": (4, 16)}, r"strides \[4, 16\] are no pyramid's"),
+        ({"strides": ()}, r"strides \[\] are no pyramid's"),
+        ({"head": partial(DynamicHead, stages=0)}, "stages is 0"),
+        ({"head": partial(DynamicHead, width=30)}, "width is 30, but it must be a multiple of num_heads, which is 8"),
+    ],
+)
+def test_what_no_detector_can_have_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        DiffusionDet(["a"], **{"backbone": "regnetx_002", "strides": (4, 8)} | changes)
 
 
 def test_more_objects_than_boxes_train_with_one_warning():

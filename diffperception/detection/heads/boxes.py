@@ -95,6 +95,12 @@ class DynamicHead(Head):
         box_layers: int = 3,
     ):
         super().__init__()
+        if stages < 1:
+            raise ValueError(f"stages is {stages}: a head has one at least")
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(
+                f"the head's width is {width}, but it must be a multiple of num_heads, which is {num_heads}"
+            )
         self.width = width
         self.time_embedding = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 4 * width))
         self.stages = nn.ModuleList(

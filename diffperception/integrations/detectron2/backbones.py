@@ -154,8 +154,18 @@ def build_diffusion_unet_backbone(cfg: CfgNode, input_shape: Any) -> DiffusionUN
     options = cfg.MODEL.DIFFUSION_UNET
     if not options.FILE:
         raise ValueError("MODEL.DIFFUSION_UNET.FILE names no file: give that of a generator, or a folder of diffusers")
-    settings = options.FILE, options.BLOCKS, options.TIMESTEP, options.FROZEN, options.LABEL, options.PROMPT
-    return DiffusionUNetBackbone(*settings, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT)
+    timestep = {} if options.TIMESTEP is None else {"timestep": options.TIMESTEP}
+    return DiffusionUNetBackbone(
+        options.FILE,
+        options.BLOCKS,
+        frozen=options.FROZEN,
+        label=options.LABEL,
+        prompt=options.PROMPT,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+        input_format=cfg.INPUT.FORMAT,
+        **timestep,
+    )
 
 
 @BACKBONE_REGISTRY.register()

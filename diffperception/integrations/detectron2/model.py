@@ -65,6 +65,7 @@ class NoiseToBox(nn.Module):
                 " a detector of these classes, or the data set that it was trained for"
             )
         self.labels = [detector.classes.index(name) for name in names]  # the detector's, of detectron2's numbers
+        self.register_load_state_dict_pre_hook(_refuse_our_files)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -103,6 +104,11 @@ class NoiseToBox(nn.Module):
 
     def _image(self, pixels: Tensor) -> Tensor:
         """As our detectors want it: RGB, 0..1."""
+        if pixels.ndim != 3 or len(pixels) != 3:
+            raise ValueError(
+                f"an image is {tuple(pixels.shape)}, but our detectors see (3, H, W): read it as INPUT.FORMAT says,"
+                " with its channels first"
+            )
         pixels = pixels.to(self.device, torch.float32) * (1 / 255)
         return pixels.flip(0) if self.is_bgr else pixels
 
@@ -145,6 +151,17 @@ class NoiseToBox(nn.Module):
         return instances
 
 
+def _refuse_our_files(model: nn.Module, weights: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """ValueError if the weights have the names of a model file of ours: detectron2 would take none, and only warn."""
+    known = {f"{prefix}{name}" for name in model.state_dict()}
+    ours = {f"{prefix}{name}" for name in model.detector.state_dict()}  # type: ignore[union-attr]
+    if not weights.keys() & known and weights.keys() & ours:
+        raise ValueError(
+            "these weights are of a model file of diffperception, which does not name them as detectron2 does: name it"
+            " in MODEL.NOISE_TO_BOX.FILE, or in a LazyConfig's DiffusionDet.load, and leave MODEL.WEIGHTS empty"
+        )
+
+
 def _thing_classes(cfg: CfgNode) -> list[str] | None:
     """Names of the classes of the first data set that has some; None if no data set says them."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -160,6 +177,10 @@ def _thing_classes(cfg: CfgNode) -> list[str] | None:
 
 def _class_names(number: int, names: list[str] | None) -> list[str]:
     """Those of the data set, or so many numbers."""
+    if number < 0:
+        raise ValueError(
+            f"MODEL.NOISE_TO_BOX.NUM_CLASSES is {number}: give a number of classes, or 0 for the data set's"
+        )
     if not number and names is None:
         raise ValueError(
             "MODEL.NOISE_TO_BOX.NUM_CLASSES is 0, and DATASETS names no data set whose metadata has thing_classes: give"

@@ -33,7 +33,7 @@ def add_config(cfg: CfgNode) -> None:
         {
             "FILE": "",  # of a generator or a UNet, or a folder of diffusers
             "BLOCKS": [],  # blocks to read, or modules by name: one per stride, each stride twice the next
-            "TIMESTEP": 50,  # the noise level that images are brought to
+            "TIMESTEP": None,  # the noise level that images are brought to, from 0.0 to 1.0 for flow matching; None: 50
             "FROZEN": True,
             "LABEL": None,  # the class that a UNet with classes is told
             "PROMPT": None,  # what a network that attends to words is told

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import COCOEvaluator
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import GradientClipType, get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -136,7 +136,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     SOLVER.CLIP_GRADIENTS.CLIP_TYPE may be `full_model` too, which clips the whole gradient to the norm CLIP_VALUE.
 
     Raises:
-        ValueError: it is another optimiser.
+        ValueError: it is another optimiser, or another kind of clipping.
     """
     solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
     momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
@@ -147,6 +147,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     if solver.OPTIMIZER not in known:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER}: it is one of {', '.join(known)}")
     kind, options = known[solver.OPTIMIZER]
+    kinds = [FULL_MODEL, *(each.value for each in GradientClipType)]
+    if clip.ENABLED and clip.CLIP_TYPE not in kinds:
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE}: it is one of {', '.join(kinds)}")
     whole = clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL
     kind = global_clip(kind, clip.CLIP_VALUE) if whole else maybe_add_gradient_clipping(cfg, kind)
     parameters = get_default_optimizer_params(

@@ -7,12 +7,17 @@ from diffperception.models.backbones.base import Backbone
 
 
 class FPN(nn.Module):
-    """Lateral 1x1 convolutions, top-down sums, 3x3 convolutions (arXiv 1612.03144) over a backbone's maps."""
+    """Lateral 1x1 convolutions, top-down sums, 3x3 convolutions (arXiv 1612.03144) over a backbone's maps.
+
+    ValueError if the backbone's strides are not each twice the one before.
+    """
 
     def __init__(self, backbone: Backbone, width: int = 256, norm: bool = False):
         super().__init__()
         self.backbone = backbone
         self.strides = backbone.strides
+        if not self.strides or self.strides != [self.strides[0] * 2**level for level in range(len(self.strides))]:
+            raise ValueError(f"the strides {self.strides} are no pyramid's: give some, each twice the one before")
         self.width = width
         self.fpn = FeaturePyramidNetwork(backbone.channels, width, norm_layer=nn.BatchNorm2d if norm else None)
 
