@@ -65,8 +65,8 @@ def failure(error: Exception, command: str) -> tuple[str, int]:
             return f"the memory of the accelerator does not suffice: take {savings}{device}", MISTAKE
         return f"the memory of this machine does not suffice: take {savings}", MISTAKE
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != __package__.partition(".")[0]:
-        plain = f"the package {error.name} is needed for this and not installed: pip install it"
-        return plain if text.startswith("No module named") else text, MISTAKE
+        said = f"the package {error.name} is needed for this and not installed: pip install it"
+        return text if "which is not installed" in text else said, MISTAKE
     if isinstance(error, ArgumentError | ValueError | OSError) and not isinstance(error, UnicodeError):
         return sentence(error) or f"{kind} without a message", MISTAKE
     first = next((line.strip() for line in text.splitlines() if line.strip()), "no message")

@@ -103,7 +103,7 @@ class Model(nn.Module):
         if self.origin is not None:
             memo |= {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())}
         memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__dict__ |= {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # as every module's: not what torch has compiled
         return copied
 
     @property
