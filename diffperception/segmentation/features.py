@@ -31,7 +31,9 @@ class FeatureExtractor(Model, ABC):
     def __init__(self, info: Sequence[FeatureInfo], multiple: int = 1, window: int | None = None) -> None:
         super().__init__()
         if window is not None and (window % multiple or window < 2 * multiple):
-            raise ValueError(f"the window must be a multiple of {multiple} pixels and at least two, not {window}")
+            raise ValueError(
+                f"the window must be a multiple of {multiple} pixels, {2 * multiple} at least, not {window}"
+            )
         self.info, self.multiple, self.window = list(info), multiple, window
 
     @property
@@ -115,10 +117,10 @@ class DiffusionFeatures(FeatureExtractor):
         model = load_generator(
             generator, prompt=prompt, keep_weights=keep_weights, named_blocks=any(isinstance(b, str) for b in blocks)
         )
-        side = window or max(model.image_size)
+        side = max(model.image_size) if window is None else window
         side = max(padded_side(side, model.stride), 2 * model.stride)
         reader = ActivationReader(model, blocks, timesteps, label, side, seed, attention)
-        super().__init__(reader.info, reader.multiple, window or side)
+        super().__init__(reader.info, reader.multiple, side if window is None else window)
         self.record(generator=model, window=self.window, prompt=None)
         self.reader = reader.eval().requires_grad_(False)
 

@@ -30,7 +30,9 @@ def checked_masks(
         ValueError: a mask has other values or another shape, or nothing at all is labelled.
     """
     if not len(images) == len(masks) == len(names):
-        raise ValueError(f"there are {len(images)} images and {len(masks)} masks: every image needs its mask")
+        raise ValueError(
+            f"there are {len(images)} images, {len(masks)} masks and {len(names)} names: every image needs one of each"
+        )
     small: list[str] = []
     checked = [_checked_mask(*pair, classes, min_pixels, small) for pair in zip(masks, names, strict=True)]
     present = {label for mask in checked for label in mask.unique().tolist()} - {IGNORE_INDEX}

@@ -24,6 +24,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import get_state_dict
 from mmengine.structures import PixelData
 from mmseg.apis import inference_model, init_model
+from mmseg.models import SegTTAModel
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
@@ -100,9 +101,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared(name: str, data: Path, file: Path, folder: Path) -> Config:
     """A shipped configuration with other folders, two iterations, and few channels."""
-    cfg = Config.fromfile(CONFIGS / f"{name}.py")
+    cfg = Config.fromfile(CONFIGS / f"{name}.py", format_python_code=False)  # which takes longer than all else
     if "pure" not in name:  # of which that would make text
-        cfg = Config(cfg.to_dict(), format_python_code=False)  # formatting takes longer than all else
+        cfg = Config(cfg.to_dict(), format_python_code=False)  # fromfile reads the option for pure Python alone
     cfg.work_dir = str(folder)
     cfg.experiment_name = f"{name}_{folder.name}"
     cfg.log_level = "ERROR"
@@ -202,6 +203,8 @@ def test_mmsegs_iou_is_ours(data: Path, file: Path, tmp_path: Path) -> None:
     sample = inference_model(model, str(data / "val" / "1.png"))
     expected = PixelSegmenter.load(tmp_path / "segmenter.safetensors").segment(val[1][0])
     assert torch.equal(sample.pred_sem_seg.data[0], expected.labels)
+    augmented = SegTTAModel(module=model).test_step({"inputs": [[val[1][0].flip(0)]], "data_samples": [[sample]]})
+    assert torch.equal(augmented[0].pred_sem_seg.data[0], expected.labels)
 
 
 def test_the_heads_iou_is_that_of_our_mean_probabilities(data: Path, file: Path, tmp_path: Path) -> None:
@@ -308,7 +311,7 @@ def test_two_processes_train_without_looking_for_unused_parameters(tmp_path: Pat
 
 def test_a_checkpoint_without_frozen_weights_is_small_and_loads(data: Path, file: Path, tmp_path: Path) -> None:
     runner = Runner.from_cfg(prepared("ensemble", data, file, tmp_path))
-    runner.train()
+    runner.save_checkpoint(str(tmp_path), "iter_2.pth", save_optimizer=False, save_param_scheduler=False)
     saved = torch.load(tmp_path / "iter_2.pth", weights_only=False)["state_dict"]
     assert [key for key in saved if key.startswith("backbone.")] == ["backbone.frozen"]
     cfg = prepared("ensemble", data, file, tmp_path)
@@ -383,9 +386,20 @@ def test_an_extractor_may_be_named() -> None:
 
 
 def test_one_block_or_timestep_is_a_list_too() -> None:
-    for blocks, timesteps in ((4, [50]), ("up_blocks.0", [50]), ([4], 50)):
-        with pytest.raises(ValueError, match=r"blocks and timesteps are lists, such as \[4, 2\] and \[50\], not"):
-            DiffusionBackbone(generator(), blocks, timesteps)  # type: ignore[arg-type]
+    cases = [
+        (DiffusionBackbone, {"blocks": 4}, r"blocks is 4, but must be a list, such as \[4, 2\]"),
+        (DiffusionBackbone, {"blocks": "up_blocks.0"}, "blocks is 'up_blocks.0', but must be a list"),
+        (DiffusionBackbone, {"blocks": [4], "timesteps": 50}, r"timesteps is 50, but must be a list, such as \[50\]"),
+        (DiffusionBackbone, {"blocks": [4], "timesteps": "50"}, "timesteps is '50', but must be a list"),
+        (DiffusionPyramid, {"blocks": 4}, "blocks is 4, but must be a list"),
+    ]
+    for backbone, options, said in cases:
+        with pytest.raises(ValueError, match=said):
+            backbone(generator(), **options)
+    with pytest.raises(ValueError, match="the window must be a multiple of 4 pixels, 8 at least, not 0"):
+        DiffusionBackbone(generator(), [4], window=0)
+    with pytest.raises(ValueError, match="features is a FCNHead, which is no feature extractor"):
+        FrozenBackbone(fcn() | {"in_channels": [3], "in_index": [0]})
 
 
 def test_heads_are_told_the_channels() -> None:
@@ -405,6 +419,23 @@ def test_heads_are_told_the_channels() -> None:
         segmentor(backbone, uper | {"in_channels": [32, 99]})
     with pytest.raises(ValueError, match=r"decode_head.in_index is \[0, 3\], but the backbone gives 3 maps"):
         segmentor(backbone, uper | {"in_index": [0, 3]})
+
+
+def test_a_head_may_take_one_map_or_all() -> None:
+    backbone = {"type": "DiffusionBackbone", "generator": generator(), "blocks": [4, 2, 0]}
+    ensemble = {"type": "PixelEnsembleHead", "num_classes": 7, "members": 2}
+    for index, strides in ((2, [4]), (-3, [1]), (None, [1, 2, 4])):
+        assert segmentor(backbone, ensemble | {"in_index": index}).decode_head.strides == strides
+    single = {"type": "FCNHead", "channels": 8, "num_classes": 7}
+    for head, check in (
+        (single | {"in_index": "all"}, r"isinstance\(in_channels, int\)"),
+        ({"type": "UPerHead", "channels": 8, "num_classes": 7, "in_index": 1}, r"isinstance\(in_channels, \(list"),
+    ):
+        with pytest.raises(ValueError, match=rf'decode_head fails its check `assert {check}.*in_index="all" or a list'):
+            segmentor(backbone, head)
+    for several in ([single, single], None):
+        with pytest.raises(ValueError, match=r"decode_head is a \w+, but must be the configuration of one head"):
+            DiffusionSegmentor(backbone, several, data_preprocessor=PREPROCESSOR)  # type: ignore[arg-type]
 
 
 def test_what_lies_behind_a_neck_is_said() -> None:
@@ -430,6 +461,12 @@ def test_other_pixels_than_a_generators_are_said_to_be() -> None:
             DiffusionSegmentor(backbone, head, data_preprocessor=PREPROCESSOR | changes)
         with pytest.raises(ValueError, match=r"data_preprocessor has mean .* this model takes pixels in -1"):
             FittedSegmentor(segmenter, PREPROCESSOR | changes)
+    with pytest.raises(
+        ValueError, match="data_preprocessor has pad_val 255, which is filled in after the normalisation"
+    ):
+        DiffusionSegmentor(backbone, head, data_preprocessor=PREPROCESSOR | {"size": (40, 40), "pad_val": 255})
+    with pytest.warns(UserWarning, match="data_preprocessor swaps no channels, but this model takes RGB"):
+        DiffusionSegmentor(backbone, head, data_preprocessor=PREPROCESSOR | {"bgr_to_rgb": False})
     image = scene()[0][None]
     for images in (255 * image, (image - 0.45) / 0.225):  # as plain EncoderDecoders might give
         for module in (FrozenBackbone(RGBFeatures()), DiffusionPyramid(generator(), [4, 2])):
@@ -551,6 +588,10 @@ def test_data_sets_that_cannot_be_learned_from_are_refused(data: Path) -> None:
             labelled(dataset(data, pipeline))[0]
     with pytest.raises(ValueError, match="does not name its classes"):
         labelled(dataset(data, [LOAD, MASKS, PACK], metainfo=None))
+    with pytest.raises(ValueError, match="the configuration of a data loader: give that of its data set"):
+        labelled({"batch_size": 2, "dataset": dataset(data, [LOAD, MASKS, PACK])})
+    with pytest.raises(ValueError, match="channel_order is bgr or rgb, not 'RGB'"):
+        labelled(dataset(data, [LOAD, MASKS, PACK]), "RGB")  # type: ignore[arg-type]
 
 
 # As the page says
@@ -573,7 +614,9 @@ def test_the_pages_program_runs(data: Path, file: Path, tmp_path: Path, monkeypa
     for name, path in (("data/scenes", data), ("runs/scenes_ddpm/model.safetensors", file)):
         assert program.count(f'"{name}"') == 1
         program = program.replace(name, str(path))
-    program = program.replace("samples.classes)", "samples.classes, options=FitOptions(max_minibatches=20))")
+    program = program.replace("samples.classes, ", "samples.classes, options=FitOptions(max_minibatches=20), ")
+    assert program.count("return cfg") == 1  # formatting would take half of the time
+    program = program.replace("return cfg", "return Config(cfg.to_dict(), format_python_code=False)")
     results: list[Any] = []
     exec(
         compile(program, "integrations.md", "exec"),

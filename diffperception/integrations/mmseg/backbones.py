@@ -1,5 +1,6 @@
 """What networks see in an image, as backbones of mmsegmentation."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,25 @@ for extractor in (DiffusionFeatures, TimmFeatures, RGBFeatures):
 
 
 def require_normalisation(preprocessor: Any) -> None:
-    """ValueError for a preprocessor of mmseg that normalises images to something else than -1..1."""
+    """ValueError for a preprocessor of mmseg that makes other pixels than -1..1; warns where it swaps no channels."""
     mean, std = (getattr(preprocessor, name, None) for name in ("mean", "std"))
-    if mean is not None and std is not None and not bool(((mean == 127.5) & (std == 127.5)).all()):
+    if mean is None or std is None:  # of another class, or normalising nothing, which the images' range will show
+        return
+    if not bool(((mean == 127.5) & (std == 127.5)).all()):
         raise ValueError(
             f"data_preprocessor has mean {mean.flatten().tolist()} and std {std.flatten().tolist()}, but this model"
             f" takes {PIXELS}"
+        )
+    if not -1 <= (fill := getattr(preprocessor, "pad_val", 0)) <= 1:
+        raise ValueError(
+            f"data_preprocessor has pad_val {fill}, which is filled in after the normalisation to -1..1: give pad_val=0"
+        )
+    blue = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)  # in BGR
+    if preprocessor({"inputs": [blue]})["inputs"][0][0, 0, 0] > 0:  # it is red
+        warnings.warn(
+            "data_preprocessor swaps no channels, but this model takes RGB and LoadImageFromFile gives BGR: give"
+            " bgr_to_rgb=True, unless your pipeline gives RGB",
+            stacklevel=2,
         )
 
 
@@ -38,6 +52,11 @@ def require_signed(images: Tensor) -> None:
         raise ValueError(f"the images reach from {low:.3g} to {high:.3g}, but this model takes {PIXELS}")
 
 
+def _require_list(name: str, values: Any, example: str) -> None:
+    if isinstance(values, str | int | float):
+        raise ValueError(f"{name} is {values!r}, but must be a list, such as {example}")
+
+
 @MODELS.register_module()
 class FrozenBackbone(BaseModule):
     """The maps of a feature extractor, whose weights are not trained, for any decode head.
@@ -46,8 +65,11 @@ class FrozenBackbone(BaseModule):
 
     Args:
         features: the extractor, or its configuration, such as ``dict(type="TimmFeatures", name="resnet50")``.
-        save_frozen: whether checkpoints hold its weights; else they hold a number of them, and a model that is built
-            with other weights refuses such a checkpoint.
+        save_frozen: whether checkpoints hold its weights; else they hold a digest of them instead, and a model that is
+            built with other weights refuses such a checkpoint.
+
+    Raises:
+        ValueError: the configuration is of something else.
     """
 
     def __init__(
@@ -58,6 +80,11 @@ class FrozenBackbone(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         built = features if isinstance(features, FeatureExtractor) else MODELS.build(features)
+        if not isinstance(built, FeatureExtractor):
+            raise ValueError(
+                f"features is a {type(built).__name__}, which is no feature extractor: DiffusionFeatures, TimmFeatures,"
+                " RGBFeatures, or a subclass of FeatureExtractor"
+            )
         self.features: FeatureExtractor = built.eval().requires_grad_(False)
         self.save_frozen = save_frozen
         if save_frozen:
@@ -93,19 +120,19 @@ class FrozenBackbone(BaseModule):
 
 
 def _leave_out(module: FrozenBackbone, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Put the number of the frozen weights into a state dict in place of the weights."""
+    """Put a digest of the frozen weights into a state dict in place of the weights."""
     if not module.save_frozen:
         for name in [name for name in state if name.startswith(f"{prefix}features.")]:
             del state[name]
-        state[prefix + FROZEN] = _number(module.features)
+        state[prefix + FROZEN] = _digest(module.features)
 
 
 def _fill_in(module: FrozenBackbone, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Complete a state dict without frozen weights by the module's own; ValueError if it was made with others."""
-    number = state.pop(prefix + FROZEN, None)
-    if number is None:
+    digest = state.pop(prefix + FROZEN, None)
+    if digest is None:
         return
-    if not torch.equal(number.cpu(), _number(module.features)):
+    if not torch.equal(digest.cpu(), _digest(module.features)):
         raise ValueError(
             "the checkpoint was trained on other frozen weights than those that its configuration names now, and does"
             " not hold them: name the file that it was trained with"
@@ -113,8 +140,8 @@ def _fill_in(module: FrozenBackbone, state: dict[str, Any], prefix: str, *_: Any
     state |= {f"{prefix}features.{name}": value for name, value in tensors_of(module.features).items()}
 
 
-def _number(features: FeatureExtractor) -> Tensor:
-    """(8,) bytes that tell these weights from others."""
+def _digest(features: FeatureExtractor) -> Tensor:
+    """Bytes (8,) that tell these weights from others."""
     return torch.tensor(list(bytes.fromhex(weights_digest(tensors_of(features)))), dtype=torch.uint8)
 
 
@@ -154,10 +181,8 @@ class DiffusionBackbone(FrozenBackbone):
         save_frozen: bool = True,
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(blocks, int | str) or isinstance(timesteps, int | float):
-            raise ValueError(
-                f"blocks and timesteps are lists, such as [4, 2] and [50], not {blocks!r} and {timesteps!r}"
-            )
+        _require_list("blocks", blocks, "[4, 2]")
+        _require_list("timesteps", timesteps, "[50]")
         features = DiffusionFeatures(generator, blocks, timesteps, window, seed, label, prompt, attention)
         super().__init__(features, save_frozen, init_cfg)
 
@@ -187,6 +212,7 @@ class DiffusionPyramid(BaseModule):
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        _require_list("blocks", blocks, "[4, 2]")
         self.body = UNetBackbone(generator, blocks, timestep, frozen=False, label=label, prompt=prompt)
 
     @property

@@ -20,6 +20,8 @@ class LabelledDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, dataset: Any, channel_order: Literal["bgr", "rgb"]) -> None:
+        if channel_order not in ("bgr", "rgb"):
+            raise ValueError(f"channel_order is bgr or rgb, not {channel_order!r}")
         if not (classes := dataset.metainfo.get("classes")):
             raise ValueError("the data set does not name its classes: give it metainfo=dict(classes=[...])")
         self.dataset, self.channel_order, self.classes = dataset, channel_order, list(classes)
@@ -79,10 +81,13 @@ def labelled(dataset: Mapping[str, Any] | Any, channel_order: Literal["bgr", "rg
         channel_order: of what the pipeline gives; LoadImageFromFile gives BGR by default.
 
     Raises:
-        ValueError: it does not name its classes; when a sample is drawn: there is no mask, it is of another size than
-            its image, or the image is normalised already.
+        ValueError: it is a data loader's configuration, or does not name its classes; there is no such channel order;
+            when a sample is drawn: there is no mask, it is of another size than its image, or the image is normalised
+            already.
     """
     if isinstance(dataset, Mapping):
+        if "type" not in dataset and "dataset" in dataset:
+            raise ValueError("this is the configuration of a data loader: give that of its data set, loader.dataset")
         init_default_scope("mmseg")
         dataset = DATASETS.build(dataset)
     return LabelledDataset(dataset, channel_order)

@@ -1,7 +1,9 @@
 """Segmentors of mmsegmentation: one that fits its heads to our backbones, and ours, trained by us, as one."""
 
 import inspect
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +43,38 @@ class DiffusionSegmentor(EncoderDecoder):
             require_normalisation(self.data_preprocessor)
 
     def _init_decode_head(self, decode_head: Mapping[str, Any]) -> None:
-        super()._init_decode_head(self._told(decode_head, "decode_head"))
+        told = self._told(decode_head, "decode_head")
+        with _named(told, "decode_head"):
+            super()._init_decode_head(told)
 
     def _init_auxiliary_head(self, auxiliary_head: Any) -> None:
         if isinstance(auxiliary_head, list | tuple):
-            auxiliary_head = [self._told(head, "auxiliary_head") for head in auxiliary_head]
-        elif auxiliary_head is not None:
-            auxiliary_head = self._told(auxiliary_head, "auxiliary_head")
-        super()._init_auxiliary_head(auxiliary_head)
+            told: Any = [self._told(head, "auxiliary_head") for head in auxiliary_head]
+        else:
+            told = self._told(auxiliary_head, "auxiliary_head") if auxiliary_head else None
+        with _named(told, "auxiliary_head"):
+            super()._init_auxiliary_head(told)
 
     def _told(self, head: Mapping[str, Any], name: str) -> dict[str, Any]:
         """A head's configuration with what the backbone knows of the maps that it takes."""
+        if not isinstance(head, Mapping):
+            raise ValueError(f"{name} is a {type(head).__name__}, but must be the configuration of one head")
         head = dict(head)
         if not isinstance(self.backbone, OURS):
             return head
         if self.with_neck:
             return self._beyond_the_neck(head, name)
-        kind = MODELS.get(head["type"]) if isinstance(head["type"], str) else head["type"]
+        kind = MODELS.get(head["type"]) if isinstance(head.get("type"), str) else head.get("type")
         takes_strides = kind is not None and "strides" in inspect.signature(kind).parameters
         channels, strides = self.backbone.channels, self.backbone.strides
-        index = head.get("in_index", "all" if takes_strides else -1)
+        index = head.get("in_index")
+        if index is None:
+            index = "all" if takes_strides else -1
         index = list(range(len(channels))) if index == "all" else index
         chosen = [index] if isinstance(index, int) else list(index)
         if any(i not in range(-len(channels), len(channels)) for i in chosen):
             raise ValueError(f"{name}.in_index is {index}, but the backbone gives {len(channels)} maps")
+        index = chosen if takes_strides else index
         known = {"in_channels": channels, **({"strides": strides} if takes_strides else {})}
         for key, values in known.items():
             found = [values[i] for i in chosen]
@@ -85,6 +95,21 @@ class DiffusionSegmentor(EncoderDecoder):
         return head
 
 
+@contextmanager
+def _named(head: Any, name: str) -> Iterator[None]:
+    """ValueError with a sentence for the bare assertions by which heads of mmseg refuse one map, or several."""
+    try:
+        yield
+    except AssertionError as error:
+        check = traceback.extract_tb(error.__traceback__)[-1].line
+        indices = [one.get("in_index") for one in (head if isinstance(head, list) else [head])]
+        raise ValueError(
+            f"{name} fails its check `{check}` with in_index {indices[0] if len(indices) == 1 else indices}: heads of"
+            ' several maps take in_index="all" or a list, FCNHead and its like with input_transform="resize_concat";'
+            " others take one number"
+        ) from error
+
+
 @MODELS.register_module()
 class FittedSegmentor(BaseSegmentor):
     """A trained :class:`PixelSegmenter` in mmseg, for its test loop, metrics, `inference_model` and visualizers.
@@ -93,6 +118,11 @@ class FittedSegmentor(BaseSegmentor):
 
     Args:
         segmenter: the file, or the model.
+        train_cfg, test_cfg, pretrained: are not read; mmseg's `init_model` and configurations set them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds another model, or ``data_preprocessor`` normalises to something else than -1..1.
     """
 
     align_corners = False  # mmseg asks for it when it resizes what is found
@@ -111,6 +141,7 @@ class FittedSegmentor(BaseSegmentor):
         self.segmenter = segmenter if isinstance(segmenter, PixelSegmenter) else PixelSegmenter.load(segmenter)
         self.segmenter.eval().requires_grad_(False)
         classes = self.segmenter.classes
+        self.out_channels = len(classes)  # what SegTTAModel asks for
         self.dataset_meta = {"classes": classes, "palette": [class_color(label) for label in range(len(classes))]}
 
     def train(self, mode: bool = True) -> "FittedSegmentor":
