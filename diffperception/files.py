@@ -371,6 +371,8 @@ class OutputFolder:
         self.require_unchanged()
         self.remove_parts()
         self.remove(self._stamps)
+        for folder in filter(Path.is_dir, self._entered):
+            self._remove_empty(folder)
         for record in filter(is_record, self.path.glob(f"{RECORD}*")):
             record.unlink()
         self._stamps, self._entered = {}, {self.path}

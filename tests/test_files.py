@@ -287,6 +287,15 @@ def test_what_a_killed_process_began_goes_and_a_users_half_files_stay(tmp_path: 
     assert files_in(tmp_path) == ["pictures/1.png.part"]
 
 
+def test_an_interrupted_write_leaves_no_empty_folder(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyboardInterrupt), written_beside(folder.file("deep/new/1.png")):
+        raise KeyboardInterrupt
+    folder.clear()
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+
+
 def test_a_file_is_noted_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run(tmp_path, "1.txt")
     monkeypatch.setattr("os.replace", interrupt_after)  # killed after the note: what is there is the old file

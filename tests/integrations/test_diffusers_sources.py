@@ -514,6 +514,13 @@ def changed(folder, tmp_path, part, **config):
     return place
 
 
+def rewritten(folder, tmp_path, file, text):
+    """A copy of a folder with a file that says something else."""
+    place = shutil.copytree(folder, tmp_path / "rewritten")
+    (place / file).write_text(text)
+    return place
+
+
 MISTAKES = {
     "a repository": (
         lambda f, p: "stabilityai/sd-turbo",
@@ -550,6 +557,10 @@ MISTAKES = {
     "another path": (
         lambda f, p: changed(f["sd"], p, "scheduler", beta_schedule="other"),
         r"""scheduler_config.json: the scheduler's beta_schedule = "other" is not ours, only "linear\"""",
+    ),
+    "a path that is a list": (
+        lambda f, p: rewritten(f["sd"], p, "scheduler/scheduler_config.json", "[1]"),
+        r"scheduler_config.json is no configuration of diffusers: it must be a JSON object",
     ),
     "weights of another network": (
         lambda f, p: changed(f["sd"], p, "unet", block_out_channels=[32, 96]),

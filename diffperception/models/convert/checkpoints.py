@@ -236,6 +236,8 @@ def folder_in_words(folder: Path) -> str:
     """What a folder that was given in place of a file is."""
     if is_diffusers_folder(folder):
         return "a folder of diffusers, which `diffperception convert --checkpoint` turns into a model file"
+    if within := sorted(path for path in folder.iterdir() if path.is_dir() and is_diffusers_folder(path)):
+        return f"a folder around the folder of diffusers {within[0]}, which can be named instead"
     files = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".pt", ".ckpt", ".safetensors"))
     return f"a folder ({_first(files, 3)} in it)" if files else "a folder, with no checkpoint in it"
 

@@ -118,6 +118,11 @@ class Layers:
             raise ValueError(f"Downsampling factors are {factors}; `attention` names {list(self.attention)}.")
         counts = ("in_channels", "channels", "num_res_blocks", "num_heads", "num_head_channels")
         require_positive({name: getattr(self, name) for name in counts})
+        if self.frequency_shift and not 0 < self.frequency_shift < self.channels // 2:  # else no frequency is finite
+            raise ValueError(
+                f"frequency_shift must be 0 or above, and below half the {self.channels} channels, not"
+                f" {self.frequency_shift}"
+            )
 
     @property
     def widths(self) -> list[int]:

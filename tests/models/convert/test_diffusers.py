@@ -314,6 +314,11 @@ def test_the_command_writes_folders_and_says_what_to_do_instead(tmp_path, capsys
     assert "give --overwrite" in capsys.readouterr().err
     assert run(*command, "--to", "diffusers", "--overwrite") == 0
 
+    (tmp_path / "around").mkdir()
+    (tmp_path / "out").rename(tmp_path / "around" / "out")
+    assert run("--checkpoint", tmp_path / "around", "--output", tmp_path / "around.safetensors") == 2
+    assert f"a folder around the folder of diffusers {tmp_path / 'around' / 'out'}" in capsys.readouterr().err
+    (tmp_path / "around" / "out").rename(tmp_path / "out")
     for part in (WEIGHTS, "unet/config.json"):
         assert run("--checkpoint", tmp_path / "out" / part, "--output", tmp_path / "part.safetensors") == 2
         assert f"name the folder, {tmp_path / 'out' / 'unet'}" in capsys.readouterr().err

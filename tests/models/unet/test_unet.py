@@ -349,6 +349,7 @@ def test_norms_have_as_many_groups_and_the_epsilon_that_were_asked_for() -> None
     ("changes", "message"),
     [
         ({"channels": 40}, r"multiple of 32; channels x channel_mult are \[40, 40, 80\]"),
+        ({"frequency_shift": 16}, "frequency_shift must be 0 or above, and below half the 32 channels, not 16"),
         ({"channel_mult": (1, 1, 0.1)}, "multiple of 32"),
         ({"attention": (3,)}, r"factors are \[1, 2, 4\]; `attention` names \[3\]"),
         ({"num_head_channels": 48}, "64 channels wide cannot be split evenly by num_head_channels = 48"),
