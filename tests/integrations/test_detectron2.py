@@ -341,17 +341,16 @@ def test_images_that_the_mapper_resized_are_not_resized_again(name: str, tmp_pat
 
 
 def test_defaulttrainer_trains_stops_goes_on_and_evaluates(name: str, tmp_path: Path) -> None:
-    cfg = options(
-        name, tmp_path, "SOLVER.MAX_ITER", 2, "MODEL_EMA.ENABLED", True, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False
-    )
+    small = ("MODEL.NOISE_TO_BOX.TIMM", "regnetx_002", "MODEL.NOISE_TO_BOX.WIDTH", 32, "SOLVER.MAX_ITER", 2)
+    cfg = options(name, tmp_path, *small, "MODEL_EMA.ENABLED", True, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
     clip = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"]
     cfg.merge_from_list(clip)
     first = NoiseToBoxTrainer(cfg)
     first.resume_or_load(resume=True)
-    before = first.model.state_dict()["detector.backbone.backbone.fpn_output2.weight"].clone()
+    before = first.model.state_dict()["detector.backbone.fpn.layer_blocks.0.0.weight"].clone()
     first.train()
     after = first.model.state_dict()
-    assert not torch.equal(after["detector.backbone.backbone.fpn_output2.weight"], before)
+    assert not torch.equal(after["detector.backbone.fpn.layer_blocks.0.0.weight"], before)
 
     cfg.merge_from_list(["SOLVER.MAX_ITER", 3, "TEST.EVAL_PERIOD", 3])
     second = NoiseToBoxTrainer(cfg)
@@ -815,6 +814,19 @@ def test_a_generator_is_a_backbone_of_yacs_configurations(name: str, tmp_path: P
         return
     model.detector.save(file)  # a backbone of our own, which files can describe
     assert_same(NoiseToBox(detector=Detector.load(file)).eval()(inputs((50, 63)))[0]["instances"], found)
+
+
+@pytest.mark.parametrize(("own", "mapped", "warned"), [(None, 64, 1), (64, 64, 0), (96, 0, 0)])
+def test_images_of_another_size_than_a_file_knows_are_warned_of(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, own: int | None, mapped: int, warned: int
+) -> None:
+    file = tmp_path / "detector.safetensors"
+    instantiate(small_detector(min_size=own)).save(file)
+    with caplog.at_level("WARNING"):
+        modeling.build_model(
+            options(name, tmp_path, "MODEL.NOISE_TO_BOX.FILE", str(file), "INPUT.MIN_SIZE_TEST", mapped)
+        )
+    assert caplog.text.count("with 0 the detector resizes images as it learned to") == warned
 
 
 def test_times_of_flow_matching_are_fractions(name: str, tmp_path: Path) -> None:

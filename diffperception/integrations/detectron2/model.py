@@ -81,7 +81,7 @@ class NoiseToBox(nn.Module):
             "score_threshold": options.SCORE_THRESH_TEST,
         }
         if options.FILE:
-            return {"detector": Detector.load(options.FILE), "thing_classes": names, **arguments}
+            return {"detector": _loaded(options.FILE, cfg.INPUT.MIN_SIZE_TEST), "thing_classes": names, **arguments}
         return {"detector": _detector(cfg, _class_names(options.NUM_CLASSES, names)), **arguments}
 
     @property
@@ -173,6 +173,19 @@ def _thing_classes(cfg: CfgNode) -> list[str] | None:
         if (names := MetadataCatalog.get(name).get("thing_classes")) is not None:
             return list(names)
     return None
+
+
+def _loaded(file: str, mapped_size: int) -> Detector:
+    """The detector of a file, with a warning where the mapper of tests makes images of another size than it knows."""
+    detector = Detector.load(file)
+    if mapped_size not in (0, detector.min_size):
+        logger.warning(
+            "INPUT.MIN_SIZE_TEST is %d, but min_size of %s is %s: with 0 the detector resizes images as it learned to.",
+            mapped_size,
+            file,
+            detector.min_size,
+        )
+    return detector
 
 
 def _class_names(number: int, names: list[str] | None) -> list[str]:
