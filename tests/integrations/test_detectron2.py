@@ -39,7 +39,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from fvcore.common.param_scheduler import CosineParamScheduler
+from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamScheduler, LinearParamScheduler
 
 from diffperception.data import CocoDetection
 from diffperception.data.shapes import CLASSES as SHAPES
@@ -1023,8 +1023,12 @@ def learned_by_detectron2(folder: Path, iterations: int) -> float:
     cfg.train.checkpointer.period = iterations
     cfg.optimizer.lr, cfg.optimizer.weight_decay = 4e-3, 0.05
     cfg.optimizer.params.weight_decay_bias = 0.0
-    cfg.lr_multiplier.scheduler = L(CosineParamScheduler)(start_value=1.0, end_value=0.0)
-    cfg.lr_multiplier.warmup_length = 50 / iterations
+    warmup = 50 / iterations
+    cfg.lr_multiplier = L(CompositeParamScheduler)(
+        schedulers=[LinearParamScheduler(0.01, 1.0), CosineParamScheduler(1.0, 0.0)],
+        lengths=[warmup, 1 - warmup],
+        interval_scaling=["rescaled", "rescaled"],  # as ours: all of the cosine comes after the warm-up
+    )
     folder.mkdir()
     seed_all_rng(0)
     trained = do_train(cfg, resume=False).model
