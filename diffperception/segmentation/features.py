@@ -92,7 +92,7 @@ class DiffusionFeatures(FeatureExtractor):
         label: the class to tell a generator that has classes; null for none, if it has learned that.
         prompt: what to tell a network that attends to words: a .safetensors file with `prompt_embeds`, or a text, for
             which transformers must be installed; null for zeros.
-        attention: further maps tell how much each place attends to each word, a map per resolution.
+        attention: further maps tell how much each place attends to each word of the prompt, a map per resolution.
         keep_weights: files of models on these features hold the generator's weights too, instead of naming where they
             lie; by default they hold those of our own files, and not those of diffusers' folders.
 
@@ -120,6 +120,10 @@ class DiffusionFeatures(FeatureExtractor):
         side = max(model.image_size) if window is None else window
         side = max(padded_side(side, model.stride), 2 * model.stride)
         reader = ActivationReader(model, blocks, timesteps, label, side, seed, attention)
+        if attention and isinstance(generator, str | Path):
+            told = model.condition(reader.said)
+            if told is None or told.tokens is None or not told.tokens.any():
+                raise ValueError("attention needs words, for zeros are all attended to alike: give a prompt")
         super().__init__(reader.info, reader.multiple, side if window is None else window)
         self.record(generator=model, window=self.window, prompt=None)
         self.reader = reader.eval().requires_grad_(False)

@@ -3,7 +3,10 @@
 import copy
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -210,24 +213,58 @@ def test_other_weights_in_the_folder_are_refused(folders, tmp_path):
         Model.load(file)
 
 
-def test_kept_weights_load_where_the_folder_is_gone(folders, segmenter, tmp_path, images):
-    folder = shutil.copytree(folders["sd"], tmp_path / "sd")
-    features = DiffusionFeatures(folder, ["up_blocks.0"], [50], keep_weights=True)
-    features.save(tmp_path / "features.safetensors")
+ELSEWHERE = """
+import sys
+from pathlib import Path
+import torch
+from diffperception.cli.main import main
+from diffperception.detection import DiffusionDet
+from diffperception.segmentation import PixelSegmenter
+
+place, images = Path(sys.argv[1]), torch.load(sys.argv[2])
+masks = PixelSegmenter.load(place / "kept_segmenter.safetensors").segment(images[0], probabilities=True)
+boxes = DiffusionDet.load(place / "kept_detector.safetensors").predict(list(images))
+torch.save({"probabilities": masks.probabilities, "boxes": [found["boxes"] for found in boxes]}, "found.pt")
+for name in ("left_segmenter", "left_detector"):
+    print(main(["predict", "--model", f"{place / name}.safetensors", "--images", ".", "--output", name]))
+"""
+
+
+def test_files_of_segmenters_and_detectors_in_another_process_where_the_folder_is_gone(folders, tmp_path, images):
+    """With kept weights they predict the same; without them a command ends in one sentence."""
+    folder, place, home = shutil.copytree(folders["sd"], tmp_path / "sd"), tmp_path / "files", tmp_path / "home"
+    place.mkdir()
+    home.mkdir()
+    for name, keep in (("kept", True), ("left", None)):
+        torch.manual_seed(0)
+        features = DiffusionFeatures(folder, ["up_blocks.0"], [50], keep_weights=keep)
+        segmenter = PixelSegmenter(features, PixelEnsemble(features.channels, 3, 2), ["a", "b", "c"]).eval()
+        segmenter.save(place / f"{name}_segmenter.safetensors")
+        detector = detector_on(UNetBackbone(folder, ["mid_block", "up_blocks.1"], keep_weights=keep))
+        detector.save(place / f"{name}_detector.safetensors")
+    wanted = segmenter.segment(images[0], probabilities=True).probabilities, detector.predict(list(images))
+    torch.save(images, place / "images.pt")
     shutil.rmtree(folder)
-    loaded = Model.load(tmp_path / "features.safetensors")
-    assert torch.equal(loaded.maps(images[0]).maps[0], features.maps(images[0]).maps[0])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", ELSEWHERE, str(place), str(place / "images.pt")]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=True)
+    found = torch.load(home / "found.pt")
+    assert torch.equal(found["probabilities"], wanted[0])
+    assert all(torch.equal(a, b["boxes"]) for a, b in zip(found["boxes"], wanted[1], strict=True))
+    assert done.stdout.split() == ["2", "2"]
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("diffperception predict: ")]
+    assert [
+        f"{name}.safetensors leaves out the frozen weights of its" in line
+        for name, line in zip(("left_segmenter", "left_detector"), sentences, strict=True)
+    ] == [True, True]
+    assert [path.name for path in home.iterdir()] == ["found.pt"], "nothing half-written"
 
 
-@pytest.mark.parametrize("keep", [None, True])
-def test_a_detector_on_words_loads_with_its_folder_or_without(keep, folders, tmp_path, images):
-    folder = shutil.copytree(folders["sd"], tmp_path / "sd")
+def test_a_detector_on_words_loads_and_learns_with_its_folder(folders, tmp_path, images):
     torch.manual_seed(0)
-    backbone = UNetBackbone(folder, ["mid_block", "up_blocks.1"], keep_weights=keep)
+    backbone = UNetBackbone(folders["sd"], ["mid_block", "up_blocks.1"])
     model = detector_on(backbone)
     model.save(tmp_path / "model.safetensors")
-    if keep:
-        shutil.rmtree(folder)
     loaded = DiffusionDet.load(tmp_path / "model.safetensors")
     for wanted, found in zip(model.predict(list(images)), loaded.predict(list(images)), strict=True):
         assert torch.equal(wanted["boxes"], found["boxes"])
@@ -538,6 +575,14 @@ MISTAKES = {
         lambda f, p: changed(f["sd"], p, "unet", _class_name="UNet3DConditionModel"),
         r"unet holds a UNet3DConditionModel, which is not run here: that is UNet2DModel, UNet2DCond",
     ),
+    "quantized": (
+        lambda f, p: changed(f["sd"], p, "unet", quantization_config={"quant_method": "gguf"}),
+        r"unet holds quantized weights \(quantization_config\), which are not run: fetch full ones",
+    ),
+    "an index that is none": (
+        lambda f, p: rewritten(f["dit"], p, "model_index.json", "[]"),
+        r"model_index.json is no configuration of diffusers: it must be a JSON object",
+    ),
     "another autoencoder": (
         lambda f, p: changed(f["sd"], p, "vae", _class_name="AutoencoderDC"),
         r"AutoencoderDC is no autoencoder that is run here: these are AutoencoderKL",
@@ -619,6 +664,10 @@ WRONG = {
         {"keep_weights": False, "model": True},
         r"needs the file or folder that the generator",
     ),
+    "attention to nothing": (
+        {"attention": True},
+        r"attention needs words, for zeros are all attended to alike: give a",
+    ),
     "no prompt": ({"prompt": "none.safetensors"}, r"there is no file none.safetensors with a prompt's embedding"),
 }
 
@@ -639,6 +688,10 @@ def test_a_wrong_option_is_one_sentence(mistake, folders):
             r"prompt_embeds is \(1, 7, 8\), but this UNet2DCond.* takes words 24 wide",
         ),
         ({"words": torch.zeros(7, 24)}, r"has no tensor prompt_embeds \(words, width\), but words"),
+        (
+            {"prompt_embeds": torch.full((7, 24), torch.nan)},
+            r"the prompt: not all numbers are finite: embed the prompt",
+        ),
         (
             {"prompt_embeds": torch.zeros(7, 24), "prompt_attention_mask": torch.ones(6)},
             r"prompt_attention_mask has 6 numbers for 7 words",
@@ -807,5 +860,5 @@ def test_the_pages_program_runs(folders, tmp_path, monkeypatch):
     names = {"__name__": "__main__", "print": lambda *words: said.append(str(words[0])), "FitOptions": FitOptions}
     exec(compile(program, "integrations.md", "exec"), names)
     assert said[0] == "t50 up_blocks.0: 32 channels, a cell is 4 pixels wide"
-    assert said[2] == "t50 attention.2: 77 channels, a cell is 8 pixels wide"
+    assert said[3] == "t261 up_blocks.1: 16 channels, a cell is 4 pixels wide"
     assert said[-1].startswith("torch.Size([")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 pytest.importorskip("mmseg", reason="the plug-in's tests need mmsegmentation")
@@ -344,12 +345,14 @@ def test_checkpoints_hold_frozen_weights_where_asked_for() -> None:
 
 def test_a_folder_of_diffusers_feeds_a_head_and_stays_out_of_checkpoints(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    from tests.integrations.diffusers_folders import write_pipeline
+    from tests.integrations.diffusers_folders import WORD, write_pipeline
 
     folder = write_pipeline(tmp_path / "sd", "sd")
-    backbone = {"type": "DiffusionBackbone", "generator": str(folder), "blocks": ["up_blocks.0", 1], "attention": True}
+    save_file({"prompt_embeds": torch.rand(7, WORD)}, tmp_path / "prompt.safetensors")
+    told = {"prompt": str(tmp_path / "prompt.safetensors"), "attention": True}
+    backbone = {"type": "DiffusionBackbone", "generator": str(folder), "blocks": ["up_blocks.0", 1], **told}
     holding, without = (segmentor(backbone | {"save_frozen": save}) for save in (True, False))
-    assert without.decode_head.in_channels[-1] == without.backbone.features.info[-1].channels == 77  # a map a word
+    assert without.decode_head.in_channels[-1] == without.backbone.features.info[-1].channels == 7  # a map a word
     steps(without)
     for state in (without.state_dict(), get_state_dict(without)):
         assert [key for key in state if key.startswith("backbone.")] == ["backbone.frozen"]

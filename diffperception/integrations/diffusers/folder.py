@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from diffperception.files import read_json
 from diffperception.integrations import require_installed
 from diffperception.integrations.diffusers.families import FAMILIES, Family
 from diffperception.integrations.diffusers.latents import Latents
@@ -148,7 +147,7 @@ def read_path(root: Path, family: Family) -> dict[str, Any]:
 def labels_of_pipeline(root: Path, count: int) -> list[str]:
     """Names of a network's classes, by the pipeline's index if it has some; else their numbers."""
     index = root / "model_index.json"
-    named = read_json(index).get("id2label") if index.is_file() else None
+    named = read_object(index).get("id2label") if index.is_file() else None
     return [str((named or {}).get(str(label), label)) for label in range(count)]
 
 

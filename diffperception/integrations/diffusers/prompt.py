@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffperception.files import read_json
 from diffperception.integrations import require_installed
 from diffperception.models import Condition, Conditioner
 from diffperception.models.base import require_not_named_by_a_file
 from diffperception.models.conditioners import labels_in_turn
+from diffperception.models.convert.unet2d import read_object
 
 WORDS = 77  # of a prompt about which nothing is said, as CLIP has them
 MASK = "prompt_attention_mask"
@@ -133,6 +133,8 @@ def _checked(
             f"{what}: prompt_embeds is {given}, but this {network.architecture} takes words {network.word_width} wide:"
             f" (words, {network.word_width})"
         )
+    if not all(value is None or value.isfinite().all() for value in (words, vector)):
+        raise ValueError(f"{what}: not all numbers are finite: embed the prompt again, in float32")
     if not network.vector_widths:
         vector = None
     elif vector is not None and vector.numel() not in network.vector_widths:
@@ -158,7 +160,7 @@ def embed(text: str, network: Any) -> dict[str, Tensor]:
     parts = sorted(path.name for path in home.glob("text_encoder*")) if home else []
     if home is None or not parts:
         raise ValueError(f"there is no text encoder beside this {network.architecture} to embed {text!r}: {way}")
-    kinds = [(read_json(home / part / "config.json").get("architectures") or ["?"])[0] for part in parts]
+    kinds = [(read_object(home / part / "config.json").get("architectures") or ["?"])[0] for part in parts]
     if network.architecture in OF_SEVERAL or any(kind not in ENCODERS for kind in kinds):
         raise ValueError(f"the text encoders in {home} ({', '.join(kinds)}) are not run here: {way}")
     require_installed("transformers", f"the embedding of {text!r}", "pip install transformers")

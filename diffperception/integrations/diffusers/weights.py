@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffperception.files import read_json
 from diffperception.integrations.diffusers.families import class_of
 from diffperception.models.base import undrawn
+from diffperception.models.convert.unet2d import read_object
 
 STEM = "diffusion_pytorch_model"  # how diffusers names files of weights
 
@@ -23,10 +23,12 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A component's config.json; ValueError if it does not say which class it is of."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+    """A component's config.json; ValueError if it does not say which class it is of, or weights are quantized."""
+    config = read_object(folder / "config.json")
+    if not isinstance(config.get("_class_name"), str):
         raise ValueError(f"{folder / 'config.json'} names no class of diffusers (_class_name): name another folder")
+    if "quantization_config" in config:
+        raise ValueError(f"{folder} holds quantized weights (quantization_config), which are not run: fetch full ones")
     return config
 
 
@@ -40,7 +42,9 @@ class WeightsFile(NamedTuple):
 
 def file_of(folder: Path) -> WeightsFile:
     """Which file is read: safetensors before pickles, the full precision before others; FileNotFoundError without."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no {folder.name} in {folder.parent}: name the folder that holds it")
+    names = sorted(path.name for path in folder.iterdir())
     pattern = rf"{STEM}(?:\.(\w+))?\.(safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?"
     found = [WeightsFile(m[0], m[2] == "safetensors", m[1] or m[3]) for n in names if (m := re.fullmatch(pattern, n))]
     if not found:
@@ -57,9 +61,10 @@ def read_component(folder: Path, architecture: str, prefix: str = "", pickles: b
 
     Raises:
         FileNotFoundError: there are none in the folder.
-        ValueError: they do not fit the architecture, or are damaged, or a pickle.
+        ValueError: they do not fit the architecture, or are damaged, quantized, or a pickle.
     """
     file = file_of(folder)
+    read_config(folder)  # which diffusers reads once more, quantized weights by other libraries
     if not (file.is_safe or pickles):
         raise ValueError(f"{folder / file.name} is a pickle: save it as safetensors, with diffusers' save_pretrained")
     try:
