@@ -22,7 +22,7 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(kept))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Mapping[str, Any]:
     """A component's config.json; ValueError if it does not say which class it is of, or weights are quantized."""
     config = read_object(folder / "config.json")
     if not isinstance(config.get("_class_name"), str):
