@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("mmseg", reason="the plug-in's tests need mmsegmentation")
 
@@ -267,6 +267,23 @@ def test_frozen_weights_stay_to_the_last_bit() -> None:
     assert not model.backbone.features.training
     assert all(torch.equal(frozen[key], value) for key, value in model.backbone.state_dict().items())
     assert not torch.equal(head, model.decode_head.conv_seg.weight)
+
+
+def test_an_extractor_of_ones_own_is_frozen_too() -> None:
+    class Convolved(RGBFeatures):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+        def encode(self, images: Tensor) -> list[Tensor]:
+            return [self.layers(images)]
+
+    model = segmentor({"type": "FrozenBackbone", "features": Convolved()})
+    backbone = model.backbone
+    begun = {key: value.clone() for key, value in backbone.state_dict().items()}
+    steps(model)
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert all(torch.equal(begun[key], value) for key, value in backbone.state_dict().items())
 
 
 @pytest.mark.parametrize("conditional", [False, True])
