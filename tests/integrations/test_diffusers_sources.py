@@ -197,6 +197,8 @@ def test_a_moved_folder_is_found_beside_the_file_or_where_it_is_said_to_be(folde
     gone = shutil.move(folder, tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"features.safetensors leaves out the frozen weights of its Diffusers"):
         Model.load(file)
+    with pytest.raises(FileNotFoundError, match=r"there is no unet in .*elsewhere/unet: name the folder that holds it"):
+        Model.load(file, weights=Path(gone) / "unet")
     wanted = features.maps(images[0]).maps[0]
     assert torch.equal(Model.load(file, weights=gone).maps(images[0]).maps[0], wanted)
     shutil.move(gone, tmp_path / "out" / "sd")
