@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ def test_a_detectors_configuration_is_accepted_and_it_is_built(path: Path, tmp_p
     model = built(options, values)["model"](["one", "two", "three"])
     assert isinstance(model, Detector)
     assert model.classes == ["one", "two", "three"]
+
+
+def test_a_function_that_is_left_out_is_nothing_in_config_yaml() -> None:
+    """Such as a detector's auxiliary head: jsonargparse would write a text there, which is then read as its name."""
+    options = options_for(files := [str(CONFIGS / "detection" / "shapes.yaml")])
+    with warnings.catch_warnings(record=True) as said:
+        settings = options.settings(options.parse(files))
+    assert settings["model"]["init_args"]["auxiliary"] is None
+    assert not said
 
 
 def test_the_parts_of_a_detector_are_options() -> None:

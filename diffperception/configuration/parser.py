@@ -6,6 +6,7 @@ import inspect
 import json
 import pydoc
 import re
+import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -22,6 +23,7 @@ from diffperception.configuration.messages import construct, sentence
 
 T = TypeVar("T")
 MODE, DUMPED = "yaml as written", "yaml as dumped"  # of parsers: how they read what people wrote, what they dumped
+NO_FUNCTION = "Unable to serialize instance None"  # what jsonargparse writes for a function that is left out
 HELP = {  # of options that several commands have, where a docstring says nothing of its own
     "model": "a file that training or `diffperception convert` wrote, model.safetensors.",
     "images": "an image, a folder (its subfolders count too), or a pattern in quotes such as 'photos/*.jpg'.",
@@ -173,7 +175,10 @@ class Options:
         """All options, as a configuration has them."""
         self.parser.parser_mode = DUMPED  # what the options of a class become passes through text and back
         try:
-            return yaml.safe_load(self.parser.dump(options, skip_unset=False, skip_validation=True))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", rf"\s*{NO_FUNCTION}")
+                text = self.parser.dump(options, skip_unset=False, skip_validation=True)
+            return yaml.safe_load(text.replace(NO_FUNCTION, "null"))
         finally:
             self.parser.parser_mode = MODE
 
