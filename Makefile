@@ -21,7 +21,8 @@ install: $(VENV)/installed ## make .venv and install the tested versions
 $(VENV)/installed: pyproject.toml constraints.txt tests/integrations/detectron2.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,neighbours]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,neighbours]'
 	mkdir -p $(DETECTRON2)
 	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --require-hashes --dest $(DETECTRON2) \
 		--requirement tests/integrations/detectron2.txt

@@ -198,7 +198,7 @@ def test_numbers_that_train_nothing_are_refused_by_name(name, value, least):
 
 def test_other_faults_end_in_one_sentence():
     image, mask = scene()
-    with pytest.raises(ValueError, match="2 images and 1 masks"):
+    with pytest.raises(ValueError, match="2 images, 1 masks and 1 names"):
         fit(Pyramid(), [image, image], [mask], FitOptions())
     with pytest.raises(ValueError, match=r"image 0 is not finite in torch\.float16: .* float32"):
         fit(Pyramid(scale=1e6), [image], [mask], FitOptions())
