@@ -1,7 +1,7 @@
 """`doctor`, `completion` and `--version`: what a user asks before anything works, or when something does not."""
 
 import subprocess
-import sys
+from contextlib import redirect_stdout
 from importlib import metadata
 from pathlib import Path
 
@@ -49,8 +49,8 @@ def test_a_version_before_its_release_fits() -> None:
 @pytest.fixture(scope="module")
 def completion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("completion") / "diffperception"
-    program = "import sys; from diffperception.cli.main import main; main(['completion', 'bash'])"
-    path.write_text(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+    with path.open("w") as file, redirect_stdout(file):
+        assert main(["completion", "bash"]) == 0
     return path
 
 

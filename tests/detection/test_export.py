@@ -98,6 +98,7 @@ def test_a_program_of_torch_takes_any_number_of_images(tmp_path: Path, capsys: p
         assert_same_detections(detections(outputs), detector.predict(IMAGES[:count], SEEDS[:count], sampler))
 
 
+@pytest.mark.slow
 def test_onnxruntime_finds_the_same(tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)

@@ -209,6 +209,7 @@ def test_a_detector_without_a_sampler_has_nothing_to_sweep(
     assert words in line
 
 
+@pytest.mark.slow
 def test_two_processes_sweep_like_one(arguments: list[str], tmp_path: Path) -> None:
     lists = ["--steps", "1", "2", "--num_seeds", "2", "--batch-size", "2"]
     assert main([*arguments, *lists, "--output", str(tmp_path / "one")]) == 0

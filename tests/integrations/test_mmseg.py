@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -54,6 +53,7 @@ from diffperception.training.options import TrainerOptions
 from diffperception.visualization.draw import save_png, to_pil
 from tests.helpers.networks import conditional_generator, tiny_unet
 from tests.helpers.pixel_classifiers import trained_like
+from tests.helpers.runs import python
 from tests.helpers.scenes import Pyramid, scene
 
 ROOT = Path(__file__).parents[2]
@@ -302,6 +302,7 @@ def test_every_trainable_parameter_of_a_fine_tuned_pyramid_has_a_gradient(condit
 def train_in_a_group(rank: int, folder: Path) -> None:
     """One of two processes: two steps of two models under DDP, which waits for a gradient of every parameter."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
+    init_default_scope("mmseg")
     dist.init_process_group("gloo", f"file://{folder / 'group'}", rank=rank, world_size=2)
     for name, kind in (("frozen", "DiffusionBackbone"), ("pyramid", "DiffusionPyramid")):
         model = segmentor({"type": kind, "generator": generator(), "blocks": [4, 2, 0]})
@@ -311,8 +312,18 @@ def train_in_a_group(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+# In a process of its own: torch cannot fork one in which autograd has threads, as other tests may have left it.
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from torch.multiprocessing import start_processes
+from tests.integrations.test_mmseg import train_in_a_group
+start_processes(train_in_a_group, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
+"""
+
+
 def test_two_processes_train_without_looking_for_unused_parameters(tmp_path: Path) -> None:
-    mp.start_processes(train_in_a_group, (tmp_path,), nprocs=2, start_method="fork")
+    assert python("-c", TWO_PROCESSES, str(tmp_path)) == 0
     for name in ("frozen", "pyramid"):
         one, two = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1))
         trained = [key for key in one if "mlps" in key and "running" not in key]  # each has statistics of its own
