@@ -56,7 +56,7 @@ def load_weights(body: nn.Module, network: Any, path: Path) -> str:
             raise ValueError(f"{path} has numbers that are not finite in {name}: take another file")
     body.load_state_dict({own[plain_name(name)]: state[name] for name in needed}, strict=False)
     number = sum(parameter.numel() for parameter in body.parameters())
-    rest = ", ".join(dict.fromkeys(name.partition(".")[0] for name in left))
+    rest = ", ".join(sorted({name.partition(".")[0] for name in left}))
     return (
         f"the backbone starts from {path}: all of its {number / 1e6:.2f} M parameters"
         f"{', as timm converts them' if converted else ''}; left in the file: {rest or 'none'}"

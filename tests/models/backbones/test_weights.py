@@ -52,7 +52,7 @@ def test_the_maps_are_those_of_the_network_whose_weights_they_are(tmp_path: Path
     network = trained()
     backbone = TimmBackbone(NAME, STRIDES, freeze_norm=frozen, backbone_weights=weights(network, tmp_path))
     assert_same_maps(backbone, network)
-    assert "left in the file: layer4, fc" in backbone.weights_taken
+    assert "left in the file: fc, layer4" in backbone.weights_taken
 
 
 @pytest.mark.parametrize("name", ["regnetx_002", "mobilenetv3_small_050"])
