@@ -63,6 +63,18 @@ def version(package: str) -> str | None:
         return None
 
 
+def require_installed(module: str, needed_for: str, command: str) -> None:
+    """ModuleNotFoundError, one sentence with the command that installs it, if an optional package is not there.
+
+    Args:
+        module: what is imported, such as `mmseg`.
+        needed_for: what cannot be done without it.
+        command: what installs it.
+    """
+    if util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"{needed_for} needs {module}, which is not installed: `{command}`", name=module)
+
+
 def about_machine() -> Iterator[tuple[str, str]]:
     """Properties of the machine by name."""
     import torch

@@ -1,6 +1,6 @@
 """detectron2's Faster R-CNN with FPN on the activations of a frozen generator, whose strides are not 4, 8, 16, 32.
 
-Change: `num_classes`, the data sets in common.py, and the generator (see noise_to_box_unet.py), with `_STRIDES` of its
+Change: `num_classes`, the data sets in training.py, the generator (see noise_to_box_unet.py), with `_STRIDES` of its
 blocks, finest first: all that depends on them follows.
 """
 
@@ -11,7 +11,7 @@ from detectron2.config import LazyCall as L
 
 from diffperception.integrations.detectron2 import DiffusionUNetBackbone
 
-from .common import dataloader, lr_multiplier, optimizer, train
+from .training import dataloader, lr_multiplier, optimizer, train
 
 _STRIDES = [2, 4, 8]
 _LEVELS = [f"p{int(math.log2(stride))}" for stride in _STRIDES]  # as detectron2's FPN names its maps

@@ -1,6 +1,6 @@
 """Noise-to-box detection on detectron2's own ResNet-50 with FPN; no second pyramid is built on it.
 
-Change: `classes`, and the data sets in common.py. Another backbone of detectron2 (ViTDet, Swin, MViT) goes in place of
+Change: `classes`, and the data sets in training.py. Other backbones of detectron2 (ViTDet, Swin, MViT) go in place of
 `backbone`, with the pixel mean, pixel std and input format of its weights; ViTDet is padded to its squares.
 """
 
@@ -13,7 +13,7 @@ from detectron2.data import MetadataCatalog
 from diffperception.detection import BoxSampler, DiffusionDet, DynamicHead
 from diffperception.integrations.detectron2 import Detectron2Backbone, NoiseToBox
 
-from .common import dataloader, lr_multiplier, optimizer, train
+from .training import dataloader, lr_multiplier, optimizer, train
 
 _rcnn = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 

@@ -1,4 +1,4 @@
-"""Noise-to-box detection on a timm model. Change: `classes`, `backbone`, and the data sets in common.py."""
+"""Noise-to-box detection on a timm model. Change: `classes`, `backbone`, and the data sets in training.py."""
 
 from detectron2.config import LazyCall as L
 from detectron2.data import MetadataCatalog
@@ -6,7 +6,7 @@ from detectron2.data import MetadataCatalog
 from diffperception.detection import DiffusionDet
 from diffperception.integrations.detectron2 import NoiseToBox
 
-from .common import dataloader, lr_multiplier, optimizer, train
+from .training import dataloader, lr_multiplier, optimizer, train
 
 model = L(NoiseToBox)(
     detector=L(DiffusionDet)(

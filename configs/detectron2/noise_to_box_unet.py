@@ -1,6 +1,6 @@
 """Noise-to-box detection on the activations of a frozen generator.
 
-Change: `classes`, the data sets in common.py, and the generator: `unet` is a file that diffperception wrote (`convert`
+Change: `classes`, the data sets in training.py, and the generator: `unet` is a file of diffperception (`convert`
 makes one of foreign checkpoints), `blocks` are those of one per stride, `label` is the class that it is told, if it has
 classes. These are of configs/generation/shapes.yaml.
 """
@@ -11,7 +11,7 @@ from diffperception.detection import DiffusionDet
 from diffperception.integrations.detectron2 import NoiseToBox
 from diffperception.models import UNetBackbone
 
-from .common import dataloader, lr_multiplier, optimizer, train
+from .training import dataloader, lr_multiplier, optimizer, train
 
 model = L(NoiseToBox)(
     detector=L(DiffusionDet)(

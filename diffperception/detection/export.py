@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torchvision.ops import nms
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.heads.boxes import HeadOutput
 from diffperception.detection.sampler import BoxSampler
+from diffperception.doctor import require_installed
 from diffperception.files import written_beside
 from diffperception.models.ops.pooling import PyramidOfMaps
 
@@ -125,9 +125,7 @@ def export_detector(
     if graph.sampler.start_time is not None:
         raise ValueError("a graph starts from noise alone: leave start_time out (null)")
     for name in NEEDED if path.suffix == ".onnx" else ():
-        if find_spec(name) is None:
-            text = f"ONNX needs {name}, which is not installed: pip install 'diffperception[export]'"
-            raise ModuleNotFoundError(text, name=name)
+        require_installed(name, "ONNX", "pip install 'diffperception[export]'")
     content, batch = io.BytesIO(), torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad(), _quiet():

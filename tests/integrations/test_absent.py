@@ -3,7 +3,7 @@
 import pytest
 
 from diffperception.cli.failures import MISTAKE, failure
-from diffperception.integrations import require_installed
+from diffperception.doctor import require_installed
 
 
 def test_an_absent_library_ends_in_the_command_that_installs_it():

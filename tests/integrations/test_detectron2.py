@@ -135,7 +135,7 @@ def options(name: str, output: Path, *more: Any) -> Any:
 
 def lazy(data: str, model: Any, output: Path) -> Any:
     """The shared part of our LazyConfig files on the pictures, with a model."""
-    cfg = LazyConfig.load(str(CONFIGS / "common.py"))
+    cfg = LazyConfig.load(str(CONFIGS / "training.py"))
     cfg.model = model
     changes = {
         "dataloader.train.dataset.names": data,

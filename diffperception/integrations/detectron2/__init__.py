@@ -4,7 +4,7 @@ Importing it registers the meta-architecture `NoiseToBox` and the backbones `bui
 `build_diffusion_unet_fpn_backbone`; `add_config` adds their options. LazyConfig needs no registration.
 """
 
-from diffperception.integrations import require_installed
+from diffperception.doctor import require_installed
 
 require_installed(
     "detectron2",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffperception.integrations import require_installed
+from diffperception.doctor import require_installed
 from diffperception.models import Condition
 
 Config = Mapping[str, Any]  # of a network, as its config.json has it

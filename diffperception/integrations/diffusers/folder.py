@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from diffperception.integrations import require_installed
+from diffperception.doctor import require_installed
 from diffperception.integrations.diffusers.families import FAMILIES, Family
 from diffperception.integrations.diffusers.latents import Latents
 from diffperception.integrations.diffusers.network import DiffusersNetwork

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffperception.integrations import require_installed
+from diffperception.doctor import require_installed
 from diffperception.models import Condition, Conditioner
 from diffperception.models.base import require_not_named_by_a_file
 from diffperception.models.conditioners import labels_in_turn

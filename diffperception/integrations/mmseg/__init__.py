@@ -3,7 +3,7 @@
 Importing this registers its classes, and the feature extractors, in ``mmseg.registry.MODELS``.
 """
 
-from diffperception.integrations import require_installed
+from diffperception.doctor import require_installed
 
 FORK = "pip install onedl-mmcv==2.3.6 onedl-mmengine==0.10.12 onedl-mmsegmentation==1.4.2"
 for name in ("mmengine", "mmcv", "mmseg"):
