@@ -6,4 +6,5 @@ from diffperception.detection.fcos import FCOS
 from diffperception.detection.heads.boxes import DynamicHead, Head, HeadOutput
 from diffperception.detection.heads.dense import AuxiliaryHead, DenseHead
 from diffperception.detection.matcher import SetWeights
+from diffperception.detection.rcnn import FasterRCNN, MaskRCNN
 from diffperception.detection.sampler import BoxSampler

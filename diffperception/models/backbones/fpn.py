@@ -1,5 +1,7 @@
 """The feature pyramid over a backbone's maps."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -16,8 +18,7 @@ class FPN(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.strides = backbone.strides
-        if not self.strides or self.strides != [self.strides[0] * 2**level for level in range(len(self.strides))]:
-            raise ValueError(f"the strides {self.strides} are no pyramid's: give some, each twice the one before")
+        require_doubling(self.strides)
         self.width = width
         self.fpn = FeaturePyramidNetwork(backbone.channels, width, norm_layer=nn.BatchNorm2d if norm else None)
 
@@ -25,6 +26,12 @@ class FPN(nn.Module):
         """(B, 3, H, W) -> one (B, width, H / strides[l], W / strides[l]) a level, finest first."""
         maps = self.backbone(images)
         return list(self.fpn({str(i): m for i, m in enumerate(maps)}).values())
+
+
+def require_doubling(strides: Sequence[int]) -> None:
+    """ValueError unless each of the strides is twice the one before, and there are some."""
+    if not strides or list(strides) != [strides[0] * 2**level for level in range(len(strides))]:
+        raise ValueError(f"the strides {list(strides)} are no pyramid's: give some, each twice the one before")
 
 
 def build_pyramid(backbone: Backbone, width: int, norm: bool = False) -> nn.Module:
