@@ -48,6 +48,7 @@ def evaluate_detector_file(
     ensemble: bool | list[bool] | None = None,
     eta: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     nms_threshold: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
+    box_voting: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     start_time: NonNegativeInt | list[NonNegativeInt] | None = None,
     masks: bool = False,
     workers: NonNegativeInt = 2,
@@ -81,7 +82,8 @@ def evaluate_detector_file(
     """
     folder, place = OutputFolder(output, overwrite) if output else None, pick_device(device)
     settings = {"mode": mode, "num_boxes": num_boxes, "renewal_threshold": renewal_threshold, "ensemble": ensemble}
-    settings |= {"eta": eta, "nms_threshold": nms_threshold, "start_time": start_time, "steps": steps}
+    settings |= {"eta": eta, "nms_threshold": nms_threshold, "box_voting": box_voting, "start_time": start_time}
+    settings |= {"steps": steps}
     with join_processes():
         detector = Detector.load(model, place)
         detector.pad_together = pad_together

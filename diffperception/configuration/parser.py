@@ -34,6 +34,8 @@ HELP = {  # of options that several commands have, where a docstring says nothin
     " default the model's own, 0.5 if it has none.",
     "ensemble": "whether the detections of all steps count, or the last step's alone.",
     "eta": "how much noise a step adds: 1 is the ancestral step, 0 the deterministic one.",
+    "box_voting": "each box that is left becomes the mean, weighted by score, of all of its class whose IoU with it is"
+    " above this, such as 0.75.",
     "nms_threshold": "of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off.",
     "start": "a COCO results file, such as the predictions.json of another run, whose boxes are started from instead of"
     " noise alone, noised to `start_time`: of each image the best, `num_boxes` at most.",

@@ -122,6 +122,8 @@ def export_detector(
         what = "a detector of masks" if detector.gives_masks else type(detector).__name__
         raise ValueError(f"DiffusionDets that give boxes alone can be exported, not {what}")
     graph = DetectorGraph(detector.eval(), sampler or detector.sampler, height, width).eval()
+    if graph.sampler.box_voting is not None:
+        raise ValueError("a graph gives boxes as NMS leaves them: leave box_voting out (null)")
     if graph.sampler.start_time is not None:
         raise ValueError("a graph starts from noise alone: leave start_time out (null)")
     for name in NEEDED if path.suffix == ".onnx" else ():

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import batched_nms, box_iou, nms
 
 from diffperception.detection.boxes import clamp_min_size, decode_boxes, encode_boxes
 from diffperception.detection.heads.boxes import HeadOutput
@@ -42,6 +42,8 @@ class BoxSampler:
             anew; null keeps all.
         ensemble: pool the predictions of all steps, not of the last alone.
         nms_threshold: of two boxes of a class whose IoU is above this, only the better counts; null keeps all.
+        box_voting: what NMS leaves becomes the mean, weighted by score, of all boxes of its class whose IoU with it is
+            above this, such as 0.75 (arXiv 1505.01749); null leaves it as it is.
         mode: `ddim` walks t from T to 0; two controls show what the walk is worth: `fixed_time` tells the network, and
             the step from one noise level to the next, that t is T - 1 every time, while the levels stepped to fall as
             in `ddim`; `fresh_boxes` starts every step from new noise.
@@ -58,6 +60,7 @@ class BoxSampler:
     renewal_threshold: float | None = 0.5
     ensemble: bool = True
     nms_threshold: float | None = 0.5
+    box_voting: float | None = None
     mode: Mode = "ddim"
     start_time: int | None = None
 
@@ -68,6 +71,8 @@ class BoxSampler:
         for name, value in fractions.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}: it must be from 0 to 1")
+        if self.box_voting is not None and not 0 <= self.box_voting < 1:
+            raise ValueError(f"box_voting is {self.box_voting}: it must be from 0 to below 1")
         if self.start_time is not None and self.start_time < 0:
             raise ValueError(f"start_time is {self.start_time}: it must be a time of the schedule, from 0 on")
         if self.mode not in get_args(Mode):
@@ -169,7 +174,12 @@ class BoxSampler:
         numbers = (image[:, None] == torch.arange(images + 1, device=image.device)).sum(0).tolist()
         kept = kept[order]
         parts = [values.flatten(0, 1)[kept].split(numbers)[:-1] for values in found.values()]
-        return [dict(zip(found, values, strict=True)) for values in zip(*parts, strict=True)]
+        detections = [dict(zip(found, values, strict=True)) for values in zip(*parts, strict=True)]
+        if self.box_voting is not None:
+            for number, own in enumerate(detections):
+                candidates = {name: values[number] for name, values in found.items()}
+                own["boxes"] = _vote(own["boxes"], own["labels"], candidates, self.box_voting)
+        return detections
 
 
 def to_image_pixels(boxes: Tensor, seen: Tensor, sizes: Tensor) -> Tensor:
@@ -204,3 +214,13 @@ def _kept(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float | None
     low, high = boxes.aminmax()
     moved = boxes.double() + (group * (high - low + 1))[..., None]
     return nms(moved.flatten(0, 1), scores.double().flatten(), threshold)
+
+
+def _vote(boxes: Tensor, labels: Tensor, candidates: dict[str, Tensor], threshold: float) -> Tensor:
+    """Each of an image's boxes (n, 4) becomes the mean of the candidates (P) of its class that overlap it.
+
+    They are weighted by their scores; arXiv 1505.01749, section 5.
+    """
+    near = (box_iou(boxes, candidates["boxes"]) > threshold) & (labels[:, None] == candidates["labels"])
+    weights = (near * candidates["scores"].clamp(min=torch.finfo(torch.float32).tiny))[..., None]
+    return (weights * candidates["boxes"]).sum(1) / weights.sum(1)  # autocast would round a matrix product of pixels

@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 
 from diffperception.detection import DenseHead, Detector, DiffusionDet, HeadOutput
 from diffperception.detection.criterion import Matches
-from diffperception.detection.heads.dense import assign_cells, quality_focal_loss
+from diffperception.detection.heads.dense import assign_cells
 from diffperception.detection.targets import PaddedTargets
 from diffperception.models.ops.pooling import FeaturePyramid
 from diffperception.models.warm_start import warm_start
@@ -99,23 +99,14 @@ def test_boxes_begin_as_the_anchors_of_their_cells() -> None:
     assert output.logits.shape == (2, len(anchors), 3)
 
 
-def test_the_quality_focal_loss_is_nothing_where_scores_are_the_overlaps_and_the_papers_elsewhere() -> None:
-    object_ = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 5.0], [50.0, 50.0, 60.0, 60.0]])  # the first overlaps it by a half
-    targets = PaddedTargets.collate([{"boxes": object_, "labels": torch.tensor([1])}], torch.tensor([[96.0, 64] * 2]))
-    matches = Matches(torch.tensor([[[0, -1]]]))
-    never = -200.0
-
-    def loss(logits: list[list[float]]) -> float:
-        return float(quality_focal_loss(HeadOutput(torch.tensor([[logits]]), boxes[None, None]), targets, matches))
-
-    assert loss([[never, 0.0], [never, never]]) == pytest.approx(0, abs=1e-6)
-    sigma = torch.tensor(2.0).sigmoid()
-    entropy = -(0.5 * sigma.log() + 0.5 * (1 - sigma).log())
-    assert loss([[never, 2.0], [never, never]]) == pytest.approx(float((0.5 - sigma) ** 2 * entropy), rel=1e-4)
-    negative = float(sigma**2 * -(1 - sigma).log())  # of a class, or a cell, that is no object
-    assert loss([[2.0, 0.0], [never, never]]) == pytest.approx(negative, rel=1e-4)
-    assert loss([[never, 0.0], [never, 2.0]]) == pytest.approx(negative, rel=1e-4)
+def test_fine_levels_may_be_left_to_the_detectors_head() -> None:
+    head = DenseHead(3, 16, layers=1, min_stride=STRIDES[1])
+    maps = [torch.rand(1, 16, 96 // stride, 96 // stride) for stride in STRIDES]
+    output, coarse = head(maps, STRIDES), head(maps[1:], STRIDES[1:])
+    assert torch.equal(output.logits, coarse.logits)
+    assert torch.equal(output.anchors, coarse.anchors)
+    with pytest.raises(ValueError, match=f"min_stride is 999, but the pyramid's coarsest level has {STRIDES[-1]} pix"):
+        DenseHead(3, 16, min_stride=999)(maps, STRIDES)
 
 
 def test_everything_else_is_as_without_it() -> None:

@@ -1,11 +1,13 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from diffperception.detection.criterion import draw_federated_classes
+from diffperception.detection.criterion import Matches, SetCriterion, draw_federated_classes, quality_focal_loss
+from diffperception.detection.heads.boxes import HeadOutput
 from diffperception.detection.targets import PaddedTargets
-from tests.detection.scenes import set_losses
+from tests.detection.scenes import random_image, random_target, set_losses, tiny_detector
 
 SIZE = torch.tensor([[100.0, 50.0, 100.0, 50.0]])
 OBJECT = torch.tensor([[10.0, 10.0, 30.0, 20.0]])
@@ -53,6 +55,36 @@ def test_masked_classes_add_nothing():
     mask = torch.tensor([[False, True, False]])
     value = set_losses(logits, boxes, TARGETS, torch.tensor([[[0]]]), mask)["classification"]
     assert value.item() == pytest.approx(0.25 * 0.25 * math.log(2), rel=1e-5)
+
+
+def test_the_quality_focal_loss_is_nothing_where_scores_are_the_overlaps_and_the_papers_elsewhere():
+    object_ = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 5.0], [50.0, 50.0, 60.0, 60.0]])  # the first overlaps it by a half
+    targets = PaddedTargets.collate([{"boxes": object_, "labels": torch.tensor([1])}], torch.tensor([[96.0, 64] * 2]))
+    matches = Matches(torch.tensor([[[0, -1]]]))
+    never = -200.0
+
+    def loss(logits: list[list[float]]) -> float:
+        return float(quality_focal_loss(HeadOutput(torch.tensor([[logits]]), boxes[None, None]), targets, matches))
+
+    assert loss([[never, 0.0], [never, never]]) == pytest.approx(0, abs=1e-6)
+    sigma = torch.tensor(2.0).sigmoid()
+    entropy = -(0.5 * sigma.log() + 0.5 * (1 - sigma).log())
+    assert loss([[never, 2.0], [never, never]]) == pytest.approx(float((0.5 - sigma) ** 2 * entropy), rel=1e-4)
+    negative = float(sigma**2 * -(1 - sigma).log())  # of a class, or a cell, that is no object
+    assert loss([[2.0, 0.0], [never, never]]) == pytest.approx(negative, rel=1e-4)
+    assert loss([[never, 0.0], [never, 2.0]]) == pytest.approx(negative, rel=1e-4)
+    targets = replace(targets, counted_classes=torch.tensor([[False, True]]))
+    assert loss([[2.0, 0.0], [never, never]]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_quality_is_learned_where_it_is_asked_for():
+    detectors = [tiny_detector(criterion=SetCriterion(**changes)) for changes in ({}, {"quality": True})]
+    images, targets = [random_image(64, 64, 1)], [random_target(3, 64, 64, seed=1)]
+    plain, quality = (d.loss(images, targets, torch.Generator().manual_seed(0)) for d in detectors)
+    assert plain.keys() == quality.keys()
+    assert torch.equal(plain["giou"], quality["giou"])
+    assert plain["classification"] != quality["classification"]
 
 
 def draw(labels: list[int], frequencies: list[float], count: int, seed: int = 0) -> list[int]:

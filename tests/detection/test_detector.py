@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from diffperception.detection import FCOS, BoxSampler, Detector, DiffusionDet, DynamicHead
+from diffperception.detection.heads.boxes import HeadOutput
+from diffperception.detection.sampler import Step
 from diffperception.detection.targets import PaddedTargets, image_sizes
 from tests.detection.scenes import CLASSES, assert_same_detections, random_image, random_target, tiny_detector
 
@@ -40,12 +42,47 @@ def test_no_images_have_no_detections():
         ({"eta": -3.0}, "eta is -3.0"),
         ({"nms_threshold": 7.0}, "nms_threshold is 7.0"),
         ({"renewal_threshold": 9.0}, "renewal_threshold is 9.0"),
+        ({"box_voting": 1.0}, "box_voting is 1.0: it must be from 0 to below 1"),
         ({"steps": 0}, "at least 1"),
     ],
 )
 def test_settings_out_of_range_are_named(setting, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         BoxSampler(**setting)
+
+
+def test_boxes_vote_by_score_with_those_of_their_class_that_overlap_them():
+    # Of one object three boxes, an IoU of 0.8 and more apart; another class at the same place; and one far away.
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8], [0, 0, 10, 10], [30, 30, 40, 40]])
+    logits = torch.full((5, 2), -30.0)
+    for row, (label, score) in enumerate([(0, 0.8), (0, 0.6), (0, 0.2), (1, 0.7), (0, 0.5)]):
+        logits[row, label] = torch.tensor(score).logit()
+    steps = [Step(0, boxes[None], HeadOutput(logits[None], boxes[None]))]
+    sizes = torch.tensor([[60.0, 60, 60, 60]])
+    plain, voted = (
+        BoxSampler(1, 5, box_voting=threshold).select(steps, sizes, 2 * sizes)[0] for threshold in (None, 0.79)
+    )
+    assert plain["scores"][:3].tolist() == pytest.approx([0.8, 0.7, 0.5])
+    assert torch.equal(plain["scores"], voted["scores"])
+    assert torch.equal(plain["boxes"][1:], voted["boxes"][1:])  # each is alone with its class
+    mean = 2 * (0.8 * 10 + 0.6 * 9 + 0.2 * 8) / 1.6
+    torch.testing.assert_close(voted["boxes"][0], torch.tensor([0.0, 0, 20, mean]))
+    far = BoxSampler(1, 5, box_voting=0.95).select(steps, sizes, 2 * sizes)[0]
+    assert torch.equal(far["boxes"], plain["boxes"])
+
+
+def test_votes_are_those_of_the_image_alone_and_pixels_stay_float32_under_autocast():
+    detector = tiny_detector()
+    sampler = BoxSampler(2, 20, box_voting=0.5)
+    together = detector.predict(IMAGES, seeds=[1, 2, 3], sampler=sampler)
+    alone = [detector.predict([image], [seed], sampler)[0] for seed, image in enumerate(IMAGES, 1)]
+    assert_same_detections(together, alone)
+    steps = detector.sample(detector.encode(IMAGES[:1]), [1], sampler)
+    size = image_sizes(IMAGES[:1])
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = sampler.select(steps, size, size)
+    (expected,) = sampler.select(steps, size, size)
+    assert torch.equal(found["boxes"], expected["boxes"])
 
 
 def test_a_cpu_predicts_in_portions():

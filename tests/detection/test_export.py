@@ -143,6 +143,8 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, capsys: pytest.CaptureF
         export_detector(fcos, tmp_path / "model.pt2", HEIGHT, WIDTH)
     with pytest.raises(ValueError, match=r"must end in \.onnx, or in \.pt2"):
         export_detector(tiny_detector(), tmp_path / "model.pb", HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match="as NMS leaves them: leave box_voting out"):
+        export_detector(tiny_detector(), tmp_path / "model.pt2", HEIGHT, WIDTH, BoxSampler(box_voting=0.5))
     with pytest.raises(ValueError, match="from noise alone: leave start_time out"):
         export_detector(tiny_detector(), tmp_path / "model.pt2", HEIGHT, WIDTH, BoxSampler(start_time=3))
     tiny_detector().save(tmp_path / "model.safetensors")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, batched_nms
 
 from diffperception.detection.boxes import paired_giou
-from diffperception.detection.criterion import Matches, giou_loss
+from diffperception.detection.criterion import Matches, giou_loss, quality_focal_loss
 from diffperception.detection.heads.boxes import PRIOR_PROBABILITY, HeadOutput
 from diffperception.detection.targets import PaddedTargets
 from diffperception.devices import to_device
@@ -80,6 +80,7 @@ class DenseHead(AuxiliaryHead):
         num_classes: K.
         width: channels of the pyramid and of the towers.
         layers: depth of the towers.
+        min_stride: levels that are finer than so many pixels a cell are left to the detector's head.
         classification_weight, giou_weight: of the terms.
         min_score: proposals with a lower score are left out.
         nms_threshold: of two proposals of a class whose IoU is above this, only the better counts.
@@ -92,6 +93,7 @@ class DenseHead(AuxiliaryHead):
         num_classes: int,
         width: int = 256,
         layers: int = 2,
+        min_stride: int = 1,
         classification_weight: float = 1.0,
         giou_weight: float = 2.0,
         min_score: float = 0.05,
@@ -99,6 +101,7 @@ class DenseHead(AuxiliaryHead):
     ):
         super().__init__()
         self.width = width
+        self.min_stride = min_stride
         self.weights = {"dense_classification": classification_weight, "dense_giou": giou_weight}
         self.min_score = min_score
         self.nms_threshold = nms_threshold
@@ -114,6 +117,13 @@ class DenseHead(AuxiliaryHead):
 
     def forward(self, maps: Sequence[Tensor], strides: Sequence[int]) -> DenseOutput:
         """Maps as in `loss` -> what every cell says of the image at its place."""
+        levels = [(m, s) for m, s in zip(maps, strides, strict=True) if s >= self.min_stride]
+        if not levels:
+            raise ValueError(
+                f"min_stride is {self.min_stride}, but the pyramid's coarsest level has {max(strides)} pixels a cell:"
+                " give less"
+            )
+        maps, strides = zip(*levels, strict=True)
         logits = [self.class_logits(self.class_tower(m)).flatten(2).transpose(1, 2) for m in maps]
         sides = [self.box_sides(self.box_tower(m)).flatten(2).transpose(1, 2) for m in maps]
         anchors = torch.cat([_anchors(m.shape[-2], m.shape[-1], s) for m, s in zip(maps, strides, strict=True)])
@@ -178,18 +188,6 @@ def assign_cells(objects: Tensor, anchors: Tensor, cells: Sequence[int]) -> Tens
     overlap = iou.new_full((len(objects), len(anchors)), -1).scatter_(1, candidates, iou.masked_fill(~chosen, -1))
     value, owner = overlap.max(0)
     return torch.where(value >= 0, owner, -1)
-
-
-def quality_focal_loss(output: HeadOutput, targets: PaddedTargets, matches: Matches) -> Tensor:
-    """|q - p|^2 times the cross-entropy of p with q, the IoU of a matched box and its object, 0 elsewhere; per pair.
-
-    (S,); arXiv 2006.04388, eq. 2 with beta = 2.
-    """
-    iou = paired_giou(output.boxes.detach().float(), matches.of(targets.boxes))[0].clamp(0, 1)
-    quality = torch.where(matches.matched, iou, 0)[..., None]
-    wanted = torch.zeros_like(output.logits).scatter_(3, matches.of(targets.labels)[..., None], quality)
-    entropy = F.binary_cross_entropy_with_logits(output.logits, wanted, reduction="none")
-    return matches.per_pair((wanted - output.logits.sigmoid()).square() * entropy)
 
 
 def _anchors(height: int, width: int, stride: int) -> Tensor:
