@@ -10,8 +10,7 @@ import yaml
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from diffperception.detection import DenseHead, Detector, DiffusionDet, HeadOutput
-from diffperception.detection.criterion import Matches
+from diffperception.detection import DenseHead, Detector, DiffusionDet
 from diffperception.detection.heads.dense import assign_cells
 from diffperception.detection.targets import PaddedTargets
 from diffperception.models.ops.pooling import FeaturePyramid
