@@ -1,7 +1,7 @@
 """COCO annotation files: reading them, which label a category has, and their content as compact, checked columns."""
 
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ NO_ID = int(np.iinfo(np.int64).min)  # of annotations without one
 ID = Rule(whole_number, "a whole number of at most 63 bits")
 SIDE = Rule(lambda value: _side(value), "a whole number from 0", optional=True)
 IDS = Rule(lambda value: [whole_number(part) for part in value], "a list of whole numbers", optional=True)
+LISTS = ("images", "annotations", "categories")
 LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 RULES: dict[str, dict[str, Rule]] = {
     "images": {
@@ -53,7 +54,7 @@ RULES: dict[str, dict[str, Rule]] = {
 OUTLINE = {"segmentation": Rule(outline, "polygons of three points or more, or run lengths", optional=True)}
 
 
-def read_coco(path: str | Path, outlines: bool = False) -> dict[str, Any]:
+def read_coco(path: str | Path, outlines: bool = False, lists: Sequence[str] = LISTS) -> dict[str, Any]:
     """The content of a COCO annotation file, with the lists `images`, `annotations` and `categories`.
 
     Where images are named by a URL alone, as in LVIS, its last two parts become the file_name: train2017/000001.jpg.
@@ -61,18 +62,18 @@ def read_coco(path: str | Path, outlines: bool = False) -> dict[str, Any]:
     Args:
         outlines: whether outlines (`segmentation`) are wanted. They are most of a large file: where nobody needs them,
             they are dropped while parsing and take no memory.
+        lists: those that it must hold; captions, for example, are without categories.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, or one of the three lists is missing.
+        ValueError: it is no JSON, or one of the lists is missing.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no annotation file {path}: give the path of a COCO JSON file")
     content = read_json(path, None if outlines else _without_outline)
-    keys = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
-        raise ValueError(f"{path} is not a COCO annotation file: it must hold the lists {', '.join(keys)}")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in lists):
+        raise ValueError(f"{path} is not a COCO annotation file: it must hold the lists {', '.join(lists)}")
     for image in content["images"]:
         if isinstance(image, dict) and isinstance(image.get("coco_url"), str):
             image.setdefault("file_name", "/".join(image["coco_url"].split("/")[-2:]))
@@ -278,10 +279,12 @@ class Fault(NamedTuple):
         return f"{_place(self.section, self.position, known)}: {self.fault}"
 
 
-def entry_faults(content: dict[str, Any], outlines: bool = False) -> Iterator[Fault]:
-    """What is wrong with single entries of a parsed COCO file."""
-    for section, rules in RULES.items():
-        wanted = rules | OUTLINE if outlines and section == "annotations" else rules
+def entry_faults(
+    content: dict[str, Any], outlines: bool = False, rules_of: Mapping[str, Mapping[str, Rule]] = RULES
+) -> Iterator[Fault]:
+    """What is wrong with single entries of a parsed COCO file; `rules_of` the entries of each list are."""
+    for section, rules in rules_of.items():
+        wanted = {**rules, **OUTLINE} if outlines and section == "annotations" else rules
         for index, entry in enumerate(content[section]):
             yield from (Fault(section, index, entry, fault) for fault in faults(entry, wanted))
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from diffperception.data.captions import check_captions
 from diffperception.data.check_report import Level, Problem, Report
 from diffperception.data.image_folder import ImageDataOptions, is_too_small
 from diffperception.data.images import BrokenImageError, open_image, read_image, read_size
-from diffperception.data.listing import list_images
 from diffperception.table import format_table
 
 
@@ -42,7 +42,9 @@ def check_images(options: ImageDataOptions, image_size: tuple[int, int] | None =
     """
     problems, summary = _check_folder(options, image_size)
     if options.val_images is not None:
-        of_val = replace(options, images=options.val_images, annotations=options.val_annotations)
+        of_val = replace(
+            options, images=options.val_images, annotations=options.val_annotations, captions=options.val_captions
+        )
         problems += _check_folder(of_val, image_size)[0]
     if not any(problem.level == "error" for problem in problems):
         try:
@@ -61,8 +63,10 @@ class _Look(NamedTuple):
 def _check_folder(
     options: ImageDataOptions, image_size: tuple[int, int] | None
 ) -> tuple[list[Problem], ImageSummary | None]:
+    if options.captions is not None and (broken := check_captions(options.captions)):
+        return broken, None
     try:
-        root, paths, remark = list_images(options.images, options.annotations)
+        root, paths, remark = options.listing()
     except (OSError, ValueError) as error:
         return [Problem("error", "no images", str(error))], None
     places: dict[str, list[str]] = defaultdict(list)

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from diffperception.data.captions import read_captions, require_sides_kept
 from diffperception.data.images import BrokenImageError, is_deep_grey, read_image, read_size, to_float
-from diffperception.data.listing import list_images
+from diffperception.data.listing import Listing, list_images
 from diffperception.data.split import part_of
 
 
@@ -23,8 +24,11 @@ class ImageDataOptions:
     Args:
         images: folder with images, in folders of their classes if `labelled`; or an image, a pattern or a list of them.
         annotations: COCO JSON file; only the images it lists are used.
+        captions: COCO JSON file of captions of the images, of which one is learned at a time; only the images with
+            captions are used.
         val_images: folder with images to measure the loss on during training; null for none.
         val_annotations: COCO JSON file with the images to use of `val_images`.
+        val_captions: COCO JSON file of captions of `val_images`.
         val_share: instead of `val_images`, this share of the images is held out to measure the loss on, such as 0.1.
         split_seed: chooses them, with their names: images that are added move few others.
         short_side: images are first resized to this short side, then a random part is cut out; null resizes them
@@ -40,8 +44,10 @@ class ImageDataOptions:
 
     images: Path
     annotations: Path | None = None
+    captions: Path | None = None
     val_images: Path | None = None
     val_annotations: Path | None = None
+    val_captions: Path | None = None
     val_share: float | None = None
     split_seed: NonNegativeInt = 0
     short_side: PositiveInt | None = None
@@ -57,6 +63,17 @@ class ImageDataOptions:
         """The names of the classes; None without labels."""
         return class_folders(Path(self.images)) if self.labelled else None
 
+    def of_val(self, images: Path) -> "ImageDataOptions":
+        """These options, of the images to measure on; ValueError if they lack the captions that those to learn have."""
+        if (self.captions is None) != (self.val_captions is None):
+            lacking, given = ("val_captions", "captions") if self.val_captions is None else ("captions", "val_captions")
+            raise ValueError(f"data.{given} is given without data.{lacking}: name the captions of both, or of none")
+        return replace(self, images=images, annotations=self.val_annotations, captions=self.val_captions)
+
+    def listing(self) -> Listing:
+        """The images to learn from; errors as for :func:`list_images`."""
+        return list_images(self.images, self.captions if self.annotations is None else self.annotations)
+
     def open(self, image_size: tuple[int, int], channels: int) -> "tuple[ImageFolder, ImageFolder | None]":
         """The images to learn from, and those to measure on; ValueError if their folders are of other classes."""
         if self.val_share is not None:
@@ -66,7 +83,7 @@ class ImageDataOptions:
         train = ImageFolder(self, image_size, channels)
         if self.val_images is None:
             return train, None
-        val = ImageFolder(replace(self, images=self.val_images, annotations=self.val_annotations), image_size, channels)
+        val = ImageFolder(self.of_val(self.val_images), image_size, channels)
         if val.classes != train.classes:
             raise ValueError(
                 f"{self.images} and {self.val_images} hold folders of different names: they are the classes, so give"
@@ -79,7 +96,8 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
     """Random crops of the images in a folder.
 
     Sample i is (image, target): float32 (C, height, width), 0..1; ``label`` (its folder's place among the classes, or
-    None), ``image_id`` and ``path``. All draws come from torch's global generator (see `SeededSamples`).
+    None), ``image_id``, ``path`` and, where there are captions, one of the image's as ``caption``. All draws come from
+    torch's global generator (see `SeededSamples`).
 
     Args:
         options: which images there are, without `val_images`; `on_broken` is also for those less than half a crop high
@@ -107,10 +125,19 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
             )
         require_image_channels(channels)
         self.options, self.image_size, self.channels = options, image_size, channels
-        self.root, found, self.remark = list_images(options.images, options.annotations)
+        self.root, found, self.remark = options.listing()
+        said: dict[Path, list[str]] = {}
+        if options.captions is not None:
+            captions = read_captions(options.captions)
+            require_sides_kept(captions, options.horizontal_flip, options.vertical_flip)
+            said = captions.of_paths(found, options.images)
+            silent, found = len(found) - len(said), list(said)
+            left = f"{silent} images of {options.images} have no caption and are left out" if silent else ""
+            self.remark = "; ".join(filter(None, [self.remark, left]))
         if held_out is not None and options.val_share is not None:
             found = part_of(found, self.root, options.val_share, options.split_seed, held_out)
         self.paths = self._usable(found)
+        self.captions = [said[path] for path in self.paths] if said else None
         self.skipped = len(found) - len(self.paths)
         self.classes = options.classes()
         if self.classes and any(path.parent == self.root for path in self.paths):
@@ -152,7 +179,11 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         path = self.paths[index]
         image = to_float(self.flips(self._crop(whole)))
         label = None if self.classes is None else self.classes.index(path.relative_to(self.root).parts[0])
-        return image, {"label": label, "image_id": index, "path": str(path)}
+        target = {"label": label, "image_id": index, "path": str(path)}
+        if self.captions is not None:
+            captions = self.captions[index]
+            target["caption"] = captions[int(torch.randint(len(captions), ()))]
+        return image, target
 
     def _readable(self, index: int) -> tuple[int, Tensor]:
         """The image at `index`, or the next that can be read where broken ones are passed over."""

@@ -116,9 +116,9 @@ def _listed(folder: Path, listing: Path, left: "_LeftOut") -> list[Path]:
         raise ValueError(f"{listing} lists no image: it must have a file name per line, or be a COCO file")
     found = {name: Path(os.path.normpath(folder / name.replace("\\", "/"))) for name in names}
     if missing := [name for name, path in found.items() if not path.is_file()]:
-        others = _by_spelling(folder)
+        others = _byspelling(folder)
         for name in missing:
-            if len(candidates := others.get(_spelling(name), [])) > 1:
+            if len(candidates := others.get(spelling(name), [])) > 1:
                 raise ValueError(f"{listing} lists {name}, which may be any of {_some(candidates)}: give the ending")
             found[name] = candidates[0] if candidates else found[name]
         if missing := [str(path) for path in found.values() if not path.is_file()]:
@@ -134,22 +134,23 @@ def _names_in(listing: Path) -> list[str]:
     if listing.suffix.lower() != ".json":
         return read_lines(listing)
     try:
-        return [str(image["file_name"]) for image in read_coco(listing)["images"]]
+        return [str(image["file_name"]) for image in read_coco(listing, lists=["images"])["images"]]
     except (KeyError, TypeError):
         raise ValueError(f"{listing} has an image without a file_name") from None
 
 
-def _by_spelling(folder: Path) -> dict[str, list[Path]]:
+def _byspelling(folder: Path) -> dict[str, list[Path]]:
     """The images below a folder by their names in one normal form of Unicode, with and without endings."""
     found: dict[str, list[Path]] = {}
     for path in _below(folder, _LeftOut(None)):
         name = path.relative_to(folder)
         for each in (name, name.with_suffix("")):
-            found.setdefault(_spelling(each.as_posix()), []).append(path)
+            found.setdefault(spelling(each.as_posix()), []).append(path)
     return found
 
 
-def _spelling(name: str) -> str:
+def spelling(name: str) -> str:
+    """A file's name in one normal form of Unicode, with slashes, so that names of one file are alike."""
     return unicodedata.normalize("NFC", os.path.normpath(name.replace("\\", "/")))
 
 

@@ -1,8 +1,8 @@
 """Scenes of simple shapes drawn from a seed: a small data set with exact boxes and class masks."""
 
 import colorsys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,10 @@ class ShapesSettings:
         max_objects: most objects in an image; half as many are the least, where there is room. With 1, images lie
             in folders of their object's class.
         min_size: smallest length of a shape in pixels; the largest is 0.6 of the image's shorter side.
+        captions: shapes have colours that words name, no two of an image are alike, and the images come with captions
+            in English and Chinese.
+        held_out: colours with shapes, such as "red star", that only images of a third part show, as many as `val`;
+            with captions.
     """
 
     train: int = 2000
@@ -35,6 +39,8 @@ class ShapesSettings:
     max_side: int = 160
     max_objects: int = 8
     min_size: int = 22
+    captions: bool = False
+    held_out: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if min(self.train, self.val, self.seed) < 0 or self.train + self.val == 0:
@@ -46,6 +52,24 @@ class ShapesSettings:
                 f"shapes need 18 <= min_size <= 0.6 * min_side and min_side <= max_side, not min_size={self.min_size},"
                 f" min_side={self.min_side}, max_side={self.max_side}"
             )
+        if self.held_out and not self.captions:
+            raise ValueError("held_out names colours, which only images with captions have: set captions to true")
+        for name in self.held_out:
+            if name not in PAIRS:
+                raise ValueError(
+                    f"held_out has {name!r}, which is no colour ({', '.join(COLORS)}) with a shape"
+                    f' ({", ".join(CLASSES)}), such as "red star"'
+                )
+        if self.captions and len(PAIRS) - len({*self.held_out}) < self.max_objects:
+            raise ValueError(
+                f"{len({*self.held_out})} of {len(PAIRS)} colours with shapes are held_out, and an image of"
+                f" max_objects={self.max_objects} needs as many others: hold out fewer"
+            )
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """How many images each part has."""
+        return {"train": self.train, "val": self.val} | ({"held_out": self.val} if self.held_out else {})
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,7 @@ class Scene:
     owner: np.ndarray  # (H, W) int64: the visible object at a pixel, -1 for background
     boxes: np.ndarray  # (n, 4) int64 x1 y1 x2 y2: bounds of the visible pixels, ends excluded
     labels: np.ndarray  # (n,) int64, index of CLASSES
+    colors: tuple[str, ...] = ()  # names of the objects' colours, where they have such
 
     @property
     def class_mask(self) -> np.ndarray:
@@ -63,19 +88,25 @@ class Scene:
         return np.append(self.labels + 1, 0).astype(np.uint8)[self.owner]
 
 
-def draw_scene(rng: np.random.Generator, settings: ShapesSettings) -> Scene:
+def draw_scene(rng: np.random.Generator, settings: ShapesSettings, held_out: bool = False) -> Scene:
     """Draw one scene of max_objects / 2 to max_objects shapes, or fewer without room; later ones cover earlier ones.
 
     A shape that would leave an earlier one with less than MIN_VISIBLE of its area, or itself be cut so far by the
     border, is placed anew: every object in the image is thus annotated and can be recognised.
+
+    Args:
+        held_out: one of the shapes is of those that the settings hold out; else none is.
     """
     height, width = rng.integers(settings.min_side, settings.max_side + 1, size=2)
     image = _background(rng, height, width)
+    if settings.captions:
+        image *= DIMMED  # so that each of COLORS stands out
     scenery = image.mean(axis=(0, 1))
     owner = np.full((height, width), -1)
     shapes: list[_Shape] = []
-    for _ in range(rng.integers((settings.max_objects + 1) // 2, settings.max_objects + 1)):
-        label = int(rng.integers(len(CLASSES)))
+    colors: list[str] = []
+    count = rng.integers((settings.max_objects + 1) // 2, settings.max_objects + 1)
+    for label, name in _kinds(rng, int(count), settings, held_out):
         for _ in range(MAX_ATTEMPTS):
             shape = _Shape.random(rng, label, height, width, settings.min_size)
             distance = shape.distance(height, width)
@@ -83,12 +114,29 @@ def draw_scene(rng: np.random.Generator, settings: ShapesSettings) -> Scene:
             if _all_visible(covered, [*shapes, shape]):
                 owner = covered
                 shapes.append(shape)
-                _paint(rng, image, distance, scenery)
+                colors += [name] if name else []
+                _paint(rng, image, distance, scenery, name)
                 break
     image += rng.normal(scale=rng.uniform(0, 0.04), size=image.shape)
     pixels = np.round(255 * image.clip(0, 1)).astype(np.uint8)
     labels = np.array([shape.label for shape in shapes], dtype=np.int64)
-    return Scene(pixels, owner, _bounds(owner, len(shapes)), labels)
+    return Scene(pixels, owner, _bounds(owner, len(shapes)), labels, tuple(colors))
+
+
+def _kinds(
+    rng: np.random.Generator, count: int, settings: ShapesSettings, held_out: bool
+) -> Iterator[tuple[int, str | None]]:
+    """The label of each shape to draw, and its colour's name if it has one, drawn in turn."""
+    if not settings.captions:
+        for _ in range(count):
+            yield int(rng.integers(len(CLASSES))), None
+        return
+    others = [pair for pair in PAIRS if pair not in settings.held_out]
+    first = str(rng.choice(settings.held_out)) if held_out else str(rng.choice(others))
+    rest = [pair for pair in (PAIRS if held_out else others) if pair != first]
+    for pair in [first, *rng.permutation(rest)[: count - 1]]:
+        color, shape = pair.split()
+        yield CLASSES.index(shape), color
 
 
 @dataclass(frozen=True)
@@ -145,6 +193,16 @@ SHAPES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], float]] 
     "ring": (lambda u, v: abs(np.hypot(u, v) - 0.72) - 0.28, np.pi * (1 - 0.44**2)),
 }
 CLASSES = tuple(SHAPES)
+COLORS = {  # RGB, 0..1, of the colours that captions name
+    "red": (0.85, 0.1, 0.1),
+    "yellow": (0.95, 0.85, 0.1),
+    "green": (0.1, 0.7, 0.15),
+    "blue": (0.15, 0.2, 0.9),
+    "purple": (0.6, 0.15, 0.75),
+    "white": (0.97, 0.97, 0.97),
+}
+PAIRS = tuple(f"{color} {shape}" for color in COLORS for shape in CLASSES)
+DIMMED = 0.5  # of a background's brightness
 
 
 def _all_visible(owner: np.ndarray, shapes: list[_Shape]) -> bool:
@@ -161,15 +219,19 @@ def _bounds(owner: np.ndarray, count: int) -> np.ndarray:
     return np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices], dtype=np.int64).reshape(count, 4)
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, scenery: np.ndarray) -> None:
-    """Blend a shape into the image in place, its edge smoothed over one pixel."""
-    color = _color(rng, unlike=scenery)
-    strength = rng.uniform(0.3, 0.65)
+def _paint(
+    rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, scenery: np.ndarray, name: str | None
+) -> None:
+    """Blend a shape, in the colour of that name if there is one, into the image in place, its edge smoothed."""
+    color = _color(rng, unlike=scenery) if name is None else (COLORS[name] + rng.normal(0, 0.04, 3)).clip(0, 1)
+    strength = rng.uniform(0.3, 0.65) if name is None else rng.uniform(0, 0.3)
     shade = max(strength * color, 1 - strength * (1 - color), key=lambda tone: np.linalg.norm(tone - scenery))
+    if name is not None:
+        shade = (1 - strength) * color  # towards white it would be another colour
     (around,) = ndimage.find_objects((distance < 0.5).astype(int))  # elsewhere nothing changes
     fill = color + _pattern(rng, *distance.shape)[around][..., None] * (shade - color)
     distance = distance[around]
-    if rng.uniform() < 0.3:
+    if name is None and rng.uniform() < 0.3:
         outline = (distance + 2.5).clip(0, 1)[..., None]
         fill += outline * (0.3 * color - fill)
     coverage = (0.5 - distance).clip(0, 1)[..., None]

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from diffperception.data.images import ignore_interrupts
 from diffperception.data.shapes import CLASSES, ShapesSettings, draw_scene
+from diffperception.data.shapes_captions import LANGUAGES, describe_scene
 from diffperception.files import folder_beside, write_json
 
 SETTINGS_FILE = "shapes.json"
@@ -23,7 +24,10 @@ def write_shapes(output: str | Path, settings: ShapesSettings | None = None, wor
     """Draw the data set into a new folder; the same settings give the same images on every machine.
 
     Writes `OUTPUT/{train,val}/*.png`, `OUTPUT/annotations/instances_{train,val}.json` (COCO: category id = label + 1)
-    and `OUTPUT/masks/{train,val}/*.png` (0 background, label + 1 elsewhere). The folder appears when it is complete.
+    and `OUTPUT/masks/{train,val}/*.png` (0 background, label + 1 elsewhere); with captions also
+    `OUTPUT/annotations/captions_{train,val}.json` (COCO's captions, five an image) and in Chinese, caption for caption,
+    `captions_{train,val}_zh.json`. What is held out is in a third part, `held_out`. The folder appears when it is
+    complete.
 
     Args:
         output: folder to write; one that holds the same data set is left as it is, one with anything else is refused.
@@ -42,22 +46,26 @@ def write_shapes(output: str | Path, settings: ShapesSettings | None = None, wor
     # Workers leave Ctrl-C to this process, which removes what was begun.
     pool = ProcessPoolExecutor(workers or os.cpu_count(), initializer=ignore_interrupts)
     with folder_beside(output) as folder, pool:
-        for split, count in (("train", settings.train), ("val", settings.val)):
+        for split, count in settings.splits.items():
             for part in (folder / split, folder / "masks" / split):
                 part.mkdir(parents=True)
-            images, annotations = [], []
-            scenes = pool.map(partial(_write_scene, folder, split, settings), range(count), chunksize=16)
-            for image, objects in tqdm(scenes, f"draw {split}", count, unit="image", leave=False, disable=None):
-                images.append(image)
-                annotations += objects
-            content = {
-                "info": {"description": f"diffperception shapes, {split}, seed {settings.seed}"},
-                "images": images,
-                "annotations": [entry | {"id": k} for k, entry in enumerate(annotations, start=1)],
-                "categories": [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)],
-            }
+            found = pool.map(partial(_write_scene, folder, split, settings), range(count), chunksize=16)
+            scenes = list(tqdm(found, f"draw {split}", count, unit="image", leave=False, disable=None))
+            images = [scene.image for scene in scenes]
+            info = {"description": f"diffperception shapes, {split}, seed {settings.seed}"}
+            objects = [entry for scene in scenes for entry in scene.objects]
+            categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)]
+            content = {"info": info, "images": images, "annotations": _numbered(objects), "categories": categories}
             write_json(folder / "annotations" / f"instances_{split}.json", content, indent=None)
-        write_json(folder / SETTINGS_FILE, asdict(settings))
+            for language, ending in LANGUAGES.items() if settings.captions else ():
+                said = [
+                    {"image_id": scene.image["id"], "caption": caption[language]}
+                    for scene in scenes
+                    for caption in scene.captions
+                ]
+                content = {"info": info | {"language": language}, "images": images, "annotations": _numbered(said)}
+                write_json(folder / "annotations" / f"captions_{split}{ending}.json", content, indent=None)
+        write_json(folder / SETTINGS_FILE, _as_noted(settings))
     return True
 
 
@@ -72,16 +80,31 @@ def _already_there(output: Path, settings: ShapesSettings) -> bool:
         drawn = json.loads((output / SETTINGS_FILE).read_text())
     except (OSError, ValueError):
         raise ValueError(f"{output} holds something else than a shapes data set: give a new folder as output") from None
-    if drawn != asdict(settings):
+    if drawn != _as_noted(settings):
         raise ValueError(f"{output} holds shapes drawn with other settings ({drawn}): give a new folder as output")
     return True
 
 
-def _write_scene(
-    folder: Path, split: str, settings: ShapesSettings, index: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw and save image `index` of a split; returns its COCO image entry and its annotations without ids."""
-    scene = draw_scene(np.random.default_rng([settings.seed, int(split == "val"), index]), settings)
+def _as_noted(settings: ShapesSettings) -> dict[str, Any]:
+    """The settings as JSON has them; those of captions only where there are some."""
+    noted = asdict(settings)
+    return noted if settings.captions else {k: v for k, v in noted.items() if k not in ("captions", "held_out")}
+
+
+def _numbered(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry | {"id": k} for k, entry in enumerate(entries, start=1)]
+
+
+class _Written(NamedTuple):
+    image: dict[str, Any]  # COCO's entry
+    objects: list[dict[str, Any]]  # its annotations, without ids
+    captions: list[dict[str, str]]  # by language
+
+
+def _write_scene(folder: Path, split: str, settings: ShapesSettings, index: int) -> _Written:
+    """Draw and save image `index` of a split."""
+    rng = np.random.default_rng([settings.seed, list(settings.splits).index(split), index])
+    scene = draw_scene(rng, settings, held_out=split == "held_out")
     name = f"{index:06d}.png"
     if settings.max_objects == 1:
         name = f"{CLASSES[int(scene.labels[0])]}/{name}"
@@ -97,4 +120,7 @@ def _write_scene(
         | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": area, "iscrowd": 0}
         for (x1, y1, x2, y2), label, area in zip(scene.boxes.tolist(), scene.labels.tolist(), areas, strict=True)
     ]
-    return image, objects
+    if not settings.captions:
+        return _Written(image, objects, [])
+    named = [entry | {"color": color} for entry, color in zip(objects, scene.colors, strict=True)]
+    return _Written(image, named, describe_scene(rng, scene))

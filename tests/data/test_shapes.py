@@ -1,15 +1,25 @@
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 
 from diffperception.data.shapes import (
     CLASSES,
+    COLORS,
     MIN_SIDE,
     MIN_VISIBLE,
+    PAIRS,
     SHAPES,
     ShapesSettings,
     _Shape,
     draw_scene,
 )
+from diffperception.data.shapes_captions import CHINESE, RELATIONS, describe_scene
+
+# The first scene, before there were captions.
+LABELS = [5, 0, 5, 3, 5]
+BOXES = [[74, 29, 95, 53], [53, 101, 109, 151], [114, 19, 137, 62], [0, 0, 41, 28], [61, 48, 90, 86]]
 
 
 def scene(index: int, **settings: int):
@@ -122,3 +132,75 @@ def test_settings_are_kept_to():
         drawn = scene(index, min_side=64, max_side=80, max_objects=2, min_size=30)
         assert all(64 <= side <= 80 for side in drawn.owner.shape)
         assert len(drawn.labels) <= 2
+
+
+def named(index: int, part: bool = False, **settings: Any):
+    drawn = ShapesSettings(captions=True, min_side=64, max_side=64, max_objects=3, **settings)
+    rng = np.random.default_rng([0, 0, index])
+    return draw_scene(rng, drawn, part), rng
+
+
+def test_scenes_without_captions_are_what_they_have_always_been():
+    drawn = scene(0)
+    assert drawn.labels.tolist() == LABELS
+    assert drawn.boxes.tolist() == BOXES
+    assert drawn.colors == ()
+
+
+def test_shapes_with_captions_have_their_named_colour_and_no_two_are_alike():
+    palette = np.array(list(COLORS.values()))
+    for index in range(20):
+        drawn, _ = named(index)
+        assert len({*zip(drawn.colors, drawn.labels.tolist(), strict=True)}) == len(drawn.labels)
+        for i, color in enumerate(drawn.colors):
+            median = np.median(drawn.image[drawn.owner == i], axis=0) / 255
+            nearest = np.linalg.norm(palette / palette.max(1, keepdims=True) - median / median.max(), axis=1).argmin()
+            assert list(COLORS)[nearest] == color
+
+
+def test_what_is_held_out_is_in_that_part_alone():
+    pairs = ["red star", "blue ring", "white ring"]
+    for index in range(30):
+        for part in (False, True):
+            drawn, _ = named(index, part, held_out=pairs)
+            shown = {f"{c} {CLASSES[label]}" for c, label in zip(drawn.colors, drawn.labels, strict=True)}
+            assert bool(shown & {*pairs}) is part
+
+
+def test_captions_are_true_in_both_languages():
+    relations = 0
+    for index in range(40):
+        drawn, rng = named(index)
+        centers = (drawn.boxes[:, :2] + drawn.boxes[:, 2:]) / 2
+        things = [f"{c} {CLASSES[label]}" for c, label in zip(drawn.colors, drawn.labels, strict=True)]
+        place = dict(zip(things, centers, strict=True))
+        captions = describe_scene(rng, drawn)
+        assert len(captions) == 5
+        for caption in captions:
+            words = caption["en"]
+            told = [f"{c} {s}" for c, s in re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(CLASSES)})", words)]
+            assert {*told} <= {*things}
+            for chinese, word in ((CHINESE[word], word) for thing in things for word in thing.split()):
+                assert words.count(word) == caption["zh"].count(chinese)
+            for relation, axis, sign in (("left", 0, 1), ("right", 0, -1), ("above", 1, 1), ("below", 1, -1)):
+                if relation in words:
+                    relations += 1
+                    assert sign * (place[told[1]] - place[told[0]])[axis] > 0
+                    assert {"left": "左", "right": "右", "above": "上", "below": "下"}[relation] in caption["zh"]
+            if not any(way in words for way in RELATIONS):
+                assert {*told} == {*things}
+    assert relations > 20
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"held_out": ["red star"]}, "captions to true"),
+        ({"captions": True, "held_out": ["pink star"]}, "pink star"),
+        ({"captions": True, "held_out": ["star"]}, "star"),
+        ({"captions": True, "held_out": list(PAIRS[:30])}, "hold out fewer"),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused(wrong: dict[str, Any], said: str):
+    with pytest.raises(ValueError, match=said):
+        ShapesSettings(**wrong)
