@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torch import Tensor
@@ -49,7 +49,7 @@ def evaluate_detector_file(
     eta: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     nms_threshold: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     box_voting: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
-    start_time: NonNegativeInt | list[NonNegativeInt] | None = None,
+    start_time: NonNegativeInt | Literal["noise"] | list[NonNegativeInt | Literal["noise"]] | None = None,
     masks: bool = False,
     workers: NonNegativeInt = 2,
     seed: NonNegativeInt = 0,

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
@@ -25,7 +25,7 @@ def predict_detector(
     eta: ClosedUnitInterval | None = None,
     nms_threshold: ClosedUnitInterval | None = None,
     box_voting: ClosedUnitInterval | None = None,
-    start_time: NonNegativeInt | None = None,
+    start_time: NonNegativeInt | Literal["noise"] | None = None,
     device: str = "auto",
 ) -> None:
     place = pick_device(device)

@@ -52,7 +52,7 @@ def _alternatives(complaint: re.Match[str]) -> str:
     of_class = re.search(r" - (?:.* - )?(.*) Given value type: <class '(?:dict|jsonargparse\.\S*)'>", complaint[0])
     if of_class:
         return of_class[1]
-    found = re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)", complaint[0])
+    found = re.search(r"Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", complaint[0])
     if not found:
         return complaint[0]
     kinds = re.sub(r"<class '([^']*)'>", r"\1", found[1]).replace(", NoneType", "")
@@ -62,7 +62,7 @@ def _alternatives(complaint: re.Match[str]) -> str:
 
 def _in_words(kinds: str) -> str:
     """`a whole number, or several` for `int or list[int]`, `one of a, b` for `Literal['a', 'b']`."""
-    kinds = re.sub(r"^(.+) or list\[\1\]$", r"\1, or several", kinds)
+    kinds = re.sub(r"^(.+) or list\[(?:Union\[)?\1\]+$", r"\1, or several", kinds)
     kinds = kinds.replace("dict[int, int]", "pairs of whole numbers such as {0: 0, 255: 1}")
     kinds = re.sub(r"Literal\['(\w+)'\]", r"\1", kinds)  # of a single word nothing is chosen
     kinds = re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", ""), kinds)

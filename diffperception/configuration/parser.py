@@ -39,8 +39,9 @@ HELP = {  # of options that several commands have, where a docstring says nothin
     "nms_threshold": "of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off.",
     "start": "a COCO results file, such as the predictions.json of another run, whose boxes are started from instead of"
     " noise alone, noised to `start_time`: of each image the best, `num_boxes` at most.",
-    "start_time": "where boxes are given to start from, the time of the schedule, from 0 to T - 1, that they are noised"
-    " to: the smaller, the more of them is kept.",
+    "start_time": "the time of the schedule, from 0 to T - 1, that the boxes which are started from are noised to: the"
+    " smaller, the more of them is kept. They are those of `start`, or else what the model's auxiliary head proposes;"
+    " noise starts from none. By default the model's own.",
     "workers": "processes that read images.",
     "device": "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.",
     "precision": "bf16 computes the networks' products in bfloat16, faster on recent GPUs; 32 in float32.",

@@ -18,6 +18,7 @@ from diffperception.diffusion import DiscreteSchedule, SampleNoise, add_noise, d
 # (boxes (B, N, 4) xyxy pixels, t (B,)) -> the last stage's output, its tensors (B, N, ...)
 BoxDenoiser = Callable[[Tensor, Tensor], HeadOutput]
 Mode = Literal["ddim", "fixed_time", "fresh_boxes"]
+NOISE: Literal["noise"] = "noise"  # in place of a `start_time`: that there is none
 
 
 @dataclass
@@ -79,8 +80,11 @@ class BoxSampler:
             raise ValueError(f"there is no mode {self.mode!r}: it is one of {', '.join(get_args(Mode))}")
 
     def changed(self, **settings: Any) -> "BoxSampler":
-        """The same with some settings replaced; those that are None stay."""
-        return replace(self, **{name: value for name, value in settings.items() if value is not None})
+        """The same with some settings replaced; those that are None stay, and a `start_time` of NOISE is none."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        if given.get("start_time") == NOISE:
+            given["start_time"] = None
+        return replace(self, **given)
 
     def sample(
         self,

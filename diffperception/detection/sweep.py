@@ -20,14 +20,18 @@ from diffperception.data.images import LazyMap, read_ahead
 from diffperception.data.tiles import Tiling
 from diffperception.detection.detector import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, Protocol
-from diffperception.detection.inference import require_classes, require_start, starts_of
-from diffperception.detection.sampler import BoxSampler
+from diffperception.detection.inference import require_classes, require_start, start_in_words, starts_of
+from diffperception.detection.sampler import NOISE, BoxSampler
 from diffperception.detection.start import read_start
 from diffperception.devices import Precision, autocast, gather, hide_bar, share
 from diffperception.diffusion import sample_seed
 from diffperception.files import OutputFolder, write_json
 from diffperception.table import format_table
 from diffperception.visualization.draw import save_png
+
+# What the seconds of rows with a `start_time` hold beside those of the others.
+OF_PROPOSALS = "the auxiliary head's proposals; they are no pass through the head, but their seconds are counted"
+OF_A_FILE = "What made those boxes is not counted."
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Sweep:
     images: int
     batch_size: int
     device: str
+    started: str = ""  # what is to be said of rows with a `start_time`
 
     def table(self) -> str:
         """A line per combination, and how to read it."""
@@ -81,7 +86,7 @@ class Sweep:
         varied = {name: title for name, title in finer.items() if name not in same}
         columns = {"mode": "mode", "num_boxes": "boxes"} | varied | {"steps": "steps"}
         lines = [
-            [*(getattr(row.sampler, name) for name in columns), row.ap, row.ap50, f"{row.seconds:.4f}"]
+            [*(_shown(row.sampler, name) for name in columns), row.ap, row.ap50, f"{row.seconds:.4f}"]
             for row in self.rows
         ]
         settings = ", ".join(f"{name} {getattr(self.rows[0].sampler, name)}" for name in sorted(same))
@@ -93,11 +98,17 @@ class Sweep:
             f"AP, AP50: {over}, {self.images} images\n"
             f"s/image: features + head + post-processing on {self.device} in batches of {self.batch_size}, median over"
             " the batches; the features are computed once and counted in every row, reading and scoring are not"
+            + (self.started and f"\nstart: {self.started}")
         )
 
     def content(self) -> dict[str, Any]:
         """For a JSON file."""
         return vars(self) | {"rows": [row.content() for row in self.rows]}
+
+
+def _shown(sampler: BoxSampler, name: str) -> object:
+    """A setting as a table has it."""
+    return NOISE if name == "start_time" and sampler.start_time is None else getattr(sampler, name)
 
 
 def combine(detector: Detector, settings: Mapping[str, Any]) -> list[BoxSampler | None]:
@@ -152,7 +163,7 @@ def sweep_sampler(
         seeds: of the noise; each combination is scored with each.
         batch_size, workers, max_dets, protocol, precision: as in `evaluate_detector`.
         tile, overlap: as there, but a sweep takes images whole.
-        start: as there.
+        start: as there, for the combinations that have a `start_time`; the others start from noise, unless none has.
 
     Raises:
         ValueError: the detector has no sampler or other classes than the data set, the annotations are not for the
@@ -166,18 +177,23 @@ def sweep_sampler(
         raise ValueError("a sweep scores boxes alone: leave masks out, or give one seed and one value of each option")
     if (tiling := Tiling(tile, overlap)).tile is not None:
         raise ValueError("a sweep takes images whole: leave tile out, or give one seed and one value of each option")
-    for sampler in combinations:
-        require_start(detector, sampler, start is not None, tiling)
+    samplers = [sampler or detector.sampler for sampler in combinations]
+    warm = [sampler for sampler in samplers if sampler.start_time is not None]
+    for sampler in samplers:
+        require_start(detector, sampler, start is not None and (sampler in warm or not warm), tiling)
     begin = None if start is None else read_start(start, dataset.table)
     truth = dataset.table or dataset.annotations
     evaluator = CocoEvaluator(truth, ("bbox",), max_dets, dataset.image_ids, protocol, detector.classes)
     detector.eval()
-    runs = [[_Run(sampler or detector.sampler, seed) for seed in seeds] for sampler in combinations]
+    runs = [[_Run(sampler, seed) for seed in seeds] for sampler in samplers]
     images = LazyMap(dataset.__getitem__, share(range(len(dataset))))
     with autocast(detector.device, precision):
         _predict(detector, read_ahead(images, batch_size, workers), list(itertools.chain(*runs)), begin)
     rows = [_row(group, evaluator) for group in tqdm(runs, desc="score", leave=False, disable=hide_bar())]
-    return Sweep(rows, list(seeds), len(dataset), batch_size, str(detector.device))
+    started = "" if not warm else OF_PROPOSALS
+    if begin is not None:
+        started = f"{start_in_words(begin, dataset.image_ids, start)} {OF_A_FILE}"
+    return Sweep(rows, list(seeds), len(dataset), batch_size, str(detector.device), started)
 
 
 def _predict(
@@ -201,7 +217,8 @@ def _predict(
             if same not in done:
                 seeds = [sample_seed(run.seed, image_id) for image_id in ids]
                 began = _now(detector.device)
-                boxes = None if start is None else starts_of(detector, run.sampler, start, ids)
+                warm = start is not None and run.sampler.start_time is not None
+                boxes = starts_of(detector, run.sampler, start, ids) if start is not None and warm else None
                 found = detector.predict(images, seeds=seeds, sampler=run.sampler, encoded=encoded, start=boxes)
                 done[same] = found, (features + _now(detector.device) - began) / len(ids)
             found, seconds = done[same]

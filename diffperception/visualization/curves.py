@@ -71,7 +71,7 @@ def sweep_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
             "color": f"C{values['mode'].index(setting[0])}",
             "linestyle": DASHES[look % len(DASHES)],
             "marker": MARKERS[look % len(MARKERS)],
-            "label": ", ".join([setting[0], *(f"{n} {v}" for n, v in zip(varied[1:], setting[1:], strict=True))]),
+            "label": ", ".join([setting[0], *map(_in_words, varied[1:], setting[1:])]),
         }
         bars = None if np.isnan(spread).any() else spread
         for axes, key in ((left, "head_passes"), (right, "seconds_per_image")):
@@ -82,6 +82,11 @@ def sweep_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     right.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return _render(figure)
+
+
+def _in_words(setting: str, value: Any) -> str:
+    """A setting of the sampler in a legend."""
+    return "from noise" if setting == "start_time" and value is None else f"{setting} {value}"
 
 
 def label_curves(summary: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> Image.Image:

@@ -10,9 +10,13 @@ import yaml
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from diffperception.detection import DenseHead, Detector, DiffusionDet
+from diffperception.data import CocoDetection
+from diffperception.detection import BoxSampler, DenseHead, Detector, DiffusionDet
+from diffperception.detection.evaluator import results_rows
 from diffperception.detection.heads.dense import assign_cells
+from diffperception.detection.sweep import combine, sweep_sampler
 from diffperception.detection.targets import PaddedTargets
+from diffperception.diffusion import sample_seed
 from diffperception.models.ops.pooling import FeaturePyramid
 from diffperception.models.warm_start import warm_start
 from tests.detection.scenes import (
@@ -24,7 +28,8 @@ from tests.detection.scenes import (
     tiny_detector,
 )
 from tests.helpers.runs import train
-from tests.training.tiny_data import write_tiny_config
+from tests.training.tiny_data import CLASSES as NAMES
+from tests.training.tiny_data import write_tiny_config, write_tiny_data
 
 IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2)]
 TARGETS = [random_target(n, *image.shape[1:], seed=n) for n, image in zip([3, 0], IMAGES, strict=True)]
@@ -194,6 +199,29 @@ def test_a_time_without_boxes_starts_from_the_proposals() -> None:
     expected = detector.predict(IMAGES, [1, 2], steps=2, start=boxes, start_time=300)
     found = detector.predict(IMAGES, [1, 2], steps=2, start_time=300)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(found, expected, strict=True) for name in a)
+
+
+def test_a_sweep_has_pure_noise_beside_the_proposals(tmp_path: Path) -> None:
+    annotations, images = write_tiny_data(tmp_path, images=2)
+    detector = eager(classes=list(NAMES.values()), sampler=BoxSampler(start_time=300))
+    (first, target), *_ = dataset = CocoDetection(annotations, images)
+    noise = combine(detector, {"start_time": ["noise"]})
+    (found,) = detector.predict([first], [sample_seed(0, target["image_id"])], noise[0])
+    rows = results_rows(target["image_id"], found, dataset.category_ids)
+    content = json.loads(annotations.read_text())
+    content["annotations"] = [row | {"id": i, "area": 9} for i, row in enumerate(rows, 1)]
+    annotations.write_text(json.dumps(content))
+    samplers = combine(detector, {"start_time": ["noise", 300]})
+    assert [sampler and sampler.start_time for sampler in samplers] == [None, 300]
+    sweep = sweep_sampler(detector, CocoDetection(annotations, images), samplers, [0])
+    pure, warm = sweep.rows
+    assert pure.ap.mean > 0.5 > 2 * warm.ap.mean
+    assert [line.split()[2] for line in sweep.table().splitlines()[:3]] == ["start", "noise", "300"]
+    assert "start: the auxiliary head's proposals; they are no pass" in sweep.table()
+    counted = []
+    detector.auxiliary.register_forward_hook(lambda *_: counted.append(1))
+    sweep_sampler(detector, CocoDetection(annotations, images), samplers, [0])
+    assert len(counted) == 2  # the images of the row that starts from them, within what is timed
 
 
 def test_without_proposals_it_starts_from_noise() -> None:

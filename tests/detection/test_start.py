@@ -197,6 +197,23 @@ def test_evaluation_and_sweep_start_from_the_file(data: dict[str, Path], tmp_pat
     assert sweep.table().splitlines()[0].split()[:4] == ["mode", "boxes", "start", "steps"]
 
 
+def test_a_sweep_has_pure_noise_beside_the_file(data: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    detector, dataset = DiffusionDet.load(data["model"]), CocoDetection(data["annotations"], data["images"])
+    both = combine(detector, {"start_time": ["noise", 800], "steps": 2})
+    assert both == [detector.sampler_with(steps=2), detector.sampler_with(steps=2, start_time=800)]
+    files = ["--model", str(data["model"]), "--annotations", str(data["annotations"]), "--images", str(data["images"])]
+    options = ["--device", "cpu", "--workers", "0", "--start_time", "noise", "800", "--steps", "2"]
+    assert main(["evaluate", *files, *options, "--start", str(data["results"])]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[2] for line in printed.splitlines()[:3]] == ["start", "noise", "800"]
+    assert f"start: 3 of 4 images start from boxes of {data['results']}, the others from noise. What made" in printed
+    mixed = sweep_sampler(detector, dataset, both, [0], start=data["results"])
+    (noise,) = sweep_sampler(detector, dataset, both[:1], [0]).rows
+    assert mixed.rows[0].ap.by_seed == noise.ap.by_seed
+    with pytest.raises(ValueError, match="need a start_time, from 0 to 999"):
+        sweep_sampler(detector, dataset, both[:1], [0], start=data["results"])
+
+
 def test_the_commands_start_from_predictions_of_another_run(
     data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,7 +248,8 @@ def test_the_commands_start_from_predictions_of_another_run(
         (["--start", "RESULTS", "--start_time", "200"], "that says which images its ids mean"),
         (["--start", "RESULTS", "--start_time", "200", "--tile", "16"], "leave the option tile out"),
         (["--start", "absent.json", "--start_time", "200"], "absent.json"),
-        (["--start_time", "many"], "option start_time: expected a whole number"),
+        (["--start_time", "many"], "option start_time: expected a whole number from 0 on or noise, got many"),
+        (["--start", "RESULTS", "--start_time", "noise"], "need a start_time, from 0 to 999"),
     ],
 )
 def test_a_start_that_cannot_be_is_one_sentence(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffperception.visualization.curves import _smooth, read_metrics, sweep_curves, training_curves
+from diffperception.visualization.curves import _in_words, _smooth, read_metrics, sweep_curves, training_curves
 
 
 def test_curves_read_sparse_columns(tmp_path: Path) -> None:
@@ -73,6 +73,12 @@ def test_a_sweep_has_a_color_per_mode_and_bars_where_there_is_a_spread() -> None
     for row in two:
         row["AP"]["spread"] = None
     assert sweep_colors(two)[orange] < with_bars
+
+
+def test_a_legend_tells_pure_noise_from_the_times_that_boxes_start_from() -> None:
+    assert _in_words("start_time", None) == "from noise"
+    assert _in_words("start_time", 300) == "start_time 300"
+    assert _in_words("renewal_threshold", None) == "renewal_threshold None"
 
 
 def test_a_sweep_of_nothing_to_find_is_empty_axes() -> None:
