@@ -1,6 +1,8 @@
 """What all commands share on disk: reading text, writing beside and renaming, the folder of results."""
 
 import codecs
+import csv
+import io
 import json
 import math
 import os
@@ -8,7 +10,7 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from hashlib import blake2b
@@ -213,6 +215,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that there is never half of it."""
     with written_beside(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table so that there is never half of it."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

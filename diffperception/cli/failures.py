@@ -24,6 +24,7 @@ SAVINGS = {
     "evaluate": "a smaller --batch_size, fewer --workers or, of a detector, --num_boxes",
     "predict": "a smaller --batch_size, fewer --workers or, of a detector, --num_boxes",
     "sample": "a smaller --batch_size or a smaller --image_size",
+    "likelihood": "a smaller --batch_size",
     "extract": "a smaller --short_side or fewer --workers",
     "autolabel": "a smaller --batch_size or fewer --workers",
     "probe": "a smaller --data.short_side or fewer --pixels",

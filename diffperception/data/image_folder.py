@@ -205,12 +205,7 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
         image = read_image(self.paths[index])
         if self.channels == 1:
             image = F.rgb_to_grayscale(image)
-        height, width = image.shape[-2:]
-        fit = max(self.image_size[0] / height, self.image_size[1] / width)
-        factor = fit if self.options.short_side is None else max(fit, self.options.short_side / min(height, width))
-        if factor == 1:
-            return image
-        return F.resize(image, [round(height * factor), round(width * factor)], antialias=True)
+        return resized_to_hold(image, self.image_size, self.options.short_side)
 
     def _crop(self, image: Tensor) -> Tensor:
         slack = [have - want for have, want in zip(image.shape[-2:], self.image_size, strict=True)]
@@ -220,6 +215,19 @@ class ImageFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 def _advised(error: BrokenImageError) -> BrokenImageError:
     return BrokenImageError(f"{error}: remove it, or pass over such images with data.on_broken skip")
+
+
+def resized_to_hold(image: Tensor, size: tuple[int, int], short_side: int | None = None) -> Tensor:
+    """An image (C, H, W) resized, with antialiasing, to a short side, but no smaller than holds a crop of this size.
+
+    Without a short side it becomes as small as holds one.
+    """
+    height, width = image.shape[-2:]
+    fit = max(size[0] / height, size[1] / width)
+    factor = fit if short_side is None else max(fit, short_side / min(height, width))
+    if factor == 1:
+        return image
+    return F.resize(image, [round(height * factor), round(width * factor)], antialias=True)
 
 
 def is_too_small(size: tuple[int, int], image_size: tuple[int, int]) -> bool:

@@ -8,7 +8,9 @@ from diffperception.diffusion.denoiser import (
     classifier_free_guidance,
     classifier_guidance,
     clip,
+    denoise_at,
 )
+from diffperception.diffusion.likelihood import log_density
 from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed
 from diffperception.diffusion.objective import LossSecondMoment, Objective, UniformTimes, variational_bound
 from diffperception.diffusion.prediction import Prediction, target, to_eps, to_x0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffperception.diffusion.prediction import Prediction, broadcast_mul, to_x0
-from diffperception.diffusion.schedule import Schedule
+from diffperception.diffusion.schedule import Schedule, precise
 
 
 class DenoiserOutput(NamedTuple):
@@ -43,6 +43,13 @@ class NetworkDenoiser:
         prediction, variance_range = split_range(raw, self.learned_range)
         x0 = to_x0(self.prediction, prediction, x_t, self.schedule.alpha(t), self.schedule.sigma(t))
         return DenoiserOutput(x0, variance_range)
+
+
+def denoise_at(denoiser: Denoiser, x_t: Tensor, t: Tensor) -> DenoiserOutput:
+    """What a denoiser makes of samples (B, ...) that are all at one time (), on the CPU, as grids of samplers are."""
+    # Filled in on the device: a copy of the grid's time to it would wait until all that is queued there is done.
+    dtype = precise(x_t.device) if t.is_floating_point() else t.dtype
+    return denoiser(x_t, torch.full((len(x_t),), t.item(), dtype=dtype, device=x_t.device))
 
 
 def split_range(output: Tensor, learned_range: bool) -> tuple[Tensor, Tensor | None]:

@@ -10,9 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffperception.diffusion.denoiser import Denoiser, DenoiserOutput
+from diffperception.diffusion.denoiser import Denoiser, denoise_at
 from diffperception.diffusion.noise import NoiseFn
-from diffperception.diffusion.schedule import Schedule, precise
+from diffperception.diffusion.schedule import Schedule
 from diffperception.diffusion.steps import ddim_step, heun_step, learned_log_variance, posterior_mean, second_order_x0
 
 
@@ -22,7 +22,7 @@ def sample_ddim(
 ) -> Tensor:
     """DDIM (arXiv 2010.02502); with ``eta = 1`` ancestral sampling with the posterior's own variance. First order."""
     for t, s in pairwise(grid):
-        found = _denoise(denoiser, x, t)
+        found = denoise_at(denoiser, x, t)
         x = ddim_step(schedule, x, found.x0, t, s, eta, draw(x) if eta > 0 else None)
     return x
 
@@ -33,7 +33,7 @@ def sample_ddpm(
 ) -> Tensor:
     """Ancestral sampling (arXiv 2006.11239), with the learned variance (arXiv 2102.09672) where there is one."""
     for t, s in pairwise(grid):
-        found = _denoise(denoiser, x, t)
+        found = denoise_at(denoiser, x, t)
         if found.variance_range is None:
             x = ddim_step(schedule, x, found.x0, t, s, 1.0, draw(x))
             continue
@@ -48,7 +48,7 @@ def sample_dpm_solver(denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: T
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, one call of the denoiser a step."""
     before: tuple[Tensor, Tensor] | None = None  # the last step's time and signal
     for t, s in pairwise(grid):
-        x0 = _denoise(denoiser, x, t).x0
+        x0 = denoise_at(denoiser, x, t).x0
         ahead = x0 if before is None else second_order_x0(schedule, x0, before[1], before[0], t, s)
         x = ddim_step(schedule, x, ahead, t, s)
         before = (t, x0)
@@ -59,13 +59,7 @@ def sample_dpm_solver(denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: T
 def sample_heun(denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: Tensor) -> Tensor:
     """Heun's method (arXiv 2206.00364, algorithm 1): second order, two calls of the denoiser a step, but the last."""
     for t, s in pairwise(grid[:-1]):
-        x0 = _denoise(denoiser, x, t).x0
+        x0 = denoise_at(denoiser, x, t).x0
         ahead = ddim_step(schedule, x, x0, t, s)
-        x = heun_step(schedule, x, x0, ahead, _denoise(denoiser, ahead, s).x0, t, s)
-    return ddim_step(schedule, x, _denoise(denoiser, x, grid[-2]).x0, grid[-2], grid[-1])
-
-
-def _denoise(denoiser: Denoiser, x: Tensor, t: Tensor) -> DenoiserOutput:
-    # Filled in on the device: a copy of the grid's time to it would wait until all that is queued there is done.
-    dtype = precise(x.device) if t.is_floating_point() else t.dtype
-    return denoiser(x, torch.full((len(x),), t.item(), dtype=dtype, device=x.device))
+        x = heun_step(schedule, x, x0, ahead, denoise_at(denoiser, ahead, s).x0, t, s)
+    return ddim_step(schedule, x, denoise_at(denoiser, x, grid[-2]).x0, grid[-2], grid[-1])

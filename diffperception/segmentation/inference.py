@@ -1,7 +1,5 @@
 """Segmenting and scoring many images."""
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from diffperception.data.pairing import find_pairs
 from diffperception.data.tiles import Tiling
 from diffperception.devices import Precision, autocast, first_process, gather, hide_bar, share
 from diffperception.echo import echo_remark
-from diffperception.files import OutputFolder, png_names, safe_path, write_json, write_text
+from diffperception.files import OutputFolder, png_names, safe_path, write_csv, write_json
 from diffperception.models.base import fingerprint
 from diffperception.resumable import Item, ResumableFolder, content_of
 from diffperception.segmentation.ensemble import Segmentation
@@ -149,7 +147,7 @@ def segment_folder(
             _write_rank(model, scores.ranked(), root, folder, tiling)
     if first_process():
         rows = [[s.name, f"{s.uncertainty:.6f}", *(f"{f:.6f}" for f in s.fractions)] for s in scores.scores]
-        _write_table(["image", "uncertainty", *model.classes], rows, folder.file("scores.csv"))
+        write_csv(folder.file("scores.csv"), ["image", "uncertainty", *model.classes], rows)
     return scores
 
 
@@ -247,7 +245,7 @@ def _write_rank(
 ) -> None:
     """rank.csv, and what the model makes of the first images."""
     rows = [[str(place), score.name, f"{score.uncertainty:.6f}"] for place, score in enumerate(ranked, 1)]
-    _write_table(["rank", "image", "uncertainty"], rows, folder.file("rank.csv"))
+    write_csv(folder.file("rank.csv"), ["rank", "image", "uncertainty"], rows)
     panels = []
     for score in ranked[:SHEET]:
         image = to_float(read_image(root / score.name))
@@ -255,9 +253,3 @@ def _write_rank(
         strip = segmentation_panels(image, found.labels, found.uncertainty, model.classes, long_side=PANEL_SIDE)
         panels.append(titled(strip, f"{score.name}: {score.uncertainty:.2g}"))
     save_png(contact_sheet(panels), folder.file("rank.png"))
-
-
-def _write_table(head: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([head, *rows])
-    write_text(path, text.getvalue())

@@ -108,6 +108,18 @@ def label_curves(summary: Sequence[Mapping[str, Any]], titles: Mapping[str, str]
     return _render(figure)
 
 
+def histograms(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Image.Image:
+    """How values of several sets are spread, a panel per title, in the same bins: the share of each set in a bin."""
+    figure, row = _subplots(len(panels))
+    for axes, (title, sets) in zip(row, panels.items(), strict=True):
+        bins = np.histogram_bin_edges(np.concatenate([np.asarray(values) for values in sets.values()]), 30).tolist()
+        for name, values in sets.items():
+            axes.hist(values, bins, weights=np.full(len(values), 1 / len(values)), alpha=0.6, label=name)
+        axes.set(title=title, ylabel="share of the images")
+        axes.legend(frameon=False)
+    return _render(figure)
+
+
 def heat_map(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str, labels: tuple[str, str]
 ) -> Image.Image:
