@@ -14,13 +14,20 @@ from diffperception.diffusion.likelihood import log_density
 from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed
 from diffperception.diffusion.objective import LossSecondMoment, Objective, UniformTimes, variational_bound
 from diffperception.diffusion.prediction import Prediction, target, to_eps, to_x0
-from diffperception.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun
+from diffperception.diffusion.samplers import (
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm_solver,
+    sample_heun,
+    sample_predictor_corrector,
+)
 from diffperception.diffusion.schedule import (
     DiscreteSchedule,
     FlowSchedule,
     Schedule,
     ScheduleName,
     Spacing,
+    SubVariancePreserving,
     Time,
     VarianceExploding,
     cosine_schedule,
@@ -32,9 +39,11 @@ from diffperception.diffusion.steps import (
     add_noise,
     ddim_step,
     heun_step,
+    langevin_step,
     learned_log_variance,
     posterior_log_variance,
     posterior_mean,
     posterior_std,
+    reverse_diffusion_step,
     second_order_x0,
 )

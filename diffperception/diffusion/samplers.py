@@ -13,7 +13,15 @@ from torch import Tensor
 from diffperception.diffusion.denoiser import Denoiser, denoise_at
 from diffperception.diffusion.noise import NoiseFn
 from diffperception.diffusion.schedule import Schedule
-from diffperception.diffusion.steps import ddim_step, heun_step, learned_log_variance, posterior_mean, second_order_x0
+from diffperception.diffusion.steps import (
+    ddim_step,
+    heun_step,
+    langevin_step,
+    learned_log_variance,
+    posterior_mean,
+    reverse_diffusion_step,
+    second_order_x0,
+)
 
 
 @torch.no_grad()
@@ -63,3 +71,22 @@ def sample_heun(denoiser: Denoiser, schedule: Schedule, x: Tensor, grid: Tensor)
         ahead = ddim_step(schedule, x, x0, t, s)
         x = heun_step(schedule, x, x0, ahead, denoise_at(denoiser, ahead, s).x0, t, s)
     return ddim_step(schedule, x, denoise_at(denoiser, x, grid[-2]).x0, grid[-2], grid[-1])
+
+
+@torch.no_grad()
+def sample_predictor_corrector(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    x: Tensor,
+    grid: Tensor,
+    snr: float = 0.16,
+    draw: NoiseFn = torch.randn_like,
+) -> Tensor:
+    """The predictor-corrector sampler (arXiv 2011.13456, algorithm 1): Langevin dynamics, then the reverse diffusion.
+
+    Two calls of the denoiser a step. ``snr`` is how large the score is beside the noise in a step of the corrector.
+    """
+    for t, s in pairwise(grid):
+        x = langevin_step(schedule, x, denoise_at(denoiser, x, t).x0, t, snr, draw(x))
+        x = reverse_diffusion_step(schedule, x, denoise_at(denoiser, x, t).x0, t, s, draw(x))
+    return x

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 Time = Tensor | float
-ScheduleName = Literal["linear", "scaled_linear", "cosine", "betas", "flow"]
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "betas", "flow", "sub_vp"]
 Spacing = Literal["leading", "trailing", "linspace", "diffusiondet"]
 # The cosine schedule ends at noise 20,000 times as strong as the signal: most of that way nothing can be told apart.
 NOISIEST = 160.0
+CLEANEST = 0.002  # noise that nobody sees: continuous paths need no steps below it
 
 
 class Schedule(ABC):
@@ -191,7 +192,7 @@ class VarianceExploding(Schedule):
         rho: how much steps gather at low noise (eq. 5).
     """
 
-    lowest: float = 0.002
+    lowest: float = CLEANEST
     highest: float = 80.0
     rho: float = 7.0
 
@@ -233,6 +234,61 @@ class FlowSchedule(Schedule):
 
     def conditioning(self, t: Tensor) -> Tensor:
         return 1000 * t
+
+
+@dataclass
+class SubVariancePreserving(Schedule):
+    """The sub-VP SDE (arXiv 2011.13456, eq. 29): the signal of the linear VP path, its noise's variance squared.
+
+    ``alpha^2 = exp(-beta_start t - (beta_end - beta_start) t^2 / 2)`` and ``sigma = 1 - alpha^2`` for t in 0..1.
+
+    Args:
+        beta_start, beta_end: rates of noise at t = 0 and 1; ValueError unless 0 < start < end.
+    """
+
+    beta_start: float = 0.1
+    beta_end: float = 20.0
+
+    times_in_words = "from 0 to 1, such as 0.05 and 0.15"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_start < self.beta_end:
+            raise ValueError(
+                f"The betas of sub-VP must be above 0 and grow, not {self.beta_start:g}, {self.beta_end:g}."
+            )
+
+    def alpha(self, t: Time) -> Tensor:
+        return (-self._loss(t) / 2).exp()
+
+    def sigma(self, t: Time) -> Tensor:
+        return -torch.expm1(-self._loss(t))
+
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Tensor:
+        _require_steps(steps)
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def even_grid(self, steps: int) -> Tensor:
+        _require_steps(steps)
+        highest = float((self.sigma(1.0) / self.alpha(1.0)).log10())
+        levels = torch.logspace(highest, math.log10(CLEANEST), steps, dtype=torch.float64)
+        # level = 1 / alpha - alpha, and -2 log(alpha) = beta_start t + (beta_end - beta_start) t^2 / 2.
+        loss, growth = 2 * (levels / 2).asinh(), self.beta_end - self.beta_start
+        times = ((self.beta_start**2 + 2 * growth * loss).sqrt() - self.beta_start) / growth
+        return torch.cat([times, times.new_zeros(1)])
+
+    def from_fraction(self, fraction: Tensor) -> Tensor:
+        return fraction
+
+    def conditioning(self, t: Tensor) -> Tensor:
+        return 1000 * t
+
+    def has_time(self, t: float) -> bool:
+        return 0 <= t <= 1
+
+    def _loss(self, t: Time) -> Tensor:
+        """-2 log alpha, the integral of the rates."""
+        t = _real(t)
+        return self.beta_start * t + (self.beta_end - self.beta_start) / 2 * t.square()
 
 
 def linear_schedule(T: int = 1000, beta_start: float | None = None, beta_end: float | None = None) -> DiscreteSchedule:
@@ -284,7 +340,9 @@ def named_schedule(
     beta_end: float | None = None,
     betas: Sequence[float] | None = None,
 ) -> Schedule:
-    """The path of this name, see :class:`DiscreteSchedule`; ``flow`` has no discrete steps and ignores the others.
+    """The path of this name, see :class:`DiscreteSchedule`; ``flow`` and ``sub_vp`` have no discrete steps.
+
+    These ignore the other arguments.
 
     Args:
         name: ``betas`` is the path whose betas are given.
@@ -300,8 +358,8 @@ def named_schedule(
         raise ValueError("The schedule betas and the numbers given as betas belong together: set both, or neither.")
     if name not in ("linear", "scaled_linear") and (beta_start, beta_end) != (None, None):
         raise ValueError(f"beta_start and beta_end belong to linear and scaled_linear, not to {name}: leave them out.")
-    if name == "flow":
-        return FlowSchedule()
+    if name in ("flow", "sub_vp"):
+        return FlowSchedule() if name == "flow" else SubVariancePreserving()
     if betas is not None and len(betas) != num_timesteps:
         raise ValueError(f"There are {len(betas)} betas for num_timesteps = {num_timesteps}: give as many as steps.")
     if betas is not None:

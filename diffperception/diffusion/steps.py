@@ -71,6 +71,34 @@ def heun_step(schedule: Schedule, x_t: Tensor, x0_t: Tensor, x_s: Tensor, x0_s: 
     return (broadcast_mul(total_s / total_t, x_t) + broadcast_mul(total_s * half, slopes)).to(x_t.dtype)
 
 
+def reverse_diffusion_step(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, s: Time, noise: Tensor) -> Tensor:
+    """From ``t`` to ``s`` by the reverse SDE as the forward one was discretised (arXiv 2011.13456, eq. 46).
+
+    The mean is the posterior's, the noise all that the path adds from ``s`` to ``t``; none where ``s`` is the clean
+    end. The arguments are as for :func:`ddim_step`.
+    """
+    std = torch.where(schedule.sigma(s) > 0, _added_variance(schedule, t, s).sqrt(), 0)
+    return (posterior_mean(schedule, x_t, x0, t, s) + broadcast_mul(std, noise)).to(x_t.dtype)
+
+
+def langevin_step(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, snr: float, noise: Tensor) -> Tensor:
+    """A step of Langevin dynamics at time ``t`` (arXiv 2011.13456, algorithm 4): other samples of the same noise level.
+
+    The step is that which makes the score ``snr`` times as large as the noise, in each sample for itself.
+
+    Args:
+        x_t, x0: (B, ...) samples at ``t``, and the signals predicted from them.
+        snr: r of the paper.
+        noise: standard normal, of x_t's shape.
+    """
+    sigma = schedule.sigma(t)
+    score = broadcast_mul(schedule.alpha(t) / sigma.square(), x0) - broadcast_mul(1 / sigma.square(), x_t)
+    norms = (each.flatten(1).norm(dim=1) for each in (noise, score))
+    ratio = snr * next(norms) / next(norms)
+    # 2 ratio^2 of the score, and the root of twice that of the noise.
+    return (x_t + broadcast_mul(2 * ratio.square(), score) + broadcast_mul(2 * ratio, noise)).to(x_t.dtype)
+
+
 def posterior_mean(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, s: Time) -> Tensor:
     """Mean of q(x_s | x_t, x0) (DDPM, arXiv 2006.11239, eq. 7, between any two times of any Gaussian path).
 

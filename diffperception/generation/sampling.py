@@ -8,26 +8,36 @@ import torch
 from torch import Tensor
 
 from diffperception.diffusion import Denoiser, NoiseFn, SampleNoise, Schedule, clip, sample_seed
-from diffperception.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun
+from diffperception.diffusion.samplers import (
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm_solver,
+    sample_heun,
+    sample_predictor_corrector,
+)
 from diffperception.models import DiffusionModel
 from diffperception.models.conditioners import Said
 
-Sampler = Literal["dpm_solver", "ddim", "ddpm", "heun"]
+Sampler = Literal["dpm_solver", "ddim", "ddpm", "heun", "predictor_corrector"]
+SNR = 0.16  # of the corrector, as in the paper for pictures of 32 pixels
 
 
 class SamplerKind(NamedTuple):
     """A sampler and the grid that it wants."""
 
-    loop: Callable[[Denoiser, Schedule, Tensor, Tensor, float, NoiseFn], Tensor]  # the last two: eta, noise of a step
+    loop: "Callable[[Denoiser, Schedule, Tensor, Tensor, SamplingOptions, NoiseFn], Tensor]"  # last: noise of a step
     even: bool = False  # its steps are even in the logarithm of the noise level, as those of second order want
     discrete: bool = False  # it needs a path of discrete steps
 
 
 SAMPLERS: dict[Sampler, SamplerKind] = {
-    "dpm_solver": SamplerKind(lambda d, path, x, grid, eta, noise: sample_dpm_solver(d, path, x, grid), even=True),
-    "ddim": SamplerKind(sample_ddim),
-    "ddpm": SamplerKind(lambda d, path, x, grid, eta, noise: sample_ddpm(d, path, x, grid, noise), discrete=True),
-    "heun": SamplerKind(lambda d, path, x, grid, eta, noise: sample_heun(d, path, x, grid), even=True),
+    "dpm_solver": SamplerKind(lambda d, path, x, grid, o, noise: sample_dpm_solver(d, path, x, grid), even=True),
+    "ddim": SamplerKind(lambda d, path, x, grid, o, noise: sample_ddim(d, path, x, grid, o.eta, noise)),
+    "ddpm": SamplerKind(lambda d, path, x, grid, o, noise: sample_ddpm(d, path, x, grid, noise), discrete=True),
+    "heun": SamplerKind(lambda d, path, x, grid, o, noise: sample_heun(d, path, x, grid), even=True),
+    "predictor_corrector": SamplerKind(
+        lambda d, path, x, grid, o, noise: sample_predictor_corrector(d, path, x, grid, o.snr or SNR, noise)
+    ),
 }
 
 
@@ -36,13 +46,14 @@ class SamplingOptions:
     """How noise becomes an image.
 
     Args:
-        sampler: dpm_solver (DPM-Solver++(2M)), ddim, ddpm (ancestral) or heun (two network passes a step).
-        steps: steps from noise to image, each a pass of the network (two with heun).
+        sampler: dpm_solver (DPM-Solver++(2M)), ddim, ddpm (ancestral), heun or predictor_corrector (score SDEs).
+        steps: steps from noise to image, each a pass of the network (two with heun and predictor_corrector).
         eta: ddim's fraction of fresh noise in every step, 0 to 1.
         guidance: weight of classifier-free guidance, for models trained with null_class; 1 is none.
         clip: keep every predicted image within the range of pixels on the way.
         noise: where random numbers are drawn: cpu gives the same images on every machine; device draws on the GPU,
             which saves copies and gives other images.
+        snr: how large the step of predictor_corrector's corrector is beside its noise; null for 0.16.
     """
 
     sampler: Sampler = "dpm_solver"
@@ -51,12 +62,17 @@ class SamplingOptions:
     guidance: float = 1.0
     clip: bool = True
     noise: Literal["cpu", "device"] = "cpu"
+    snr: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is a fraction, 0 to 1, not {self.eta:g}")
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler}: leave it out")
+        if self.snr is not None and self.sampler != "predictor_corrector":
+            raise ValueError(f"snr belongs to the sampler predictor_corrector, not to {self.sampler}: leave it out")
+        if self.snr is not None and not self.snr > 0:
+            raise ValueError(f"snr is above 0, such as {SNR}, not {self.snr:g}")
 
 
 def sampling_grid(schedule: Schedule, sampler: Sampler, steps: int) -> Tensor:
@@ -98,5 +114,5 @@ def sample(
     noise = SampleNoise([sample_seed(seed, index) for index in indices], device)
     shape = model.signal_shape(*(image_size or model.image_size))
     x = noise(torch.empty((len(indices), *shape), device=model.device))
-    signal = SAMPLERS[options.sampler].loop(denoiser, model.schedule, x, grid, options.eta, noise)
+    signal = SAMPLERS[options.sampler].loop(denoiser, model.schedule, x, grid, options, noise)
     return model.space.decode(signal)

@@ -46,8 +46,8 @@ class DiffusionModel(Model):
         network: the denoiser; with ``learned_range`` it has twice as many output as input channels.
         conditioner: makes what the network is told; by default an embedding per class, if there are classes.
         space: where the signal that is noised lives; by default the pixels.
-        schedule: linear (DDPM), scaled_linear (latent diffusion), cosine (Improved DDPM), that of ``betas``, or flow
-            (the straight path of flow matching; its ``prediction`` is ``flow``).
+        schedule: linear (DDPM), scaled_linear (latent diffusion), cosine (Improved DDPM), that of ``betas``, sub_vp
+            (score SDEs), or flow (the straight path of flow matching; its ``prediction`` is ``flow``).
         num_timesteps: T of the discrete schedules.
         rescale_timesteps: the network is told times of 0 to 1000 whatever T is, as improved-diffusion's default is.
         prediction: what the network predicts.
@@ -151,7 +151,7 @@ class DiffusionModel(Model):
             image_size=image_size,
             rescale_timesteps=bool(rescale_timesteps),
         )
-        if rescale_timesteps is None and num_timesteps != 1000 and schedule != "flow":
+        if rescale_timesteps is None and num_timesteps != 1000 and schedule not in ("flow", "sub_vp"):
             raise ValueError(
                 f"give rescale_timesteps, whether the network is told its {num_timesteps} times as 0 to 1000 (true, by"
                 " default in improved-diffusion) or as they are (false, by default in guided-diffusion): a checkpoint"

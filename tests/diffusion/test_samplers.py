@@ -1,7 +1,9 @@
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,14 +14,18 @@ from diffperception.diffusion import (
     DiscreteSchedule,
     FlowSchedule,
     Schedule,
+    SubVariancePreserving,
     VarianceExploding,
     cosine_schedule,
+    langevin_step,
     linear_schedule,
     posterior_std,
+    reverse_diffusion_step,
     sample_ddim,
     sample_ddpm,
     sample_dpm_solver,
     sample_heun,
+    sample_predictor_corrector,
     to_x0,
 )
 from tests.diffusion.gaussian_mixture import Mixture
@@ -31,8 +37,9 @@ PATHS: list[tuple[Schedule, Callable[[int], Tensor]]] = [
     (cosine_schedule(), lambda steps: cosine_schedule().timesteps(VarianceExploding(lowest=0.01).grid(steps))),
     (VarianceExploding(), VarianceExploding().grid),
     (FlowSchedule(), FlowSchedule().grid),
+    (SubVariancePreserving(), SubVariancePreserving().even_grid),
 ]
-PATH_NAMES = ["cosine", "exploding", "flow"]
+PATH_NAMES = ["cosine", "exploding", "flow", "sub-vp"]
 DETERMINISTIC: list[tuple[Loop, int]] = [(sample_ddim, 1), (sample_dpm_solver, 2), (sample_heun, 2)]
 
 
@@ -62,7 +69,7 @@ def test_every_sampler_reaches_the_distribution(
 
 @pytest.mark.parametrize(("loop", "order"), DETERMINISTIC, ids=["ddim", "dpm-solver", "heun"])
 @pytest.mark.parametrize(
-    "path", [VarianceExploding(), FlowSchedule(), linear_schedule(20_000)], ids=[*PATH_NAMES[1:], "linear"]
+    "path", [VarianceExploding(), FlowSchedule(), linear_schedule(20_000)], ids=["exploding", "flow", "linear"]
 )
 def test_errors_fall_at_the_claimed_order(mixture: Mixture, path: Schedule, loop: Loop, order: int) -> None:
     """Twice the steps, error / 2^order, against the same equation solved with many more."""
@@ -79,6 +86,53 @@ def test_errors_fall_at_the_claimed_order(mixture: Mixture, path: Schedule, loop
     exact = sample_heun(denoiser, path, start, grid(512))
     errors = [(loop(denoiser, path, start, grid(n)) - exact).abs().mean().item() for n in (64, 128)]
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
+
+
+@pytest.mark.parametrize(("schedule", "grid"), PATHS, ids=PATH_NAMES)
+def test_the_predictor_corrector_reaches_the_distribution(
+    mixture: Mixture, schedule: Schedule, grid: Callable[[int], Tensor]
+) -> None:
+    """Of samples of many entries, as images have: the corrector's step hangs on the length of a sample's score."""
+    torch.manual_seed(0)
+    times = grid(200)
+
+    def denoise(x: Tensor, t: Tensor) -> DenoiserOutput:
+        x0 = mixture.denoise(schedule, x.reshape(-1, 1), t.repeat_interleave(x.shape[1])).x0
+        return DenoiserOutput(x0.view_as(x))
+
+    start = mixture.start(schedule, times[0], 10_000).view(20, 500)
+    assert mixture.distance(sample_predictor_corrector(denoise, schedule, start, times)) < 0.03
+
+
+@pytest.mark.parametrize("schedule", [cosine_schedule(), SubVariancePreserving()], ids=["cosine", "sub-vp"])
+def test_the_corrector_keeps_a_gaussian_and_widens_what_is_too_narrow(schedule: Schedule) -> None:
+    """Langevin dynamics alone, at one time: samples of the right distribution stay, others come to it."""
+    t, s2 = (torch.tensor(400) if isinstance(schedule, DiscreteSchedule) else torch.tensor(0.3)), 0.3**2
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    std = float((alpha**2 * s2 + sigma**2).sqrt())
+    torch.manual_seed(0)
+    for start, tolerance in ((std, 0.02), (0.3 * std, 0.05)):
+        x = start * torch.randn(100, 400, dtype=torch.float64)
+        for _ in range(60 if start < std else 5):
+            x = langevin_step(schedule, x, alpha * s2 / std**2 * x, t, 0.16, torch.randn_like(x))
+        # The step size of the paper leaves a little too much: 1 / (1 - step / 2) of the variance.
+        assert x.std().item() == pytest.approx(std, rel=tolerance)
+
+
+PREDICTIONS = Path(__file__).parents[1] / "parity" / "score_sde_ve.npz"
+
+
+def test_predictor_and_corrector_are_those_of_diffusers() -> None:
+    """Against what diffusers' ScoreSdeVeScheduler has made of the same samples, scores and noise."""
+    stored = {name: torch.from_numpy(value) for name, value in np.load(PREDICTIONS).items()}
+    path, (t, s) = VarianceExploding(), stored["sigmas"]
+    x0 = stored["sample"] + t**2 * stored["score"]
+    predicted = reverse_diffusion_step(path, stored["sample"], x0, t, s, stored["noise"])
+    torch.testing.assert_close(predicted, stored["predicted"], rtol=1e-5, atol=1e-5)
+    corrected = langevin_step(path, stored["sample"], x0, t, 0.15, stored["noise"])
+    torch.testing.assert_close(corrected, stored["corrected"], rtol=1e-5, atol=1e-5)
+    last = reverse_diffusion_step(path, stored["sample"], x0, t, 0.0, stored["noise"])
+    torch.testing.assert_close(last, x0, rtol=1e-5, atol=1e-5)
 
 
 def sine(x: Tensor, t: int) -> Tensor:
@@ -120,7 +174,7 @@ def test_learned_variance_is_what_ancestral_sampling_draws_with(place: float) ->
     assert torch.allclose(samples, torch.tensor(0.5))
 
 
-@pytest.mark.parametrize("loop", [sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun])
+@pytest.mark.parametrize("loop", [sample_ddim, sample_ddpm, sample_dpm_solver, sample_heun, sample_predictor_corrector])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_samplers_keep_no_graph_and_take_few_steps(loop: Loop, steps: int) -> None:
     weight = torch.ones(1, requires_grad=True)
@@ -130,7 +184,7 @@ def test_samplers_keep_no_graph_and_take_few_steps(loop: Loop, steps: int) -> No
     assert torch.equal(x, torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("loop", [partial(sample_ddim, eta=1.0), sample_ddpm])
+@pytest.mark.parametrize("loop", [partial(sample_ddim, eta=1.0), sample_ddpm, sample_predictor_corrector])
 def test_samples_of_own_noise_do_not_depend_on_the_batch(mixture: Mixture, loop: Callable[..., Tensor]) -> None:
     schedule, grid = cosine_schedule(), linear_schedule().grid(5, "trailing")
     denoiser, start = partial(mixture.denoise, schedule), mixture.start(schedule, torch.tensor(999), 3)

@@ -8,6 +8,7 @@ import torch
 from diffperception.diffusion import (
     DiscreteSchedule,
     FlowSchedule,
+    SubVariancePreserving,
     VarianceExploding,
     add_noise,
     cosine_schedule,
@@ -41,6 +42,36 @@ def test_cosine_schedule_is_the_papers() -> None:
     # The last step would lose everything; the bound on beta keeps one thousandth of the step before it.
     assert schedule.alpha(999).square().item() == pytest.approx(f(0.999) / f(0) * 1e-3, rel=1e-9)
     assert schedule.alpha(999).square().item() == pytest.approx(2.43e-9, rel=1e-2)
+
+
+def test_sub_vp_is_the_papers() -> None:
+    """Its mean is that of the linear VP path in the limit of many steps, and its noise the square of that one's."""
+    path, t = SubVariancePreserving(), torch.linspace(0, 1, 11, dtype=torch.float64)
+    fine = linear_schedule(100_000)
+    discrete = fine.alpha((t * 100_000 - 1).round().long())
+    torch.testing.assert_close(path.alpha(t), discrete, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(path.sigma(t), 1 - path.alpha(t).square())
+    # d mean / dt = -beta mean / 2 and d var / dt = -beta var + g^2 with g^2 = beta (1 - alpha^4): equation 29 itself.
+    t = t[1:-1].requires_grad_()
+    beta = 0.1 + 19.9 * t
+    variance, alpha = path.sigma(t).square(), path.alpha(t)
+    (rate,) = torch.autograd.grad(variance.sum(), t, retain_graph=True)
+    torch.testing.assert_close(rate, beta * (1 - alpha**4 - variance))
+    assert named_schedule("sub_vp", 1000) == path
+
+
+def test_even_steps_of_sub_vp_are_even() -> None:
+    path = SubVariancePreserving()
+    grid = path.even_grid(9)
+    levels = (path.sigma(grid) / path.alpha(grid)).log()
+    torch.testing.assert_close(levels[:-1].diff(), levels[:-1].diff().mean().expand(8))
+    assert grid[0].item() == pytest.approx(1)
+    assert grid[-1] == 0
+    assert path.levels([0.5])[0][2] == 500
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        path.levels([1.5])
+    with pytest.raises(ValueError, match="above 0 and grow"):
+        SubVariancePreserving(1.0, 0.5)
 
 
 @pytest.mark.parametrize("t", [7, torch.tensor(7), torch.tensor([3, 9]), torch.tensor([[0, -1, 5]])])

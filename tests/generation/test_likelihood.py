@@ -19,6 +19,7 @@ from diffperception.generation.likelihood import (
 from diffperception.generation.outliers import Measured, auroc, cross_foreignness, foreignness
 from diffperception.models import DiffusionModel
 from diffperception.visualization.draw import save_png, to_pil
+from tests.helpers.devices import Device
 from tests.helpers.networks import conditional_generator, two_level_unet
 
 VALUES = torch.tensor([20, 100, 140, 230])  # of 255
@@ -53,6 +54,16 @@ def test_bits_are_the_entropy_and_what_the_decoder_adds() -> None:
     in_bin = standard.cdf(1 / 255 / ratio - noise) - standard.cdf(-1 / 255 / ratio - noise)
     decoder = -(in_bin.log2() * standard.log_prob(noise).exp()).sum() * (noise[1] - noise[0])
     torch.testing.assert_close(found, entropy + decoder, atol=0.04, rtol=0)
+
+
+def test_bits_are_those_of_the_device(device: Device) -> None:
+    model, images = DiffusionModel(None, two_level_unet(), image_size=8), torch.rand(2, 3, 8, 8)
+    options = LikelihoodOptions(steps=2)
+    expected = bits_per_dimension(model, images, SampleNoise([0, 1]), options)
+    model, images = device.move(model), device.move(images)
+    found = bits_per_dimension(model, images, SampleNoise([0, 1]), options)
+    torch.testing.assert_close(device.host(found), expected, rtol=1e-4, atol=1e-3)
+    assert len(device.waits) <= 4, device.report()
 
 
 def test_losses_are_the_errors_of_the_noise() -> None:

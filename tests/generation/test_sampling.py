@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffperception.diffusion import (
     DenoiserOutput,
     DiscreteSchedule,
     SampleNoise,
+    SubVariancePreserving,
     clip,
     cosine_schedule,
     linear_schedule,
@@ -20,6 +22,7 @@ from diffperception.diffusion import (
     sample_ddpm,
     sample_dpm_solver,
     sample_heun,
+    sample_predictor_corrector,
     sample_seed,
 )
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
@@ -51,17 +54,21 @@ LOOPS: dict[str, Callable[..., torch.Tensor]] = {
     "heun": sample_heun,
     "ddim": sample_ddim,
     "ddpm": sample_ddpm,
+    "predictor_corrector": sample_predictor_corrector,
 }
 
 
 @pytest.mark.parametrize("clipped", [True, False])
-@pytest.mark.parametrize(("sampler", "eta"), [("dpm_solver", 0), ("heun", 0), ("ddim", 0), ("ddim", 0.7), ("ddpm", 0)])
+@pytest.mark.parametrize(
+    ("sampler", "eta"),
+    [("dpm_solver", 0), ("heun", 0), ("ddim", 0), ("ddim", 0.7), ("ddpm", 0), ("predictor_corrector", 0)],
+)
 def test_the_sampler_named_is_the_one_taken(model: DiffusionModel, sampler: str, eta: float, clipped: bool) -> None:
     options = SamplingOptions(sampler, 4, eta, clip=clipped)  # type: ignore[arg-type]
     noise = SampleNoise([sample_seed(5, 0), sample_seed(5, 1)])
     start = noise(torch.empty(2, 3, 8, 8))
     denoiser = clip(model.denoiser()) if clipped else model.denoiser()
-    extra = {"ddim": (eta, noise), "ddpm": (noise,)}.get(sampler, ())
+    extra = {"ddim": (eta, noise), "ddpm": (noise,), "predictor_corrector": (0.16, noise)}.get(sampler, ())
     grid = sampling_grid(model.schedule, options.sampler, 4)
     expected = LOOPS[sampler](denoiser, model.schedule, start, grid, *extra)
     assert torch.equal(sample(model, [0, 1], options, seed=5), (expected.clamp(-1, 1) + 1) / 2)
@@ -153,9 +160,29 @@ def test_an_eta_that_means_nothing_is_refused(sampler: Sampler, eta: float) -> N
         SamplingOptions(sampler, eta=eta)
 
 
+def test_an_snr_that_means_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="snr belongs to the sampler predictor_corrector, not to ddim"):
+        SamplingOptions("ddim", snr=0.1)
+    with pytest.raises(ValueError, match="snr is above 0"):
+        SamplingOptions("predictor_corrector", snr=0.0)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddpm"])
+def test_sub_vp_is_sampled_from_its_file(sampler: Sampler, tmp_path: Path) -> None:
+    DiffusionModel(None, two_level_unet(), schedule="sub_vp", image_size=8).save(tmp_path / "g.safetensors")
+    model = DiffusionModel.load(tmp_path / "g.safetensors")
+    assert model.schedule == SubVariancePreserving()
+    images = sample(model, [0, 1], SamplingOptions(sampler, 5))
+    assert images.isfinite().all()
+    assert images.std() > 0.01
+
+
 @pytest.mark.parametrize(
     "options",
-    [SamplingOptions(name, 2, eta) for name, eta in (("dpm_solver", 0), ("heun", 0), ("ddim", 0.5), ("ddpm", 0))],  # type: ignore[arg-type]
+    [
+        SamplingOptions(name, 2, eta)
+        for name, eta in (("dpm_solver", 0), ("heun", 0), ("ddim", 0.5), ("ddpm", 0), ("predictor_corrector", 0))
+    ],  # type: ignore[arg-type]
     ids=lambda options: options.sampler,
 )
 def test_no_step_waits_for_the_device(device: Device, options: SamplingOptions) -> None:

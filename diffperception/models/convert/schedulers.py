@@ -47,6 +47,10 @@ def scheduler_config(arguments: Mapping[str, Any], learned_range: bool) -> dict[
     name, steps = arguments["schedule"], arguments["num_timesteps"]
     if name == "flow":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+    if name == "sub_vp":
+        raise ValueError(
+            "diffusers has no scheduler for the schedule sub_vp: train with another to use the model there"
+        )
     path: dict[str, Any] = {"trained_betas": arguments["betas"]}
     if name in SCHEDULES:
         path = {"beta_schedule": SCHEDULES[name]}
