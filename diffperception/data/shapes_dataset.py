@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from diffperception.data.images import ignore_interrupts
+from diffperception.data.outlines import encode_masks
 from diffperception.data.shapes import CLASSES, ShapesSettings, draw_scene
 from diffperception.data.shapes_captions import LANGUAGES, describe_scene
 from diffperception.files import folder_beside, write_json
@@ -23,11 +25,11 @@ SETTINGS_FILE = "shapes.json"
 def write_shapes(output: str | Path, settings: ShapesSettings | None = None, workers: int | None = None) -> bool:
     """Draw the data set into a new folder; the same settings give the same images on every machine.
 
-    Writes `OUTPUT/{train,val}/*.png`, `OUTPUT/annotations/instances_{train,val}.json` (COCO: category id = label + 1)
-    and `OUTPUT/masks/{train,val}/*.png` (0 background, label + 1 elsewhere); with captions also
-    `OUTPUT/annotations/captions_{train,val}.json` (COCO's captions, five an image) and in Chinese, caption for caption,
-    `captions_{train,val}_zh.json`. What is held out is in a third part, `held_out`. The folder appears when it is
-    complete.
+    Writes `OUTPUT/{train,val}/*.png`, `OUTPUT/annotations/instances_{train,val}.json` (COCO: category id = label + 1,
+    segmentation = run lengths of what is visible) and `OUTPUT/masks/{train,val}/*.png` (0 background, label + 1
+    elsewhere); with captions also `OUTPUT/annotations/captions_{train,val}.json` (COCO's captions, five an image) and
+    in Chinese, caption for caption, `captions_{train,val}_zh.json`. What is held out is in a third part, `held_out`.
+    The folder appears when it is complete.
 
     Args:
         output: folder to write; one that holds the same data set is left as it is, one with anything else is refused.
@@ -115,10 +117,12 @@ def _write_scene(folder: Path, split: str, settings: ShapesSettings, index: int)
     height, width = scene.owner.shape
     areas = np.bincount(scene.owner[scene.owner >= 0], minlength=len(scene.labels)).tolist()
     image = {"id": index + 1, "file_name": name, "width": width, "height": height}
+    masks = encode_masks(torch.from_numpy(scene.owner == np.arange(len(scene.labels))[:, None, None]))
+    columns = zip(scene.boxes.tolist(), scene.labels.tolist(), areas, masks, strict=True)
     objects = [
-        {"image_id": index + 1, "category_id": label + 1}
-        | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": area, "iscrowd": 0}
-        for (x1, y1, x2, y2), label, area in zip(scene.boxes.tolist(), scene.labels.tolist(), areas, strict=True)
+        {"image_id": index + 1, "category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": area}
+        | {"segmentation": mask, "iscrowd": 0}
+        for (x1, y1, x2, y2), label, area, mask in columns
     ]
     if not settings.captions:
         return _Written(image, objects, [])

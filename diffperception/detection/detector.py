@@ -190,7 +190,8 @@ class DiffusionDet(Detector):
         self.head = head if isinstance(head, Head) else head(len(self.classes))
         self.gives_masks = self.head.gives_masks
         self.auxiliary = self._build_auxiliary(auxiliary, width)
-        self.criterion = criterion or SetCriterion()
+        self.criterion = criterion or SetCriterion(terms=self.head.terms() or None)
+        self._require_terms()
         # The file holds the parts as they were built, and brings the backbone's weights.
         self.record(head=self.head, criterion=self.criterion, sampler=self.sampler, auxiliary=self.auxiliary)
         self.record(pretrained=False, backbone_weights=None)
@@ -208,6 +209,18 @@ class DiffusionDet(Detector):
         if head.width != width:
             raise ValueError(f"the auxiliary head wants a pyramid of width {head.width}, but the head's is {width}")
         return head
+
+    def _require_terms(self) -> None:
+        """ValueError if the criterion lacks a term without which a part of the head would learn nothing."""
+        if not isinstance(self.criterion, SetCriterion):
+            return
+        learned = {type(term) for _, term in self.criterion.terms.values()}
+        for name, term in self.head.terms().items():
+            if type(term) not in learned:
+                raise ValueError(
+                    f"the criterion has no {type(term).__name__}, without which this {type(self.head).__name__} would"
+                    f" not learn all: give it terms: {{{name}: {{class_path: {type(term).__name__}}}}}"
+                )
 
     @classmethod
     def from_reference(cls, state_dict: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> "DiffusionDet":
@@ -326,7 +339,8 @@ class DiffusionDet(Detector):
     def _select(
         self, sampled: list[Step], sampler: BoxSampler, encoded: Encoded, images: list[Tensor]
     ) -> list[dict[str, Tensor]]:
-        detections = sampler.select(sampled, encoded.seen, encoded.sizes)
+        selected = sampler.select(sampled, encoded.seen, encoded.sizes)
+        detections = self.head.revisit(selected, encoded.pyramid, encoded.seen, encoded.sizes)
         return [self.head.finish(d, *image.shape[-2:]) for d, image in zip(detections, images, strict=True)]
 
     @torch.no_grad()

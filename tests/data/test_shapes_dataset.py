@@ -24,7 +24,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("split", "count"), [("train", 5), ("val", 3)])
 def test_folder_reads_as_coco_with_masks(drawn, split, count):
-    dataset = CocoDetection(drawn / "annotations" / f"instances_{split}.json", drawn / split)
+    dataset = CocoDetection(drawn / "annotations" / f"instances_{split}.json", drawn / split, masks=True)
     assert (len(dataset), dataset.classes) == (count, list(CLASSES))
     for index in range(count):
         scene = draw_scene(np.random.default_rng([0, int(split == "val"), index]), SMALL)
@@ -35,6 +35,8 @@ def test_folder_reads_as_coco_with_masks(drawn, split, count):
         np.testing.assert_array_equal(
             target["area"].numpy(), [(scene.owner == i).sum() for i in range(len(scene.boxes))]
         )
+        owned = scene.owner == np.arange(len(scene.boxes))[:, None, None]
+        np.testing.assert_array_equal(target["masks"].numpy(), owned)
         mask = np.asarray(Image.open(drawn / "masks" / split / dataset.file_names[index]))
         np.testing.assert_array_equal(mask, scene.class_mask)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from diffperception.data.annotations import tabulate
+from diffperception.data.box_outlines import outline_boxes
 from diffperception.data.formats import Format, open_annotations, split_part
 from diffperception.data.formats.writers import write_voc, write_yolo
 from diffperception.data.soundness import require_entries, with_sizes
@@ -27,6 +28,8 @@ def convert_annotations(
     format: Format = "auto",
     to: Literal["coco", "voc", "yolo"] = "coco",
     classes: list[str] | None = None,
+    masks: Path | None = None,
+    mask_classes: list[str] | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Convert annotations of any format to COCO, Pascal VOC or YOLO. Images are not copied.
@@ -38,6 +41,9 @@ def convert_annotations(
         format: what is read: coco, voc (Pascal VOC), yolo, cvat, labelstudio, labelme or csv; auto looks for itself.
         to: what is written.
         classes: all classes in order, for formats that do not list them; by default those that occur, sorted.
+        masks: folder with a mask of each image, not 0 where any object is: COCO's objects get as their outline what it
+            shows in their box. Names go together as for `train --task segmentation`.
+        mask_classes: the classes whose objects the masks show; others are left out. By default all.
         overwrite: write in place of a file, or of what an earlier run wrote into the folder.
 
     Raises:
@@ -48,7 +54,14 @@ def convert_annotations(
     found = open_annotations(annotations, images, format, outlines=to == "coco", classes=classes)
     table = with_sizes(tabulate(found.content, annotations), found.images)
     require_entries(table)
-    notes, num_objects = list(found.notes), len(table.boxes)
+    content, notes = found.content, list(found.notes)
+    if masks is not None:
+        if to != "coco":
+            raise ValueError("outlines from masks are written to COCO alone: leave the option masks or to out")
+        named = table.category_names if mask_classes is None else mask_classes
+        content, said = outline_boxes(content, table, found.images, masks, named)
+        table, notes = tabulate(content, annotations), [*notes, *said]
+    num_objects = len(table.boxes)
     if classes is not None and classes != table.category_names:
         notes.append(f"{annotations} lists its classes itself, so --classes is not used")
     if to == "coco":
@@ -57,7 +70,7 @@ def convert_annotations(
             raise ValueError(f"{output} is what is to be converted: choose another --output")
         if output.exists() and not overwrite:
             raise ValueError(f"{output} is there already: choose another, or allow to replace it with --overwrite")
-        write_json(output, found.content, indent=None)
+        write_json(output, content, indent=None)
     else:
         folder = OutputFolder(output, overwrite)
         folder.clear()

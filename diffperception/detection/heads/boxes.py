@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -60,6 +60,20 @@ class Head(Model, ABC):
         With `last_only` the result has the last stage alone (S = 1), as prediction needs no other.
         """
 
+    def terms(self) -> dict[str, Any]:
+        """By name, the further terms (`Term`) that a SetCriterion must have for all of the head to learn."""
+        return {}
+
+    def revisit(
+        self, detections: list[dict[str, Tensor]], pyramid: FeaturePyramid, seen: Tensor, sizes: Tensor
+    ) -> list[dict[str, Tensor]]:
+        """The detections that are left of each image, with what a second look at its features adds; by default nothing.
+
+        Boxes are in pixels of the images, whose sizes, and those in which the pyramid sees them, are (B, 4): width,
+        height, width, height. `finish` comes after it.
+        """
+        return detections
+
     def finish(self, detections: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
         """The detections of an image of this size, boxes in its pixels, with what the head added as users want it."""
         return detections
@@ -113,13 +127,20 @@ class DynamicHead(Head):
 
     def forward(self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False) -> HeadOutput:
         """See `Head.forward`. With `last_only` no other stage classifies."""
+        return HeadOutput(*map(torch.stack, self.refine(pyramid, boxes, t, last_only)[:2]))
+
+    def refine(
+        self, pyramid: FeaturePyramid, boxes: Tensor, t: Tensor, last_only: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Logits (B, N, K), boxes (B, N, 4) and features (B, N, d) of each stage, or of the last; see `forward`."""
         time = self.time_embedding(sinusoidal_embedding(t, self.width).to(next(self.parameters()).dtype))
         features, shown = None, []
         for stage in self.stages:
             show = not last_only or stage is self.stages[-1]
             logits, boxes, features = stage(pyramid, boxes.detach(), features, time, show)
-            shown += [(logits, boxes)] if show else []
-        return HeadOutput(*map(torch.stack, zip(*shown, strict=True)))
+            shown += [(logits, boxes, features)] if show else []
+        of_stages = zip(*shown, strict=True)
+        return list(next(of_stages)), list(next(of_stages)), list(next(of_stages))
 
 
 class HeadStage(nn.Module):

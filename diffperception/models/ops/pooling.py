@@ -95,7 +95,7 @@ class FeaturePyramid:
         weight = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None, :]
         weight = weight.reshape(-1, taps * taps).to(self.rows.dtype)
         pooled = _weighted_sums(self.rows, index.reshape(-1, taps * taps), weight)
-        return pooled.view(batch, count, size * size, -1)
+        return pooled.view(batch, count, size * size, pooled.shape[1])
 
 
 class PyramidOfMaps(FeaturePyramid):
