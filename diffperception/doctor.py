@@ -11,6 +11,7 @@ from importlib import metadata, util
 from packaging.requirements import Requirement
 
 import diffperception
+from diffperception.memory import about_memory
 
 FOR_DEVELOPERS = ("dev", "neighbours")  # extras
 # Programs that have plug-ins here, by the module that they are imported as; users have installed them by themselves.
@@ -85,6 +86,7 @@ def about_machine() -> Iterator[tuple[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     vectors = torch.backends.cpu.get_cpu_capability()
     yield "CPU", f"{cores} cores for this process, {torch.get_num_threads()} threads of torch, {vectors}"
+    yield "memory", about_memory()
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is None:
         yield "accelerator", f"none that torch {torch.__version__} can use: all runs on the CPU"

@@ -18,7 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "devices": set(),
     "echo": {"devices"},
     "table": set(),
-    "doctor": set(),
+    "memory": set(),
+    "doctor": {"memory"},
     "configuration": {"files"},
     "resumable": {"files", "devices", "echo", "configuration"},
     "diffusion": set(),
@@ -32,7 +33,7 @@ for task in TASKS:
     ALLOWED[task] = {*BESIDE, "models", "diffusion"}
 ALLOWED["training"] = {*BESIDE, *TASKS, "models", "diffusion"}
 ALLOWED["benchmarks"] = {*ALLOWED["training"], "training"}
-ALLOWED["cli"] = {*ALLOWED["benchmarks"], "benchmarks"}
+ALLOWED["cli"] = {*ALLOWED["benchmarks"], "benchmarks", "memory"}
 ALLOWED["integrations"] = {*ALLOWED["cli"], "cli"}
 CORE_LIBRARIES = {"torch", "numpy"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}

@@ -50,9 +50,9 @@ def _time_prediction(detector: DiffusionDet, images: list[torch.Tensor], record:
     record("backbone, one image", lambda: detector.features(images[:1]))
     record("head, one pass", lambda: detector.head(encoded.pyramid, boxes, t, last_only=True))
     record("post-processing of four steps", lambda: four.select(sampled, encoded.seen, encoded.sizes))
-    record("prediction, one step", lambda: detector.predict(images[:1], sampler=one), target=1.8)
-    record("prediction, four steps", lambda: detector.predict(images[:1], sampler=four), target=4.5)
-    record("prediction, four images, four steps", lambda: detector.predict(images, sampler=four), target=14)
+    record("prediction, one step", lambda: detector.predict(images[:1], sampler=one), target=1.4)
+    record("prediction, four steps", lambda: detector.predict(images[:1], sampler=four), target=3.4)
+    record("prediction, four images, four steps", lambda: detector.predict(images, sampler=four), target=13)
 
 
 def _time_training(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., None]) -> None:
@@ -69,7 +69,7 @@ def _time_training(detector: DiffusionDet, images: list[torch.Tensor], record: C
         optimizer.zero_grad()
 
     record("matching, two images, six stages", lambda: match(logits, boxes, padded))
-    record("training step, two images", step, target=14)
+    record("training step, two images", step, target=8.5)
 
 
 def _random_boxes(count: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from diffperception import __version__
 from diffperception.cli.failures import Terminated, close_output, failure, spoken_plainly
+from diffperception.memory import keep_freed_memory
 
 COMMANDS = {
     "shapes": "draw the shapes data set (images, COCO annotations, masks)",
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns: the exit code: the command's own, 0 if it has none, 2 after what the user or the machine can mend, 1 after
         any other error, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    if arguments is None:  # the process is ours, from its beginning to its end
+        keep_freed_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else "--help"
     with spoken_plainly():
@@ -80,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tool(name: str) -> NoReturn:
     """What tools/NAME.py does, but not where it is imported by processes that cannot be forked."""
+    keep_freed_memory()
     sys.exit(main([name, *sys.argv[1:]]))
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from diffperception.models.backbones.base import Backbone
+from diffperception.models.ops.convolution import Conv3x3
 
 
 class FPN(nn.Module):
@@ -21,6 +22,8 @@ class FPN(nn.Module):
         require_doubling(self.strides)
         self.width = width
         self.fpn = FeaturePyramidNetwork(backbone.channels, width, norm_layer=nn.BatchNorm2d if norm else None)
+        for output, *_ in self.fpn.layer_blocks:
+            output.__class__ = Conv3x3
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one (B, width, H / strides[l], W / strides[l]) a level, finest first."""

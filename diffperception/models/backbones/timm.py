@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
 from timm.models import group_parameters
+from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -20,6 +22,7 @@ from diffperception.models.backbones.base import Backbone, numbered
 from diffperception.models.backbones.weights import load_weights, plain_name
 from diffperception.models.base import require_not_named_by_a_file
 from diffperception.models.feature_info import FeatureInfo
+from diffperception.models.ops.convolution import fold_norm
 
 
 class TimmBackbone(Backbone):
@@ -90,6 +93,8 @@ class TimmBackbone(Backbone):
                 module.__class__ = PaddedSwinBlock
             elif isinstance(module, FrozenBatchNorm2d):
                 module.__class__ = FusedFrozenBatchNorm2d
+        for conv, norm in _norms_of_a_resnet(self.body):
+            fold_norm(conv, norm)
 
     def layers(self, stages: bool = False) -> dict[str, int]:
         """See `Backbone.layers`: blocks or stages as timm groups them; the norms of the maps are of the last."""
@@ -131,6 +136,16 @@ class FusedFrozenBatchNorm2d(FrozenBatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def _norms_of_a_resnet(body: nn.Module) -> Iterator[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
+    """The convolutions of a ResNet and the frozen norms that their maps go to; none of another network."""
+    blocks = [module for module in body.modules() if isinstance(module, (BasicBlock, Bottleneck))]
+    shortcuts = [block.downsample for block in blocks if block.downsample is not None]
+    for part in [body, *blocks, *shortcuts] if blocks else []:
+        for conv, norm in itertools.pairwise(part.children()):
+            if type(conv) is nn.Conv2d and isinstance(norm, FrozenBatchNorm2d):
+                yield conv, norm
 
 
 def build_backbone(

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from diffperception.models.ops.winograd import TILE, winograd
 
@@ -26,10 +27,44 @@ class Conv3x3(nn.Conv2d):
             is_eager_cpu(x)
             and not torch.is_autocast_enabled("cpu")
             and x.dtype == self.weight.dtype == torch.float32
+            and self.bias is not None
             and min(self.in_channels, self.out_channels) >= WIDTH
             and x.shape[2] % TILE == x.shape[3] % TILE == 0
             and len(x) * x.shape[2] * x.shape[3] >= PIXELS
         )
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution whose weights are scaled and shifted as the batch norm of fixed statistics after it would its maps.
+
+    There are far fewer weights than there are numbers in the maps, and those need no copy for the backward pass.
+    """
+
+    frozen: tuple[FrozenBatchNorm2d]  # in a tuple, as it is no part of this module: it has its own name in the network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        (norm,) = self.frozen
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = self.weight * factor[:, None, None, None]
+        return self._conv_forward(x, weight, norm.bias - norm.running_mean * factor)
+
+
+class FoldedNorm2d(FrozenBatchNorm2d):
+    """A batch norm of fixed statistics that the convolution before it has done."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def fold_norm(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    """Let a convolution without a bias do the work of the norm that its maps go to, and nothing else does.
+
+    Names and weights stay as they are.
+    """
+    assert conv.bias is None
+    conv.__class__, norm.__class__ = FoldedConv2d, FoldedNorm2d
+    conv.frozen = (norm,)  # type: ignore[assignment]
 
 
 class Conv1x1(nn.Conv2d):
