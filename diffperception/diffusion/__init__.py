@@ -3,12 +3,14 @@
 from diffperception.diffusion.denoiser import (
     Denoiser,
     DenoiserOutput,
+    GuidanceRescale,
     Network,
     NetworkDenoiser,
     classifier_free_guidance,
     classifier_guidance,
     clip,
     denoise_at,
+    threshold,
 )
 from diffperception.diffusion.likelihood import log_density
 from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffperception.diffusion.prediction import Prediction, broadcast_mul, to_x0
+from diffperception.diffusion.prediction import Prediction, broadcast_mul, target, to_eps, to_x0
 from diffperception.diffusion.schedule import Schedule, precise
 
 
@@ -70,7 +70,50 @@ def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
     return clipped
 
 
-def classifier_free_guidance(conditional: Denoiser, unconditional: Denoiser, weight: float) -> Denoiser:
+def threshold(denoiser: Denoiser, fraction: float) -> Denoiser:
+    """Dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3), instead of :func:`clip`, around guidance too.
+
+    Each sample's signal is clipped to ``-s..s`` and divided by s, its ``fraction``-quantile of absolute values, where
+    that is above 1: strong guidance then saturates fewer values.
+    """
+
+    def thresholded(x_t: Tensor, t: Tensor) -> DenoiserOutput:
+        output = denoiser(x_t, t)
+        x0 = output.x0.flatten(1).float()
+        limit = torch.quantile(x0.abs(), fraction, dim=1, keepdim=True).clamp(min=1)
+        kept = x0.clamp(-limit, limit) / limit
+        return output._replace(x0=kept.view_as(output.x0).to(output.x0.dtype))
+
+    return thresholded
+
+
+@dataclass(eq=False)
+class GuidanceRescale:
+    """Brings guided predictions back to the spread of those that are not (arXiv 2305.08891, section 3.4).
+
+    Args:
+        factor: phi, how much of the way; 0.7 there.
+        schedule: the path of the denoisers.
+        prediction: what the network predicts, for of that the spread is measured.
+    """
+
+    factor: float
+    schedule: Schedule
+    prediction: Prediction
+
+    def __call__(self, guided: Tensor, plain: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Signals (B, ...) of both, and the noisy samples and times that they were found at -> signals (B, ...)."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        y, kept = (
+            target(self.prediction, x0, to_eps("x0", x0, x_t, alpha, sigma), alpha, sigma) for x0 in (guided, plain)
+        )
+        ratio = kept.flatten(1).std(1) / y.flatten(1).std(1)
+        return to_x0(self.prediction, broadcast_mul(1 + self.factor * (ratio - 1), y), x_t, alpha, sigma)
+
+
+def classifier_free_guidance(
+    conditional: Denoiser, unconditional: Denoiser, weight: float, rescale: GuidanceRescale | None = None
+) -> Denoiser:
     """``unconditional + weight * (conditional - unconditional)`` (arXiv 2207.12598); more than 1 exaggerates.
 
     Signals mix as noises do: at a given x_t each is linear in the other. A learned variance is the conditional one.
@@ -78,7 +121,10 @@ def classifier_free_guidance(conditional: Denoiser, unconditional: Denoiser, wei
 
     def guided(x_t: Tensor, t: Tensor) -> DenoiserOutput:
         with_condition, without = conditional(x_t, t), unconditional(x_t, t)
-        return with_condition._replace(x0=torch.lerp(without.x0, with_condition.x0, weight))
+        x0 = torch.lerp(without.x0, with_condition.x0, weight)
+        if rescale is not None:
+            x0 = rescale(x0, with_condition.x0, x_t, t)
+        return with_condition._replace(x0=x0)
 
     return guided
 

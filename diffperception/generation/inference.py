@@ -10,6 +10,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
+from diffperception.data.captions import read_captions
 from diffperception.data.image_folder import require_image_channels
 from diffperception.data.images import read_image, to_float
 from diffperception.devices import (
@@ -23,11 +24,12 @@ from diffperception.devices import (
     share,
 )
 from diffperception.diffusion import classifier_guidance
-from diffperception.files import safe_names
+from diffperception.files import read_lines, safe_names, write_json
 from diffperception.generation.sampling import SamplingOptions, sample
 from diffperception.models import DiffusionModel, NoisyClassifier
 from diffperception.models.base import describe, fingerprint
 from diffperception.models.conditioners import labels_in_turn
+from diffperception.models.text_conditioner import TextReader
 from diffperception.models.unet.encoder import both_sides
 from diffperception.resumable import Item, ResumableFolder
 from diffperception.visualization.draw import save_png, to_pil
@@ -46,6 +48,7 @@ def draw_samples(
     image_size: tuple[int, int] | None = None,
     classifier: NoisyClassifier | None = None,
     classifier_scale: float = 1.0,
+    unwanted: str | None = None,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Draw images in batches, each image a function of the seed and its number.
 
@@ -55,6 +58,7 @@ def draw_samples(
         image_size: height and width; by default those of the images that the model learned from.
         classifier: pulls the images towards the classes (ADM, arXiv 2105.05233), which a model without any may then
             be asked for, as hard as `classifier_scale` says.
+        unwanted: a text, or the name of a class, that guidance leads away from; by default nothing in particular.
 
     Yields: the numbers of a batch, and its images (B, C, height, width), float32 in 0..1, on the model's device.
 
@@ -65,9 +69,16 @@ def draw_samples(
         require_same_path(classifier, model)
     if said and model.conditioner is None and classifier is None:
         raise ValueError("this generator was trained without classes: leave them out, or give a classifier")
+    if unwanted and sampling.guidance == 1:
+        raise ValueError(
+            "only guidance leads away from something, and it is 1, none: give sampling.guidance, such as 3"
+        )
     for start in range(0, len(numbers), batch_size):
         batch = numbers[start : start + batch_size]
-        denoiser = model.denoiser(model.conditioner and model.conditioner.choose(said, batch), sampling.guidance)
+        conditioner = model.conditioner
+        wanted = None if conditioner is None else conditioner.choose(said, batch)
+        against = conditioner.choose([unwanted], batch) if unwanted and conditioner is not None else None
+        denoiser = model.denoiser(wanted, sampling.guidance, against, sampling.guidance_rescale)
         if classifier is not None:
             labels = labels_in_turn(classifier.classes, said, batch).to(model.device)
             pull = classifier.log_probability(labels)
@@ -105,6 +116,9 @@ def sample_folder(
     num_samples: PositiveInt = 64,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (not changed)
     classes: list[str] | None = None,
+    prompt: list[str] | None = None,
+    captions: Path | None = None,
+    negative_prompt: str | None = None,
     classifier: NoisyClassifier | str | Path | None = None,
     classifier_scale: NonNegativeFloat | None = None,
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None,
@@ -117,7 +131,8 @@ def sample_folder(
     """Draw images from a trained generator: numbered PNG files in OUTPUT/images, and OUTPUT/grid.png.
 
     Every image is a function of the seed and its number, up to rounding. Where there are classes, they take turns; the
-    files of class K are in OUTPUT/images/K. Several processes, started by torchrun, share the images. The command can
+    files of class K are in OUTPUT/images/K. Where there are prompts, they take turns; which image is of which is in
+    OUTPUT/captions.json, in COCO's format. Several processes, started by torchrun, share the images. The command can
     be interrupted: given again, it goes on with the images that are missing, also where more are asked for.
 
     Args:
@@ -126,6 +141,11 @@ def sample_folder(
         num_samples: how many images to draw.
         sampling: how noise becomes an image.
         classes: names of the classes to draw; by default all that the generator has.
+        prompt: texts to draw, such as "a red star", for generators that learned from captions or are told words; by
+            default some of the captions that it learned from.
+        captions: instead, a COCO file of captions, of which the first of each image is drawn, or a text file with a
+            prompt per line.
+        negative_prompt: a text that guidance leads away from.
         classifier: the file of a noisy classifier that pulls the images towards the classes, or the classifier itself.
         classifier_scale: how hard the classifier pulls; by default 1.
         image_size: side, or [height, width], of the images in pixels; by default that of the images the generator
@@ -142,10 +162,16 @@ def sample_folder(
     scale = 1.0 if classifier_scale is None else classifier_scale
     size = None if image_size is None else both_sides(image_size)
     folder, place = ResumableFolder(output, overwrite), pick_device(device)
-    model = DiffusionModel.loaded(model).to(place)
+    texts = prompts_of(prompt, captions)
+    if (texts or negative_prompt) and (classes or classifier is not None):
+        raise ValueError("prompts go without classes and classifiers: leave classes and classifier out, or prompts")
+    model = _told(DiffusionModel.loaded(model).to(place), texts, negative_prompt)
     if classifier is not None:
         classifier = NoisyClassifier.loaded(classifier).to(place)
     require_image_channels(model.space.image_channels)
+    reads_texts = isinstance(model.conditioner, TextReader)
+    if reads_texts and classes:
+        raise ValueError("this generator learned from captions, not from classes: say what to draw by prompt")
     names = list(classes or (classifier.classes if classifier is not None else model.classes) or [])
     folders = safe_names(names)
     places = [
@@ -154,14 +180,20 @@ def sample_folder(
     ]
     settings = {"command": "sample", "model": fingerprint(model), "sampling": describe(sampling), "seed": seed}
     settings |= {"classes": names, "image_size": size, "precision": precision}
+    if texts or negative_prompt:
+        settings |= {"prompts": texts, "negative_prompt": negative_prompt}
     if classifier is not None:
         settings |= {"classifier": fingerprint(classifier), "classifier_scale": scale}
     with join_processes(), autocast(place, precision):
         items = [Item(str(index), files=(places[index],)) for index in share(range(num_samples))]
         numbers = [int(item.name) for item in folder.left_of(settings, items, "sample", batch_size)]
-        drawn = draw_samples(model, numbers, sampling, seed, classes, batch_size, size, classifier, scale)
+        said = texts if reads_texts else classes
+        how = (batch_size, size, classifier, scale, negative_prompt)
+        drawn = draw_samples(model, numbers, sampling, seed, said, *how)
         batches = chain([next(drawn)] if numbers else [], drawn)
-        folder.begin(["grid.png"])  # all options have proved sound
+        folder.begin(
+            ["grid.png", *(["captions.json"] if reads_texts or texts else [])]
+        )  # all options have proved sound
         with tqdm(total=len(numbers), desc="sample", unit="image", disable=hide_bar()) as bar:
             for batch, images in batches:
                 for index, image in zip(batch, images.cpu(), strict=True):
@@ -172,6 +204,46 @@ def sample_folder(
     if first_process():
         shown = [to_float(read_image(folder.path / place)) for place in places[:MAX_IN_GRID]]
         save_png(image_grid(shown), folder.file("grid.png"))
+        if isinstance(model.conditioner, TextReader):
+            texts = model.conditioner.choose(texts, range(num_samples))
+        if texts:
+            write_json(folder.file("captions.json"), _captions(places, texts))
+
+
+def prompts_of(prompt: Sequence[str] | None, captions: Path | None) -> list[str] | None:
+    """The texts to draw: these, or those of a file, if any; ValueError for both, or empty ones."""
+    if prompt is not None and captions is not None:
+        raise ValueError("give either prompts or a file of captions")
+    if captions is None:
+        texts = None if prompt is None else list(prompt)
+    elif captions.suffix.lower() == ".json":
+        texts = [texts[0] for texts in read_captions(captions).by_name.values() if texts]
+    else:
+        texts = read_lines(captions)
+    if texts is not None and not (texts and all(text.strip() for text in texts)):
+        raise ValueError(f"{captions or 'prompt'} holds no text to draw, or an empty one: write down what to draw")
+    return texts
+
+
+def _told(model: DiffusionModel, texts: Sequence[str] | None, negative: str | None) -> DiffusionModel:
+    """The model; one that is told the same for all images, if it embeds texts beside itself and not each anew."""
+    if isinstance(model.conditioner, TextReader) or not (texts or negative):
+        return model
+    if negative or texts is None or len({*texts}) > 1:
+        model.told("")  # ValueError if it attends to no words
+        raise ValueError("this generator is told one prompt for all images, and no negative one: give one prompt")
+    return model.told(texts[0])
+
+
+def _captions(places: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
+    """COCO's file of captions of images at these places, of which the texts take turns."""
+    names = [Path(place).relative_to("images").as_posix() for place in places]
+    entries = [{"id": i, "image_id": i, "caption": texts[(i - 1) % len(texts)]} for i in range(1, len(names) + 1)]
+    return {
+        "info": {"description": "what images were drawn of"},
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names, start=1)],
+        "annotations": entries,
+    }
 
 
 def require_same_path(classifier: NoisyClassifier, model: DiffusionModel) -> None:

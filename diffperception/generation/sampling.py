@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffperception.diffusion import Denoiser, NoiseFn, SampleNoise, Schedule, clip, sample_seed
+from diffperception.diffusion import Denoiser, NoiseFn, SampleNoise, Schedule, clip, sample_seed, threshold
 from diffperception.diffusion.samplers import (
     sample_ddim,
     sample_ddpm,
@@ -49,8 +49,13 @@ class SamplingOptions:
         sampler: dpm_solver (DPM-Solver++(2M)), ddim, ddpm (ancestral), heun or predictor_corrector (score SDEs).
         steps: steps from noise to image, each a pass of the network (two with heun and predictor_corrector).
         eta: ddim's fraction of fresh noise in every step, 0 to 1.
-        guidance: weight of classifier-free guidance, for models trained with null_class; 1 is none.
+        guidance: weight of classifier-free guidance, for models trained with null_class or captions that were dropped;
+            1 is none.
+        guidance_rescale: how far guided predictions are brought back to the spread of those that are not, 0 to 1, such
+            as 0.7, so that strong guidance makes images neither too bright nor too plain (arXiv 2305.08891).
         clip: keep every predicted image within the range of pixels on the way.
+        threshold: instead, divide every predicted image by this quantile of its absolute values where that is beyond
+            the range of pixels, such as 0.995 (dynamic thresholding, arXiv 2205.11487); null for none.
         noise: where random numbers are drawn: cpu gives the same images on every machine; device draws on the GPU,
             which saves copies and gives other images.
         snr: how large the step of predictor_corrector's corrector is beside its noise; null for 0.16.
@@ -60,7 +65,9 @@ class SamplingOptions:
     steps: int = 20
     eta: float = 0.0
     guidance: float = 1.0
+    guidance_rescale: float = 0.0
     clip: bool = True
+    threshold: float | None = None
     noise: Literal["cpu", "device"] = "cpu"
     snr: float | None = None
 
@@ -73,6 +80,20 @@ class SamplingOptions:
             raise ValueError(f"snr belongs to the sampler predictor_corrector, not to {self.sampler}: leave it out")
         if self.snr is not None and not self.snr > 0:
             raise ValueError(f"snr is above 0, such as {SNR}, not {self.snr:g}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale is a fraction, 0 to 1, not {self.guidance_rescale:g}")
+        if self.guidance_rescale and self.guidance == 1:
+            raise ValueError("guidance_rescale belongs to guidance, which is 1, none: give guidance, such as 3")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold is a quantile, above 0 and up to 1, such as 0.995, not {self.threshold:g}")
+
+    def limit(self, denoiser: Denoiser, bounded: bool) -> Denoiser:
+        """The denoiser with its signals kept in range, where they have one; ValueError to threshold others."""
+        if self.threshold is not None and not bounded:
+            raise ValueError("threshold needs a generator of pixels, and this one's space has no range: leave it out")
+        if self.threshold is not None:
+            return threshold(denoiser, self.threshold)
+        return clip(denoiser) if self.clip and bounded else denoiser
 
 
 def sampling_grid(schedule: Schedule, sampler: Sampler, steps: int) -> Tensor:
@@ -107,8 +128,8 @@ def sample(
     Raises:
         ValueError: for a size or labels that the model does not take, or as :func:`sampling_grid`.
     """
-    denoiser = denoiser or model.denoiser(said, options.guidance)
-    denoiser = clip(denoiser) if options.clip and model.space.bounded else denoiser
+    denoiser = denoiser or model.denoiser(said, options.guidance, rescale=options.guidance_rescale)
+    denoiser = options.limit(denoiser, model.space.bounded)
     grid = sampling_grid(model.schedule, options.sampler, options.steps)
     device = model.device if options.noise == "device" else "cpu"
     noise = SampleNoise([sample_seed(seed, index) for index in indices], device)

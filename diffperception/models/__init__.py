@@ -11,5 +11,6 @@ from diffperception.models.feature_info import FeatureInfo
 from diffperception.models.generator import DiffusionModel
 from diffperception.models.reader import ActivationReader
 from diffperception.models.space import Pixels, Space
+from diffperception.models.text_conditioner import TextConditioner
 from diffperception.models.unet.noisy_classifier import NoisyClassifier
 from diffperception.models.unet.unet import UNet

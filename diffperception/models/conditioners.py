@@ -18,6 +18,8 @@ class Conditioner(Model, ABC):
     """Makes a :class:`Condition`; its weights are trained with the denoiser."""
 
     has_absent: bool = False  # whether there is a value for nothing being said, as classifier-free guidance needs
+    token_width: int | None = None  # D of the tokens that it makes, where that is known
+    vector_width: int | None = None  # E of the vector that it makes, where that is known
 
     @abstractmethod
     def forward(self, said: Said) -> Condition:
@@ -26,6 +28,14 @@ class Conditioner(Model, ABC):
     @abstractmethod
     def read(self, targets: Sequence[Mapping[str, Any]]) -> Said:
         """What the targets of a batch say; ValueError if they lack it."""
+
+    def prepare(self, captions: Sequence[str] | None) -> None:
+        """Take note, before a training, of the captions of its images; ValueError if these are none of its concern."""
+        if captions is not None:
+            raise ValueError(
+                f"the images have captions, but a {type(self).__name__} reads none: leave data.captions out, or set"
+                " model.conditioner to one that does, such as TextConditioner"
+            )
 
     @abstractmethod
     def absent(self, batch: int) -> Said:
@@ -61,7 +71,7 @@ class ClassLabels(Conditioner):
     def __init__(self, classes: Sequence[str], channels: int, null_class: bool = False) -> None:
         super().__init__()
         self.classes = list(classes)
-        self.has_absent = null_class
+        self.has_absent, self.vector_width = null_class, channels
         self.embedding = nn.Embedding(len(self.classes) + null_class, channels)
 
     def forward(self, said: Tensor) -> Condition:

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from diffperception.diffusion import (
     Denoiser,
+    GuidanceRescale,
     Network,
     NetworkDenoiser,
     Objective,
@@ -245,25 +246,42 @@ class DiffusionModel(Model):
         """What the targets of a batch say; None where the model is told nothing. ValueError if they lack it."""
         return None if self.conditioner is None else self.conditioner.read(targets)
 
+    def prepare(self, captions: Sequence[str] | None) -> None:
+        """Take note, before a training, of its images' captions; ValueError if it lacks them, or reads none."""
+        if self.conditioner is not None:
+            self.conditioner.prepare(captions)
+        elif captions is not None:
+            raise ValueError(
+                "the images have captions, but the model has no conditioner that reads them: leave data.captions out, or"
+                " set model.conditioner, to TextConditioner for example"
+            )
+
     def losses(
         self, objective: Objective, x0: Tensor, t: Tensor, noise: Tensor, said: Said | None = None
     ) -> dict[str, Tensor]:
         """The terms of each sample's loss (B,) by an :meth:`objective`, of signals ``x0`` (B, C, h, w) of its space."""
         return objective(self._told(said), x0, t, noise)
 
-    def denoiser(self, said: Said | None = None, guidance: float = 1.0) -> Denoiser:
+    def denoiser(
+        self, said: Said | None = None, guidance: float = 1.0, unwanted: Said | None = None, rescale: float = 0.0
+    ) -> Denoiser:
         """What samplers work on; ValueError if this is asked of a model that has not learned it.
 
         Args:
             said: what is wanted of B samples, such as labels (B,); None for nothing in particular.
             guidance: weight of classifier-free guidance; 1 is none.
+            unwanted: what guidance leads away from; by default nothing in particular.
+            rescale: how far guided predictions are brought back to the spread of those that are not, 0 to 1.
         """
         if guidance == 1.0:
             return self._denoiser(said)
         if self.conditioner is None or not self.conditioner.has_absent:
             raise ValueError("Guidance needs another model: train it with classes and null_class, or give guidance 1.")
-        absent = self._denoiser(None)
-        return absent if said is None else classifier_free_guidance(self._denoiser(said), absent, guidance)
+        against = self._denoiser(unwanted)
+        if said is None and unwanted is None:
+            return against
+        back = GuidanceRescale(rescale, self.schedule, self.prediction) if rescale else None
+        return classifier_free_guidance(self._denoiser(said), against, guidance, back)
 
     def _denoiser(self, said: Said | None) -> Denoiser:
         return NetworkDenoiser(self._told(said), self.schedule, self.prediction, self.learned_range)
@@ -286,7 +304,25 @@ class DiffusionModel(Model):
             raise ValueError(f"The network has {channels} channels in, but its space {self.space.channels}.")
         if null_class and self.classes is None:
             raise ValueError("null_class belongs to a model with classes: leave it out, or learn from labelled images.")
+        if isinstance(self.network, UNet):
+            require_told(self.network, self.conditioner)
         self.signal_shape(*self.image_size)
+
+
+def require_told(network: UNet, conditioner: Conditioner | None) -> None:
+    """ValueError unless a conditioner makes what the network is told, as far as it says what it makes."""
+    made = None if conditioner is None else conditioner.token_width
+    kind = "no conditioner" if conditioner is None else f"a {type(conditioner).__name__}"
+    if network.context != made and (made is not None or conditioner is None or isinstance(conditioner, ClassLabels)):
+        wanted = "attends to no tokens" if network.context is None else f"attends to tokens {network.context} wide"
+        makes = "makes none" if made is None else f"makes them {made} wide"
+        raise ValueError(f"The network {wanted}, but {kind} {makes}: set network.context and model.conditioner alike.")
+    vector = None if conditioner is None else conditioner.vector_width
+    if vector not in (None, network.embedding):
+        raise ValueError(
+            f"The network's embedding has {network.embedding} channels (4 times network.channels), but {kind} makes a"
+            f" vector of {vector}."
+        )
 
 
 def load_generator(

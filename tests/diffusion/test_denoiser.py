@@ -8,6 +8,9 @@ from diffperception.diffusion import (
     Denoiser,
     DenoiserOutput,
     FlowSchedule,
+    GuidanceRescale,
+    NetworkDenoiser,
+    Prediction,
     Schedule,
     VarianceExploding,
     classifier_free_guidance,
@@ -15,6 +18,7 @@ from diffperception.diffusion import (
     clip,
     cosine_schedule,
     sample_heun,
+    threshold,
 )
 from tests.diffusion.gaussian_mixture import Mixture
 
@@ -91,3 +95,34 @@ def test_clipping_keeps_the_signal_in_range() -> None:
     assert torch.equal(clipped.x0, torch.tensor([[-0.5, 0.1, 0.7]]))
     assert clipped.variance_range is not None
     assert clipped.variance_range.max() == 2
+
+
+def constant(value: Tensor) -> Denoiser:
+    return lambda x_t, t: DenoiserOutput(value.to(x_t))
+
+
+def test_thresholding_is_imagens() -> None:
+    """Section 2.3 of arXiv 2205.11487, sample by sample."""
+    x0 = torch.stack([torch.linspace(-4, 4, 101), torch.linspace(-0.5, 0.9, 101)])
+    found = threshold(constant(x0), 0.9)(torch.zeros(2, 101), torch.zeros(2)).x0
+    limit = x0[0].abs().quantile(0.9)
+    assert limit == pytest.approx(3.6)
+    torch.testing.assert_close(found[0], x0[0].clamp(-limit, limit) / limit)
+    torch.testing.assert_close(found[1], x0[1])
+
+
+@pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
+def test_rescaled_guidance_is_that_of_the_networks_own_prediction(kind: Prediction) -> None:
+    """Equations 15 and 16 of arXiv 2305.08891, as diffusers' rescale_noise_cfg has them."""
+    torch.manual_seed(0)
+    schedule = FlowSchedule() if kind == "flow" else cosine_schedule()
+    t = torch.tensor([0.3, 0.6] if kind == "flow" else [200, 600])
+    x, plain, without = (torch.randn(2, 3, 4, 4, dtype=torch.float64) for _ in range(3))
+    with_words, nothing = (NetworkDenoiser(lambda *_, value=value: value, schedule, kind) for value in (plain, without))
+    guided = without + 5 * (plain - without)
+    std = plain.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    expected = 0.7 * guided * std + 0.3 * guided
+    rescale = GuidanceRescale(0.7, schedule, kind)
+    found = classifier_free_guidance(with_words, nothing, 5.0, rescale)(x, t).x0
+    wanted = NetworkDenoiser(lambda *_: expected, schedule, kind)(x, t).x0
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

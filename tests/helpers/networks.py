@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from diffperception.models import DiffusionModel, UNet
+from diffperception.models import DiffusionModel, TextConditioner, UNet
 
 CLASSES = ["disc", "square"]
 
@@ -36,6 +36,14 @@ def two_level_unet(**changes: object) -> UNet:
 def conditional_generator(null_class: bool = True) -> DiffusionModel:
     """Of images of 8 x 8 pixels of two classes."""
     return DiffusionModel(CLASSES, two_level_unet(), image_size=8, null_class=null_class)
+
+
+def captioned_generator() -> DiffusionModel:
+    """Of images of 8 x 8 pixels by the words of two captions."""
+    texts = TextConditioner(width=12, num_heads=2)
+    texts.prepare(["a red star", "a blue ring"])
+    unet = two_level_unet(context=12, attention_kind="transformer")
+    return DiffusionModel(None, unet, texts.eval(), image_size=8).eval()
 
 
 def plain_classifier(channels: int, first: int, second: int, classes: int) -> nn.Sequential:

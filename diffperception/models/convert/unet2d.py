@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffperception.files import read_json
 from diffperception.models.convert.checkpoints import assign, complaints
-from diffperception.models.unet.blocks import Attention, Resample, ResBlock
+from diffperception.models.unet.blocks import Attention, Resample, ResBlock, SpatialTransformer
 from diffperception.models.unet.unet import UNet
 
 Config = Mapping[str, Any]
@@ -86,7 +86,20 @@ _PARTS: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
         **{name: (name,) for name in ("norm1", "conv1", "norm2", "conv2")},
         **{"time": ("time_emb_proj",), "skip": ("conv_shortcut",)},
     },
-    Attention: {"norm": ("group_norm",), "qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)},
+    Attention: {
+        **{"norm": ("group_norm",), "qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)},
+        "words": ("add_k_proj", "add_v_proj"),
+    },
+    SpatialTransformer: {
+        **{name: (name,) for name in ("norm", "proj_in", "proj_out")},
+        **{f"block.{norm}": (f"transformer_blocks.0.{norm}",) for norm in ("norm1", "norm2", "norm3")},
+        **{
+            f"block.{ours}.{layer}": (f"transformer_blocks.0.{theirs}.{name}",)
+            for ours, theirs in (("self_attention", "attn1"), ("cross_attention", "attn2"))
+            for layer, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"))
+        },
+        **{"block.gate": ("transformer_blocks.0.ff.net.0.proj",), "block.out": ("transformer_blocks.0.ff.net.2",)},
+    },
     Resample: {"conv": ("conv",)},
 }
 _FIRST_AND_LAST = {
@@ -248,8 +261,10 @@ def unet_config(network: UNet) -> dict[str, Any]:
 
 
 def _require_expressible(network: UNet) -> None:
-    options, widths = network.arguments, _attended(network)
-    heads = options["num_heads"]
+    options = network.arguments
+    if options["context"] is not None:
+        raise ValueError(f"diffusers cannot say context = {options['context']}: its UNet2DModel attends to no words")
+    widths, heads = _attended(network), options["num_heads"]
     if options["resampling"] == "pool" and len(options["channel_mult"]) > 1:
         raise ValueError("diffusers cannot say resampling = pool: its UNet resamples by conv or block")
     if network.stem.out_channels != network.channels:
@@ -321,7 +336,9 @@ def _layers(network: UNet) -> Iterator[tuple[str, str, nn.Module]]:
             place = f"{theirs}.{level}"
             resamples = False
             for part, layer in enumerate(stage):
-                name = f"attentions.{index}" if isinstance(layer, Attention) else f"resnets.{index}"
+                name = (
+                    f"attentions.{index}" if isinstance(layer, Attention | SpatialTransformer) else f"resnets.{index}"
+                )
                 if isinstance(layer, Resample) or getattr(layer, "resample", None) is not None:
                     name, resamples = f"{sampler}.0", True
                 yield f"{ours}.{number}.{part}", f"{place}.{name}", layer

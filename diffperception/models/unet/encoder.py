@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,11 +17,15 @@ from diffperception.models.unet.blocks import (
     Direction,
     Resample,
     ResBlock,
+    SpatialTransformer,
     Stage,
+    Told,
     time_embedding,
 )
 
 Resampling = Literal["block", "conv", "pool"]
+AttentionKind = Literal["added", "transformer"]
+TRANSFORMER_EPS = 1e-6  # of the norm before a transformer, in latent diffusion
 
 
 class Encoder(Model):
@@ -52,20 +57,20 @@ class Encoder(Model):
         """The embedding (B, E) of times (B,), in the dtype of ``x``, before its activation."""
         return self.time_embed(time_embedding(t, self.channels, self.frequency_shift).to(x.dtype))
 
-    def encode(self, x: Tensor, emb: Tensor) -> Iterator[Tensor]:
-        """Maps of the stem, of each stage and of the middle, from images (B, C, H, W) and the activated embedding."""
+    def encode(self, x: Tensor, told: Told) -> Iterator[Tensor]:
+        """Maps of the stem, of each stage and of the middle, from images (B, C, H, W) and what layers are told."""
         self._check_image(x)
         # Convolutions of the CPU are fastest on pixels whose channels lie together; group norm of the GPU is not.
         h = self.stem(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
         yield h
         for stage in (*self.encoder, self.middle):
-            h = self._run(stage, h, emb)
+            h = self._run(stage, h, told)
             yield h
 
-    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+    def _run(self, stage: nn.Module, h: Tensor, told: Told) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, h, emb, use_reentrant=False)
-        return stage(h, emb)
+            return checkpoint(stage, h, told, use_reentrant=False)
+        return stage(h, told)
 
     def _check_image(self, x: Tensor) -> None:
         _, channels, height, width = x.shape
@@ -104,6 +109,8 @@ class Layers:
     norm_eps: float = 1e-5
     frequency_shift: int = 0
     one_sided_padding: bool = False
+    context: int | None = None
+    attention_kind: AttentionKind = "added"
 
     def __post_init__(self) -> None:
         widths = self.widths
@@ -116,12 +123,17 @@ class Layers:
         factors = [2**level for level in range(len(widths))]
         if not set(self.attention) <= set(factors):
             raise ValueError(f"Downsampling factors are {factors}; `attention` names {list(self.attention)}.")
-        counts = ("in_channels", "channels", "num_res_blocks", "num_heads", "num_head_channels")
+        counts = ("in_channels", "channels", "num_res_blocks", "num_heads", "num_head_channels", "context")
         require_positive({name: getattr(self, name) for name in counts})
         if self.frequency_shift and not 0 < self.frequency_shift < self.channels // 2:  # else no frequency is finite
             raise ValueError(
                 f"frequency_shift must be 0 or above, and below half the {self.channels} channels, not"
                 f" {self.frequency_shift}"
+            )
+
+        if self.attention_kind == "transformer" and self.context is None:
+            raise ValueError(
+                "attention_kind transformer attends to words: give context, how wide their tokens are, or take added"
             )
 
     @property
@@ -178,8 +190,11 @@ class Layers:
             return self.residual(width, width, direction)
         return Resample(width, direction, self.resampling == "conv", self.one_sided_padding)
 
-    def attend(self, width: int) -> Attention:
-        return Attention(width, self.heads_of(width), self.norm)
+    def attend(self, width: int) -> nn.Module:
+        if self.attention_kind == "transformer" and self.context is not None:
+            norm = partial(nn.GroupNorm, self.norm_groups, eps=TRANSFORMER_EPS)
+            return SpatialTransformer(width, self.heads_of(width), norm, self.context)
+        return Attention(width, self.heads_of(width), self.norm, self.context)
 
     def heads_of(self, width: int) -> int:
         name = "num_head_channels" if self.num_heads is None else "num_heads"

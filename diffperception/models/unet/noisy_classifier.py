@@ -13,7 +13,7 @@ from diffperception.diffusion import ScheduleName, named_schedule
 from diffperception.models.convert import adm
 from diffperception.models.convert.checkpoints import class_names
 from diffperception.models.ops.normalization import group_norm
-from diffperception.models.unet.blocks import zeroed
+from diffperception.models.unet.blocks import Told, zeroed
 from diffperception.models.unet.encoder import Encoder, Layers, Resampling, both_sides
 
 Pooling = Literal["attention", "adaptive"]
@@ -110,7 +110,7 @@ class NoisyClassifier(Encoder):
 
         ValueError for another number of channels or a size that the classifier does not take.
         """
-        *_, h = self.encode(x, F.silu(self.embed(x, t)))
+        *_, h = self.encode(x, Told(F.silu(self.embed(x, t))))
         return self.pool(F.silu(group_norm(self.out_norm, h)))
 
     def _check_image(self, x: Tensor) -> None:

@@ -12,8 +12,8 @@ from diffperception.models.condition import Condition
 from diffperception.models.convert import adm
 from diffperception.models.feature_info import FeatureInfo, strides_in_words
 from diffperception.models.ops.normalization import group_norm
-from diffperception.models.unet.blocks import NORM_GROUPS, zeroed
-from diffperception.models.unet.encoder import Encoder, Layers, Resampling, require_positive
+from diffperception.models.unet.blocks import NORM_GROUPS, Told, zeroed
+from diffperception.models.unet.encoder import AttentionKind, Encoder, Layers, Resampling, require_positive
 
 
 class UNet(Encoder):
@@ -36,6 +36,9 @@ class UNet(Encoder):
         norm_eps: added to variances.
         frequency_shift: of the time's K sinusoids the k-th has the frequency 10000^(-k / (K - frequency_shift)).
         one_sided_padding: downsampling convolutions pad the right and the lower side alone, as in DDPM's own code.
+        context: D, how wide the tokens of words are that attention reads; None for a network without words.
+        attention_kind: how it reads them: their keys and values are added to those of the positions (GLIDE), or a
+            transformer attends to them on their own (latent diffusion, Stable Diffusion), which says where a word is.
 
     Attributes:
         block_info: the decoder blocks, from the innermost as the reference's ``output_blocks``; strides are in cells of
@@ -43,8 +46,8 @@ class UNet(Encoder):
         embedding: E, channels of the time's embedding, to which a condition's vector is added.
 
     Raises:
-        ValueError: if a number is not above 0, a width is not a multiple of norm_groups or of its heads, or no level
-            has a factor in ``attention``.
+        ValueError: if a number is not above 0, a width is not a multiple of norm_groups or of its heads, no level has
+            a factor in ``attention``, or transformers are without ``context``.
     """
 
     kind = "UNet"
@@ -67,6 +70,8 @@ class UNet(Encoder):
         norm_eps: float = 1e-5,
         frequency_shift: int = 0,
         one_sided_padding: bool = False,
+        context: int | None = None,
+        attention_kind: AttentionKind = "added",
     ) -> None:
         sizes = (in_channels, channels, channel_mult, num_res_blocks)
         layers = Layers(
@@ -81,9 +86,12 @@ class UNet(Encoder):
             norm_eps=norm_eps,
             frequency_shift=frequency_shift,
             one_sided_padding=one_sided_padding,
+            context=context,
+            attention_kind=attention_kind,
         )
         super().__init__(layers, checkpointing)
         require_positive({"out_channels": out_channels})
+        self.context = context
         self.decoder, self.block_info = layers.decoder(self.skip_widths)
         self.out_channels = out_channels or in_channels
         self.out_norm = layers.norm(layers.widths[0])
@@ -119,7 +127,8 @@ class UNet(Encoder):
         Args:
             x: (B, C, H, W) noisy images, -1..1.
             t: (B,) times, 0..1000, whole or not.
-            condition: its vector (B, E) is added to the time's embedding; no other slot is read.
+            condition: its vector (B, E) is added to the time's embedding; with :attr:`context` its tokens (B, L, D),
+                all or those that its mask counts, are attended to; no other slot is read.
         """
         *_, h = self._decoder_outputs(x, t, condition)
         return self.out_conv(group_norm(self.out_norm, h, activate=True)).contiguous()
@@ -166,13 +175,20 @@ class UNet(Encoder):
         return [parameter for module in later for parameter in module.parameters()]
 
     def _decoder_outputs(self, x: Tensor, t: Tensor, condition: Condition | None) -> Iterator[Tensor]:
-        emb = self.embed(x, t)
-        if condition is not None:
-            if any(slot is not None for slot in (condition.tokens, condition.labels, condition.maps)):
-                raise ValueError("This UNet is told a condition's vector alone: it has no layers for tokens or maps.")
-            emb = emb if condition.vector is None else emb + condition.vector
-        emb = F.silu(emb)
-        *skips, h = self.encode(x, emb)
+        told = self._told(self.embed(x, t), condition or Condition())
+        *skips, h = self.encode(x, told)
         for stage in self.decoder:
-            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), told)
             yield h
+
+    def _told(self, emb: Tensor, condition: Condition) -> Told:
+        """What the layers are told; ValueError for slots of a condition that they do not read, or lack."""
+        if condition.labels is not None or condition.maps is not None:
+            raise ValueError("This UNet is told a condition's vector and tokens: it has no layers for labels or maps.")
+        tokens = condition.tokens
+        if (None if tokens is None else tokens.shape[2]) != self.context:
+            takes = "no tokens" if self.context is None else f"tokens {self.context} wide, as its context says"
+            given = "none" if tokens is None else f"some {tokens.shape[2]} wide"
+            raise ValueError(f"This UNet takes {takes}, and is told {given}.")
+        emb = F.silu(emb if condition.vector is None else emb + condition.vector)
+        return Told(emb, None if tokens is None else tokens.to(emb.dtype), condition.mask)

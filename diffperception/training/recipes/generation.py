@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -43,8 +44,8 @@ class ObjectiveOptions:
             gradients of a learned variance (arXiv 2102.09672).
         min_snr: weigh the loss of x0 by the signal-to-noise ratio, at most this (arXiv 2303.09556; 5 there); null
             weighs the loss of the prediction by 1.
-        label_dropout: fraction of images whose label is replaced by the null class, for classifier-free guidance; the
-            model needs a null class.
+        label_dropout: fraction of images whose label is replaced by the null class, or whose caption by nothing, for
+            classifier-free guidance; a model of labels needs a null class.
         noise: cpu draws the same noise whatever the model is trained on; device draws it there, which takes no core of
             the CPU and no copy, but gives other numbers.
     """
@@ -87,7 +88,7 @@ class GenerationModule(TrainingModule):
         super().__init__(model, options, seed)
         self.freeze_stages()
         if objective.label_dropout and (model.conditioner is None or not model.conditioner.has_absent):
-            raise ValueError("objective.label_dropout needs classes and model.null_class: true")
+            raise ValueError("objective.label_dropout needs classes and model.null_class: true, or captions")
         self.times: UniformTimes | LossSecondMoment = UniformTimes(model.schedule)
         if objective.times == "loss_second_moment":
             self.times = LossSecondMoment(model.schedule.require_discrete(f"objective.times {objective.times}"))
@@ -233,6 +234,7 @@ class GenerationRecipe(Recipe):
     def prepare(self, seed: int) -> Parts:
         model = construct(self.model, self.data.classes())
         train, val = self.data.open(model.image_size, model.space.image_channels)
+        model.prepare(None if train.captions is None else list(chain.from_iterable(train.captions)))
         height, width = model.image_size
         return Parts(
             GenerationModule(model, self.optimizer, seed, self.objective),

@@ -22,7 +22,7 @@ from diffperception.diffusion import (
 from diffperception.models import Condition, DiffusionModel, UNet
 from diffperception.models.base import describe
 from diffperception.models.convert import adm
-from diffperception.models.unet.blocks import Resample, time_embedding
+from diffperception.models.unet.blocks import Resample, Told, time_embedding
 from tests.helpers.devices import Device
 from tests.helpers.networks import tiny_unet
 from tests.parity import FOLDER, arrays, distance, filled_state
@@ -225,7 +225,7 @@ def test_a_new_model_predicts_nothing_and_its_branches_add_nothing() -> None:
     assert not unet(x, t).any()
     block = unet.encoder[0][0]
     h = torch.randn(2, 32, 8, 8)
-    assert torch.allclose(block(h, torch.randn(2, 128)), h)
+    assert torch.allclose(block(h, Told(torch.randn(2, 128))), h)
 
 
 @pytest.mark.parametrize("resampling", ["block", "conv", "pool"])
@@ -387,8 +387,8 @@ def test_impossible_inputs_are_refused() -> None:
         unet.check_size(-32, 32)
     with pytest.raises(ValueError, match="3 channels, not 1"):
         unet(torch.zeros(1, 1, 32, 32), t)
-    for slot in ("tokens", "maps"):
-        with pytest.raises(ValueError, match="no layers for tokens or maps"):
+    for slot, complaint in (("tokens", "takes no tokens"), ("maps", "no layers for labels or maps")):
+        with pytest.raises(ValueError, match=complaint):
             unet(torch.zeros(1, 3, 32, 32), t, Condition(**{slot: torch.zeros(1, 4, 4)}))
     for blocks in ((6,), (-1,), ()):
         with pytest.raises(ValueError, match="blocks among 0 to 5"):
