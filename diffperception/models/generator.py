@@ -247,13 +247,13 @@ class DiffusionModel(Model):
         return None if self.conditioner is None else self.conditioner.read(targets)
 
     def prepare(self, captions: Sequence[str] | None) -> None:
-        """Take note, before a training, of its images' captions; ValueError if it lacks them, or reads none."""
+        """Take note, before a training, of its images' captions; ValueError if it lacks or ignores them."""
         if self.conditioner is not None:
             self.conditioner.prepare(captions)
         elif captions is not None:
             raise ValueError(
-                "the images have captions, but the model has no conditioner that reads them: leave data.captions out, or"
-                " set model.conditioner, to TextConditioner for example"
+                "the images have captions, but the model has no conditioner that reads them: leave data.captions out,"
+                " or set model.conditioner, to TextConditioner for example"
             )
 
     def losses(

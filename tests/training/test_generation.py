@@ -1,6 +1,7 @@
 """Training a generator: resumed bit for bit, it learns, it shows samples, and it says what is wrong."""
 
 import itertools
+import json
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from diffperception.data.image_folder import ImageDataOptions, ImageFolder
 from diffperception.diffusion import LossSecondMoment
 from diffperception.generation import DiffusionModel, SamplingOptions, sample
-from diffperception.models import UNet
+from diffperception.models import TextConditioner, UNet
 from diffperception.training.options import OptimizerOptions
 from diffperception.training.recipes.generation import (
     Batch,
@@ -388,3 +389,35 @@ def test_a_loss_that_is_no_number_names_its_pictures(
     said = complaint(capsys)
     assert "not finite" in said
     assert ".png" in said
+
+
+def test_a_generator_learns_words_and_draws_by_them(config: Path, tmp_path: Path, capsys: Any) -> None:
+    """With a word that only pictures to measure on have; what is shown are captions."""
+    names = [f"{'even' if i % 2 == 0 else 'odd'}/{i}.png" for i in range(6)]
+    for name, words in (("captions", "noise number"), ("val_captions", "other noise")):
+        content = {
+            "images": [{"id": i, "file_name": each} for i, each in enumerate(names)],
+            "annotations": [{"image_id": i, "caption": f"{words} {i}"} for i in range(6)],
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    plain = [*PLAIN, *UNLABELLED, "--model.schedule", "cosine"]
+    options = [*plain, "--model.network.context", "32", "--model.network.attention", "[2]"]
+    text = ["--model.conditioner", "TextConditioner", "--model.conditioner.width", "32"]
+    captions = ["--data.captions", f"{tmp_path}/captions.json", "--data.val_captions", f"{tmp_path}/val_captions.json"]
+    steps = ["--trainer.max_steps", "2", "--objective.label_dropout", "0.5", "--preview.every", "null"]
+    run = tmp_path / "run"
+    assert train(config, run, *options, *text, *captions, *steps) == 0
+    model = DiffusionModel.load(run / "model.safetensors")
+    assert isinstance(model.conditioner, TextConditioner)
+    assert model.conditioner.vocabulary == ["0", "1", "2", "3", "4", "5", "noise", "number"]
+    assert model.conditioner.length == 5
+    assert (run / "pictures" / "captions.txt").read_text().splitlines() == ["noise number 0", "noise number 2"]
+    capsys.readouterr()
+    for given, said in (
+        ([*options, *text], "name them with data.captions"),
+        ([*plain, *captions], "no conditioner that reads them"),
+        ([*options, *captions], "attends to tokens 32 wide, but no conditioner"),
+        ([*options, *text, *captions[:2]], "data.val_captions"),
+    ):
+        assert train(config, tmp_path / "refused", *given, "--objective.label_dropout", "0") == 2
+        assert said in complaint(capsys)

@@ -19,10 +19,11 @@ from diffperception.data.image_folder import ImageDataOptions, ImageFolder
 from diffperception.data.images import LazyMap
 from diffperception.devices import first_process, gather, share, to_device
 from diffperception.diffusion import LossSecondMoment, UniformTimes, sample_seed
-from diffperception.files import OutputFolder
+from diffperception.files import OutputFolder, write_text
 from diffperception.generation.inference import draw_samples
 from diffperception.generation.sampling import SamplingOptions, sampling_grid
 from diffperception.models.generator import DiffusionModel
+from diffperception.models.text_conditioner import TextReader
 from diffperception.models.unet.encoder import both_sides
 from diffperception.training.configured import options_for
 from diffperception.training.data import TrainingData
@@ -198,6 +199,9 @@ class GenerationEvaluator(Evaluator):
         images = gather([image for _, batch in drawn for image in batch.cpu()])
         if first_process():
             save_png(image_grid(images), folder.file(name))
+            if isinstance(model.conditioner, TextReader):
+                shown = model.conditioner.choose(None, range(options.num_samples))
+                write_text(folder.file("pictures/captions.txt"), "\n".join(shown) + "\n")
 
 
 @dataclass

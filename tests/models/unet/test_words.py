@@ -94,7 +94,8 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_new_network_knows_no_words_yet() -> None:
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([10])
     for kind in KINDS:
-        unet = UNet(channels=32, channel_mult=(1, 1), attention=(2,), context=12, attention_kind=kind)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"context": 12, "attention_kind": kind}
+        unet = UNet(channels=32, channel_mult=(1, 1), attention=(2,), num_head_channels=16, **options)
         torch.nn.init.normal_(unet.out_conv.weight)
         outs: list[Tensor] = [unet(x, t, said(1)) for _ in range(2)]
         assert torch.equal(*outs)
