@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from diffperception.detection.boxes import clamp_min_size, decode_boxes, encode_boxes
 from diffperception.detection.criterion import Criterion, SetCriterion
+from diffperception.detection.distillation import distillation_loss
 from diffperception.detection.heads.boxes import DynamicHead, Head, HeadOutput
 from diffperception.detection.heads.dense import AuxiliaryHead
 from diffperception.detection.sampler import BoxSampler, Step, to_image_pixels
@@ -253,11 +254,16 @@ class DiffusionDet(Detector):
         return self.backbone(pad_images(images, self.mean, self.std, self.pad_multiple))
 
     def loss(
-        self, images: list[Tensor], targets: list[dict], generator: torch.Generator | None = None
+        self,
+        images: list[Tensor],
+        targets: list[dict],
+        generator: torch.Generator | None = None,
+        taught: list[dict] | None = None,
     ) -> dict[str, Tensor]:
         """See `Detector.loss`. Terms are the criterion's: `classification`, `l1`, `giou`, each summed over the stages.
 
-        And those of the auxiliary head, if there is one.
+        And those of the auxiliary head, if there is one; and `distillation`, unweighted, if there are detections of a
+        teacher to learn from, `taught`: dicts of `boxes`, `scores` and `labels`, as of `predict`.
 
         What is drawn, and the noisy boxes, are computed on the CPU: a GPU is not waited for, and starts from the same.
         """
@@ -269,6 +275,9 @@ class DiffusionDet(Detector):
         pyramid = FeaturePyramid.from_maps([maps], self.strides).repeat(self.noise_draws)
         output = self.head(pyramid, to_device(boxes, self.device), to_device(t, self.device))
         terms = self.criterion(output, learned.to(self.device), self.class_frequencies, generator)
+        if taught is not None:
+            found = PaddedTargets.collate(taught, objects.image_sizes).repeat(self.noise_draws)
+            terms["distillation"] = distillation_loss(output, found.to(self.device))
         return terms if self.auxiliary is None else terms | self.auxiliary.loss(maps, self.strides, objects)
 
     def _limit(self, targets: PaddedTargets, generator: torch.Generator | None) -> PaddedTargets:

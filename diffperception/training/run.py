@@ -68,9 +68,12 @@ def run(recipe: Recipe, options: RunOptions, settings: Mapping[str, Any] | None 
         raise ValueError(f"trainer.max_steps is not for {recipe.task}: its options fit say how long it takes")
     trainer = replace(options.trainer, max_steps=parts.module.max_steps or options.trainer.max_steps)
     checkpoint = None
-    contents = parts.module.contents = {} if folder is None else contents_of(getattr(recipe, "data", None))
+    if folder is not None:
+        parts.module.contents |= contents_of(getattr(recipe, "data", None))
     if folder is not None and options.resume:
-        checkpoint = read_to_resume(folder, settings, recipe.lasting, trainer.max_steps, parts.module.model, contents)
+        checkpoint = read_to_resume(
+            folder, settings, recipe.lasting, trainer.max_steps, parts.module.model, parts.module.contents
+        )
     started = None if checkpoint or recipe.init is None else parts.module.start_from(recipe.init)
     if folder is not None and first_process():
         folder.begin(options.overwrite, settings)

@@ -11,8 +11,9 @@ from diffperception.files import OutputFolder
 from diffperception.generation import SamplingOptions
 from diffperception.models import DiffusionModel
 from diffperception.training.recipes.generation import GenerationEvaluator, PreviewOptions
-from tests.helpers.runs import TORCHRUN, assert_same_run, python
+from tests.helpers.runs import TORCHRUN, assert_same_run, logged, python
 from tests.training.tiny_data import write_tiny_config
+from tests.training.tiny_detector import UnpluggedDiffusionDet
 from tests.training.tiny_generator import write_tiny_generator
 
 
@@ -22,6 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for name in ("detector", "generator_config"):
         (folder / name).mkdir()
+    UnpluggedDiffusionDet(["disc", "square"]).save(folder / "teacher.safetensors")
     detector, generator = write_tiny_config(folder / "detector"), write_tiny_generator(folder / "generator_config")
     assert python(*TORCHRUN, "-m", "tests.training.two_processes", str(detector), str(generator), str(folder)) == 0
     return folder
@@ -29,6 +31,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_that_is_cut_off_and_resumed_ends_like_the_uninterrupted_one(runs: Path) -> None:
     assert_same_run(runs / "whole", runs / "stopped")
+
+
+def test_both_learn_from_a_teacher(runs: Path) -> None:
+    assert all(float(row["train/loss_distillation"]) > 0 for row in logged(runs / "taught") if row["train/loss"])
+    assert (runs / "taught/model.safetensors").is_file()
 
 
 def test_times_are_learned_from_the_losses_of_both(runs: Path) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from diffperception.configuration.messages import construct
 from diffperception.data import CocoDetection
+from diffperception.data.annotations import shortened
 from diffperception.data.batches import repeat_factors
 from diffperception.data.formats import Annotations, Format, open_annotations, split_annotations
 from diffperception.data.formats.writers import coco_content
 from diffperception.data.soundness import crowded_images, objects_below, require, resizing
 from diffperception.data.tiles import RandomTile, Tiling
 from diffperception.data.transforms import TrainingTransforms
-from diffperception.detection import Detector
+from diffperception.detection import Detector, DiffusionDet
 from diffperception.detection.evaluator import CocoEvaluator, CocoResult, Protocol, iou_types
 from diffperception.detection.inference import (
     draw_predictions,
@@ -29,7 +30,7 @@ from diffperception.detection.inference import (
 )
 from diffperception.detection.tiles import require_no_masks
 from diffperception.echo import echo
-from diffperception.files import OutputFolder, write_json
+from diffperception.files import OutputFolder, digest, write_json
 from diffperception.models import Backbone
 from diffperception.models.backbones.timm import loaded_weights
 from diffperception.training.data import TrainingData
@@ -191,7 +192,7 @@ class DetectionModule(TrainingModule):
     def loss_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         images, targets = batch
         try:
-            return self.model.loss(images, targets, generator=generator)
+            return self.loss_of(images, targets, generator)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -201,6 +202,10 @@ class DetectionModule(TrainingModule):
                 " raise data.batch_size, let the transforms make images larger (short_sides), or train without the"
                 " statistics of batches (freeze_norm: true and fpn_norm: false in the model)"
             ) from None
+
+    def loss_of(self, images: list[Tensor], targets: list[dict], generator: torch.Generator) -> dict[str, Tensor]:
+        """The terms, as of `loss_terms`."""
+        return self.model.loss(images, targets, generator=generator)
 
     def describe(self, batch: Batch) -> str:
         ids = ", ".join(str(target["image_id"]) for target in batch[1])
@@ -214,6 +219,74 @@ class DetectionModule(TrainingModule):
         for name in ("backbone", "head"):  # a user's detector may have others
             if isinstance(part := getattr(self.model, name, None), torch.nn.Module):
                 part.compile()
+
+
+class DistillationModule(DetectionModule):
+    """A DiffusionDet learns in one step what a teacher finds in several, beside the annotations.
+
+    The term `distillation` of the loss wants of each box and class the score times IoU of the teacher's detection.
+
+    Args:
+        model, options, seed: as of `DetectionModule`.
+        teacher: a trained detector of the same classes, such as the file that training starts from with `init`.
+        steps: of the teacher's; by default its own number.
+        num_boxes: of the teacher's; by default its own number.
+        weight: of the term.
+    """
+
+    model: DiffusionDet
+
+    def __init__(
+        self,
+        model: Detector,
+        options: OptimizerOptions,
+        seed: int,
+        teacher: Path,
+        steps: PositiveInt | None = None,
+        num_boxes: PositiveInt | None = None,
+        weight: NonNegativeFloat = 6.0,
+    ):
+        super().__init__(model, options, seed)
+        if not isinstance(model, DiffusionDet):
+            raise ValueError(f"{type(model).__name__} takes no steps that a teacher could spare: train a DiffusionDet")
+        self.weight = float(weight)
+        self.teacher = Teacher(Detector.load(teacher), model.classes, teacher, steps, num_boxes)
+        self.contents["module.teacher"] = digest(teacher)
+
+    def on_fit_start(self) -> None:
+        self.teacher.detector.to(self.device)
+
+    def loss_of(self, images: list[Tensor], targets: list[dict], generator: torch.Generator) -> dict[str, Tensor]:
+        terms = self.model.loss(images, targets, generator=generator, taught=self.teacher(images, generator))
+        return terms | {"distillation": self.weight * terms["distillation"]}
+
+
+class Teacher:
+    """A trained detector whose detections another learns; its weights are in no average and no checkpoint of that."""
+
+    def __init__(
+        self, detector: Detector, classes: list[str], path: Path, steps: int | None, num_boxes: int | None
+    ) -> None:
+        if set(detector.classes) != set(classes):
+            raise ValueError(
+                f"the teacher {path} has {len(detector.classes)} classes ({shortened(detector.classes)}), but"
+                f" {len(classes)} are learned ({shortened(classes)}): give one that was trained for these"
+            )
+        self.detector = detector.requires_grad_(False)
+        self.sampler = detector.sampler_with(steps=steps, num_boxes=num_boxes)
+        self.labels = torch.tensor([classes.index(name) for name in detector.classes])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        return self
+
+    def __call__(self, images: list[Tensor], generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """What it finds in the images, its noise drawn from the generator: boxes, scores and labels of the student."""
+        seeds = torch.randint(1 << 31, (len(images),), generator=generator).tolist()
+        with torch.no_grad():  # a user's detector may predict with gradients
+            found = self.detector.predict(images, seeds, self.sampler)
+        columns = [torch.cat([d["boxes"], d["scores"][:, None], d["labels"][:, None]], 1) for d in found]
+        rows = torch.cat(columns).float().cpu().split([len(column) for column in columns])  # a GPU is waited for once
+        return [{"boxes": r[:, :4], "scores": r[:, 4], "labels": self.labels[r[:, 5].long()]} for r in rows]
 
 
 class DetectionEvaluator(Evaluator):
@@ -292,7 +365,7 @@ class DetectionRecipe(Recipe):
     data: DataOptions
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    module: type[DetectionModule] = DetectionModule
+    module: Callable[[Detector, OptimizerOptions, int], DetectionModule] = DetectionModule
     init: Path | None = None
 
     def prepare(self, seed: int) -> Parts:
