@@ -49,6 +49,7 @@ def evaluate_detector_file(
     eta: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     nms_threshold: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
     box_voting: ClosedUnitInterval | list[ClosedUnitInterval] | None = None,
+    spread: bool | list[bool] | None = None,
     start_time: NonNegativeInt | Literal["noise"] | list[NonNegativeInt | Literal["noise"]] | None = None,
     masks: bool = False,
     workers: NonNegativeInt = 2,
@@ -83,7 +84,7 @@ def evaluate_detector_file(
     folder, place = OutputFolder(output, overwrite) if output else None, pick_device(device)
     settings = {"mode": mode, "num_boxes": num_boxes, "renewal_threshold": renewal_threshold, "ensemble": ensemble}
     settings |= {"eta": eta, "nms_threshold": nms_threshold, "box_voting": box_voting, "start_time": start_time}
-    settings |= {"steps": steps}
+    settings |= {"spread": spread, "steps": steps}
     with join_processes():
         detector = Detector.load(model, place)
         detector.pad_together = pad_together

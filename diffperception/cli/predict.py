@@ -25,6 +25,7 @@ def predict_detector(
     eta: ClosedUnitInterval | None = None,
     nms_threshold: ClosedUnitInterval | None = None,
     box_voting: ClosedUnitInterval | None = None,
+    spread: bool | None = None,
     start_time: NonNegativeInt | Literal["noise"] | None = None,
     device: str = "auto",
 ) -> None:
@@ -32,7 +33,7 @@ def predict_detector(
     with join_processes():
         detector = Detector.load(model, place)
         settings = {"renewal_threshold": renewal_threshold, "nms_threshold": nms_threshold, "box_voting": box_voting}
-        settings["start_time"] = start_time
+        settings |= {"spread": spread, "start_time": start_time}
         sampler = detector.sampler_with(steps=steps, num_boxes=num_boxes, ensemble=ensemble, eta=eta, **settings)
         found = detect(detector, sampler=sampler)
     number, output = plural(len(found.detections), "detection"), detect.keywords["output"]

@@ -39,6 +39,8 @@ HELP = {  # of options that several commands have, where a docstring says nothin
     "nms_threshold": "of two boxes of a class whose IoU is above this, only the better counts; 1 turns it off.",
     "start": "a COCO results file, such as the predictions.json of another run, whose boxes are started from instead of"
     " noise alone, noised to `start_time`: of each image the best, `num_boxes` at most.",
+    "spread": "whether the boxes of pure noise are spread evenly over places and sizes, which finds more in one step of"
+    " few boxes, or drawn independently of each other.",
     "start_time": "the time of the schedule, from 0 to T - 1, that the boxes which are started from are noised to: the"
     " smaller, the more of them is kept. They are those of `start`, or else what the model's auxiliary head proposes;"
     " noise starts from none. By default the model's own.",

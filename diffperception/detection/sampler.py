@@ -13,7 +13,7 @@ from diffperception.detection.boxes import clamp_min_size, decode_boxes, encode_
 from diffperception.detection.heads.boxes import HeadOutput
 from diffperception.detection.start import Start
 from diffperception.devices import to_device
-from diffperception.diffusion import DiscreteSchedule, SampleNoise, add_noise, ddim_step
+from diffperception.diffusion import DiscreteSchedule, SampleNoise, add_noise, ddim_step, derive_seed, spread_noise
 
 # (boxes (B, N, 4) xyxy pixels, t (B,)) -> the last stage's output, its tensors (B, N, ...)
 BoxDenoiser = Callable[[Tensor, Tensor], HeadOutput]
@@ -48,6 +48,8 @@ class BoxSampler:
         mode: `ddim` walks t from T to 0; two controls show what the walk is worth: `fixed_time` tells the network, and
             the step from one noise level to the next, that t is T - 1 every time, while the levels stepped to fall as
             in `ddim`; `fresh_boxes` starts every step from new noise.
+        spread: the boxes of pure noise are spread evenly over places and sizes, and so find more objects where they are
+            few, instead of being drawn independently of each other.
         start_time: where boxes are given to start from, they are noised to this time of the schedule, 0 to T - 1, and
             the steps go on from there: the smaller, the more of them is kept. Null: there are none.
 
@@ -63,6 +65,7 @@ class BoxSampler:
     nms_threshold: float | None = 0.5
     box_voting: float | None = None
     mode: Mode = "ddim"
+    spread: bool = False
     start_time: int | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +123,10 @@ class BoxSampler:
         are, so that these do not shift later draws.
         """
         noise, like = SampleNoise(seeds), torch.empty(len(seeds), self.num_boxes or 0, 4)
-        return torch.stack([noise(like) for _ in range(2 * self.steps - 1)])
+        drawn = torch.stack([noise(like) for _ in range(2 * self.steps - 1)])
+        for number in range(0, len(drawn), 2) if self.spread else []:
+            drawn[number] = spread_noise([derive_seed(seed, number) for seed in seeds], *like.shape[1:])
+        return drawn
 
     def walk(
         self,

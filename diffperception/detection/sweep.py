@@ -81,7 +81,7 @@ class Sweep:
         """A line per combination, and how to read it."""
         warm = {"start_time": "start"} if any(row.sampler.start_time is not None for row in self.rows) else {}
         finer = warm | {"renewal_threshold": "renewal", "ensemble": "ensemble", "eta": "eta", "nms_threshold": "nms"}
-        finer |= {"box_voting": "voting"}
+        finer |= {"box_voting": "voting", "spread": "spread"}
         same = {name for name in finer if len({getattr(row.sampler, name) for row in self.rows}) == 1}
         varied = {name: title for name, title in finer.items() if name not in same}
         columns = {"mode": "mode", "num_boxes": "boxes"} | varied | {"steps": "steps"}
@@ -233,8 +233,8 @@ def _without_idle(sampler: BoxSampler) -> BoxSampler:
     """Equal for settings that predict the same: what happens between steps does nothing in a single one."""
     if sampler.steps > 1:
         return sampler
-    kept = {name: getattr(sampler, name) for name in ("num_boxes", "nms_threshold", "box_voting", "start_time")}
-    return BoxSampler(1, **kept)
+    kept = ("num_boxes", "nms_threshold", "box_voting", "spread", "start_time")
+    return BoxSampler(1, **{name: getattr(sampler, name) for name in kept})
 
 
 def _now(device: torch.device) -> float:

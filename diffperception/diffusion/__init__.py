@@ -13,7 +13,7 @@ from diffperception.diffusion.denoiser import (
     threshold,
 )
 from diffperception.diffusion.likelihood import log_density
-from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed
+from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed, spread_noise
 from diffperception.diffusion.objective import LossSecondMoment, Objective, UniformTimes, variational_bound
 from diffperception.diffusion.prediction import Prediction, target, to_eps, to_x0
 from diffperception.diffusion.samplers import (

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SPREAD_MARGIN = 1e-7  # of evenly spread points from 0 and 1, where the normal quantile is infinite
 NoiseFn = Callable[[Tensor], Tensor]  # standard normal noise of a tensor's shape, dtype and device
 
 
@@ -27,6 +28,16 @@ def sample_seed(seed: int, index: int) -> int:
 def name_seed(seed: int, name: str) -> int:
     """The seed of the noise of an image that is known by its file's name alone."""
     return sample_seed(seed, zlib.crc32(name.encode()))
+
+
+def spread_noise(seeds: Sequence[int], count: int, axes: int) -> Tensor:
+    """Points that are standard normal each and fill the space evenly together, (B, count, axes), on the CPU.
+
+    They are scrambled Sobol points (Owen, Journal of Complexity 14, 1998), of each sample by a seed of its own.
+    """
+    engines = [torch.quasirandom.SobolEngine(axes, scramble=True, seed=seed) for seed in seeds]
+    points = torch.stack([engine.draw(count, dtype=torch.float64) for engine in engines])
+    return torch.special.ndtri(points.clamp(SPREAD_MARGIN, 1 - SPREAD_MARGIN)).float()
 
 
 class SampleNoise:

@@ -52,6 +52,19 @@ def test_pure_noise_at_the_last_time_is_prediction_as_always(detector: Diffusion
     assert len(plain[0]["boxes"])
 
 
+def test_spread_noise_changes_the_boxes_and_not_the_noise_of_the_steps(detector: DiffusionDet) -> None:
+    plain, spread = (BoxSampler(3, 15, spread=on).draw(SEEDS) for on in (False, True))
+    assert torch.equal(plain[1::2], spread[1::2])
+    assert not torch.isclose(plain[::2], spread[::2]).any()
+    drawn = entering(detector, [None, None], start_time=LAST, spread=True)
+    sizes = image_sizes(IMAGES)
+    expected = decode_boxes(BoxSampler(1, 20, spread=True).draw(SEEDS)[0], sizes, 2.0)
+    whole = (expected[..., 2:] - expected[..., :2]).amin(-1) >= 1  # others are widened to a pixel
+    torch.testing.assert_close(drawn[whole], expected[whole])
+    both = detector.predict(IMAGES, SEEDS, BoxSampler(2, 15, spread=True))
+    assert_same_detections(both[1:], detector.predict(IMAGES[1:], SEEDS[1:], BoxSampler(2, 15, spread=True)))
+
+
 def test_an_image_without_boxes_is_as_always_beside_one_that_has_some(detector: DiffusionDet) -> None:
     plain = detector.predict(IMAGES, SEEDS, steps=2)
     mixed = detector.predict(IMAGES, SEEDS, steps=2, start=[BOXES, torch.empty(0, 4)], start_time=LAST)

@@ -347,7 +347,7 @@ class DetectionRecipe(Recipe):
         data: what it learns from and is scored on.
         optimizer: how the weights are updated.
         evaluation: how it is scored.
-        module: the training step; a class of your own may change it.
+        module: the training step: DetectionModule; DistillationModule, with a teacher; or a class of your own.
         init: training starts from the weights in this file that fit the model by name and shape, and from new ones
             elsewhere: a detector of any classes, a generator, or a backbone's weights alone (.safetensors, .pth, .pt).
     """
