@@ -1,13 +1,14 @@
 """`diffperception evaluate`: scores of a model, or of its results; which function it is depends on what is given."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torch import Tensor
+from tqdm import tqdm
 
 from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import CocoDetection
@@ -19,12 +20,15 @@ from diffperception.detection.evaluator import CocoEvaluator, CocoResult, iou_ty
 from diffperception.detection.inference import draw_predictions, evaluate_detector, require_classes, write_result
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
-from diffperception.devices import first_process, join_processes, pick_device
+from diffperception.devices import first_process, hide_bar, join_processes, pick_device
 from diffperception.echo import echo, echo_notes, plural
 from diffperception.files import OutputFolder, write_json
 from diffperception.generation.evaluator import ScoringOptions, evaluate_samples
-from diffperception.segmentation import PixelSegmenter, evaluate_segmenter
+from diffperception.segmentation import FeatureExtractor, PixelSegmenter, evaluate_segmenter
+from diffperception.segmentation.correspondence import controls
 from diffperception.segmentation.inference import iou_table
+from diffperception.segmentation.zero_shot import CutOptions, hungarian_iou
+from diffperception.table import format_table
 
 VAL = ("val_images", "val_masks", "val_annotations", "val_share", "split_seed")  # of a training
 
@@ -207,7 +211,42 @@ def evaluate_sample_folder(
         echo(f"{path}: these numbers")
 
 
+def evaluate_cuts(
+    features: FeatureExtractor,
+    data: Annotated[partial[MaskDataOptions], OptionsOf(MaskDataOptions, *VAL)],
+    cut: CutOptions = CutOptions(),  # noqa: B008 (the defaults are not changed)
+    device: str = "auto",
+    seed: NonNegativeInt = 0,
+) -> None:
+    """Score segments that are cut without any label by features, beside an untrained network's and the colours.
+
+    Of each image one segment goes to each class of its mask, such that the sum of their IoUs is the largest (Hungarian
+    matching); pixels are counted over all images. Pixels of segments without a class are wrong.
+
+    Args:
+        features: what gives the maps: DiffusionFeatures, TimmFeatures, RGBFeatures, or a class of your own.
+        cut: how images are cut into segments.
+        seed: seed of which images `max_images` chooses.
+    """
+    options = data()
+    folder = MaskFolder(replace(options, short_side=None), seed)
+    echo_notes(folder.notes)
+    features = features.to(pick_device(device))
+    rows = []
+    for title, extractor in {"features": features, **controls(features)}.items():
+        pairs = map(folder.__getitem__, range(len(folder)))
+        samples = (
+            (options.resized(image), mask) for image, mask in tqdm(pairs, title, len(folder), disable=hide_bar())
+        )
+        found = hungarian_iou(extractor, samples, len(options.classes), cut)
+        each = sum(found.segments) / len(found.segments)
+        rows.append((title, f"{100 * found.mean():.1f} %", f"{each:.1f}"))
+    echo(format_table(rows, ["", "Hungarian mIoU", "segments an image"]))
+    echo(f"on the labelled pixels of {plural(len(folder), 'image')}")
+
+
 BY_KIND = {
+    "features": evaluate_cuts,
     "samples": evaluate_sample_folder,
     "results": evaluate_results,
     "detector": evaluate_detector_file,

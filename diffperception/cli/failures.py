@@ -25,6 +25,8 @@ SAVINGS = {
     "predict": "a smaller --batch_size, fewer --workers or, of a detector, --num_boxes",
     "sample": "a smaller --batch_size or a smaller --image_size",
     "likelihood": "a smaller --batch_size",
+    "segment": "a smaller --short_side or fewer --cut.cells",
+    "correspond": "a smaller --short_side, fewer --max_images or fewer --warp.points",
     "extract": "a smaller --short_side or fewer --workers",
     "autolabel": "a smaller --batch_size or fewer --workers",
     "probe": "a smaller --data.short_side or fewer --pixels",

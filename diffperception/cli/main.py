@@ -28,6 +28,8 @@ COMMANDS = {
     "predict": "objects in images, or the class of every pixel: results and pictures",
     "sample": "draw images from a generator",
     "likelihood": "how likely images are under a generator, and which are foreign to it",
+    "segment": "cut images into segments by a network's features, without any label",
+    "correspond": "how well a network's features find the same point in another picture",
     "extract": "write feature maps of images to disk",
     "probe": "rank timesteps and blocks of a generator by how well they tell classes apart",
     "autolabel": "label images, or samples of a generator, with a segmenter: a data set to train on",

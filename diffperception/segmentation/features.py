@@ -142,6 +142,15 @@ class DiffusionFeatures(FeatureExtractor):
         return features
 
 
+def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
+    """The same features of such a network with random weights."""
+    torch.manual_seed(0)
+    generator = features.generator
+    network = type(generator.network)(**generator.network.arguments)
+    model = DiffusionModel(**generator.arguments | {"network": network})
+    return DiffusionFeatures(**features.arguments | {"generator": model}).to(features.device)
+
+
 class TimmFeatures(FeatureExtractor):
     """The feature maps of any timm model that takes images of any size, normalised as those it was trained on.
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BAND = 64  # rows of pixels whose features are upsampled at once
+
 
 @dataclass(frozen=True)
 class FeatureMaps:
@@ -44,12 +46,40 @@ class FeatureMaps:
             features.append((cells.flatten(1)[:, index] * weights.to(cells.dtype)).sum(-1).T)  # (C, N, 4) -> (N, C)
         return torch.cat(features, 1)
 
+    def directions(self, points: Tensor) -> Tensor:
+        """(N, D) features of pixels, as :meth:`at_points`, those of each map of unit length, and all together too.
+
+        Their products are mean cosines over the maps.
+        """
+        parts = self.at_points(points).split([len(cells) for cells in self.maps], 1)
+        return torch.cat([F.normalize(part, dim=1) for part in parts], 1) / len(parts) ** 0.5
+
+    def cosines(self, directions: Tensor) -> Tensor:
+        """(N, H, W) mean cosines, over the maps, of every pixel's features and of N :meth:`directions`."""
+        (height, width), total = self.size, 0.0
+        for cells, stride, part in zip(
+            self.maps, self.strides, directions.split([len(cells) for cells in self.maps], 1), strict=True
+        ):
+            band = BAND // stride * stride or stride
+            rows = []
+            for first in range(0, height, band):
+                last = min(first + band, cells.shape[1] * stride)
+                upsampled = upsample_rows(cells[None, :, rows_around(first, last, stride)], stride, first, last)[0]
+                rows.append(torch.einsum("nc,chw->nhw", part, F.normalize(upsampled, dim=0)))
+            total = total + torch.cat(rows, 1)[:, :height, :width] / len(self.maps) ** 0.5
+        assert isinstance(total, Tensor)
+        return total
+
     def cropped(self) -> "FeatureMaps":
         """Without the cells in which nothing of the image lies."""
         height, width = self.size
         return replace(
             self, maps=[m[:, : -(-height // s), : -(-width // s)] for m, s in zip(self.maps, self.strides, strict=True)]
         )
+
+    def centred(self) -> "FeatureMaps":
+        """Without what all cells of a map have in common, their mean."""
+        return replace(self, maps=[m - m.mean((1, 2), keepdim=True) for m in self.maps])
 
     def dense(self) -> Tensor:
         """(D, H, W): every pixel's features. Rarely needed, and large."""

@@ -26,6 +26,7 @@ from diffperception.models.base import describe
 from diffperception.segmentation import DiffusionFeatures, FeatureExtractor, MeanIoU, PixelSegmenter, RGBFeatures
 from diffperception.segmentation.baseline import own_unet, predict_labels
 from diffperception.segmentation.feature_cache import CachedFeatures, in_bytes, parse_bytes, settings_of, stored_bytes
+from diffperception.segmentation.features import untrained
 from diffperception.table import format_table
 from diffperception.training.options import TrainerOptions
 from diffperception.training.recipe import Recipe
@@ -250,15 +251,6 @@ def images_to_learn_from(data: MaskDataOptions, count: int, seeds: Iterable[int]
     for folder in folders:
         named |= zip(folder.names, folder.images, strict=True)
     return list(named.values())
-
-
-def untrained(features: DiffusionFeatures) -> DiffusionFeatures:
-    """The same features of such a network with random weights."""
-    torch.manual_seed(0)
-    generator = features.generator
-    network = type(generator.network)(**generator.network.arguments)
-    model = DiffusionModel(**generator.arguments | {"network": network})
-    return DiffusionFeatures(**features.arguments | {"generator": model}).to(features.device)
 
 
 def keep(features: FeatureExtractor, images: Sequence[Tensor], limit: int, title: str) -> CachedFeatures:

@@ -37,6 +37,7 @@ MAX_UNCERTAINTY = math.log(2)  # half of the members are sure of one class, and 
 LEGEND_COLUMNS = 10
 WRONG: Color = (235, 30, 30)  # no class has a red like this
 GREY: Color = (150, 150, 150)
+RIGHT: Color = (30, 170, 60)
 
 
 def side_by_side(
@@ -164,6 +165,27 @@ def segmentation_panels(
 def image_row(images: Mapping[str, Tensor], long_side: int | None = None) -> Image.Image:
     """Images (3, H, W) under their titles, beside each other."""
     return stack([titled(draw_boxes(image, torch.empty(0, 4), [], (), long_side), t) for t, image in images.items()])
+
+
+def draw_matches(first: Tensor, second: Tensor, points: Tensor, found: Tensor, right: Tensor) -> Image.Image:
+    """Two images (3, H, W) beside each other, a line from each point to what was found for it.
+
+    Args:
+        points, found: (N, 2) rows and columns in the first and in the second image.
+        right: (N,) bool: lines are green, and red where it was not.
+    """
+    gap = 8
+    sides = [draw_boxes(image, torch.empty(0, 4), []) for image in (first, second)]
+    whole = stack(sides, gap=gap)
+    draw = ImageDraw.Draw(whole)
+    scales = [side.width / image.shape[2] for side, image in zip(sides, (first, second), strict=True)]
+    for point, place, good in zip(points.tolist(), found.tolist(), right.tolist(), strict=True):
+        start, end = (
+            ((column + 0.5) * scale, (row + 0.5) * scale)
+            for (row, column), scale in zip((point, place), scales, strict=True)
+        )
+        draw.line([start, (end[0] + sides[0].width + gap, end[1])], RIGHT if good else WRONG, 2)
+    return whole
 
 
 def legend(classes: Sequence[str]) -> Image.Image:
