@@ -24,14 +24,18 @@ class TextReader(Conditioner):
     """Reads texts; what is said are the texts of B samples, empty ones where nothing is said of one.
 
     Args:
+        width: D of a token.
+        pooled: E, the length of a vector of the whole text, which is added to the time's embedding; None for none.
         prompt: what is said where nothing is.
         examples: texts that are drawn where none are asked for.
     """
 
     has_absent = True
 
-    def __init__(self, prompt: str = "", examples: Sequence[str] = ()) -> None:
+    def __init__(self, width: int, pooled: int | None = None, prompt: str = "", examples: Sequence[str] = ()) -> None:
         super().__init__()
+        self.token_width, self.vector_width = width, pooled
+        self.pooled = None if pooled is None else zeroed(nn.Linear(width, pooled))
         self.prompt, self.examples = prompt, list(examples)
 
     def read(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -67,6 +71,13 @@ class TextReader(Conditioner):
         told = type(self)(**self.arguments | {"prompt": prompt})
         told.load_state_dict(self.state_dict())
         return told.to(self.device)
+
+    def condition(self, tokens: Tensor, mask: Tensor) -> Condition:
+        """Of tokens (B, L, D), of which a mask (B, L) counts some."""
+        if self.pooled is None:
+            return Condition(tokens=tokens, mask=mask)
+        counted = mask[..., None].to(tokens.dtype)
+        return Condition(self.pooled((tokens * counted).sum(1) / counted.sum(1)), tokens, mask)
 
     @abstractmethod
     def require_known(self, text: str) -> None:
@@ -106,15 +117,13 @@ class TextConditioner(TextReader):
         prompt: str = "",
         examples: Sequence[str] = (),
     ) -> None:
-        super().__init__(prompt, examples)
         if width < 1 or num_heads < 1 or width % num_heads:
             raise ValueError(f"the width {width} of a text's tokens cannot be split evenly by num_heads = {num_heads}")
         if length is not None and length < 3:
             raise ValueError(f"length must be 3 or more, for a word between start and end, not {length}")
-        self.token_width, self.vector_width = width, pooled
+        super().__init__(width, pooled, prompt, examples)
         self.layout = (width, depth, num_heads)
         self.length, self.min_count = length, min_count
-        self.pooled = None if pooled is None else zeroed(nn.Linear(width, pooled))
         self._know(vocabulary or (), length or 3)
 
     def _know(self, vocabulary: Sequence[str], length: int) -> None:
@@ -138,12 +147,7 @@ class TextConditioner(TextReader):
     def forward(self, said: Sequence[str]) -> Condition:
         ids = to_device(torch.tensor([self._ids(text or self.prompt) for text in said], device="cpu"), self.device)
         mask = ids != 0
-        tokens = self.encoder(ids, mask)
-        if self.pooled is None:
-            return Condition(tokens=tokens, mask=mask)
-        counted = mask[..., None].to(tokens.dtype)
-        mean = (tokens * counted).sum(1) / counted.sum(1)
-        return Condition(vector=self.pooled(mean), tokens=tokens, mask=mask)
+        return self.condition(self.encoder(ids, mask), mask)
 
     def _ids(self, text: str) -> list[int]:
         """The tokens of a text, cut and padded to the length."""
