@@ -65,10 +65,10 @@ class TextReader(Conditioner):
         return [texts[number % len(texts)] for number in numbers]
 
     def told(self, prompt: str | Path | Mapping[str, Tensor], network: nn.Module) -> Self:
-        if not isinstance(prompt, str):
+        if isinstance(prompt, Mapping) or Path(prompt).suffix == ".safetensors":
             raise ValueError(f"a {type(self).__name__} makes tokens of texts itself: give the prompt as a text")
-        self.require_known(prompt)
-        told = type(self)(**self.arguments | {"prompt": prompt})
+        self.require_known(text := str(prompt))
+        told = type(self)(**self.arguments | {"prompt": text})
         told.load_state_dict(self.state_dict())
         return told.to(self.device)
 

@@ -29,7 +29,7 @@ from diffperception.generation import DiffusionModel, SamplingOptions, sample
 from diffperception.generation.sampling import SAMPLERS, Sampler, sampling_grid
 from tests.diffusion.gaussian_mixture import Mixture
 from tests.helpers.devices import Device
-from tests.helpers.networks import conditional_generator, two_level_unet
+from tests.helpers.networks import captioned_generator, conditional_generator, two_level_unet
 
 
 def oracle(x0: Tensor) -> Denoiser:
@@ -196,3 +196,16 @@ def test_no_step_waits_for_the_device(device: Device, options: SamplingOptions) 
     sample(model, range(2), replace(options, steps=6), said=labels)
     assert len(device.waits) <= 2 * few, device.report()
     assert few <= 4, device.report()
+
+
+def test_a_step_of_guidance_by_words_waits_for_nothing(device: Device) -> None:
+    model, said = captioned_generator(), ["a red star", "a ring"]
+    options = SamplingOptions("ddim", 2, guidance=3.0, guidance_rescale=0.7, threshold=0.9)
+    expected = sample(model, range(2), options, said=said)
+    model = device.move(model)
+    images = sample(model, range(2), options, said=said)
+    few = len(device.waits)
+    torch.testing.assert_close(device.host(images), expected, atol=1e-3, rtol=1e-3)
+    sample(model, range(2), replace(options, steps=6), said=said)
+    assert len(device.waits) <= 2 * few, device.report()
+    assert few <= 6, device.report()
