@@ -44,7 +44,7 @@ class TorchvisionDetector(Detector):
 
     def _objects(self, target: dict) -> dict[str, Tensor]:
         """What is learned of a target, with torchvision's labels."""
-        names = ("boxes", "labels", *(["masks"] if self.gives_masks else []))
+        names = ("boxes", "labels", *(["masks"] if self.needs_masks else []))
         if missing := set(names) - target.keys():
             raise ValueError(
                 f"the targets of a {type(self).__name__} need {', '.join(sorted(missing))}: set data.masks: true"

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ class Matches:
 class Term(ABC):
     """A term of the training loss; yours derives from it, as a dataclass, and has arguments that a file can keep."""
 
+    needs_masks: ClassVar[bool] = False  # whether targets must have masks
+
     weight: float = 1.0  # of the term in the sum
 
     @abstractmethod
@@ -50,7 +53,13 @@ class Term(ABC):
 
 
 class Criterion(Model, ABC):
-    """From what a head gives to a training loss; yours may derive from it."""
+    """From what a head gives to a training loss; yours may derive from it.
+
+    Attributes:
+        needs_masks: whether targets must have masks.
+    """
+
+    needs_masks: bool = False
 
     @abstractmethod
     def forward(
@@ -96,6 +105,7 @@ class SetCriterion(Criterion):
             "l1": (weights.l1, l1_loss),
             "giou": (weights.giou, giou_loss),
         } | {name: (term.weight, term) for name, term in (terms or {}).items()}
+        self.needs_masks = any(term.needs_masks for term in (terms or {}).values())
 
     def forward(
         self, output: HeadOutput, targets: PaddedTargets, frequencies: Tensor, generator: torch.Generator | None = None

@@ -46,6 +46,7 @@ class Detector(Model, ABC):
         pad_together: whether images of several sizes are padded to one in prediction, which a GPU is faster with; what
             is found in one then depends, a little, on the sizes of the others.
         gives_masks: whether predictions have `masks` (n, H, W) of the image, bool or 0..1, too.
+        needs_masks: whether targets must have `masks` in training.
     """
 
     kind = "detector"
@@ -53,6 +54,7 @@ class Detector(Model, ABC):
     class_frequencies: Tensor
     pad_together: bool = False
     gives_masks: bool = False
+    needs_masks: bool = False
 
     def __init__(self, classes: Sequence[str], min_size: int | None = None, max_size: int | None = None):
         super().__init__()
@@ -193,6 +195,7 @@ class DiffusionDet(Detector):
         self.auxiliary = self._build_auxiliary(auxiliary, width)
         self.criterion = criterion or SetCriterion(terms=self.head.terms() or None)
         self._require_terms()
+        self.needs_masks = self.criterion.needs_masks
         # The file holds the parts as they were built, and brings the backbone's weights.
         self.record(head=self.head, criterion=self.criterion, sampler=self.sampler, auxiliary=self.auxiliary)
         self.record(pretrained=False, backbone_weights=None)

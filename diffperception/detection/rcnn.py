@@ -85,7 +85,7 @@ class FasterRCNN(TorchvisionDetector):
 class MaskRCNN(FasterRCNN):
     """Faster R-CNN with a mask of 28 x 28 in the box of each detection; its targets need `masks`."""
 
-    gives_masks = True
+    gives_masks = needs_masks = True
 
     def _adopt(self, model: Any, body: Backbone) -> None:
         width, heads = model.backbone.out_channels, model.roi_heads

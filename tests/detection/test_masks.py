@@ -21,6 +21,7 @@ from diffperception.detection import (
     DynamicHead,
     DynamicMaskHead,
     MaskLoss,
+    MaskRCNN,
     SetCriterion,
 )
 from diffperception.detection.criterion import Matches
@@ -38,6 +39,7 @@ from diffperception.detection.heads.masks import (
 from diffperception.detection.inference import detect_folder, evaluate_detector
 from diffperception.detection.targets import PaddedTargets
 from diffperception.models.warm_start import warm_start
+from diffperception.training.recipes.detection import DataOptions, DetectionRecipe
 from tests.detection.scenes import CLASSES, assert_same_detections, random_boxes, random_image, random_target
 
 IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2)]
@@ -349,6 +351,16 @@ def test_masks_come_through_training_evaluation_and_files(tmp_path: Path):
 def test_what_cannot_be_learned_is_one_sentence(call, words: str):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    "build", [lambda _: detector_of(), partial(MaskRCNN, backbone="test_resnet", width=16, head_width=16)]
+)
+def test_training_without_masks_is_refused_before_it_begins(build, tmp_path: Path):
+    masked_data(tmp_path)
+    recipe = DetectionRecipe(build, DataOptions(*[tmp_path / "a.json", tmp_path] * 2))
+    with pytest.raises(ValueError, match=r"learns from masks, which are not read: set data\.masks: true"):
+        recipe.prepare(0)
 
 
 def test_coordinates_are_centres_of_cells_row_by_row():

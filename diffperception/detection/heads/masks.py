@@ -152,6 +152,8 @@ class MaskLoss(Term):
     whose mask has nothing in the box are left out.
     """
 
+    needs_masks = True
+
     pairs: int = 32
 
     def __call__(self, output: HeadOutput, targets: PaddedTargets, matches: Matches) -> Tensor:

@@ -377,6 +377,11 @@ class DetectionRecipe(Recipe):
         evaluator = DetectionEvaluator(val, evaluation, self.data.workers, seed, split)
         detector = construct(self.model, train.classes)
         require_masks(detector, val)
+        if detector.needs_masks and not self.data.masks:
+            raise ValueError(
+                f"this {type(detector).__name__} learns from masks, which are not read: set data.masks: true, for"
+                " annotations with outlines"
+            )
         require_no_masks(detector, Tiling(evaluation.tile, evaluation.overlap))
         detector.class_frequencies.copy_(torch.from_numpy(train.images_per_class()))
         return Parts(
