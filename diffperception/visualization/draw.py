@@ -94,11 +94,13 @@ def draw_boxes(
         colors: of the boxes, their texts and masks.
         texts: beside the boxes; none by default.
         long_side: in pixels; by default small images are enlarged by a whole factor, and large ones are made smaller.
-        masks: (n, H, W), bool or 0..1.
+        masks: (n, H, W), bool or 0..1; where some overlap, the last is seen.
     """
     pixels = to_uint8(image)
     if masks is not None and len(masks):
-        pixels = draw_segmentation_masks(pixels, masks.cpu() > 0.5, MASK_OPACITY, list(colors))
+        inside = (masks.cpu() > 0.5).int()
+        above = inside.flip(0).cumsum(0).flip(0) - inside  # torchvision would blacken what several masks share
+        pixels = draw_segmentation_masks(pixels, (inside > 0) & (above == 0), MASK_OPACITY, list(colors))
     height, width = pixels.shape[-2:]
     long = max(height, width)
     factor = (long_side or min(long * math.ceil(MIN_SIDE / long), MAX_SIDE)) / long

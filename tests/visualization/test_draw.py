@@ -76,6 +76,18 @@ def test_masks_are_laid_over_the_image_in_the_colors_of_their_boxes() -> None:
     assert picture.getpixel((280, 380)) == (128, 128, 128)
 
 
+def test_where_masks_overlap_that_of_the_best_is_seen() -> None:
+    masks = torch.zeros(2, 480, 640, dtype=torch.bool)
+    masks[0, 200:300], masks[1, 250:400] = True, True
+    found = detections((0, 0, 640, 480), (0, 0, 640, 480), labels=[1, 0], scores=[0.9, 0.8])
+    picture = draw_detections(GREY_IMAGE, found | {"masks": masks}, CLASSES)
+    for y, label in ((225, 1), (275, 1), (350, 0)):
+        mixed = [0.45 * 128 + 0.55 * part for part in class_color(label)]
+        pixel = picture.getpixel((320, y))
+        assert isinstance(pixel, tuple)
+        assert max(abs(a - b) for a, b in zip(pixel, mixed, strict=True)) <= 1
+
+
 def test_boxes_may_lie_on_their_head_or_outside() -> None:
     picture = draw_detections(GREY_IMAGE, detections((300, 400, 100, 200), (-50, -50, 900, 900)), CLASSES)
     assert picture.size == (640, 480)
