@@ -1,12 +1,16 @@
 """DiffusionDet with ResNet-50 on 480 x 640 pixels, against torchvision's backbone in the same process."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from diffperception.benchmarks.timing import Row, Say, best_seconds, ratio_table
 from diffperception.detection import BoxSampler, DiffusionDet
+from diffperception.detection.export import NEEDED, export_detector
 from diffperception.detection.matcher import match
 from diffperception.detection.targets import PaddedTargets, image_sizes
 
@@ -38,6 +42,9 @@ def time_detector(repeats: int, say: Say, device: torch.device | str = "cpu") ->
     detector = DiffusionDet([str(i) for i in range(NUM_CLASSES)], freeze_norm=True, min_size=None).eval().to(device)
     with torch.no_grad():
         _time_prediction(detector, images, record)
+        if detector.device.type == "cpu" and not any(find_spec(name) is None for name in (*NEEDED, "onnxruntime")):
+            say("export to ONNX")
+            record("one step by onnxruntime", _by_onnxruntime(detector, images[0]))
     _time_training(detector.train(), images[:2], record)
     return ratio_table(rows)
 
@@ -55,13 +62,27 @@ def _time_prediction(detector: DiffusionDet, images: list[torch.Tensor], record:
     record("prediction, four images, four steps", lambda: detector.predict(images, sampler=four), target=13)
 
 
+def _by_onnxruntime(detector: DiffusionDet, image: torch.Tensor) -> Callable[[], object]:
+    """One step of the detector as a graph of ONNX, on as many threads."""
+    import onnxruntime
+
+    options, sampler = onnxruntime.SessionOptions(), BoxSampler(1, NUM_BOXES)
+    options.intra_op_num_threads = torch.get_num_threads()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "detector.onnx"
+        export_detector(detector, path, HEIGHT, WIDTH, sampler)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = {"images": image[None].numpy(), "noise": sampler.draw([0]).numpy()}
+    return lambda: session.run(None, inputs)
+
+
 def _time_training(detector: DiffusionDet, images: list[torch.Tensor], record: Callable[..., None]) -> None:
     targets = [{"boxes": _random_boxes(OBJECTS), "labels": torch.arange(OBJECTS)} for _ in images]
     padded = PaddedTargets.collate(targets, image_sizes(images)).repeat(STAGES).to(detector.device)
     rows = len(padded.boxes)
     logits = torch.randn(rows, NUM_BOXES, NUM_CLASSES).to(detector.device)
     boxes = _random_boxes(NUM_BOXES).to(detector.device).expand(rows, -1, -1)
-    optimizer = torch.optim.AdamW(detector.parameters(), 1e-6, foreach=True)
+    optimizer = torch.optim.AdamW(detector.parameters(), 1e-6, fused=True)  # as in training
 
     def step() -> None:
         torch.stack(list(detector.loss(images, targets).values())).sum().backward()

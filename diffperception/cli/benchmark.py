@@ -23,7 +23,8 @@ def command(
     """Measure speeds as ratios to a well-known unit in the same run.
 
     detection: DiffusionDet with ResNet-50, 300 boxes, 480 x 640 pixels, float32; the unit is one forward pass of
-    torchvision's resnet50_fpn. Close other programs first: they disturb even ratios.
+    torchvision's resnet50_fpn. Close other programs first: they disturb even ratios. With onnxruntime, one step of the
+    exported detector is measured too.
 
     segmentation: ten pixel classifiers on 8448 random features at the sizes of the reference, against the dense way;
     and their peak memory. Takes about 14 GB for the dense way where the machine has 28.

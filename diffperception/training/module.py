@@ -182,8 +182,8 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, its learning rate set anew for every step."""
-        # Lightning clips no gradients of a fused optimiser that unscales them itself.
-        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        # Under autocast Lightning clips no gradients of a fused optimiser, which might unscale them itself.
+        fused = self.device.type in ("cpu", "cuda") and "mixed" not in str(self.trainer.precision)
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr, fused=fused or None)
         rates = LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
