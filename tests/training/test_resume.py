@@ -56,6 +56,9 @@ def test_the_real_detector_resumes_bit_for_bit(config: Path, tmp_path: Path, pre
         train(config, tmp_path / "stopped", *options, "--model.die_at", "5")
     assert train(config, tmp_path / "stopped", *options, "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    (state,) = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=False)["optimizer_states"]
+    # One pass over the weights; under autocast Lightning would clip no gradients of such an optimizer.
+    assert all(bool(group["fused"]) == (precision == "32-true") for group in state["param_groups"])
 
 
 def test_killed_without_a_word_and_resumed(config: Path, tmp_path: Path) -> None:
