@@ -24,6 +24,7 @@ SAVINGS = {
     "evaluate": "a smaller --batch_size, fewer --workers or, of a detector, --num_boxes",
     "predict": "a smaller --batch_size, fewer --workers or, of a detector, --num_boxes",
     "sample": "a smaller --batch_size or a smaller --image_size",
+    "augment": "smaller pictures",
     "likelihood": "a smaller --batch_size",
     "segment": "a smaller --short_side or fewer --cut.cells",
     "correspond": "a smaller --short_side, fewer --max_images or fewer --warp.points",

@@ -16,6 +16,7 @@ from diffperception.diffusion.likelihood import log_density
 from diffperception.diffusion.noise import NoiseFn, SampleNoise, derive_seed, name_seed, sample_seed, spread_noise
 from diffperception.diffusion.objective import LossSecondMoment, Objective, UniformTimes, variational_bound
 from diffperception.diffusion.prediction import Prediction, target, to_eps, to_x0
+from diffperception.diffusion.repaint import sample_repaint
 from diffperception.diffusion.samplers import (
     sample_ddim,
     sample_ddpm,
@@ -43,6 +44,7 @@ from diffperception.diffusion.steps import (
     heun_step,
     langevin_step,
     learned_log_variance,
+    noise_further,
     posterior_log_variance,
     posterior_mean,
     posterior_std,

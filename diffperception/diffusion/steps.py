@@ -12,6 +12,12 @@ def add_noise(schedule: Schedule, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
     return (broadcast_mul(schedule.alpha(t), x0) + broadcast_mul(schedule.sigma(t), noise)).to(x0.dtype)
 
 
+def noise_further(schedule: Schedule, x_s: Tensor, s: Time, t: Time, noise: Tensor) -> Tensor:
+    """From time ``s`` to the noisier time ``t``: a draw of q(x_t | x_s) (B, ...) by standard normal ``noise``."""
+    kept = broadcast_mul(schedule.alpha(t) / schedule.alpha(s), x_s)
+    return (kept + broadcast_mul(_added_variance(schedule, t, s).sqrt(), noise)).to(x_s.dtype)
+
+
 def ddim_step(
     schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, s: Time, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:

@@ -22,6 +22,7 @@ from diffperception.diffusion.objective import discretized_log_likelihood
 from diffperception.echo import echo_remark
 from diffperception.files import write_csv
 from diffperception.generation.outliers import LEAST_REFERENCES, Measured, auroc, cross_foreignness
+from diffperception.generation.sampling import said_alike
 from diffperception.models import DiffusionModel
 from diffperception.models.base import describe, fingerprint
 from diffperception.models.conditioners import Said
@@ -163,7 +164,7 @@ def likelihood_folder(
     """
     folder, place = ResumableFolder(output, overwrite), pick_device(device)
     model = DiffusionModel.loaded(model).to(place).eval().requires_grad_(False)
-    model.denoiser(_told(model, said, 1))  # ValueError before any work
+    model.denoiser(said_alike(model, said, 1))  # ValueError before any work
     model.schedule.even_grid(options.steps + 1)
     of_item: dict[Item, Path] = {}
     for kind, source in {"images": images, "reference": reference}.items():
@@ -197,15 +198,6 @@ def likelihood_folder(
     return report
 
 
-def _told(model: DiffusionModel, said: str | None, count: int) -> Said | None:
-    """What the conditioner makes of a name for as many images; ValueError if there is none, or it does not know it."""
-    if said is None:
-        return None
-    if model.conditioner is None:
-        raise ValueError("this generator was trained without classes or words: leave said out")
-    return model.conditioner.choose([said], range(count))
-
-
 def _measure(
     model: DiffusionModel,
     images: Sequence[tuple[Item, Tensor]],
@@ -223,7 +215,7 @@ def _measure(
     ]
     batch = torch.stack(fitted).to(model.device)
     batch = F.rgb_to_grayscale(batch) if model.space.image_channels == 1 else batch
-    told = _told(model, said, len(batch))
+    told = said_alike(model, said, len(batch))
     noise = SampleNoise([name_seed(seed, item.name) for item, _ in images])
     losses = denoising_losses(model, batch, noise, options.profile, told).tolist()
     bits = bits_per_dimension(model, batch, noise, options, told).tolist()

@@ -137,3 +137,12 @@ def sample(
     x = noise(torch.empty((len(indices), *shape), device=model.device))
     signal = SAMPLERS[options.sampler].loop(denoiser, model.schedule, x, grid, options, noise)
     return model.space.decode(signal)
+
+
+def said_alike(model: DiffusionModel, said: str | None, count: int) -> Said | None:
+    """The same class or text said of as many images, as the model reads it; ValueError if it does not know it."""
+    if said is None:
+        return None
+    if model.conditioner is None:
+        raise ValueError("this generator was trained without classes or words: leave said out")
+    return model.conditioner.choose([said], range(count))
