@@ -13,6 +13,7 @@ from tqdm import tqdm
 from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import CocoDetection
 from diffperception.data.formats import Format, open_annotations
+from diffperception.data.images import read_size
 from diffperception.data.listing import list_images
 from diffperception.data.masks import MaskDataOptions, MaskFolder
 from diffperception.detection import Detector
@@ -23,6 +24,7 @@ from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
 from diffperception.devices import first_process, hide_bar, join_processes, pick_device
 from diffperception.echo import echo, echo_notes, plural
 from diffperception.files import OutputFolder, write_json
+from diffperception.generation.drawn import drawn_table, judge_drawn
 from diffperception.generation.evaluator import ScoringOptions, evaluate_samples
 from diffperception.segmentation import FeatureExtractor, PixelSegmenter, evaluate_segmenter
 from diffperception.segmentation.correspondence import controls
@@ -245,7 +247,43 @@ def evaluate_cuts(
     echo(f"on the labelled pixels of {plural(len(folder), 'image')}")
 
 
+def evaluate_drawn(
+    drawn: Path,
+    captions: Path,
+    reference: Path | None = None,
+    reference_captions: Path | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Score whether drawn pictures of the shapes data set show what their captions say: colours, shapes, order.
+
+    The judge learns nothing: it looks for the colours that captions name, and for the outline that fits best. How often
+    it is right on real pictures, made as small as the drawn ones, stands beside the scores.
+
+    Args:
+        drawn: folder with drawn pictures, images/ of what `sample` writes.
+        captions: COCO file of what they were drawn of, captions.json of what `sample` writes.
+        reference: folder with real pictures, such as val/ of the shapes data set.
+        reference_captions: COCO file of their captions, such as captions_val.json.
+        output: folder for metrics.json; nothing is written without it.
+    """
+    if (reference is None) != (reference_captions is None):
+        raise ValueError("give both reference and reference_captions, of real pictures, or neither")
+    folder = OutputFolder(output, overwrite) if output else None
+    columns = {"drawn": judge_drawn(drawn, captions)}
+    if reference is not None and reference_captions is not None:
+        size = read_size(list_images(drawn).paths[0])
+        columns["real"] = judge_drawn(reference, reference_captions, size)
+    echo(drawn_table(columns))
+    if folder is not None:
+        folder.clear()
+        path = folder.file("metrics.json")
+        write_json(path, {name: asdict(scores) for name, scores in columns.items()})
+        echo(f"{path}: these numbers")
+
+
 BY_KIND = {
+    "drawn": evaluate_drawn,
     "features": evaluate_cuts,
     "samples": evaluate_sample_folder,
     "results": evaluate_results,
