@@ -284,8 +284,8 @@ def evaluate_drawn(
 
 BY_KIND = {
     "drawn": evaluate_drawn,
+    "samples": evaluate_sample_folder,  # before features, which are an option of it too
     "features": evaluate_cuts,
-    "samples": evaluate_sample_folder,
     "results": evaluate_results,
     "detector": evaluate_detector_file,
     "segmenter": evaluate_segmenter_file,
