@@ -146,6 +146,8 @@ class DiffusionDet(Detector):
         auxiliary: makes a further head, for a number of classes and the width of the pyramid, that learns from the
             pyramid in training alone, such as the class `DenseHead` with some of its arguments; or such a head. Its
             proposals are what prediction starts from where the sampler has a `start_time` and no boxes are given.
+        proposal_share: of the boxes that are noised in training, this share are the best proposals of the auxiliary
+            head instead of random boxes, so that the head learns to start from them.
         min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
         max_size: but the long side is at most this.
     """
@@ -171,6 +173,7 @@ class DiffusionDet(Detector):
         num_timesteps: int = 1000,
         noise_draws: int = 1,
         auxiliary: Callable[[int, int], AuxiliaryHead] | None = None,
+        proposal_share: float = 0.0,
         min_size: int | None = 800,
         max_size: int | None = 1333,
     ):
@@ -179,7 +182,12 @@ class DiffusionDet(Detector):
             raise ValueError(f"noise_draws is {noise_draws}: each image's boxes must be noised once at least")
         if not (num_boxes > 0 and signal_scale > 0):
             raise ValueError(f"num_boxes and signal_scale must be above 0, not {num_boxes} and {signal_scale}")
+        if not 0 <= proposal_share <= 1:
+            raise ValueError(f"proposal_share is {proposal_share}: it must be from 0 to 1")
+        if proposal_share and auxiliary is None:
+            raise ValueError(f"proposal_share is {proposal_share}, but there is no auxiliary head that proposes boxes")
         self.noise_draws = noise_draws
+        self.num_proposals = round(proposal_share * num_boxes)
         self.num_boxes = num_boxes
         self.signal_scale = signal_scale
         self.schedule = cosine_schedule(num_timesteps)
@@ -273,15 +281,20 @@ class DiffusionDet(Detector):
         objects = PaddedTargets.collate(targets, image_sizes(images))
         learned = self._limit(objects.repeat(self.noise_draws), generator)
         t = torch.randint(self.schedule.num_timesteps, (len(learned.boxes),), generator=generator)
-        boxes = self._noisy_boxes(learned, t, generator)
         maps = self.maps(images)
+        dense = None if self.auxiliary is None else self.auxiliary(maps, self.strides)
+        proposals = None
+        if dense is not None and self.num_proposals:
+            sizes = to_device(objects.image_sizes, self.device)
+            proposals = dense.best(self.num_proposals, sizes).repeat(self.noise_draws, 1, 1)
+        boxes = self._noisy_boxes(learned, t, generator, proposals)
         pyramid = FeaturePyramid.from_maps([maps], self.strides).repeat(self.noise_draws)
         output = self.head(pyramid, to_device(boxes, self.device), to_device(t, self.device))
         terms = self.criterion(output, learned.to(self.device), self.class_frequencies, generator)
         if taught is not None:
             found = PaddedTargets.collate(taught, objects.image_sizes).repeat(self.noise_draws)
             terms["distillation"] = distillation_loss(output, found.to(self.device))
-        return terms if self.auxiliary is None else terms | self.auxiliary.loss(maps, self.strides, objects)
+        return terms if dense is None else terms | self.auxiliary.loss(dense, objects)
 
     def _limit(self, targets: PaddedTargets, generator: torch.Generator | None) -> PaddedTargets:
         """At most `num_boxes` objects per image, chosen at random each time, the rest neither noised nor matched."""
@@ -295,11 +308,25 @@ class DiffusionDet(Detector):
             )
         return targets.limit(self.num_boxes, generator)
 
-    def _noisy_boxes(self, targets: PaddedTargets, t: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Objects, padded with random boxes to N, at noise level t: (B, N, 4) xyxy in pixels."""
+    def _noisy_boxes(
+        self, targets: PaddedTargets, t: Tensor, generator: torch.Generator | None, proposals: Tensor | None = None
+    ) -> Tensor:
+        """Objects, padded with random boxes to N, at noise level t: (B, N, 4) xyxy in pixels.
+
+        Proposals (B, n, 4), on their device, take the place of the last random boxes.
+        """
         x0 = encode_boxes(self._padded_objects(targets, generator), targets.image_sizes, self.signal_scale)
         z = add_noise(self.schedule, x0, t, torch.randn(x0.shape, generator=generator))
-        return clamp_min_size(decode_boxes(z, targets.image_sizes, self.signal_scale))
+        sizes = targets.image_sizes
+        if proposals is not None:
+            device, count = proposals.device, proposals.shape[1]
+            x0, z, sizes = (to_device(x, device) for x in (x0, z, sizes))
+            alpha = to_device(self.schedule.alpha(t).float(), device)[:, None, None]
+            # z is linear in x0
+            shift = alpha * (encode_boxes(proposals, sizes, self.signal_scale) - x0[:, -count:])
+            free = torch.arange(self.num_boxes) >= targets.valid.sum(1, keepdim=True)
+            z[:, -count:] += shift * to_device(free[:, -count:, None], device)
+        return clamp_min_size(decode_boxes(z, sizes, self.signal_scale))
 
     def _padded_objects(self, targets: PaddedTargets, generator: torch.Generator | None) -> Tensor:
         """Each image's objects first, then boxes from N(1/2, (1/6)^2) in cxcywh of the image: (B, N, 4) xyxy pixels."""
@@ -432,7 +459,7 @@ class DiffusionDet(Detector):
             raise ValueError("this detector has no auxiliary head that would propose boxes: give it one and train it")
         images = []
         for number, (seen, size) in enumerate(zip(encoded.seen, encoded.sizes, strict=True)):
-            found = self.auxiliary.proposals(encoded.pyramid.maps_of(number), self.strides, seen)
+            found = self.auxiliary.proposals(self.auxiliary(encoded.pyramid.maps_of(number), self.strides), seen)
             images.append(found | {"boxes": to_image_pixels(found["boxes"].float(), seen, size)})
         return images
 

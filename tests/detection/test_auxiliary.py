@@ -15,7 +15,7 @@ from diffperception.detection import BoxSampler, DenseHead, Detector, DiffusionD
 from diffperception.detection.evaluator import results_rows
 from diffperception.detection.heads.dense import assign_cells
 from diffperception.detection.sweep import combine, sweep_sampler
-from diffperception.detection.targets import PaddedTargets
+from diffperception.detection.targets import PaddedTargets, image_sizes
 from diffperception.diffusion import sample_seed
 from diffperception.models.ops.pooling import FeaturePyramid
 from diffperception.models.warm_start import warm_start
@@ -165,10 +165,10 @@ def test_it_learns_where_objects_are_and_proposes_them() -> None:
     padded = PaddedTargets.collate([target], sizes)
     optimizer = torch.optim.Adam(head.parameters(), 2e-2)
     for _ in range(80):
-        sum(head.loss(maps, STRIDES, padded).values()).backward()
+        sum(head.loss(head(maps, STRIDES), padded).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = head.proposals(maps, STRIDES, sizes[0])
+    found = head.proposals(head(maps, STRIDES), sizes[0])
     iou, owner = box_iou(found["boxes"], objects).max(1)
     assert set(owner[:3].tolist()) == {0, 1, 2}
     assert iou[:3].min() > 0.8
@@ -239,6 +239,41 @@ def test_its_weights_are_in_the_file(tmp_path: Path) -> None:
     assert loaded.auxiliary.arguments == detector.auxiliary.arguments
 
 
+def test_proposals_take_the_place_of_random_boxes_that_are_no_objects() -> None:
+    detector = tiny_detector(auxiliary=SMALL, proposal_share=0.5, num_boxes=8)
+    padded = PaddedTargets.collate(TARGETS, image_sizes(IMAGES))
+    clean = torch.zeros(2, dtype=torch.int64)
+    proposals = torch.stack([random_boxes(4, 50, 50, seed) for seed in (1, 2)])
+    without, found = (detector._noisy_boxes(padded, clean, seeded(), given) for given in (None, proposals))
+    assert torch.equal(found[:, :4], without[:, :4])
+    torch.testing.assert_close(found[:, 4:], proposals, atol=3.0, rtol=0)  # the noise of time 0
+    crowd = {"boxes": random_boxes(6, 50, 50, 3), "labels": torch.zeros(6, dtype=torch.int64)}
+    crowded = PaddedTargets.collate([crowd, crowd], image_sizes(IMAGES))
+    found = detector._noisy_boxes(crowded, clean, seeded(), proposals)
+    torch.testing.assert_close(found[0, :6], crowd["boxes"], atol=3.0, rtol=0)
+    torch.testing.assert_close(found[:, 6:], proposals[:, 2:], atol=3.0, rtol=0)
+
+
+def test_the_best_cells_propose_inside_of_the_image() -> None:
+    head = DenseHead(3, 16, layers=1)
+    output = head([torch.rand(2, 16, 64 // stride, 96 // stride) for stride in STRIDES], STRIDES)
+    sizes = torch.tensor([[96.0, 64] * 2, [50.0, 60] * 2])
+    best = output.best(5, sizes)
+    order = output.logits.amax(2).argsort(dim=1, descending=True)[:, :5]
+    for boxes, unclipped, chosen, size in zip(best, output.boxes, order, sizes, strict=True):
+        assert torch.equal(boxes, torch.minimum(unclipped[chosen].clamp(min=0), size))
+    assert not best.requires_grad
+    assert output.best(10**6, sizes).shape == output.boxes.shape
+
+
+def test_learning_from_proposals_changes_the_noisy_boxes_alone() -> None:
+    plain, other = tiny_detector(auxiliary=SMALL), tiny_detector(auxiliary=SMALL, proposal_share=0.5)
+    expected, found = (d.loss(IMAGES, TARGETS, seeded()) for d in (plain, other))
+    assert all(torch.equal(expected[name], found[name]) for name in ("dense_classification", "dense_giou"))
+    assert all(expected[name] != found[name] for name in ("classification", "l1", "giou"))
+    assert all(value.isfinite() for value in found.values())
+
+
 def test_another_detector_starts_from_it_class_by_class(tmp_path: Path) -> None:
     source, model = eager(), eager(classes=["square", "moon", "circle"])
     torch.nn.init.normal_(source.auxiliary.class_logits.bias)
@@ -256,6 +291,10 @@ def test_what_does_not_fit_is_said() -> None:
     detector = tiny_detector()
     with pytest.raises(ValueError, match="no auxiliary head"):
         detector.proposals(detector.encode(IMAGES))
+    with pytest.raises(ValueError, match="but there is no auxiliary head that proposes boxes"):
+        tiny_detector(proposal_share=0.5)
+    with pytest.raises(ValueError, match="proposal_share is 2: it must"):
+        tiny_detector(auxiliary=SMALL, proposal_share=2)
     with pytest.raises(ValueError, match="train an auxiliary head"):
         detector.predict(IMAGES, start_time=300)
 

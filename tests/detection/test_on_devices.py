@@ -31,7 +31,16 @@ def losses(detector: DiffusionDet, images: list[torch.Tensor]) -> dict[str, torc
     return detector.loss(images, TARGETS, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("options", [{}, {"matcher": "hungarian"}, {"federated_classes": 2}, {"auxiliary": DenseHead}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"matcher": "hungarian"},
+        {"federated_classes": 2},
+        {"auxiliary": DenseHead},
+        {"auxiliary": DenseHead, "proposal_share": 0.5},
+    ],
+)
 def test_a_training_loss_waits_four_times_at_most(device: Device, options: dict) -> None:
     detector = tiny_detector(stages=6, **options).train()
     expected = losses(detector, IMAGES)

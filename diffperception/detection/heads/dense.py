@@ -38,18 +38,24 @@ class AuxiliaryHead(Model, ABC):
     width: int
 
     @abstractmethod
-    def loss(self, maps: Sequence[Tensor], strides: Sequence[int], targets: PaddedTargets) -> dict[str, Tensor]:
-        """Weighted terms by name, 0-d each, which are added to those of the detector's criterion.
+    def forward(self, maps: Sequence[Tensor], strides: Sequence[int]) -> "DenseOutput":
+        """What every place says of the images.
 
         Args:
             maps: of the padded images, (B, width, H / stride, W / stride) a level, finest first.
             strides: of the levels, in pixels.
-            targets: the objects, on the CPU.
         """
 
     @abstractmethod
-    def proposals(self, maps: Sequence[Tensor], strides: Sequence[int], size: Tensor) -> dict[str, Tensor]:
-        """Objects in one image of this size (4,), whose maps (1, width, H, W) are given, best first.
+    def loss(self, output: "DenseOutput", targets: PaddedTargets) -> dict[str, Tensor]:
+        """Weighted terms by name, 0-d each, which are added to those of the detector's criterion.
+
+        The objects are on the CPU.
+        """
+
+    @abstractmethod
+    def proposals(self, output: "DenseOutput", size: Tensor) -> dict[str, Tensor]:
+        """Objects in one image of this size (4,), whose output is given (B = 1), best first.
 
         Returns: `boxes` (n, 4) xyxy in pixels of the image as the detector sees it, `scores` and `labels` (n,).
         """
@@ -68,6 +74,12 @@ class DenseOutput:
     boxes: Tensor
     anchors: Tensor
     cells: list[int]
+
+    def best(self, count: int, sizes: Tensor) -> Tensor:
+        """The boxes (B, n, 4) of the best cells, `count` or all, clipped to images of sizes (B, 4)."""
+        scores = self.logits.detach().amax(2)
+        chosen = scores.topk(min(count, scores.shape[1]), dim=1).indices[..., None].expand(-1, -1, 4)
+        return torch.minimum(self.boxes.detach().gather(1, chosen).clamp(min=0), sizes[:, None])
 
 
 class DenseHead(AuxiliaryHead):
@@ -116,7 +128,7 @@ class DenseHead(AuxiliaryHead):
         nn.init.zeros_(self.box_sides.get_parameter("bias"))
 
     def forward(self, maps: Sequence[Tensor], strides: Sequence[int]) -> DenseOutput:
-        """Maps as in `loss` -> what every cell says of the image at its place."""
+        """See `AuxiliaryHead.forward`; a place is a cell of a level."""
         levels = [(m, s) for m, s in zip(maps, strides, strict=True) if s >= self.min_stride]
         if not levels:
             raise ValueError(
@@ -135,9 +147,8 @@ class DenseHead(AuxiliaryHead):
         boxes = torch.cat([middle - before, middle + behind], dim=2)
         return DenseOutput(torch.cat(logits, 1).float(), boxes, anchors, [m[0, 0].numel() for m in maps])
 
-    def loss(self, maps: Sequence[Tensor], strides: Sequence[int], targets: PaddedTargets) -> dict[str, Tensor]:
+    def loss(self, output: DenseOutput, targets: PaddedTargets) -> dict[str, Tensor]:
         """See `AuxiliaryHead.loss`. Which cell learns what does not depend on the weights: no device is waited for."""
-        output = self(maps, strides)
         pairs = zip(targets.boxes, targets.valid, strict=True)
         index = torch.stack([assign_cells(boxes[valid], output.anchors, output.cells) for boxes, valid in pairs])
         matches = Matches(to_device(index, output.boxes.device)[None])
@@ -149,9 +160,8 @@ class DenseHead(AuxiliaryHead):
         }
         return {name: self.weights[name] * value.sum() for name, value in terms.items()}
 
-    def proposals(self, maps: Sequence[Tensor], strides: Sequence[int], size: Tensor) -> dict[str, Tensor]:
+    def proposals(self, output: DenseOutput, size: Tensor) -> dict[str, Tensor]:
         """See `AuxiliaryHead.proposals`: the best class of each cell, then class-wise NMS."""
-        output = self(maps, strides)
         scores, labels = output.logits[0].sigmoid().max(1)
         scores, best = scores.topk(min(MOST_BEFORE_NMS, len(scores)))
         boxes = torch.minimum(output.boxes[0, best].clamp(min=0), size)
