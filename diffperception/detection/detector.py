@@ -294,7 +294,7 @@ class DiffusionDet(Detector):
         if taught is not None:
             found = PaddedTargets.collate(taught, objects.image_sizes).repeat(self.noise_draws)
             terms["distillation"] = distillation_loss(output, found.to(self.device))
-        return terms if dense is None else terms | self.auxiliary.loss(dense, objects)
+        return terms if self.auxiliary is None or dense is None else terms | self.auxiliary.loss(dense, objects)
 
     def _limit(self, targets: PaddedTargets, generator: torch.Generator | None) -> PaddedTargets:
         """At most `num_boxes` objects per image, chosen at random each time, the rest neither noised nor matched."""
