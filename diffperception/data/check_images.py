@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from diffperception.data.captions import check_captions
+from diffperception.data.captions import check_captions, read_captions, require_sides_kept
 from diffperception.data.check_report import Level, Problem, Report
 from diffperception.data.image_folder import ImageDataOptions, is_too_small
 from diffperception.data.images import BrokenImageError, open_image, read_image, read_size
@@ -41,6 +41,12 @@ def check_images(options: ImageDataOptions, image_size: tuple[int, int] | None =
         channels: of its images, 3 or 1.
     """
     problems, summary = _check_folder(options, image_size)
+    if options.captions is not None and summary is not None:
+        try:
+            require_sides_kept(read_captions(options.captions), options.horizontal_flip, options.vertical_flip)
+        except ValueError as error:
+            problems.append(Problem("warning", "mirrored", f"training refuses this: {error}"))
+        options = replace(options, horizontal_flip=0.0, vertical_flip=0.0)
     if options.val_images is not None:
         of_val = replace(
             options, images=options.val_images, annotations=options.val_annotations, captions=options.val_captions

@@ -141,7 +141,8 @@ def drawn_table(columns: dict[str, DrawnScores]) -> str:
     """The scores of several folders beside one another, as lines of text."""
     names = {"colors": "colours, as a set", "shapes": "shapes, as a set", "things": "each shape in its colour"}
     rows = [(said, *(f"{getattr(s, name):.3f}" for s in columns.values())) for name, said in names.items()]
-    rows.append(("order of the colours", *(f"{s.order:.3f} of {s.related}" for s in columns.values())))
+    orders = (f"{s.order:.3f} of {s.related}" if s.related else "none told" for s in columns.values())
+    rows.append(("order of the colours", *orders))
     rows.append(("pictures", *(str(s.images) for s in columns.values())))
     return format_table(rows, ["drawn right", *columns])
 

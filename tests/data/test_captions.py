@@ -130,6 +130,11 @@ def test_images_whose_captions_tell_sides_are_not_mirrored(tmp_path: Path, capti
     with pytest.raises(ValueError, match=r"horizontal_flip is 0\.5"):
         folder(with_images(tmp_path), captions=path)
     folder(tmp_path, captions=path, horizontal_flip=0.0, vertical_flip=0.5)
+    report = check_images(ImageDataOptions(tmp_path, captions=path))
+    assert [(problem.level, problem.kind) for problem in report.problems if problem.kind != "left out"] == [
+        ("warning", "mirrored")
+    ]
+    assert not report.errors
 
 
 def test_images_to_measure_on_need_captions_too(tmp_path: Path) -> None:
