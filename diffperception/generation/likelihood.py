@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from diffperception.models.base import describe, fingerprint
 from diffperception.models.conditioners import Said
 from diffperception.resumable import Item, ResumableFolder, content_of
 from diffperception.visualization.curves import histograms
-from diffperception.visualization.draw import save_png
+from diffperception.visualization.draw import save_png, to_pil
 
 
 @dataclass
@@ -52,7 +53,7 @@ class LikelihoodOptions:
 class LikelihoodReport:
     """What :func:`likelihood_folder` found: a row per image, and how well each score tells the images apart."""
 
-    rows: list[dict[str, Any]]  # set, image, bits_per_dimension, scores and losses
+    rows: list[dict[str, Any]]  # set, image, bits_per_dimension, webp_bits, scores and losses
     auroc: dict[str, float] = field(default_factory=dict)  # of each score; empty without a reference
     broken: list[str] = field(default_factory=list)
 
@@ -104,6 +105,13 @@ def bits_per_dimension(
     return torch.stack(found).mean(0)
 
 
+def coded_bits(image: Tensor) -> float:
+    """Bits per channel of a pixel that lossless WebP takes for an image (C, H, W) in 0..1."""
+    code = BytesIO()
+    to_pil(image.expand(3, -1, -1)).save(code, "WEBP", lossless=True, quality=100, method=6)
+    return 8 * len(code.getvalue()) / image.numel()
+
+
 @torch.no_grad()
 def denoising_losses(
     model: DiffusionModel, images: Tensor, noise: SampleNoise, times: int = 10, said: Said | None = None
@@ -140,12 +148,12 @@ def likelihood_folder(
 ) -> LikelihoodReport:
     """How likely images are under a generator, and, beside reference images of its own kind, which are foreign to it.
 
-    Writes OUTPUT/likelihood.csv: of each image its bits per dimension, and the mean squared error of the denoiser at
-    some times. With a reference also scores of foreignness, their AUROC (how well they tell the images from the
-    reference) in OUTPUT/auroc.csv, and OUTPUT/scores.png. The bits alone are a bad alarm: smooth images have few of any
-    kind. `typicality`, how far they are from the reference's, is a better one, and `profile`, how unusual the errors at
-    all times are together, mostly the best. The command can be interrupted: given again, it goes on with the images
-    that are missing.
+    Writes OUTPUT/likelihood.csv: of each image its bits per dimension, those of lossless WebP, and the mean squared
+    error of the denoiser at some times. With a reference also scores of foreignness, their AUROC (how well they tell
+    the images from the reference) in OUTPUT/auroc.csv, and OUTPUT/scores.png. The bits alone are a bad alarm: smooth
+    images of any kind have few. Better ones are `complexity`, the bits less those of WebP, and `typicality`, how far
+    they are from the reference's; `profile` is how unusual the errors at all times are together. The command can be
+    interrupted: given again, it goes on with the images that are missing.
 
     Args:
         model: the file of a generator, model.safetensors, or the generator itself.
@@ -219,7 +227,8 @@ def _measure(
     noise = SampleNoise([name_seed(seed, item.name) for item, _ in images])
     losses = denoising_losses(model, batch, noise, options.profile, told).tolist()
     bits = bits_per_dimension(model, batch, noise, options, told).tolist()
-    yield from ({"bits": b, "losses": row} for b, row in zip(bits, losses, strict=True))
+    coded = [coded_bits(image) for image in batch]
+    yield from ({"bits": b, "coded": c, "losses": row} for b, c, row in zip(bits, coded, losses, strict=True))
 
 
 def _report(found: dict[str, Any]) -> LikelihoodReport:
@@ -234,9 +243,7 @@ def _report(found: dict[str, Any]) -> LikelihoodReport:
     if not sound["images"]:
         raise ValueError(f"no image can be read: {broken[0]}")
     measured = {
-        kind: Measured(
-            torch.tensor([r["bits"] for r in rows.values()]), torch.tensor([r["losses"] for r in rows.values()])
-        )
+        kind: Measured(*(torch.tensor([r[what] for r in rows.values()]) for what in ("bits", "coded", "losses")))
         for kind, rows in sound.items()
     }
     scores: dict[str, dict[str, Tensor]] = {kind: {} for kind in sound}
@@ -253,7 +260,8 @@ def _report(found: dict[str, Any]) -> LikelihoodReport:
         for index, (name, row) in enumerate(images.items()):
             of_image = {n: values[index].item() for n, values in scores[kind].items() if n != "likelihood"}
             losses = {f"loss_{k}": loss for k, loss in enumerate(row["losses"])}
-            rows.append({"set": kind, "image": name, "bits_per_dimension": row["bits"], **of_image, **losses})
+            bits = {"bits_per_dimension": row["bits"], "webp_bits": row["coded"]}
+            rows.append({"set": kind, "image": name, **bits, **of_image, **losses})
     return LikelihoodReport(rows, aurocs, broken)
 
 

@@ -17,25 +17,28 @@ class Measured:
     """What is measured of N images."""
 
     bits: Tensor  # (N,) bits per dimension
+    coded: Tensor  # (N,) bits per dimension of a code without loss that knows nothing of their kind
     losses: Tensor  # (N, K) mean squared errors of the noise at K times
 
     def of(self, rows: Tensor) -> "Measured":
         """Of some of the images."""
-        return Measured(self.bits[rows], self.losses[rows])
+        return Measured(self.bits[rows], self.coded[rows], self.losses[rows])
 
 
 def foreignness(images: Measured, reference: Measured) -> dict[str, Tensor]:
     """Scores (N,) of images.
 
     ``likelihood`` is the bits per dimension themselves. They are known to fail: smooth images of any kind may have more
-    likelihood than those that a generator learned from (arXiv 1810.09136). ``typicality`` is how far they are, either
-    way, from the reference's mean, in its deviations (a test of typicality, arXiv 1906.02994, of single images).
-    ``profile`` is the squared Mahalanobis distance of the logarithms of the losses from the reference's: which of its
-    times tell that an image is foreign depends on the image.
+    likelihood than those that a generator learned from (arXiv 1810.09136). ``complexity`` takes from them the bits of
+    a general code, so that what is left is what the generator does not know (arXiv 1909.11480). ``typicality`` is how
+    far the bits are, either way, from the reference's mean, in its deviations (a test of typicality, arXiv 1906.02994,
+    of single images). ``profile`` is the squared Mahalanobis distance of the logarithms of the losses from the
+    reference's.
     """
     mean, deviation = reference.bits.mean(), reference.bits.std()
     return {
         "likelihood": images.bits,
+        "complexity": images.bits - images.coded,
         "typicality": (images.bits - mean).abs() / deviation,
         "profile": _mahalanobis(images.losses.log(), reference.losses.log()),
     }

@@ -13,6 +13,7 @@ from diffperception.diffusion import Denoiser, DenoiserOutput, SampleNoise, add_
 from diffperception.generation.likelihood import (
     LikelihoodOptions,
     bits_per_dimension,
+    coded_bits,
     denoising_losses,
     likelihood_folder,
 )
@@ -81,29 +82,40 @@ def test_losses_are_the_errors_of_the_noise() -> None:
 
 def test_scores_tell_what_they_claim() -> None:
     torch.manual_seed(0)
+    bits = 5 + torch.randn(400)
     reference = Measured(
-        5 + torch.randn(400), torch.exp(torch.randn(400, 3) @ torch.tensor([[1.0, 1, 0], [0, 0.1, 0], [0, 0, 1]]))
+        bits,
+        bits + 0.1 * torch.randn(400),
+        torch.exp(torch.randn(400, 3) @ torch.tensor([[1.0, 1, 0], [0, 0.1, 0], [0, 0, 1]])),
     )
     # Fewer bits than any reference image; and losses each usual alone, but not together.
-    smooth = Measured(torch.zeros(1), torch.ones(1, 3))
-    odd = Measured(torch.full((1,), 5.0), torch.tensor([[1.0, -1.0, 0.0]]).exp())
+    smooth = Measured(torch.zeros(1), torch.full((1,), -2.0), torch.ones(1, 3))
+    odd = Measured(torch.full((1,), 5.0), torch.full((1,), 5.0), torch.tensor([[1.0, -1.0, 0.0]]).exp())
     assert auroc(smooth.bits, reference.bits) < 0.01
     scores = {name: foreignness(image, reference) for name, image in {"smooth": smooth, "odd": odd}.items()}
     own = foreignness(reference, reference)
     assert auroc(scores["smooth"]["typicality"], own["typicality"]) > 0.99
+    # A smooth image that the general code takes even less for: the generator does not know it.
+    assert auroc(scores["smooth"]["complexity"], own["complexity"]) > 0.99
     assert auroc(scores["odd"]["typicality"], own["typicality"]) < 0.2
     assert auroc(scores["odd"]["profile"], own["profile"]) > 0.99
 
 
 def test_each_half_of_the_reference_is_scored_by_the_other() -> None:
     torch.manual_seed(0)
-    reference = Measured(torch.randn(40), torch.randn(40, 2).exp())
+    reference = Measured(torch.randn(40), torch.randn(40), torch.randn(40, 2).exp())
     first = torch.arange(40) < 20
     images, own = cross_foreignness(reference.of(first), reference, first)
     expected = foreignness(reference.of(first), reference.of(~first))
     torch.testing.assert_close(own["profile"][first], expected["profile"])
     both = torch.stack([expected["profile"], foreignness(reference.of(first), reference.of(first))["profile"]])
     torch.testing.assert_close(images["profile"], both.mean(0))
+
+
+def test_the_general_code_takes_less_for_what_is_plain() -> None:
+    torch.manual_seed(0)
+    assert coded_bits(torch.full((3, 32, 32), 0.3)) < 0.1
+    assert 7.5 < coded_bits(torch.rand(3, 32, 32)) < 9
 
 
 def test_auroc_counts_pairs() -> None:
