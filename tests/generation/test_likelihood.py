@@ -143,7 +143,8 @@ def test_the_command_measures_a_folder_beside_a_reference(tmp_path: Path, capsys
     with open(tmp_path / "out" / "likelihood.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [len(rows), rows[0]["set"], rows[0]["image"]] == [19, "images", "0.png"]
-    assert list(rows[0]) == [*("set", "image", "bits_per_dimension", "typicality", "profile", "loss_0", "loss_1")]
+    measured = ["bits_per_dimension", "webp_bits", "complexity", "typicality", "profile", "loss_0", "loss_1"]
+    assert list(rows[0]) == ["set", "image", *measured]
     assert all(math.isfinite(float(row["profile"])) for row in rows)
     assert {p.name for p in (tmp_path / "out").glob("*.*g")} == {"scores.png"}
     # In other batches, and in one's own order, an image's numbers are the same up to rounding.
