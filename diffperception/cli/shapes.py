@@ -5,7 +5,7 @@ from typing import Annotated
 
 from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import ShapesSettings, write_shapes
-from diffperception.echo import echo
+from diffperception.echo import echo, plural
 
 
 def command(
@@ -14,10 +14,12 @@ def command(
     """Draw a data set of ellipses, rectangles, triangles, stars, crosses and rings to try the other commands on.
 
     Writes images (train/, val/), COCO annotations (annotations/instances_train.json and instances_val.json) and
-    class masks (masks/) below the output folder. The same options give the same images on every machine.
+    class masks (masks/) below the output folder; with `clips` also clips of moving shapes to track (clips/) and
+    annotations/clips.json (COCO-video). The same options give the same images on every machine.
     """
     output = draw.keywords["output"]
     if draw(settings=settings):
-        echo(f"{settings.train} images to train on and {settings.val} to measure with are in {output}")
+        clips = f" and {plural(settings.clips, 'clip')} of moving shapes" if settings.clips else ""
+        echo(f"{settings.train} images to train on and {settings.val} to measure with{clips} are in {output}")
     else:
         echo(f"{output} already holds these images: nothing to draw")

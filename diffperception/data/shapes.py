@@ -30,6 +30,8 @@ class ShapesSettings:
             in English and Chinese.
         held_out: colours with shapes, such as "red star", that only images of a third part show, as many as `val`;
             with captions.
+        clips: clips of moving shapes to track, which enter, cross and hide one another, and leave.
+        frames: images of a clip.
     """
 
     train: int = 2000
@@ -41,10 +43,16 @@ class ShapesSettings:
     min_size: int = 22
     captions: bool = False
     held_out: list[str] = field(default_factory=list)
+    clips: int = 0
+    frames: int = 40
 
     def __post_init__(self) -> None:
-        if min(self.train, self.val, self.seed) < 0 or self.train + self.val == 0:
-            raise ValueError("train, val and seed must not be negative, and at least one image must be asked for")
+        if min(self.train, self.val, self.clips, self.seed) < 0 or self.train + self.val + self.clips == 0:
+            raise ValueError(
+                "train, val, clips and seed must not be negative, and at least one image or clip must be asked for"
+            )
+        if self.frames < 1:
+            raise ValueError(f"frames must be at least 1, not {self.frames}: a clip has an image")
         if self.max_objects < 1:
             raise ValueError(f"max_objects must be at least 1, not {self.max_objects}")
         if not 18 <= self.min_size <= 0.6 * self.min_side <= 0.6 * self.max_side:
@@ -98,29 +106,31 @@ def draw_scene(rng: np.random.Generator, settings: ShapesSettings, held_out: boo
         held_out: one of the shapes is of those that the settings hold out; else none is.
     """
     height, width = rng.integers(settings.min_side, settings.max_side + 1, size=2)
-    image = _background(rng, height, width)
+    image = draw_background(rng, height, width)
     if settings.captions:
         image *= DIMMED  # so that each of COLORS stands out
     scenery = image.mean(axis=(0, 1))
     owner = np.full((height, width), -1)
-    shapes: list[_Shape] = []
+    shapes: list[Shape] = []
     colors: list[str] = []
     count = rng.integers((settings.max_objects + 1) // 2, settings.max_objects + 1)
     for label, name in _kinds(rng, int(count), settings, held_out):
         for _ in range(MAX_ATTEMPTS):
-            shape = _Shape.random(rng, label, height, width, settings.min_size)
+            shape = Shape.random(rng, label, height, width, settings.min_size)
             distance = shape.distance(height, width)
             covered = np.where(distance < 0, len(shapes), owner)
             if _all_visible(covered, [*shapes, shape]):
                 owner = covered
                 shapes.append(shape)
                 colors += [name] if name else []
-                _paint(rng, image, distance, scenery, name)
+                around, coat = surroundings(distance), Coat.random(rng, scenery, height, width, name)
+                assert around is not None
+                coat.paint(image, distance, around, coat.pattern[around])
                 break
     image += rng.normal(scale=rng.uniform(0, 0.04), size=image.shape)
     pixels = np.round(255 * image.clip(0, 1)).astype(np.uint8)
     labels = np.array([shape.label for shape in shapes], dtype=np.int64)
-    return Scene(pixels, owner, _bounds(owner, len(shapes)), labels, tuple(colors))
+    return Scene(pixels, owner, bounds(owner, len(shapes)), labels, tuple(colors))
 
 
 def _kinds(
@@ -140,7 +150,7 @@ def _kinds(
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """A shape of CLASSES[label], turned and stretched; `radii` are its half axes in pixels."""
 
     label: int
@@ -149,7 +159,7 @@ class _Shape:
     angle: float
 
     @classmethod
-    def random(cls, rng: np.random.Generator, label: int, height: int, width: int, min_size: int) -> "_Shape":
+    def random(cls, rng: np.random.Generator, label: int, height: int, width: int, min_size: int) -> "Shape":
         size = np.exp(rng.uniform(np.log(min_size), np.log(0.6 * min(height, width))))
         center = rng.uniform(size=2) * (width, height)
         radii = size / 2 * np.array([1, rng.uniform(0.6, 1)])
@@ -205,37 +215,64 @@ PAIRS = tuple(f"{color} {shape}" for color in COLORS for shape in CLASSES)
 DIMMED = 0.5  # of a background's brightness
 
 
-def _all_visible(owner: np.ndarray, shapes: list[_Shape]) -> bool:
+def _all_visible(owner: np.ndarray, shapes: list[Shape]) -> bool:
     visible = np.bincount(owner.ravel() + 1, minlength=len(shapes) + 1)[1:]
     if (visible < MIN_VISIBLE * np.array([shape.area() for shape in shapes])).any():
         return False
-    boxes = _bounds(owner, len(shapes))
+    boxes = bounds(owner, len(shapes))
     return bool((boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all())
 
 
-def _bounds(owner: np.ndarray, count: int) -> np.ndarray:
-    """(count, 4) x1 y1 x2 y2 of each object's pixels, ends excluded; each has at least one."""
-    slices = ndimage.find_objects(owner + 1, max_label=count)
+def bounds(owner: np.ndarray, count: int) -> np.ndarray:
+    """(count, 4) x1 y1 x2 y2 of each object's pixels, ends excluded; zeros of one that has none."""
+    nothing = (slice(0, 0), slice(0, 0))
+    slices = (found or nothing for found in ndimage.find_objects(owner + 1, max_label=count))
     return np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices], dtype=np.int64).reshape(count, 4)
 
 
-def _paint(
-    rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, scenery: np.ndarray, name: str | None
-) -> None:
-    """Blend a shape, in the colour of that name if there is one, into the image in place, its edge smoothed."""
-    color = _color(rng, unlike=scenery) if name is None else (COLORS[name] + rng.normal(0, 0.04, 3)).clip(0, 1)
-    strength = rng.uniform(0.3, 0.65) if name is None else rng.uniform(0, 0.3)
-    shade = max(strength * color, 1 - strength * (1 - color), key=lambda tone: np.linalg.norm(tone - scenery))
-    if name is not None:
-        shade = (1 - strength) * color  # towards white it would be another colour
-    (around,) = ndimage.find_objects((distance < 0.5).astype(int))  # elsewhere nothing changes
-    fill = color + _pattern(rng, *distance.shape)[around][..., None] * (shade - color)
-    distance = distance[around]
-    if name is None and rng.uniform() < 0.3:
-        outline = (distance + 2.5).clip(0, 1)[..., None]
-        fill += outline * (0.3 * color - fill)
-    coverage = (0.5 - distance).clip(0, 1)[..., None]
-    image[around] += coverage * (fill - image[around])
+@dataclass(frozen=True)
+class Coat:
+    """How a shape looks: from a color to a shade of it, pixel by pixel as a pattern says."""
+
+    color: np.ndarray  # (3,)
+    shade: np.ndarray  # (3,)
+    pattern: np.ndarray  # (H, W) in 0..1
+    outlined: bool
+
+    @classmethod
+    def random(
+        cls, rng: np.random.Generator, scenery: np.ndarray, height: int, width: int, name: str | None = None
+    ) -> "Coat":
+        """In the colour of that name if there is one, else in one far from that of the scenery (3,)."""
+        color = _color(rng, unlike=scenery) if name is None else (COLORS[name] + rng.normal(0, 0.04, 3)).clip(0, 1)
+        strength = rng.uniform(0.3, 0.65) if name is None else rng.uniform(0, 0.3)
+        shade = max(strength * color, 1 - strength * (1 - color), key=lambda tone: np.linalg.norm(tone - scenery))
+        if name is not None:
+            shade = (1 - strength) * color  # towards white it would be another colour
+        pattern = _pattern(rng, height, width)
+        return cls(color, shade, pattern, outlined=name is None and rng.uniform() < 0.3)
+
+    def paint(self, image: np.ndarray, distance: np.ndarray, around: tuple[slice, slice], pattern: np.ndarray) -> None:
+        """Blend a shape into the image in place, its edge smoothed over one pixel.
+
+        Args:
+            distance: (H, W) from its outline, see `Shape.distance`.
+            around: where it changes the image at all, see `surroundings`.
+            pattern: that of the pixels there.
+        """
+        fill = self.color + pattern[..., None] * (self.shade - self.color)
+        distance = distance[around]
+        if self.outlined:
+            outline = (distance + 2.5).clip(0, 1)[..., None]
+            fill += outline * (0.3 * self.color - fill)
+        coverage = (0.5 - distance).clip(0, 1)[..., None]
+        image[around] += coverage * (fill - image[around])
+
+
+def surroundings(distance: np.ndarray) -> tuple[slice, slice] | None:
+    """The rows and columns of an image that a shape at this distance changes; None if it lies outside."""
+    found = ndimage.find_objects((distance < 0.5).astype(int))
+    return found[0] if found else None
 
 
 def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -258,7 +295,7 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return (0.5 + 2 * wave).clip(0, 1)
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """(H, W, 3) a muted color that drifts into another, with soft blotches."""
     hue, value = rng.uniform(), rng.uniform(0.15, 0.9)
     first = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0, 0.4), value))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -14,12 +15,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffperception.data.images import ignore_interrupts
+from diffperception.data.moving_shapes import draw_clip
 from diffperception.data.outlines import encode_masks
 from diffperception.data.shapes import CLASSES, ShapesSettings, draw_scene
 from diffperception.data.shapes_captions import LANGUAGES, describe_scene
 from diffperception.files import folder_beside, write_json
 
 SETTINGS_FILE = "shapes.json"
+CLIPS = 3  # of the numbers that clips are drawn from, beside the seed; images have those below
+CATEGORIES = [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)]
 
 
 def write_shapes(output: str | Path, settings: ShapesSettings | None = None, workers: int | None = None) -> bool:
@@ -29,7 +33,8 @@ def write_shapes(output: str | Path, settings: ShapesSettings | None = None, wor
     segmentation = run lengths of what is visible) and `OUTPUT/masks/{train,val}/*.png` (0 background, label + 1
     elsewhere); with captions also `OUTPUT/annotations/captions_{train,val}.json` (COCO's captions, five an image) and
     in Chinese, caption for caption, `captions_{train,val}_zh.json`. What is held out is in a third part, `held_out`.
-    The folder appears when it is complete.
+    Clips, if any are asked for, are in `OUTPUT/clips/*/*.png` with `OUTPUT/annotations/clips.json` (COCO-video). The
+    folder appears when it is complete.
 
     Args:
         output: folder to write; one that holds the same data set is left as it is, one with anything else is refused.
@@ -56,8 +61,7 @@ def write_shapes(output: str | Path, settings: ShapesSettings | None = None, wor
             images = [scene.image for scene in scenes]
             info = {"description": f"diffperception shapes, {split}, seed {settings.seed}"}
             objects = [entry for scene in scenes for entry in scene.objects]
-            categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, start=1)]
-            content = {"info": info, "images": images, "annotations": _numbered(objects), "categories": categories}
+            content = {"info": info, "images": images, "annotations": _numbered(objects), "categories": CATEGORIES}
             write_json(folder / "annotations" / f"instances_{split}.json", content, indent=None)
             for language, ending in LANGUAGES.items() if settings.captions else ():
                 said = [
@@ -67,6 +71,10 @@ def write_shapes(output: str | Path, settings: ShapesSettings | None = None, wor
                 ]
                 content = {"info": info | {"language": language}, "images": images, "annotations": _numbered(said)}
                 write_json(folder / "annotations" / f"captions_{split}{ending}.json", content, indent=None)
+        if settings.clips:
+            drawn = pool.map(partial(_write_clip, folder, settings), range(settings.clips))
+            clips = list(tqdm(drawn, "draw clips", settings.clips, unit="clip", leave=False, disable=None))
+            write_json(folder / "annotations" / "clips.json", _clips_content(settings, clips), indent=None)
         write_json(folder / SETTINGS_FILE, _as_noted(settings))
     return True
 
@@ -88,9 +96,9 @@ def _already_there(output: Path, settings: ShapesSettings) -> bool:
 
 
 def _as_noted(settings: ShapesSettings) -> dict[str, Any]:
-    """The settings as JSON has them; those of captions only where there are some."""
-    noted = asdict(settings)
-    return noted if settings.captions else {k: v for k, v in noted.items() if k not in ("captions", "held_out")}
+    """The settings as JSON has them; those of captions and of clips only where there are some."""
+    idle = ([] if settings.captions else ["captions", "held_out"]) + ([] if settings.clips else ["clips", "frames"])
+    return {name: value for name, value in asdict(settings).items() if name not in idle}
 
 
 def _numbered(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -115,16 +123,57 @@ def _write_scene(folder: Path, split: str, settings: ShapesSettings, index: int)
     Image.fromarray(scene.image).save(folder / split / name, compress_level=1)
     Image.fromarray(scene.class_mask).save(folder / "masks" / split / name)
     height, width = scene.owner.shape
-    areas = np.bincount(scene.owner[scene.owner >= 0], minlength=len(scene.labels)).tolist()
+    areas = np.bincount(scene.owner[scene.owner >= 0], minlength=len(scene.labels))
     image = {"id": index + 1, "file_name": name, "width": width, "height": height}
     masks = encode_masks(torch.from_numpy(scene.owner == np.arange(len(scene.labels))[:, None, None]))
-    columns = zip(scene.boxes.tolist(), scene.labels.tolist(), areas, masks, strict=True)
     objects = [
-        {"image_id": index + 1, "category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": area}
-        | {"segmentation": mask, "iscrowd": 0}
-        for (x1, y1, x2, y2), label, area, mask in columns
+        {"image_id": index + 1, **entry, "segmentation": mask, "iscrowd": 0}
+        for entry, mask in zip(_entries(scene.labels, scene.boxes, areas), masks, strict=True)
     ]
     if not settings.captions:
         return _Written(image, objects, [])
     named = [entry | {"color": color} for entry, color in zip(objects, scene.colors, strict=True)]
     return _Written(image, named, describe_scene(rng, scene))
+
+
+def _entries(labels: np.ndarray, boxes: np.ndarray, areas: np.ndarray) -> Iterator[dict[str, Any]]:
+    """What a COCO file says of each object of an image."""
+    for label, (x1, y1, x2, y2), area in zip(labels.tolist(), boxes.tolist(), areas.tolist(), strict=True):
+        yield {"category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": area}
+
+
+def _write_clip(
+    folder: Path, settings: ShapesSettings, index: int
+) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Draw and save clip `index`; returns each frame's COCO image entry, and its annotations, but for their ids."""
+    frames, entries = draw_clip(np.random.default_rng([settings.seed, CLIPS, index]), settings), []
+    first = index * settings.max_objects + 1  # no two clips have a number of a track in common
+    (folder / "clips" / f"{index:06d}").mkdir(parents=True)
+    for number, frame in enumerate(frames):
+        name = f"{index:06d}/{number:06d}.png"
+        Image.fromarray(frame.image).save(folder / "clips" / name, compress_level=1)
+        height, width = frame.image.shape[:2]
+        image = {"file_name": name, "width": width, "height": height, "video_id": index + 1, "frame_id": number}
+        of_track = zip(frame.tracks.tolist(), frame.visibility.round(4).tolist(), strict=True)
+        tracked = [{"iscrowd": 0, "track_id": first + track, "visibility": seen} for track, seen in of_track]
+        objects = _entries(frame.labels, frame.boxes, frame.areas)
+        entries.append((image, [entry | track for entry, track in zip(objects, tracked, strict=True)]))
+    return entries
+
+
+def _clips_content(
+    settings: ShapesSettings, clips: list[list[tuple[dict[str, Any], list[dict[str, Any]]]]]
+) -> dict[str, Any]:
+    """Of the COCO-video file."""
+    videos = [
+        {"id": number, "name": f"{number - 1:06d}", "length": settings.frames} for number in range(1, len(clips) + 1)
+    ]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image, objects in (frame for clip in clips for frame in clip):
+        images.append({"id": len(images) + 1, **image})
+        ids = {"image_id": len(images), "video_id": image["video_id"]}
+        annotations += [ids | entry for entry in objects]
+    info = {"description": f"diffperception shapes, clips, seed {settings.seed}"}
+    content = {"images": images, "annotations": _numbered(annotations), "categories": CATEGORIES}
+    return {"info": info, "videos": videos, **content}

@@ -11,8 +11,8 @@ from diffperception.data.shapes import (
     MIN_VISIBLE,
     PAIRS,
     SHAPES,
+    Shape,
     ShapesSettings,
-    _Shape,
     draw_scene,
 )
 from diffperception.data.shapes_captions import CHINESE, RELATIONS, describe_scene
@@ -70,14 +70,14 @@ def test_class_mask_shows_each_objects_class():
 
 def test_every_object_stays_recognisable(monkeypatch):
     """No scene shows less than the least visible share of a shape's whole area."""
-    placed: list[_Shape] = []
-    random = _Shape.random.__func__
+    placed: list[Shape] = []
+    random = Shape.random.__func__
 
     def spy(cls, *arguments):
         placed.append(random(cls, *arguments))
         return placed[-1]
 
-    monkeypatch.setattr(_Shape, "random", classmethod(spy))
+    monkeypatch.setattr(Shape, "random", classmethod(spy))
     for index in range(20):
         placed.clear()
         drawn = scene(index)
