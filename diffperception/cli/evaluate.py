@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from diffperception.configuration.parser import Flat, OptionsOf
 from diffperception.data import CocoDetection
+from diffperception.data.clips import read_clips
 from diffperception.data.formats import Format, open_annotations
 from diffperception.data.images import read_size
 from diffperception.data.listing import list_images
@@ -21,6 +22,7 @@ from diffperception.detection.evaluator import CocoEvaluator, CocoResult, iou_ty
 from diffperception.detection.inference import draw_predictions, evaluate_detector, require_classes, write_result
 from diffperception.detection.sampler import Mode
 from diffperception.detection.sweep import combine, sweep_sampler, write_sweep
+from diffperception.detection.tracks_scores import read_tracks, score_tracks
 from diffperception.devices import first_process, hide_bar, join_processes, pick_device
 from diffperception.echo import echo, echo_notes, plural
 from diffperception.files import OutputFolder, write_json
@@ -137,6 +139,28 @@ def evaluate_results(
     """
     folder = OutputFolder(output, overwrite) if output else None
     finish(evaluator(iou_types=iou_types(masks)).score_results(results), folder)
+
+
+def evaluate_tracks(tracks: Path, annotations: Path, output: Path | None = None, overwrite: bool = False) -> None:
+    """Score tracks, a COCO results file with a track_id in each row: HOTA, IDF1, MOTA and identity switches.
+
+    Every class is scored by itself, and all objects together. Its ids must be those of the annotation file; of a file
+    that `track` has written they are found by the names of files and classes.
+
+    Args:
+        tracks: the results file.
+        annotations: COCO-video file with the ground truth.
+        output: folder for metrics.json; nothing is written without it.
+    """
+    folder = OutputFolder(output, overwrite) if output else None
+    truth = read_clips(annotations)
+    rows, notes = read_tracks(tracks, truth)
+    scores = score_tracks(truth, rows, notes)
+    echo(scores.table())
+    if folder is not None:
+        folder.clear()
+        write_json(folder.file("metrics.json"), asdict(scores))
+        echo(f"\n{folder.path / 'metrics.json'}: these numbers")
 
 
 def finish(result: CocoResult, folder: OutputFolder | None) -> None:
@@ -287,6 +311,7 @@ BY_KIND = {
     "samples": evaluate_sample_folder,  # before features, which are an option of it too
     "features": evaluate_cuts,
     "results": evaluate_results,
+    "tracks": evaluate_tracks,
     "detector": evaluate_detector_file,
     "segmenter": evaluate_segmenter_file,
 }

@@ -23,6 +23,7 @@ SAVINGS = {
     " as fewer num_boxes of a detector",
     "evaluate": "a smaller --batch_size, fewer --workers or, of a detector, --num_boxes",
     "predict": "a smaller --batch_size, fewer --workers or, of a detector, --num_boxes",
+    "track": "fewer --workers or --num_boxes",
     "sample": "a smaller --batch_size or a smaller --image_size",
     "augment": "smaller pictures",
     "likelihood": "a smaller --batch_size",

@@ -29,6 +29,7 @@ RULES = {
     "bbox": Rule(_result_box, "a list of four finite numbers: x, y, and width and height from 0"),
     "score": Rule(finite_number, "a finite number"),
 }
+TRACK = {"track_id": ID}
 RUN_LENGTHS = {"segmentation": Rule(lambda value: _run_lengths(value), "run lengths: an object with size and counts")}
 
 
@@ -46,8 +47,10 @@ class ResultRows:
     notes: list[str]
 
 
-def read_results(path: str | Path, table: CocoTable, with_masks: bool = False) -> ResultRows:
+def read_results(path: str | Path, table: CocoTable, with_masks: bool = False, with_tracks: bool = False) -> ResultRows:
     """The rows of a COCO results file: image_id, category_id, bbox (xywh in pixels), score, and segmentation for masks.
+
+    And the track_id, a whole number, where tracks are wanted.
 
     Where `predict` has left an images.json beside it, image ids are found by the names of files and category ids by
     those of classes; rows of images that the annotation file does not list are left out.
@@ -60,7 +63,7 @@ def read_results(path: str | Path, table: CocoTable, with_masks: bool = False) -
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no results file {path}")
-    rows = _read_rows(path, RULES | RUN_LENGTHS if with_masks else RULES)
+    rows = _read_rows(path, RULES | (RUN_LENGTHS if with_masks else {}) | (TRACK if with_tracks else {}))
     notes: list[str] = []
     if (found := read_described(path)) is not None:
         described, by_name = found
@@ -118,6 +121,8 @@ def _columns(content: list[Any], rules: dict[str, Rule]) -> list[Row]:
     }
     if "segmentation" in rules:
         columns["segmentation"] = [_run_lengths(entry["segmentation"]) for entry in content]
+    if "track_id" in rules:
+        columns["track_id"] = integers([entry["track_id"] for entry in content]).tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

@@ -2,7 +2,7 @@
 
 import colorsys
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,13 @@ def save_png(picture: Image.Image, path: str | Path) -> None:
     """Write a PNG file so that there is never half of it."""
     with written_beside(Path(path)) as part:
         picture.save(part, format="png")
+
+
+def save_gif(pictures: Iterable[Image.Image], path: str | Path, seconds: float = 0.1) -> None:
+    """Write pictures, each shown for so long, as an animated GIF without end, so that there is never half of it."""
+    first, *others = pictures
+    with written_beside(Path(path)) as part:
+        first.save(part, format="gif", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
 
 
 def class_color(k: int) -> Color:
