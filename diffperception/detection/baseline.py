@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
@@ -81,6 +83,14 @@ class _NormaliseAndPad(GeneralizedRCNNTransform):
 
     def postprocess(self, result: list[dict[str, Tensor]], *sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
         return result
+
+
+class ExactAnchors(AnchorGenerator):
+    """Anchors in float32 under autocast too: torchvision's have the type of the maps, and bfloat16 rounds pixels."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        exact = [m.to(torch.promote_types(m.dtype, torch.float32)) for m in feature_maps]
+        return super().forward(image_list, exact)
 
 
 class Pyramid(nn.Module):

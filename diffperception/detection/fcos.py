@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from torchvision.models.detection import fcos
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from diffperception.detection.baseline import Pyramid, TorchvisionDetector
+from diffperception.detection.baseline import ExactAnchors, Pyramid, TorchvisionDetector
 from diffperception.models import Backbone, build_backbone
 
 
@@ -54,7 +53,7 @@ class FCOS(TorchvisionDetector):
         model = fcos.FCOS(
             Pyramid(body, width, fpn_norm, LastLevelP6P7(width, width)),
             num_classes=len(self.classes),
-            anchor_generator=AnchorGenerator(tuple((s,) for s in levels), ((1.0,),) * len(levels)),
+            anchor_generator=ExactAnchors(tuple((s,) for s in levels), ((1.0,),) * len(levels)),
             detections_per_img=max_detections,
         )
         self._adopt(model, body)

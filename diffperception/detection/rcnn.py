@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torchvision.models.detection import faster_rcnn, mask_rcnn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from diffperception.detection.baseline import Pyramid, TorchvisionDetector
+from diffperception.detection.baseline import ExactAnchors, Pyramid, TorchvisionDetector
 from diffperception.models import Backbone, build_backbone
 from diffperception.models.backbones.fpn import require_doubling
 
@@ -68,7 +64,7 @@ class FasterRCNN(TorchvisionDetector):
         levels = [ANCHOR_CELLS * stride for stride in (*strides, 2 * strides[-1])]
         model = faster_rcnn.FasterRCNN(
             Pyramid(body, width, fpn_norm, LastLevelMaxPool()),
-            rpn_anchor_generator=_Anchors(tuple((s,) for s in levels), (ASPECTS,) * len(levels)),
+            rpn_anchor_generator=ExactAnchors(tuple((s,) for s in levels), (ASPECTS,) * len(levels)),
             box_roi_pool=_pooling(strides, BOX_BINS),
             box_head=faster_rcnn.TwoMLPHead(BOX_BINS**2 * width, head_width),
             box_predictor=faster_rcnn.FastRCNNPredictor(head_width, 1 + len(self.classes)),
@@ -93,14 +89,6 @@ class MaskRCNN(FasterRCNN):
         heads.mask_head = mask_rcnn.MaskRCNNHeads(width, (width,) * MASK_LAYERS, 1)
         heads.mask_predictor = mask_rcnn.MaskRCNNPredictor(width, width, 1 + len(self.classes))
         super()._adopt(model, body)
-
-
-class _Anchors(AnchorGenerator):
-    """Anchors in float32 under autocast too: torchvision's have the type of the maps, and bfloat16 rounds pixels."""
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        exact = [m.to(torch.promote_types(m.dtype, torch.float32)) for m in feature_maps]
-        return super().forward(image_list, exact)
 
 
 def _pooling(strides: Sequence[int], bins: int) -> MultiScaleRoIAlign:

@@ -9,7 +9,8 @@ from torchvision.models.detection import mask_rcnn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from diffperception.detection import Detector, FasterRCNN, MaskRCNN
+from diffperception.detection import FCOS, Detector, FasterRCNN, MaskRCNN
+from diffperception.detection.baseline import TorchvisionDetector
 from tests.detection.scenes import CLASSES, assert_same_detections, random_image, random_target
 
 IMAGES = [random_image(64, 96, 1), random_image(70, 50, 2)]
@@ -127,10 +128,12 @@ def test_a_saved_one_predicts_the_same(kind: type[FasterRCNN], tmp_path):
     assert all(torch.equal(a[name], b[name]) for a, b in pairs for name in b)
 
 
-def test_anchors_are_exact_under_autocast():
-    anchors = build(FasterRCNN).model.rpn.anchor_generator
+@pytest.mark.parametrize("kind", [FasterRCNN, FCOS])
+def test_anchors_are_exact_under_autocast(kind: type[TorchvisionDetector]):
+    model = build(FasterRCNN).model.rpn if kind is FasterRCNN else FCOS(CLASSES, "test_resnet", width=64).model
+    anchors = model.anchor_generator
     images = ImageList(torch.zeros(1, 3, 64, 1024), [(64, 1024)])
-    maps = [torch.zeros(1, 16, 64 // stride, 1024 // stride) for stride in (4, 8, 16, 32)]
+    maps = [torch.zeros(1, 16, 64 // 2**level, 1024 // 2**level) for level in range(2, 2 + len(anchors.sizes))]
     exact = anchors(images, maps)[0]
     assert torch.equal(anchors(images, [m.bfloat16() for m in maps])[0], exact)
     assert anchors(images, [m.double() for m in maps])[0].dtype == torch.float64
