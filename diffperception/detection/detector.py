@@ -146,8 +146,9 @@ class DiffusionDet(Detector):
         auxiliary: makes a further head, for a number of classes and the width of the pyramid, that learns from the
             pyramid in training alone, such as the class `DenseHead` with some of its arguments; or such a head. Its
             proposals are what prediction starts from where the sampler has a `start_time` and no boxes are given.
-        proposal_share: of the boxes that are noised in training, this share are the best proposals of the auxiliary
-            head instead of random boxes, so that the head learns to start from them.
+        proposal_share: so many of the images, as a fraction, are learned in training from the auxiliary head's best
+            proposals, noised, instead of from their noised objects and random boxes: the head then learns to start from
+            them. Objects among them would teach that proposals are not the best boxes to be had.
         min_size: images are resized for prediction so that their short side is this many pixels; null leaves them.
         max_size: but the long side is at most this.
     """
@@ -187,7 +188,7 @@ class DiffusionDet(Detector):
         if proposal_share and auxiliary is None:
             raise ValueError(f"proposal_share is {proposal_share}, but there is no auxiliary head that proposes boxes")
         self.noise_draws = noise_draws
-        self.num_proposals = round(proposal_share * num_boxes)
+        self.proposal_share = proposal_share
         self.num_boxes = num_boxes
         self.signal_scale = signal_scale
         self.schedule = cosine_schedule(num_timesteps)
@@ -284,9 +285,9 @@ class DiffusionDet(Detector):
         maps = self.maps(images)
         dense = None if self.auxiliary is None else self.auxiliary(maps, self.strides)
         proposals = None
-        if dense is not None and self.num_proposals:
+        if dense is not None and self.proposal_share:
             sizes = to_device(objects.image_sizes, self.device)
-            proposals = dense.best(self.num_proposals, sizes).repeat(self.noise_draws, 1, 1)
+            proposals = dense.best(self.num_boxes, sizes).repeat(self.noise_draws, 1, 1)
         boxes = self._noisy_boxes(learned, t, generator, proposals)
         pyramid = FeaturePyramid.from_maps([maps], self.strides).repeat(self.noise_draws)
         output = self.head(pyramid, to_device(boxes, self.device), to_device(t, self.device))
@@ -313,19 +314,16 @@ class DiffusionDet(Detector):
     ) -> Tensor:
         """Objects, padded with random boxes to N, at noise level t: (B, N, 4) xyxy in pixels.
 
-        Proposals (B, n, 4), on their device, take the place of the last random boxes.
+        Proposals (B, N, 4), on their device, take the place of all of them in a share of the images.
         """
         x0 = encode_boxes(self._padded_objects(targets, generator), targets.image_sizes, self.signal_scale)
         z = add_noise(self.schedule, x0, t, torch.randn(x0.shape, generator=generator))
         sizes = targets.image_sizes
         if proposals is not None:
-            device, count = proposals.device, proposals.shape[1]
-            x0, z, sizes = (to_device(x, device) for x in (x0, z, sizes))
-            alpha = to_device(self.schedule.alpha(t).float(), device)[:, None, None]
-            # z is linear in x0
-            shift = alpha * (encode_boxes(proposals, sizes, self.signal_scale) - x0[:, -count:])
-            free = torch.arange(self.num_boxes) >= targets.valid.sum(1, keepdim=True)
-            z[:, -count:] += shift * to_device(free[:, -count:, None], device)
+            replaced = torch.rand(len(t), generator=generator) < self.proposal_share
+            alpha = torch.where(replaced, self.schedule.alpha(t).float(), 0)[:, None, None]
+            x0, z, sizes, alpha = (to_device(x, proposals.device) for x in (x0, z, sizes, alpha))
+            z = z + alpha * (encode_boxes(proposals, sizes, self.signal_scale) - x0)  # z is linear in x0
         return clamp_min_size(decode_boxes(z, sizes, self.signal_scale))
 
     def _padded_objects(self, targets: PaddedTargets, generator: torch.Generator | None) -> Tensor:

@@ -76,9 +76,10 @@ class DenseOutput:
     cells: list[int]
 
     def best(self, count: int, sizes: Tensor) -> Tensor:
-        """The boxes (B, n, 4) of the best cells, `count` or all, clipped to images of sizes (B, 4)."""
+        """The boxes (B, count, 4) of the best cells, again where there are fewer, clipped to images of sizes (B, 4)."""
         scores = self.logits.detach().amax(2)
-        chosen = scores.topk(min(count, scores.shape[1]), dim=1).indices[..., None].expand(-1, -1, 4)
+        best = scores.topk(min(count, scores.shape[1]), dim=1).indices
+        chosen = best[:, torch.arange(count) % best.shape[1], None].expand(-1, -1, 4)
         return torch.minimum(self.boxes.detach().gather(1, chosen).clamp(min=0), sizes[:, None])
 
 
