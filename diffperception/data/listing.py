@@ -116,7 +116,7 @@ def _listed(folder: Path, listing: Path, left: "_LeftOut") -> list[Path]:
         raise ValueError(f"{listing} lists no image: it must have a file name per line, or be a COCO file")
     found = {name: Path(os.path.normpath(folder / name.replace("\\", "/"))) for name in names}
     if missing := [name for name, path in found.items() if not path.is_file()]:
-        others = _byspelling(folder)
+        others = _by_spelling(folder)
         for name in missing:
             if len(candidates := others.get(spelling(name), [])) > 1:
                 raise ValueError(f"{listing} lists {name}, which may be any of {_some(candidates)}: give the ending")
@@ -139,7 +139,7 @@ def _names_in(listing: Path) -> list[str]:
         raise ValueError(f"{listing} has an image without a file_name") from None
 
 
-def _byspelling(folder: Path) -> dict[str, list[Path]]:
+def _by_spelling(folder: Path) -> dict[str, list[Path]]:
     """The images below a folder by their names in one normal form of Unicode, with and without endings."""
     found: dict[str, list[Path]] = {}
     for path in _below(folder, _LeftOut(None)):

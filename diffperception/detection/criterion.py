@@ -139,8 +139,13 @@ def quality_focal_loss(output: HeadOutput, targets: PaddedTargets, matches: Matc
     iou = paired_giou(output.boxes.detach().float(), matches.of(targets.boxes))[0].clamp(0, 1)
     quality = torch.where(matches.matched, iou, 0)[..., None]
     wanted = torch.zeros_like(logits).scatter_(3, matches.of(targets.labels)[..., None], quality)
+    return matches.per_pair(_counted(quality_focal(logits, wanted), targets))
+
+
+def quality_focal(logits: Tensor, wanted: Tensor) -> Tensor:
+    """|q - p|^2 times the cross-entropy of scores p with q, which are wanted; all of one shape."""
     entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    return matches.per_pair(_counted((wanted - logits.sigmoid()).square() * entropy, targets))
+    return (wanted - logits.sigmoid()).square() * entropy
 
 
 def _counted(losses: Tensor, targets: PaddedTargets) -> Tensor:

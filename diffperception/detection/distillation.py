@@ -5,10 +5,10 @@ the box that is surest of itself. So each box of the student learns how good it 
 whichever box the matcher gave an object to.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffperception.detection.boxes import paired_giou
+from diffperception.detection.criterion import quality_focal
 from diffperception.detection.heads.boxes import HeadOutput
 from diffperception.detection.targets import PaddedTargets
 
@@ -39,6 +39,5 @@ def distillation_loss(output: HeadOutput, taught: PaddedTargets) -> Tensor:
     """
     logits = output.logits.float()
     wanted = taught_scores(output.boxes.detach().float(), logits.shape[-1], taught)
-    entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     objects = (taught.more["scores"] * taught.valid).sum().clamp(min=1)
-    return ((wanted - logits.sigmoid()).square() * entropy).sum() / objects
+    return quality_focal(logits, wanted).sum() / objects

@@ -180,7 +180,7 @@ def sweep_sampler(
     samplers = [sampler or detector.sampler for sampler in combinations]
     warm = [sampler for sampler in samplers if sampler.start_time is not None]
     for sampler in samplers:
-        require_start(detector, sampler, start is not None and (sampler in warm or not warm), tiling)
+        require_start(detector, sampler, start is not None and (sampler.start_time is not None or not warm), tiling)
     begin = None if start is None else read_start(start, dataset.table)
     truth = dataset.table or dataset.annotations
     evaluator = CocoEvaluator(truth, ("bbox",), max_dets, dataset.image_ids, protocol, detector.classes)
@@ -217,8 +217,8 @@ def _predict(
             if same not in done:
                 seeds = [sample_seed(run.seed, image_id) for image_id in ids]
                 began = _now(detector.device)
-                warm = start is not None and run.sampler.start_time is not None
-                boxes = starts_of(detector, run.sampler, start, ids) if start is not None and warm else None
+                warm = None if run.sampler.start_time is None else start
+                boxes = None if warm is None else starts_of(detector, run.sampler, warm, ids)
                 found = detector.predict(images, seeds=seeds, sampler=run.sampler, encoded=encoded, start=boxes)
                 done[same] = found, (features + _now(detector.device) - began) / len(ids)
             found, seconds = done[same]

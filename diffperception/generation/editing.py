@@ -127,7 +127,7 @@ def edit_picture(
     drawn = []
     with autocast(place, precision):
         for number in tqdm(range(num_samples), "sample", unit="image", disable=hide_bar()):
-            noise = SampleNoise([sample_seed(seed, number)], place if sampling.noise == "device" else "cpu")
+            noise = sampling.draws([sample_seed(seed, number)], model.device)
             free = None if redrawn is None else redrawn[None].to(place)
             found = edit_images(model, picture[None].to(place), noise, sampling, edit, free, denoiser)
             drawn.append(found[0].float().cpu().expand(3, -1, -1))
@@ -208,7 +208,7 @@ def augment_dataset(
             inside = covered_by(target["boxes"], (image.shape[1], image.shape[2]))
             redrawn = {"outside": ~inside, "inside": inside, "everywhere": None}[where]
             if redrawn is None or redrawn.any():
-                noise = SampleNoise([name_seed(seed, item.name)])
+                noise = sampling.draws([name_seed(seed, item.name)], model.device)
                 free = None if redrawn is None else redrawn[None, None].to(place)
                 picture = edit_images(model, picture[None].to(place), noise, sampling, edit, free, denoiser)[0]
             save_png(to_pil(picture.float().cpu().expand(3, -1, -1)), folder.file(item.files[0]))

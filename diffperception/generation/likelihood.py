@@ -194,9 +194,8 @@ def likelihood_folder(
                 folder.add(item, [], sample.problem)
         good = [(item, sample.image) for item, sample in zip(items, batch, strict=True) if sample.image is not None]
         with autocast(place, precision):
-            for item, row in zip(
-                [i for i, _ in good], _measure(model, good, options, short_side, said, seed), strict=True
-            ):
+            measured = _measure(model, good, options, short_side, said, seed)
+            for (item, _), row in zip(good, measured, strict=True):
                 folder.add(item, [], row)
         bar.update(len(items))
     bar.close()

@@ -87,6 +87,10 @@ class SamplingOptions:
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold is a quantile, above 0 and up to 1, such as 0.995, not {self.threshold:g}")
 
+    def draws(self, seeds: Sequence[int], device: torch.device) -> SampleNoise:
+        """The noise of samples with these seeds, drawn where `noise` says; the device is the model's."""
+        return SampleNoise(seeds, device if self.noise == "device" else "cpu")
+
     def limit(self, denoiser: Denoiser, bounded: bool) -> Denoiser:
         """The denoiser with its signals kept in range, where they have one; ValueError to threshold others."""
         if self.threshold is not None and not bounded:
@@ -131,8 +135,7 @@ def sample(
     denoiser = denoiser or model.denoiser(said, options.guidance, rescale=options.guidance_rescale)
     denoiser = options.limit(denoiser, model.space.bounded)
     grid = sampling_grid(model.schedule, options.sampler, options.steps)
-    device = model.device if options.noise == "device" else "cpu"
-    noise = SampleNoise([sample_seed(seed, index) for index in indices], device)
+    noise = options.draws([sample_seed(seed, index) for index in indices], model.device)
     shape = model.signal_shape(*(image_size or model.image_size))
     x = noise(torch.empty((len(indices), *shape), device=model.device))
     signal = SAMPLERS[options.sampler].loop(denoiser, model.schedule, x, grid, options, noise)

@@ -79,7 +79,7 @@ class DenseOutput:
         """The boxes (B, count, 4) of the best cells, again where there are fewer, clipped to images of sizes (B, 4)."""
         scores = self.logits.detach().amax(2)
         best = scores.topk(min(count, scores.shape[1]), dim=1).indices
-        chosen = best[:, torch.arange(count) % best.shape[1], None].expand(-1, -1, 4)
+        chosen = best[:, torch.arange(count, device=best.device) % best.shape[1], None].expand(-1, -1, 4)
         return torch.minimum(self.boxes.detach().gather(1, chosen).clamp(min=0), sizes[:, None])
 
 
